@@ -1,0 +1,1 @@
+"""Quantize a language model with any method x format, and measure what it cost."""

@@ -1,0 +1,45 @@
+"""Checks of single settings: each returns the value or raises a ConfigError that names the field, the value and what is legal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from harness.errors import ConfigError
+
+
+def one_of(field: str, value, legal: Iterable):
+    """`value` if it is one of `legal`; the error lists the legal values and the nearest one."""
+    legal = list(legal)
+    if isinstance(value, bool) or value not in legal:
+        raise ConfigError(f"{field}={value}: not a legal value.{nearest(value, legal)} Legal: {', '.join(map(str, legal))}.")
+    return value
+
+
+def integer(field: str, value, low: int = 1, optional: bool = False):
+    """`value` if it is an int of at least `low` (or None where that is allowed)."""
+    if optional and value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{field}={value}: needs a whole number of at least {low}{' or null' if optional else ''}.")
+    return value
+
+
+def number(field: str, value, low: float, high: float):
+    """`value` as a float inside [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ConfigError(f"{field}={value}: needs a number from {low} to {high}.")
+    return float(value)
+
+
+def boolean(field: str, value) -> bool:
+    """`value` if it is true or false."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{field}={value}: needs true or false.")
+    return value
+
+
+def nearest(name, known: Iterable) -> str:
+    """` Did you mean X?` for the known names closest to `name`, or nothing."""
+    close = get_close_matches(str(name), [str(k) for k in known], n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(close)}?" if close else ""

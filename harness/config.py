@@ -1,0 +1,74 @@
+"""From a composed configuration to objects and fingerprints. Imports no torch: a stored result is found without it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from harness.checks import boolean, integer, nearest, one_of
+from harness.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS_VERSION = 1  # raised by every change that moves a number, so that no stale result is replayed
+
+
+def build(node, field: str = ""):
+    """Instantiate `node` (a plain container with `_target_` keys), limited to this package's own classes and functions.
+
+    A part whose `bits` is 16 is off and becomes None. Raises ConfigError for a foreign target or an unknown key, naming `field`.
+    """
+    if isinstance(node, list):
+        return [build(item, field) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    target = node.get("_target_")
+    if target is not None and node.get("bits") == 16:
+        return None
+    arguments = {k: build(v, f"{field}.{k}" if field else k) for k, v in node.items() if k != "_target_"}
+    if target is None:
+        return arguments
+    module, _, name = str(target).rpartition(".")
+    if not module.startswith("harness"):
+        raise ConfigError(f"{field}._target_={target}: only classes of this package (harness.*) are built.")
+    try:
+        factory = getattr(import_module(module), name)
+    except (ImportError, AttributeError):
+        raise ConfigError(f"{field}._target_={target}: there is no such class.") from None
+    known = inspect.signature(factory).parameters
+    for key in arguments:
+        if key not in known:
+            raise ConfigError(f"{field}.{key}: {name} has no such field.{nearest(key, known)} Fields: {', '.join(known)}.")
+    return factory(**arguments)
+
+
+def option(group: str, name: str) -> dict:
+    """The settings of one option of a config group, e.g. `option("data", "pydoc")`, as a plain container."""
+    path = ROOT / "conf" / group / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        raise ConfigError(f"{group}={name}: no such option.{nearest(name, known)} Options: {', '.join(known)}.")
+    return OmegaConf.to_container(OmegaConf.load(path))
+
+
+def settings(cfg) -> dict:
+    """The resolved configuration as a plain dict, its root fields checked."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    integer("seed", plain["seed"], low=0)
+    one_of("on_error", plain["on_error"], ("raise", "record"))
+    boolean("force", plain["force"])
+    device = plain["device"]
+    if device not in ("auto", "cpu", "cuda") and not (str(device).startswith("cuda:") and str(device)[5:].isdigit()):
+        raise ConfigError(f"device={device}: needs auto, cpu, cuda or cuda:N.")
+    return plain
+
+
+def fingerprint(*parts) -> str:
+    """Ten hex digits over plain containers; key order does not matter."""
+    text = json.dumps([RESULTS_VERSION, *parts], sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]

@@ -1,0 +1,169 @@
+"""Hadamard matrices of every reachable order, and x H without building H.
+
+    H_n = H_K (x) H_{n/K} / sqrt(n),    n/K a power of two (Sylvester),    K = 1 or a Paley order
+    R   = diag(sigma) H_n,              sigma in {+-1}^n: the randomized Hadamard transform
+
+Rows are vectors: x -> x R. On X = reshape(x, [a, b]) a Kronecker product acts as x (A (x) B) = A^T X B; the transpose on A
+matters, because Paley I is not symmetric. Write n = m 2^k, m odd; K is 1 for m = 1 and else the smallest 4m 2^j dividing n that
+Paley's constructions reach. A fixed cascade of known K (first of 172, 140, ..., 12 that divides) is no substitute: for 25600 it
+stops at 40, whose cofactor 640 is no power of two, where K = 100 works.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from harness.errors import ConfigError
+from harness.linalg.paley import constructible, paley
+
+BACKENDS = ("auto", "kernel", "torch")
+DENSE = 256  # up to this order one matmul beats two smaller ones on a CPU
+KERNEL = range(8, 32769)  # orders the CUDA kernel takes; it pads what is no power of two, which would not be orthogonal
+
+
+def factors(n: int) -> tuple[int, int]:
+    """(K, n / K): the order of the core and of its Sylvester cofactor.
+
+    Raises ConfigError if no matrix of order n can be built; the message lists the divisors of n that can serve as blocks.
+    """
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ConfigError(f"the order of a Hadamard matrix must be a positive integer, got {n!r}")
+    core = _core(n)
+    if core is None:
+        legal = [d for d in range(n // 2, 1, -1) if n % d == 0 and _core(d) is not None]
+        blocks = ", ".join(map(str, [d for d in legal if d >= 16] or legal))
+        way_out = f"use blocks: {blocks}" if blocks else "no block size divides it, use a transform that is not Hadamard"
+        raise ConfigError(f"no Hadamard matrix of order {n} is constructible here; {way_out}")
+    return core, n // core
+
+
+def hadamard(n: int) -> Tensor:
+    """The dense H_n, float64 `[n, n]` on the CPU, entries +-1/sqrt(n). Raises ConfigError for an unreachable order."""
+    core, power = factors(n)
+    with torch.device("cpu"):
+        signs = paley(core) if core > 1 else torch.ones(1, 1, dtype=torch.float64)
+        return torch.kron(signs, _sylvester(power)) / math.sqrt(n)
+
+
+def random_signs(n: int, generator: torch.Generator) -> Tensor:
+    """Independent fair signs, float64 `[n]` of +-1, on the generator's device."""
+    bits = torch.randint(2, (n,), generator=generator, device=generator.device, dtype=torch.float64)
+    return 2.0 * bits - 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Hadamard:
+    """R = diag(signs) H_n, applied to every block of n along the last axis; all blocks share the one matrix.
+
+    n: the block order. signs: `[n]` of +-1, or None for H_n itself.
+    backend: `torch` multiplies by H, in two Kronecker factors if n > 256. `kernel` demands the package fast_hadamard_transform
+    and uses it where it applies, on the power-of-two axis of CUDA tensors up to float32; the rest stays with `torch`. `auto`
+    is `kernel` without the demand. Raises ConfigError for an unreachable order, a wrong sign vector, or a missing kernel.
+    """
+
+    n: int
+    signs: Tensor | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        factors(self.n)
+        if self.signs is not None and (self.signs.shape != (self.n,) or not bool((self.signs.abs() == 1).all())):
+            raise ConfigError(f"signs must be a vector of {self.n} entries +-1, got shape {tuple(self.signs.shape)}")
+        if self.backend not in BACKENDS:
+            raise ConfigError(f"backend={self.backend!r} is unknown; choose from {', '.join(BACKENDS)}")
+        if self.backend == "kernel" and _kernel() is None:
+            raise ConfigError("backend='kernel' needs fast-hadamard-transform, which cannot be imported; use backend='auto'")
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x R block by block. x: `[..., blocks * n]`, any float dtype; same shape and dtype out, computed in float32 at least.
+
+        Raises ConfigError if n does not divide the last dimension.
+        """
+        rows, signs = self._rows(x)
+        product = self._multiply(rows if signs is None else rows * signs, transpose=False)
+        return product.reshape(x.shape).to(x.dtype)
+
+    def apply_transpose(self, x: Tensor) -> Tensor:
+        """x R^T = x R^{-1}; shapes and dtypes as `apply`."""
+        rows, signs = self._rows(x)
+        product = self._multiply(rows, transpose=True)
+        return (product if signs is None else product * signs).reshape(x.shape).to(x.dtype)
+
+    def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """R itself, `[n, n]`, on the CPU."""
+        matrix = hadamard(self.n)
+        return (matrix if self.signs is None else self.signs.to(matrix)[:, None] * matrix).to(dtype)
+
+    def _rows(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x as `[rows, n]` in the dtype to compute in, and the signs beside it."""
+        if x.shape[-1] % self.n:
+            raise ConfigError(f"a Hadamard block of {self.n} does not divide the last dimension {x.shape[-1]}")
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return x.to(wide).reshape(-1, self.n), None if self.signs is None else self.signs.to(x.device, wide)
+
+    def _multiply(self, x: Tensor, transpose: bool) -> Tensor:
+        """x H or x H^T for x `[rows, n]`, as A^T X B or A X B^T on `[rows, a, b]`."""
+        core, power = factors(self.n)
+        fast = self.backend != "torch" and x.is_cuda and x.dtype != torch.float64 and power in KERNEL and _kernel() is not None
+        a, b = (core, power) if fast else _split(self.n)
+        x = x.reshape(-1, a, b)
+        if fast:
+            x = _kernel()(x.contiguous(), 1.0 / math.sqrt(b))
+        else:
+            right = _factor(b, x.dtype, x.device)
+            x = x @ (right.mT if transpose else right)
+        if a > 1:
+            left = _factor(a, x.dtype, x.device)
+            x = (left if transpose else left.mT) @ x
+        return x.reshape(-1, self.n)
+
+
+@cache
+def _core(n: int) -> int | None:
+    """The smallest usable K for order n, or None."""
+    odd = n // (n & -n)
+    if odd == 1:
+        return 1
+    core = 4 * odd
+    while n % core == 0:
+        if constructible(core):
+            return core
+        core *= 2
+    return None
+
+
+@cache
+def _split(n: int) -> tuple[int, int]:
+    """Orders (a, b) of H_n = H_a (x) H_b with the least work a + b per entry; (1, n) where one matmul is best."""
+    _, power = factors(n)
+    if n <= DENSE or power == 1:
+        return 1, n
+    return min(((n // b, b) for b in (2**j for j in range(1, power.bit_length()))), key=sum)
+
+
+def _sylvester(n: int) -> Tensor:
+    """H_{2n} = [[H, H], [H, -H]] from H_1 = 1; float64 `[n, n]` of +-1, n a power of two."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < n:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
+
+
+@lru_cache(maxsize=64)
+def _factor(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # A cached tensor outlives the context it is born in: made under inference mode it could never take part in a backward pass.
+    with torch.inference_mode(False), torch.no_grad():
+        return hadamard(n).to(device, dtype)
+
+
+@cache
+def _kernel():
+    """`hadamard_transform(x, scale)` of fast_hadamard_transform, or None; without its CUDA extension the import fails."""
+    try:
+        from fast_hadamard_transform import hadamard_transform
+    except ImportError:
+        return None
+    return hadamard_transform
