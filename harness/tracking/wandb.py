@@ -1,0 +1,109 @@
+"""Weights & Biases by its own conventions: the id is the run's fingerprint, so a resumed run continues its curves; the group is
+the sweep; the files lie in the run directory, so an offline run travels with it (`wandb sync <run directory>/wandb/offline-*`).
+
+An explicit setting wins; where it is null, W&B's environment variables (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME,
+WANDB_DIR, ...) decide. Without a login, or when the server cannot be reached, the run is written offline.
+
+W&B's global step may never fall, and blocks, optimizer steps and evaluations all count from zero: a shared step would drop
+every family but the longest. So each family of curves `family/*` is drawn over its own `family/index`.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+from harness.errors import ConfigError
+from harness.tracking.base import RunInfo, Tracker, plain, without_secrets
+
+log = logging.getLogger(__name__)
+MODES = ("online", "offline", "shared", "disabled")
+PROJECT = "low-bit"
+INIT_TIMEOUT = "30"  # seconds to reach the server before the run goes offline
+FINISH_TIMEOUT = "60"  # seconds an upload may hold up the end of a run; the files stay on disk
+
+
+class Wandb(Tracker):
+    """One W&B run. project, entity, name, mode: null leaves them to the environment; tags are added to the run's own.
+
+    Raises ConfigError for an unknown mode. `warn` is told when a wished-for online run is written offline.
+    """
+
+    def __init__(
+        self,
+        project: str | None = None,
+        entity: str | None = None,
+        name: str | None = None,
+        mode: str | None = None,
+        tags: Sequence[str] = (),
+        warn: Callable[[str], None] = log.warning,
+    ):
+        if mode is not None and mode not in MODES:
+            raise ConfigError(f"tracking.mode={mode!r} is unknown; choose from {', '.join(MODES)}, or null to let W&B decide")
+        self._project, self._entity, self._name, self._mode = project, entity, name, mode
+        self._tags, self._warn = tuple(tags), warn
+        self._axes: set[str] = set()
+
+    def start(self, config: dict, run: RunInfo) -> None:
+        import wandb
+
+        environment = os.environ.get
+        run.directory.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "id": run.run_id,
+            "resume": "allow",
+            "reinit": "create_new",
+            "project": self._project or environment("WANDB_PROJECT", PROJECT),
+            "entity": self._entity or environment("WANDB_ENTITY"),
+            "name": self._name or environment("WANDB_NAME", run.run_id),
+            "group": run.group or environment("WANDB_RUN_GROUP"),
+            "job_type": environment("WANDB_JOB_TYPE", run.job_type),
+            "tags": [*dict.fromkeys((*run.tags, *self._tags))] or None,
+            "dir": environment("WANDB_DIR", str(run.directory)),
+            "config": plain(without_secrets({**config, "quant_id": run.quant_id})),
+            "settings": wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=float(environment("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)),
+                finish_timeout=float(environment("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT)),
+            ),
+        }
+        try:
+            self._run = wandb.init(mode=self._reachable_mode(wandb), **settings)
+        except Exception as error:
+            # The half-open run keeps its id in use until the service that holds it is gone.
+            wandb.teardown()
+            self._run = wandb.init(mode="offline", **settings)
+            self._warn(f"tracking: W&B did not start ({error}); the run is written offline, `wandb sync` sends it later")
+
+    def log(self, values: dict, step: int) -> None:
+        axes = {}
+        for key in values:
+            family, slash, _ = key.partition("/")
+            axis, curves = (f"{family}/index", f"{family}/*") if slash else ("index", key)
+            if curves not in self._axes:
+                self._axes.add(curves)
+                self._run.define_metric(axis, hidden=True)
+                self._run.define_metric(curves, step_metric=axis)
+            axes[axis] = step
+        self._run.log({**axes, **plain(values)})
+
+    def table(self, name: str, rows: list[dict]) -> None:
+        import wandb
+
+        columns = [*dict.fromkeys(key for row in rows for key in row)]
+        data = [[plain(row.get(column)) for column in columns] for row in rows]
+        self._run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
+
+    def finish(self, summary: dict, status: str = "done") -> None:
+        self._run.summary.update({**plain(summary), "status": status})
+        self._run.finish(exit_code=0 if status == "done" else 1)
+
+    def _reachable_mode(self, wandb) -> str:
+        """The mode asked for, or `offline` where only a login is missing: W&B itself would stop and ask for one."""
+        mode = self._mode or os.environ.get("WANDB_MODE", "online")
+        wandb.setup(wandb.Settings(silent=True, mode=mode))
+        if mode != "online" or wandb.login(prompt=False, verify=False):
+            return mode
+        if self._mode == "online":
+            self._warn("tracking.mode=online needs a W&B login (`wandb login` or WANDB_API_KEY); the run is written offline")
+        return "offline"
