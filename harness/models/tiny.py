@@ -1,0 +1,90 @@
+"""Tiny random models of every family, and a byte tokenizer: a whole run in seconds, with no file and no network.
+
+Two layers, grouped-query attention (6 heads on 2), random everything: a rotation that forgets a bias, a norm weight or a
+query/key norm changes the logits and is caught. For Qwen3 heads * head_dim = 288 differs from the hidden size 192.
+"""
+
+from dataclasses import dataclass
+
+from harness.errors import ConfigError
+from harness.models.load import ModelSource
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
+VOCABULARY = 256 + len(SPECIAL)
+
+
+@dataclass(kw_only=True)
+class Tiny(ModelSource):
+    """A random model drawn from its own generator. `tie`: output head and embedding share one matrix. Nothing is trained."""
+
+    family: str = "llama"
+    tie: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.family not in FAMILIES:
+            raise ConfigError(f"model.family={self.family}: choose one of {', '.join(FAMILIES)}")
+        if not isinstance(self.tie, bool):
+            raise ConfigError(f"model.tie={self.tie}: choose true or false")
+        if type(self.seed) is not int or self.seed < 0:
+            raise ConfigError(f"model.seed={self.seed} must be a whole number from 0 on")
+        self.name = self.name or f"tiny-{self.family}"
+
+    def check(self) -> None:
+        """Nothing can be missing."""
+
+    def config(self):
+        from transformers import AutoConfig
+
+        own = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 48}}.get(self.family, {})
+        shape = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 192,
+            "intermediate_size": 384,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": self.tie,
+            "bos_token_id": 256,
+            "eos_token_id": 257,
+            "pad_token_id": None,
+        }
+        return AutoConfig.for_model(self.family, **shape | own)
+
+    def load(self, device="cpu"):
+        """Weights N(0, 0.05^2), biases N(0, 0.1^2), norm weights 1 + N(0, 0.2^2), drawn in float32 in order of their names."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.random.fork_rng(devices=[]):  # transformers initializes from the global generator
+            model = AutoModelForCausalLM.from_config(self.config(), dtype=torch.float32)
+        generator = torch.Generator().manual_seed(self.seed)
+        with torch.no_grad():
+            for name, parameter in sorted(model.named_parameters()):
+                noise = torch.randn(parameter.shape, generator=generator)
+                if name.endswith("norm.weight"):
+                    parameter.copy_(1 + 0.2 * noise)
+                else:
+                    parameter.copy_((0.1 if name.endswith(".bias") else 0.05) * noise)
+        if self.dtype == "bfloat16":
+            model = model.bfloat16()
+        return self.ready(model, device), byte_tokenizer()
+
+    def fingerprint(self) -> str:
+        return f"tiny-{self.family}(tie={self.tie}, seed={self.seed})"
+
+
+def byte_tokenizer():
+    """One token for each byte of the UTF-8 text (ids 0..255) and two specials, <|bos|> = 256 and <|eos|> = 257."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL)
