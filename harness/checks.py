@@ -1,8 +1,8 @@
-"""Checks of single settings: each returns the value or raises a ConfigError that names the field, the value and what is legal."""
+"""Checks of single settings: each returns the value or raises a ConfigError with the field, the value and what is legal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 from harness.errors import ConfigError
@@ -39,7 +39,14 @@ def boolean(field: str, value) -> bool:
     return value
 
 
+def known_keys(field: str, section: Mapping, known: Iterable[str]) -> None:
+    """Refuse a key that nothing would read."""
+    for key in section:
+        if key not in known:
+            raise ConfigError(f"{field}{key}: no such setting.{nearest(key, known)} Known: {', '.join(known)}.")
+
+
 def nearest(name, known: Iterable) -> str:
     """` Did you mean X?` for the known names closest to `name`, or nothing."""
-    close = get_close_matches(str(name), [str(k) for k in known], n=3, cutoff=0.6)
+    close = get_close_matches(str(name), dict.fromkeys(str(k) for k in known), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(close)}?" if close else ""

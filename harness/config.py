@@ -11,25 +11,27 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from harness.checks import boolean, integer, nearest, one_of
+from harness.checks import boolean, integer, known_keys, nearest, one_of
 from harness.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
+SECTIONS = ("model", "data", "format", "transform", "solver", "eval", "export", "tracking",
+            "seed", "device", "on_error", "force", "run_root")
 RESULTS_VERSION = 1  # raised by every change that moves a number, so that no stale result is replayed
 
 
 def build(node, field: str = ""):
-    """Instantiate `node` (a plain container with `_target_` keys), limited to this package's own classes and functions.
+    """Instantiate `node` (a plain container with `_target_` keys), limited to this package's classes and functions.
 
-    A part whose `bits` is 16 is off and becomes None. Raises ConfigError for a foreign target or an unknown key, naming `field`.
+    A part whose `bits` is 16 is off and becomes None. Raises ConfigError for a foreign target or an unknown key of `field`.
     """
     if isinstance(node, list):
         return [build(item, field) for item in node]
     if not isinstance(node, Mapping):
         return node
-    target = node.get("_target_")
-    if target is not None and node.get("bits") == 16:
+    if node.get("bits") == 16:
         return None
+    target = node.get("_target_")
     arguments = {k: build(v, f"{field}.{k}" if field else k) for k, v in node.items() if k != "_target_"}
     if target is None:
         return arguments
@@ -44,7 +46,10 @@ def build(node, field: str = ""):
     for key in arguments:
         if key not in known:
             raise ConfigError(f"{field}.{key}: {name} has no such field.{nearest(key, known)} Fields: {', '.join(known)}.")
-    return factory(**arguments)
+    try:
+        return factory(**arguments)
+    except ConfigError as error:  # a class knows its fields, only the configuration knows where they stand
+        raise ConfigError(str(error).replace(f"{name}: ", f"{field}.", 1)) from None
 
 
 def option(group: str, name: str) -> dict:
@@ -59,6 +64,7 @@ def option(group: str, name: str) -> dict:
 def settings(cfg) -> dict:
     """The resolved configuration as a plain dict, its root fields checked."""
     plain = OmegaConf.to_container(cfg, resolve=True)
+    known_keys("", plain, SECTIONS)
     integer("seed", plain["seed"], low=0)
     one_of("on_error", plain["on_error"], ("raise", "record"))
     boolean("force", plain["force"])

@@ -1,0 +1,186 @@
+"""Quantize a model block by block while the calibration activations stream through it.
+
+For each site of a block, in the order of the forward: collect statistics, solve, swap the weights, go on with what was
+quantized. A finished block is on disk before the next one begins; a block found there is loaded and replayed by the same
+arithmetic, so an interrupted run ends with the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from harness.calibration.statistics import Statistics
+from harness.calibration.stream import Stream
+from harness.formats import QTensor, Scheme
+from harness.models.families import Adapter, Site
+from harness.models.quant_linear import QuantLinear, SiteInput
+from harness.solvers import Problem, Solver
+from harness.store import Run
+from harness.transforms import Placement, fold
+
+
+def place(adapter: Adapter, placement: Placement) -> None:
+    """Swap every linear for a QuantLinear with its site's codec, its weight folded in float64. No quantizer is on yet."""
+    for index, block in enumerate(adapter.blocks):
+        for site in adapter.family.sites:
+            linears = adapter.linears(index, site)
+            codec = placement.site(site.name)
+            shared = SiteInput(len(linears), codec)
+            for name, linear in linears.items():
+                weight = linear.weight.data
+                if codec is not None:
+                    weight = fold({name: weight.double()}, placement, {name: site.name})[name].to(weight.dtype)
+                bias = None if linear.bias is None else linear.bias.data
+                block.set_submodule(name, QuantLinear(weight, bias, shared))
+
+
+@torch.no_grad()
+def quantize(adapter: Adapter, scheme: Scheme, solver: Solver | None, windows: Tensor, run: Run,
+             done: Callable[[int, list[dict]], None]) -> None:
+    """Solve every block of a placed model and switch its activation quantizers on.
+
+    windows: calibration token ids [N, L]; solver None: only activation scales are taken. Solved blocks go to `run` and
+    come from it when they are there. `done(index, layers)` is called after each block with its per-linear report.
+    """
+    count = len(adapter.blocks)
+    missing = any(run.load_block(i) is None for i in range(count))
+    stream = Stream(adapter, windows) if missing else None
+    for index in range(count):
+        solved = _Block(adapter, scheme, solver, index, run.load_block(index))
+        if stream is not None:
+            solved.walk(stream)
+        else:
+            solved.install()
+        if solved.found is None:
+            run.save_block(index, solved.tensors, {"layers": solved.layers})
+        done(index, solved.layers)
+    for index in range(count):
+        for site in _inputs(adapter, index).values():
+            site.format = scheme.act
+
+
+def _inputs(adapter: Adapter, index: int) -> dict[str, SiteInput]:
+    """Site name -> the SiteInput that its linears share."""
+    return {s.name: next(iter(adapter.linears(index, s).values())).site for s in adapter.family.sites}
+
+
+class _Block:
+    """One block on its way from float to quantized: either solved now, or installed from what was `found` on disk."""
+
+    def __init__(self, adapter: Adapter, scheme: Scheme, solver: Solver | None, index: int, found):
+        self.adapter, self.scheme, self.solver, self.index, self.found = adapter, scheme, solver, index, found
+        self.block = adapter.blocks[index]
+        self.inputs = _inputs(adapter, index)
+        self.tensors: dict[str, Tensor] = {}
+        self.layers: list[dict] = []
+        if found is not None:
+            self.tensors, self.layers = found[0], found[1]["layers"]
+
+    def walk(self, stream: Stream) -> None:
+        """Pass the stream through, solving each site on the way (or all of them first, for `sequencing: block`)."""
+        branches = self.adapter.family.branches
+        if self.found is None and self.solver is not None and self.solver.sequencing == "block":
+            gathered = self._gather(stream)
+            for site in self.adapter.family.sites:
+                self._settle(site, gathered[site.name])
+        for branch in branches:
+            for site, activations in ((branch.entry, stream.entry), (branch.exit, stream.exit)):
+                pending = f"{site.name}.amax" not in self.tensors
+                statistics = self._statistics(site, stream) if pending else None
+                read = []
+                if pending or site is branch.exit:
+                    for x in activations(self.block, branch):
+                        if pending:
+                            self._observe(site, statistics, x)
+                        if site is branch.exit:
+                            read.append(x)
+                if pending:
+                    self._settle(site, statistics)
+                elif self.found is not None:
+                    self._install(site)
+            stream.close(self.block, branch, read)
+
+    def install(self) -> None:
+        """Load all sites from what was found; nothing is streamed."""
+        for site in self.adapter.family.sites:
+            self._install(site)
+
+    def _gather(self, stream: Stream) -> dict[str, Statistics]:
+        """Statistics of all sites from one pass of the unquantized block, which leaves the stream where it is."""
+        statistics = {site.name: self._statistics(site, stream) for site in self.adapter.family.sites}
+        handles = []
+        for site in self.adapter.family.sites:
+            reader = self.block.get_submodule(site.linears[0])
+            observe = lambda _, args, site=site: self._observe(site, statistics[site.name], args[0])  # noqa: E731
+            handles.append(reader.register_forward_pre_hook(observe))
+        for hidden, context in zip(stream.hidden, stream.context):
+            self.block(hidden, **context)
+        for handle in handles:
+            handle.remove()
+        return statistics
+
+    def _statistics(self, site: Site, stream: Stream) -> Statistics:
+        reader: QuantLinear = self.block.get_submodule(site.linears[0])
+        hessian = self.solver is not None and "hessian" in self.solver.needs
+        return Statistics(reader.in_features, stream.tokens, reader.weight.device, hessian)
+
+    def _observe(self, site: Site, statistics: Statistics, x: Tensor) -> None:
+        x = self.inputs[site.name].encode(x)
+        act = self.scheme.act
+        product_of = None
+        if statistics.hessian is not None and self.solver.hessian_input == "quantized" and act is not None:
+            # the final static scale is not known before the last micro-batch; each one's own range stands in for it
+            product_of = act.fake(x, global_scale=act.global_from_amax(x.abs().amax().float()))
+        statistics.add(x, product_of)
+
+    def _settle(self, site: Site, statistics: Statistics) -> None:
+        """Solve a site from its statistics, report on it, swap the weights in."""
+        statistics.finish()
+        self.tensors[f"{site.name}.amax"] = statistics.amax.reshape(1)
+        linears = {n: self.block.get_submodule(n) for n in site.linears}
+        before = {n: linear.weight for n, linear in linears.items()}
+        solution = None
+        if self.solver is not None:
+            formats = dict.fromkeys(before, self.scheme.weight)
+            solution = self.solver.solve(Problem(before, formats, statistics.hessian))
+            for name, quantized in solution.qtensors.items():
+                for key, value in quantized.state().items():
+                    self.tensors[f"{name}.{key}"] = value
+        self._install(site)
+        act = self.scheme.act
+        sample = statistics.sample
+        read = sample
+        if act is not None:
+            read = act.fake(sample, global_scale=self.inputs[site.name].global_scale)
+        for name, linear in linears.items():
+            wanted = sample.float() @ before[name].float().T
+            error = _relative(read.float() @ linear.weight.float().T, wanted)
+            noise = _relative(linear.weight.float(), before[name].float())
+            row = {"name": self.adapter.name(self.index, name), "rel_error": error}
+            row["sqnr_db"] = None if noise == 0 else -10 * float(torch.log10(torch.tensor(noise)))
+            if solution is not None:
+                row |= {"bits": solution.qtensors[name].bits(), "weights": linear.weight.numel(), **solution.report}
+            self.layers.append(row)
+
+    def _install(self, site: Site) -> None:
+        """Give the site its activation scale and its linears their quantized weights, from `self.tensors`."""
+        act = self.scheme.act
+        shared = self.inputs[site.name]
+        if act is not None and act.needs_static:
+            device = self.block.get_submodule(site.linears[0]).weight.device
+            shared.global_scale = act.global_from_amax(self.tensors[f"{site.name}.amax"].to(device))
+        if self.solver is None:
+            return
+        for name in site.linears:
+            linear: QuantLinear = self.block.get_submodule(name)
+            prefix = f"{name}."
+            state = {key.removeprefix(prefix): t for key, t in self.tensors.items() if key.startswith(prefix)}
+            linear.load(QTensor.from_state(self.scheme.weight, state, linear.weight.shape, linear.weight.dtype))
+
+
+def _relative(got: Tensor, wanted: Tensor) -> float:
+    """|got - wanted|^2 / |wanted|^2, a plain ratio."""
+    return float((got - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30))

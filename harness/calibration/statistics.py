@@ -1,0 +1,52 @@
+"""What a solver may know of a site's activation: Hessian, largest magnitude, a sample of rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PANEL = 384  # columns of X^T X computed at a time: wide enough for the matmul, narrow enough to skip half of the square
+SAMPLE_ROWS = 256
+
+
+class Statistics:
+    """Running statistics of one site over the calibration tokens.
+
+    hessian: [n, n] float32, `2/N sum x^T x` once `finish()` was called (None unless needed); amax: [] float32;
+    sample: up to 256 rows [s, n], evenly spread over the tokens, for measuring output errors.
+    """
+
+    def __init__(self, width: int, tokens: int, device, hessian: bool):
+        self.hessian = torch.zeros(width, width, device=device) if hessian else None
+        self.amax = torch.zeros((), device=device)
+        self.tokens = 0
+        self._stride = max(1, tokens // SAMPLE_ROWS)
+        self._rows: list[Tensor] = []
+
+    def add(self, x: Tensor, product_of: Tensor | None = None) -> None:
+        """Take in activations [..., n]; the Hessian sees `product_of` instead when the quantized input is asked for."""
+        x = x.reshape(-1, x.shape[-1])
+        low, high = torch.aminmax(x)
+        self.amax = torch.maximum(self.amax, torch.maximum(-low, high).float())
+        self._rows.append(x[:: self._stride].clone())
+        self.tokens += len(x)
+        if self.hessian is not None:
+            z = (x if product_of is None else product_of.reshape(x.shape)).float()
+            for lo in range(0, z.shape[1], PANEL):
+                # the product is symmetric: each panel of rows stops at its own diagonal block
+                hi = lo + PANEL
+                self.hessian[lo:hi, :hi].addmm_(z[:, lo:hi].T, z[:, :hi])
+
+    @property
+    def sample(self) -> Tensor:
+        """The kept rows [s, n] in the activations' dtype."""
+        return torch.cat(self._rows)
+
+    def finish(self) -> None:
+        """Mirror the half that was computed and scale to the mean. Raises nothing; call once."""
+        if self.hessian is not None:
+            self.hessian.tril_()
+            diagonal = self.hessian.diagonal().clone()
+            self.hessian += self.hessian.T.clone()
+            self.hessian.diagonal().copy_(diagonal)
+            self.hessian *= 2.0 / self.tokens

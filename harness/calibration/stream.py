@@ -1,0 +1,81 @@
+"""Calibration activations, carried through a model block by block.
+
+Blocks are walked branch by branch, `h <- h + module(norm(h))`, in micro-batches: the entry site is the norm's output, the
+exit site is what the branch's last linear is about to read. Stopping there lets a solver quantize that linear before it
+runs, so one forward serves both statistics and propagation, and replaying finished blocks does the same arithmetic.
+Rejected: holding each micro-batch in a paused thread (same memory, more machinery), one whole-batch forward (four times
+the intermediate activations).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from harness.models.families import Adapter, Branch
+
+
+class _Reached(Exception):
+    """Carries the arguments with which a module was about to be called; the module does not run."""
+
+    def __init__(self, args: tuple, kwargs: dict):
+        super().__init__()
+        self.args, self.kwargs = args, kwargs
+
+
+def arguments_at(module: nn.Module, run) -> tuple[tuple, dict]:
+    """Call `run()` up to the moment `module` would be entered; returns that call's (args, kwargs)."""
+
+    def stop(_, args, kwargs):
+        raise _Reached(args, kwargs)
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        run()
+    except _Reached as reached:
+        return reached.args, reached.kwargs
+    finally:
+        handle.remove()
+    raise RuntimeError(f"the forward never reached {type(module).__name__}")
+
+
+class Stream:
+    """Hidden states [b, L, hidden] of all calibration windows, in micro-batches of at most `tokens_at_once` tokens."""
+
+    def __init__(self, adapter: Adapter, windows: Tensor, tokens_at_once: int = 2048):
+        """windows: token ids [N, L]. Runs the embedding (and the rotary table) once."""
+        self.adapter = adapter
+        self.tokens = windows.numel()
+        device = next(adapter.model.parameters()).device
+        self.hidden: list[Tensor] = []
+        self.context: list[dict] = []
+        for batch in windows.split(max(1, tokens_at_once // windows.shape[1])):
+            ids = batch.to(device)
+            args, kwargs = arguments_at(adapter.blocks[0], lambda ids=ids: adapter.backbone(input_ids=ids, use_cache=False))
+            kwargs = dict(kwargs)
+            self.hidden.append((args[0] if args else kwargs.pop("hidden_states")).clone())
+            self.context.append(kwargs)
+
+    def entry(self, block: nn.Module, branch: Branch) -> Iterator[Tensor]:
+        """The branch's entry activations, one micro-batch at a time."""
+        norm = block.get_submodule(branch.entry.norm)
+        for hidden in self.hidden:
+            yield norm(hidden)
+
+    def exit(self, block: nn.Module, branch: Branch) -> Iterator[Tensor]:
+        """What the branch's last linear is about to read, one micro-batch at a time."""
+        module, last = block.get_submodule(branch.module), block.get_submodule(branch.exit.linears[0])
+        for context, x in zip(self.context, self.entry(block, branch)):
+            args, _ = arguments_at(last, lambda x=x, context=context: module(x, **(context if branch.context else {})))
+            yield args[0]
+
+    def close(self, block: nn.Module, branch: Branch, read: list[Tensor]) -> None:
+        """Run the last linear on `read` (emptied on the way) and add the branch to the residual stream, in place."""
+        last = block.get_submodule(branch.exit.linears[0])
+        for hidden in self.hidden:
+            hidden += last(read.pop(0))
+
+    def advance(self, block: nn.Module, branch: Branch) -> None:
+        """Pass the stream through a finished branch."""
+        self.close(block, branch, list(self.exit(block, branch)))

@@ -1,0 +1,1 @@
+"""What a model is worth: perplexity, and later zero-shot accuracy and divergence."""

@@ -1,0 +1,54 @@
+"""Turns Hydra's composition errors into one line that names the field and the nearest names that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+
+from harness.checks import nearest
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def explain(error: Exception, arguments: list[str]) -> str:
+    """A readable message for a HydraException or OmegaConf error raised while composing `arguments`."""
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read; write group=option or field=value, and quote what holds spaces or brackets."
+    text = f"{error}\n{error.__cause__ or ''}"
+    if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
+        group, name = match.groups()
+        folder = CONF.parent / "sweeps" if group == "sweeps" else CONF / group
+        known = sorted(p.stem for p in folder.glob("*.yaml"))
+        return f"{group}={name}: no such option.{nearest(name, known)} Options: {', '.join(known)}."
+    if match := re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text):
+        key = match.group(1)
+        known = _keys(_compose(arguments, key))
+        groups = [p.name for p in CONF.iterdir() if p.is_dir()] + ["sweeps"]
+        return f"{key}: no such setting.{nearest(key, [*known, *groups])} `python run.py --cfg job` lists all."
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(dict.fromkeys(lines))
+
+
+def _compose(arguments: list[str], failed: str) -> DictConfig:
+    """The configuration without values: the chosen options only, so that their own keys can be suggested."""
+    choices = [a for a in arguments if re.fullmatch(r"\w+=[\w-]+", a) and not a.startswith(f"{failed}=")]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            return compose("config", overrides=choices)
+        except HydraException:
+            return compose("config")
+
+
+def _keys(config: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for key in config:
+        name = f"{prefix}{key}"
+        keys.append(name)
+        value = config._get_node(key)
+        if OmegaConf.is_dict(value) and not value._is_none():
+            keys += _keys(value, f"{name}.")
+    return keys

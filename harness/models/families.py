@@ -1,0 +1,141 @@
+"""Model families as data: where the blocks are, which linears read one activation, and what feeds them.
+
+A *site* is one activation tensor with the linears that read it. A decoder block is a chain of residual *branches*
+`h <- h + module(norm(h))`; each branch has an entry site (read right after the norm) and an exit site (read by the last
+linear of the branch). Nothing else of the project knows a module name.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from harness.checks import nearest
+from harness.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Site:
+    """One activation tensor: `linears` are block-relative module names that read it, `fed_by` those whose outputs make it
+    by a linear path (v feeds o; up feeds down), `norm` the norm right before it (None inside a branch)."""
+
+    name: str
+    linears: tuple[str, ...]
+    norm: str | None = None
+    fed_by: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Branch:
+    """`h <- h + module(norm(h))`; `context` says whether the module takes the positional arguments of attention."""
+
+    module: str
+    entry: Site
+    exit: Site
+    context: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """A decoder architecture: block-relative branches and the absolute names of what stands outside the blocks."""
+
+    name: str
+    branches: tuple[Branch, ...]
+    blocks: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    qk_norm: bool = False
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites of a block in the order in which the forward reaches them."""
+        return tuple(site for branch in self.branches for site in (branch.entry, branch.exit))
+
+
+_LLAMA = Family(
+    "llama",
+    branches=(
+        Branch(
+            "self_attn",
+            entry=Site("attn_in", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), norm="input_layernorm"),
+            exit=Site("o_in", ("self_attn.o_proj",), fed_by=("self_attn.v_proj",)),
+            context=True,
+        ),
+        Branch(
+            "mlp",
+            entry=Site("mlp_in", ("mlp.gate_proj", "mlp.up_proj"), norm="post_attention_layernorm"),
+            exit=Site("down_in", ("mlp.down_proj",), fed_by=("mlp.up_proj",)),
+        ),
+    ),
+)
+FAMILIES = {
+    family.name: family
+    for family in (
+        _LLAMA,
+        replace(_LLAMA, name="mistral"),
+        replace(_LLAMA, name="qwen2"),
+        replace(_LLAMA, name="qwen3", qk_norm=True),
+    )
+}
+
+
+def family_of(config) -> Family:
+    """The family of a transformers config. Raises ConfigError with the known ones when the architecture is not declared."""
+    kind = getattr(config, "model_type", None)
+    if kind not in FAMILIES:
+        raise ConfigError(
+            f"model: architecture '{kind}' is not declared.{nearest(kind, FAMILIES)} Known: {', '.join(FAMILIES)}. "
+            "A new one is a Family in harness/models/families.py."
+        )
+    return FAMILIES[kind]
+
+
+def skeleton(config):
+    """A one-block model of this config without memory (meta device): real module shapes before any weight is loaded."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    one = copy.deepcopy(config)
+    one.num_hidden_layers = 1
+    if getattr(one, "layer_types", None):
+        one.layer_types = one.layer_types[:1]
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(one)
+
+
+class Adapter:
+    """A loaded model seen through its family: blocks, branches, sites and the linears at them."""
+
+    def __init__(self, model):
+        self.model = model
+        self.family = family_of(model.config)
+
+    @property
+    def blocks(self):
+        """The decoder blocks, in order."""
+        return self.model.get_submodule(self.family.blocks)
+
+    @property
+    def backbone(self):
+        """The model without its head: tokens [B, L] -> hidden states [B, L, hidden]."""
+        return self.model.get_submodule(self.family.blocks.rpartition(".")[0])
+
+    @property
+    def head(self):
+        """The output projection: hidden states -> logits."""
+        return self.model.get_submodule(self.family.head)
+
+    def name(self, index: int, linear: str) -> str:
+        """The absolute name of a block-relative module."""
+        return f"{self.family.blocks}.{index}.{linear}"
+
+    def linears(self, index: int, site: Site) -> dict:
+        """Block-relative name -> module for the linears that read `site` in block `index`."""
+        block = self.blocks[index]
+        return {name: block.get_submodule(name) for name in site.linears}
+
+    def width(self, site: Site, index: int = 0) -> int:
+        """Features of the site's activation, from the module that reads it (never from hidden_size)."""
+        return self.blocks[index].get_submodule(site.linears[0]).in_features

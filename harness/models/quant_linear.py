@@ -1,0 +1,69 @@
+"""QuantLinear, the only module swapped into a model, and SiteInput, what happens to an activation before it is read.
+
+    y = Q_a(x E) W_q^T + b
+
+x E and Q_a belong to the site, not to the linear: q, k and v read one tensor, so it is encoded and quantized once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from harness.formats import Format, QTensor
+from harness.transforms import Codec
+
+
+class SiteInput(nn.Module):
+    """Encode, then quantize, an activation [..., n]; the result is kept until all `readers` linears have read it."""
+
+    def __init__(self, readers: int, codec: Codec | None = None, format: Format | None = None):
+        super().__init__()
+        self.readers, self.codec, self.format = readers, codec, format
+        self.register_buffer("global_scale", None)
+        self._seen: Tensor | None = None
+        self._read: Tensor | None = None
+        self._left = 0
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x E, before any quantizer: what a solver's statistics see."""
+        return x if self.codec is None else self.codec.encode(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._seen is not x:
+            y = self.encode(x)
+            if self.format is not None:
+                y = self.format.fake(y, ste=torch.is_grad_enabled(), global_scale=self.global_scale)
+            self._seen, self._read, self._left = x, y, self.readers
+        read = self._read
+        self._left -= 1
+        if self._left == 0:
+            self._seen = self._read = None
+        return read
+
+
+class QuantLinear(nn.Module):
+    """A linear whose weight [out, in] is a dequantized QTensor (or a folded float weight) and whose input is its site's."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, site: SiteInput | None):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.site = site
+
+    @property
+    def in_features(self) -> int:
+        """n, the features it reads."""
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """The features it writes."""
+        return self.weight.shape[0]
+
+    def load(self, quantized: QTensor) -> None:
+        """Take the values of a QTensor; codes and scales stay on disk, so the model is in memory once."""
+        self.weight = quantized.dequantize().to(self.weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x if self.site is None else self.site(x), self.weight, self.bias)

@@ -1,0 +1,27 @@
+"""The end of a multirun: one table of all jobs, failed ones included, and the exit status that `on_error` asks for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from hydra.experimental.callback import Callback
+
+from harness.report.table import sweep_table
+from harness.store import read_json, write_json
+
+
+def record(sweep: Path, job: int, row: dict) -> None:
+    """Keep a job's row until the sweep ends; jobs may run in other processes."""
+    write_json(sweep / f"{job:05d}.json", {"job": job, **row})
+
+
+class SweepTable(Callback):
+    """Hydra calls this once all jobs have ended."""
+
+    def on_multirun_end(self, config, **kwargs) -> None:
+        """Print the table; exit with status 1 when a job failed and `on_error=raise`."""
+        rows = [read_json(path) for path in sorted(Path(config.hydra.sweep.dir).glob("[0-9]*.json"))]
+        sweep_table([row for row in rows if row])
+        if config.on_error == "raise" and any(row["status"] != "done" for row in rows if row):
+            sys.exit(1)

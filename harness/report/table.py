@@ -1,0 +1,64 @@
+"""The tables that end a run and a sweep."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+def _number(value, digits: int = 4) -> str:
+    return "" if value is None else f"{value:.{digits}f}" if math.isfinite(value) else str(value)
+
+
+def run_table(metrics: dict, directory: Path, console: Console | None = None) -> None:
+    """One row a stage: perplexities, difference to the baseline, bits per weight, seconds, peak memory."""
+    console = console or Console()
+    stages = metrics["stages"]
+    corpora = list(dict.fromkeys(c for stage in stages.values() for c in stage["ppl"]))
+    baseline = stages.get("baseline", {}).get("ppl", {})
+    table = Table(title=" · ".join(f"{g}={o}" for g, o in metrics["choices"].items() if o), title_justify="left")
+    table.add_column("stage")
+    for corpus in corpora:
+        table.add_column(f"ppl {corpus}", justify="right")
+        table.add_column("Δ", justify="right")
+    for column in ("bits/weight", "seconds", "peak MB"):
+        table.add_column(column, justify="right")
+    for name, stage in stages.items():
+        cells = [name]
+        for corpus in corpora:
+            ppl, base = stage["ppl"].get(corpus), baseline.get(corpus)
+            cells += [_number(ppl), "" if name == "baseline" or None in (ppl, base) else f"{ppl - base:+.4f}"]
+        bits = metrics["bits_per_weight"] if name in ("quantized", "exported") else None
+        peak = metrics["peak_memory_mb"] if name == list(stages)[-1] else None
+        table.add_row(*cells, _number(bits, 2), _number(metrics["seconds"].get(name), 1), _number(peak, 0))
+    console.print(table)
+    seconds = ", ".join(f"{stage} {s:.1f}" for stage, s in metrics["seconds"].items())
+    console.print(f"seconds: {seconds}", highlight=False)
+    for warning in metrics.get("warnings", []):
+        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+    console.print(f"run directory: {directory}", highlight=False, soft_wrap=True)
+
+
+def sweep_table(rows: list[dict], console: Console | None = None) -> None:
+    """One row a job: {"overrides", "run_id", "status", "stored", "ppl": {corpus: x}, "bits_per_weight", "error"}."""
+    console = console or Console()
+    corpora = list(dict.fromkeys(c for row in rows for c in row.get("ppl", {})))
+    table = Table(title=f"{len(rows)} jobs, {sum(row['status'] != 'done' for row in rows)} failed", title_justify="left")
+    table.add_column("job")
+    table.add_column("overrides", overflow="fold")
+    table.add_column("status")
+    for corpus in corpora:
+        table.add_column(f"ppl {corpus}", justify="right")
+    table.add_column("bits/weight", justify="right")
+    table.add_column("run, or the error", overflow="fold")
+    for row in rows:
+        status = "stored" if row.get("stored") else row["status"]
+        table.add_row(
+            str(row["job"]), " ".join(row["overrides"]), status, *(_number(row.get("ppl", {}).get(c)) for c in corpora),
+            _number(row.get("bits_per_weight"), 2), row.get("error") or row.get("run_id") or "",
+            style="red" if row["status"] != "done" else None,
+        )
+    console.print(table)

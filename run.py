@@ -1,0 +1,79 @@
+"""The command line: compose the configuration, hand it over, turn the outcome into a table and an exit status.
+
+Exit status: 0 done (failures recorded under on_error=record too), 1 a run failed, 2 the configuration or an input is wrong.
+Imports no torch: help, completion and stored results answer at once.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf.errors import OmegaConfBaseException
+
+ROOT = Path(__file__).resolve().parent
+GROUPS = ("model", "data", "format", "transform", "solver", "eval", "export", "tracking", "experiment", "sweeps")
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def job(cfg) -> None:
+    """One run, or one job of a sweep; a sweep's job never raises, so that the others finish."""
+    from harness.errors import ConfigError, DataError
+    from harness.pipeline import execute
+    from harness.report.sweep import record
+    from harness.report.table import run_table
+
+    hydra_cfg = HydraConfig.get()
+    choices = {group: hydra_cfg.runtime.choices.get(group) for group in GROUPS}
+    sweep = Path(hydra_cfg.sweep.dir) if hydra_cfg.mode == RunMode.MULTIRUN else None
+    if sweep is None:
+        try:
+            outcome = execute(cfg, choices)
+        except (ConfigError, DataError) as error:  # here, for Hydra would announce the exception on its way out
+            sys.exit(refuse(error))
+        run_table(outcome.metrics, outcome.run.path)
+        if outcome.status == "failed":
+            print(f"{outcome.error}\nThe traceback is in {outcome.run.path / 'status.json'}.", file=sys.stderr)
+            sys.exit(1 if cfg.on_error == "raise" else 0)
+        return
+    row = {"overrides": list(hydra_cfg.overrides.task)}
+    try:
+        outcome = execute(cfg, choices, sweep=sweep.name)
+        last = list(outcome.metrics["stages"].values())[-1:]
+        row |= {"status": outcome.status, "stored": outcome.stored, "run_id": outcome.run.path.name, "error": outcome.error,
+                "ppl": last[0]["ppl"] if last else {}, "bits_per_weight": outcome.metrics["bits_per_weight"]}
+    except (ConfigError, DataError) as error:
+        row |= {"status": "failed", "error": str(error)}
+    except Exception as error:
+        row |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+    record(sweep, hydra_cfg.job.num, row)
+
+
+def refuse(message: object) -> int:
+    """Say what is wrong with the configuration or an input; the exit status for that."""
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def main() -> int:
+    """The exit status of a command line."""
+    os.environ["HARNESS_ROOT"] = str(ROOT)
+    os.environ.setdefault("HARNESS_SWEEP", time.strftime("%Y%m%d-%H%M%S"))
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the message below is ours
+    try:
+        job()
+    except (HydraException, OmegaConfBaseException) as error:
+        from harness.hints import explain
+
+        return refuse(explain(error, sys.argv[1:]))
+    except OSError as error:
+        return refuse(f"{error.filename}: {error.strerror}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Speed and memory as ratios measured in one run: `make bench`, or one part with `make bench ARGS=evaluation`.
+
+Parts: evaluation (NVFP4 W4A4 forward against the float32 forward of the same windows, pair by pair), gptq (CPU seconds of
+quantizing against the sum of what cannot be avoided, measured beside it), memory (peak resident memory of quantizing
+against the parts it has to hold). Nothing else should run on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from harness.blockwise import place, quantize
+from harness.calibration.corpus import Pydoc
+from harness.calibration.statistics import Statistics
+from harness.calibration.windows import tokenize, windows
+from harness.config import build, option
+from harness.evaluation.perplexity import window_losses
+from harness.formats import Scheme
+from harness.models.families import Adapter
+from harness.solvers import GPTQ, RTN
+from harness.store import Run
+from harness.transforms import Placement
+
+CALIBRATION = (32, 512)
+EVALUATION = (4, 2048)
+
+
+def nvfp4() -> Scheme:
+    return Scheme(**{k: build(v) for k, v in option("format", "nvfp4").items() if k in ("weight", "act")})
+
+
+def load():
+    model, tokenizer = build(option("model", "smollm2_135m")).load()
+    return model, {part: tokenize(tokenizer, Pydoc().text(part)) for part in ("calibration", "evaluation")}
+
+
+def quantized(model, scheme: Scheme, solver, calibration) -> Adapter:
+    adapter = Adapter(model)
+    place(adapter, Placement())
+    with tempfile.TemporaryDirectory() as folder:
+        quantize(adapter, scheme, solver, calibration, Run(Path(folder)), lambda index, layers: None)
+    return adapter
+
+
+def row(name: str, figure: float, unit: str = "", bound: str = "") -> None:
+    print(f"{name:<58} {figure:>10.2f} {unit:<8} {bound}", flush=True)
+
+
+def evaluation() -> None:
+    model, tokens = load()
+    cut = windows(tokens["evaluation"], EVALUATION[1], EVALUATION[0])
+    other = quantized(copy.deepcopy(model), nvfp4(), RTN(), windows(tokens["calibration"], 512, 4))
+    plain = Adapter(model)
+    for threads, clock, bound in ((1, time.process_time, "at most 1.25, aim 1.15"), (2, time.perf_counter, "aim 1.35")):
+        torch.set_num_threads(threads)
+        window_losses(plain, cut[:1, :512])
+        seconds = [0.0, 0.0]
+        for window in cut:
+            for side, adapter in enumerate((plain, other)):
+                start = clock()
+                window_losses(adapter, window[None])
+                seconds[side] += clock() - start
+        row(f"float32 forward, {cut.numel()} tokens, {threads} thread(s)", seconds[0], "s")
+        row(f"NVFP4 W4A4 forward, {threads} thread(s)", seconds[1], "s")
+        row(f"ratio on {threads} thread(s)", seconds[1] / seconds[0], "", bound)
+
+
+@torch.no_grad()
+def gptq() -> None:
+    torch.set_num_threads(1)
+    model, tokens = load()
+    calibration = windows(tokens["calibration"], CALIBRATION[1], CALIBRATION[0])
+    adapter = Adapter(model)
+    widths = [adapter.width(site) for site in adapter.family.sites]
+    rows = [sum(m.out_features for m in adapter.linears(0, s).values()) for s in adapter.family.sites]
+
+    clock = time.process_time
+    start = clock()
+    for batch in calibration.split(4):
+        adapter.backbone(input_ids=batch, use_cache=False)
+    forward = clock() - start
+
+    inputs = [torch.randn(4 * CALIBRATION[1], n) for n in widths]
+    start = clock()
+    for x in inputs:
+        h = torch.zeros(x.shape[1], x.shape[1])
+        for _ in range(len(calibration) // 4):
+            h.addmm_(x.T, x)
+    products = (clock() - start) * len(adapter.blocks)
+    start = clock()
+    for x in inputs:
+        statistics = Statistics(x.shape[1], calibration.numel(), x.device, hessian=True)
+        for _ in range(len(calibration) // 4):
+            statistics.add(x)
+    ours = (clock() - start) * len(adapter.blocks)
+
+    start = clock()
+    for x, out in zip(inputs, rows):
+        bare_updates(x.T @ x, torch.randn(x.shape[1], out))
+    updates = (clock() - start) * len(adapter.blocks)
+    floor = forward + products + updates
+    row(f"floor: one float32 forward of {calibration.numel()} tokens", forward, "CPU s")
+    row("floor: Hessian products as full matmuls", products, "CPU s")
+    row("   (ours, half of the square, with maxima and samples)", ours, "CPU s")
+    row("floor: factorizations and bare updates", updates, "CPU s")
+    row("floor", floor, "CPU s")
+
+    start = clock()
+    place(adapter, Placement())
+    with tempfile.TemporaryDirectory() as folder:
+        quantize(adapter, nvfp4(), GPTQ(), calibration, Run(Path(folder)), lambda index, layers: None)
+    total = clock() - start
+    row("NVFP4 W4A4 GPTQ, all blocks", total, "CPU s", "FP-Quant 319, llm-compressor 189 (elsewhere)")
+    row("ratio to the floor", total / floor, "", "at most 1.6")
+
+
+def bare_updates(h: torch.Tensor, w: torch.Tensor, block: int = 32) -> None:
+    """What no GPTQ can do without: the factor of H and the error feedback, [in, rows], without any rounding."""
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    for lo in range(0, len(w), block):
+        hi = lo + block
+        for i in range(lo, hi):
+            w[i + 1 : hi].addmm_(u[i, i + 1 : hi, None], w[i, None], alpha=-1)
+        w[hi:].addmm_(u[lo:hi, hi:].T, w[lo:hi], alpha=-1)
+
+
+def memory() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model, _ = load()
+        model.save_pretrained(folder)
+        del model
+        output = subprocess.run([sys.executable, __file__, "_peak", folder], check=True, capture_output=True, text=True).stdout
+    libraries, weights, block, activations, hessians, peak = map(float, output.split()[-6:])
+    for name, value in (("model", weights), ("block", block), ("activations", activations), ("3 Hessians", hessians)):
+        row(f"memory held: {name}", value, "MB")
+    row("importing the libraries", libraries, "MB")
+    row("peak resident while quantizing", peak, "MB")
+    row("(peak - libraries) / held", (peak - libraries) / (weights + block + activations + hessians), "", "at most 1.25")
+
+
+def _peak(folder: str) -> None:
+    """In a process of its own: quantize, print the parts and the peak in MB."""
+    import transformers
+
+    torch.set_num_threads(1)
+    libraries = _resident("VmRSS")
+    tokens = tokenize(build(option("model", "tiny")).load()[1], Pydoc().text("calibration"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    adapter = Adapter(model)
+    calibration = windows(tokens, CALIBRATION[1], CALIBRATION[0])
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    block = sum(p.numel() * p.element_size() for p in adapter.blocks[0].parameters()) / 2**20
+    activations = calibration.numel() * model.config.hidden_size * 4 / 2**20
+    hessians = 3 * max(adapter.width(s) for s in adapter.family.sites) ** 2 * 4 / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # loading is not what is measured: forget its peak
+    place(adapter, Placement())
+    with tempfile.TemporaryDirectory() as store:
+        quantize(adapter, nvfp4(), GPTQ(), calibration, Run(Path(store)), lambda index, layers: None)
+    print(libraries, weights, block, activations, hessians, _resident("VmHWM"))
+
+
+def _resident(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+PARTS = {"evaluation": evaluation, "gptq": gptq, "memory": memory}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["_peak"]:
+        _peak(sys.argv[2])
+    else:
+        parser = argparse.ArgumentParser(description=__doc__)
+        parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"any of {', '.join(PARTS)}")
+        for part in parser.parse_args().parts:
+            PARTS[part]()

@@ -1,0 +1,37 @@
+"""Composing the real configuration inside a test."""
+
+import os
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+
+ROOT = Path(__file__).parent.parent
+GROUPS = ("model", "data", "format", "transform", "solver", "eval", "export", "tracking", "experiment", "sweeps")
+SMALL = [
+    "model=tiny",
+    "tracking=local",
+    "data.calibration.windows=6",
+    "data.calibration.length=64",
+    "eval.perplexity.windows=2",
+    "eval.perplexity.length=128",
+]
+
+
+def composed(*overrides: str):
+    """(configuration, {group: option}) of `python run.py overrides`."""
+    os.environ["HARNESS_ROOT"] = str(ROOT)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
+    choices = {group: cfg.hydra.runtime.choices.get(group) for group in GROUPS}
+    HydraConfig.instance().cfg = None
+    del os.environ["HARNESS_ROOT"]
+    plain = {k: v for k, v in cfg.items() if k != "hydra"}
+    from omegaconf import OmegaConf
+
+    return OmegaConf.create(plain), choices
+
+
+def small(tmp_path, *overrides: str):
+    """A run on the tiny model that takes about a second, with its results under tmp_path."""
+    return composed(*SMALL, f"run_root={tmp_path / 'runs'}", *overrides)

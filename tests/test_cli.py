@@ -1,0 +1,104 @@
+"""The command line as a person meets it: exit statuses, messages without tracebacks, sweeps, interruption by kill -9."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from composed import ROOT, SMALL
+
+
+def command(tmp_path, *arguments, **kwargs):
+    env = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, str(ROOT / "run.py"), *arguments]
+    return subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def test_one_run_and_the_stored_result(tmp_path):
+    first = command(tmp_path, *SMALL)
+    assert first.returncode == 0, first.stderr
+    for word in ("baseline", "quantized", "ppl pydoc", "bits/weight", "run directory", "peak MB"):
+        assert word in first.stdout
+    (directory,) = (p for p in (tmp_path / "runs").iterdir() if not p.name.startswith("_"))
+    for name in ("config.yaml", "environment.json", "status.json", "metrics.json", "events.jsonl", "blocks/0001.safetensors"):
+        assert (directory / name).is_file()
+    before = (directory / "metrics.json").stat().st_mtime_ns
+    again = command(tmp_path, *SMALL)
+    assert again.returncode == 0
+    assert again.stdout == first.stdout
+    assert (directory / "metrics.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["format=nvfp5"], ["format=nvfp5", "nvfp4"]),
+        (["format.weight.bitz=4"], ["format.weight.bitz", "format.weight.bits"]),
+        (["sovler=rtn"], ["sovler", "solver"]),
+        (["solver.damp=lots"], ["solver.damp=lots"]),
+        (["format.weight.group_size=7"], ["format.weight.group_size"]),
+        (["seed=[1"], ["seed=[1"]),
+        (["run_root=/proc/nowhere"], ["run_root=/proc/nowhere"]),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_readable_message(tmp_path, arguments, names):
+    got = command(tmp_path, *SMALL, *arguments)
+    assert got.returncode == 2
+    assert "Traceback" not in got.stderr
+    assert got.stdout == ""
+    assert len(got.stderr.strip().splitlines()) == 1, got.stderr
+    for name in names:
+        assert name in got.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sweep_records_the_impossible_job_and_skips_what_is_done(tmp_path):
+    line = ["-m", *SMALL, "format=int4", "solver=rtn,gptq", "format.weight.group_size=64,7,32"]
+    first = command(tmp_path, *line)
+    assert first.returncode == 1, first.stderr
+    assert "6 jobs, 2 failed" in first.stdout
+    assert "format.weight.group_size=7" in first.stdout
+    metrics = list((tmp_path / "runs").glob("*/metrics.json"))
+    assert len(metrics) == 4
+    times = {p: p.stat().st_mtime_ns for p in metrics}
+    again = command(tmp_path, *line, "on_error=record")
+    assert again.returncode == 0
+    assert again.stdout.count("stored") == 4
+    assert {p: p.stat().st_mtime_ns for p in metrics} == times
+
+
+def test_named_sweep(tmp_path):
+    got = command(tmp_path, "-m", *SMALL, "sweeps=group_size")
+    assert got.returncode == 0, got.stderr
+    assert "4 jobs, 0 failed" in got.stdout
+
+
+def test_kill_minus_nine_loses_nothing(tmp_path):
+    line = [*SMALL, "data.calibration.windows=64", "data.calibration.length=256"]
+    whole = command(tmp_path, *line, "run_root=whole")
+    assert whole.returncode == 0, whole.stderr
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *line, "run_root=killed"], cwd=tmp_path, env=env,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob("killed/*/blocks/0000.safetensors")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = command(tmp_path, *line, "run_root=killed")
+    assert resumed.returncode == 0, resumed.stderr
+    a, b = (json.loads(next(tmp_path.glob(f"{root}/*/metrics.json")).read_text()) for root in ("whole", "killed"))
+    for key in ("stages", "layers", "bits_per_weight", "run_id", "status"):
+        assert a[key] == b[key]
+
+
+def test_help_needs_no_torch(tmp_path):
+    call = f"runpy.run_path({str(ROOT / 'run.py')!r}, run_name='__main__')"
+    code = f"import sys, runpy; sys.argv = ['run.py', '--cfg', 'job']; {call}"
+    probe = f"try:\n  {code}\nexcept SystemExit: pass\nassert not {{'torch', 'transformers'}} & set(sys.modules)"
+    got = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True)
+    assert got.returncode == 0, got.stderr
+    assert "format:" in got.stdout

@@ -1,0 +1,47 @@
+"""Every YAML of conf/ and sweeps/ composes, and what it describes can be built and checked."""
+
+import pytest
+from composed import ROOT, composed
+from omegaconf import OmegaConf
+
+from harness.config import build, fingerprint, option
+from harness.errors import ConfigError
+
+OPTIONS = [(p.parent.name, p.stem) for p in sorted((ROOT / "conf").glob("*/*.yaml")) + sorted((ROOT / "sweeps").glob("*.yaml"))]
+GATED = {"hf"}
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS, ids="/".join)
+def test_option_composes_and_says_what_it_is(group, name):
+    cfg, choices = composed(f"{group}={name}")
+    assert choices[group] == name
+    folder = ROOT / group if group == "sweeps" else ROOT / "conf" / group
+    lines = [line for line in (folder / f"{name}.yaml").read_text().splitlines() if not line.startswith("# @package")]
+    assert lines[0].startswith("# "), "the first comment says what the option is"
+    if group not in ("sweeps", "experiment"):
+        assert cfg[group].name if name != "tiny" and group in ("transform", "solver", "format", "eval", "export") else True
+
+
+@pytest.mark.parametrize(("group", "name"), [o for o in OPTIONS if o[0] in ("transform", "solver", "format")], ids="/".join)
+def test_option_builds_and_round_trips(group, name):
+    settings = {k: v for k, v in option(group, name).items() if k not in ("name", "defaults")}
+    cfg, _ = composed(f"{group}={name}")
+    settings = {k: v for k, v in OmegaConf.to_container(cfg[group], resolve=True).items() if k != "name"}
+    if settings.get("_target_", True):
+        build(settings, group)
+
+
+def test_foreign_targets_are_not_built():
+    with pytest.raises(ConfigError, match=r"os\.system"):
+        build({"_target_": "os.system", "command": "true"}, "solver")
+
+
+def test_unknown_fields_get_the_nearest_name():
+    with pytest.raises(ConfigError, match=r"solver\.dampp.*damp"):
+        build({"_target_": "harness.solvers.GPTQ", "dampp": 1}, "solver")
+
+
+def test_fingerprint_ignores_order_but_no_value():
+    assert fingerprint({"a": 1, "b": [2, 3]}) == fingerprint({"b": [2, 3], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+    assert fingerprint([1, 2]) != fingerprint([2, 1])
