@@ -7,6 +7,7 @@ arithmetic, so an interrupted run ends with the same bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -32,7 +33,7 @@ def place(adapter: Adapter, placement: Placement) -> None:
             for name, linear in linears.items():
                 weight = linear.weight.data
                 if codec is not None:
-                    weight = fold({name: weight.double()}, placement, {name: site.name})[name].to(weight.dtype)
+                    weight.copy_(fold({name: weight.double()}, placement, {name: site.name})[name])
                 bias = None if linear.bias is None else linear.bias.data
                 block.set_submodule(name, QuantLinear(weight, bias, shared))
 
@@ -81,27 +82,25 @@ class _Block:
 
     def walk(self, stream: Stream) -> None:
         """Pass the stream through, solving each site on the way (or all of them first, for `sequencing: block`)."""
-        branches = self.adapter.family.branches
         if self.found is None and self.solver is not None and self.solver.sequencing == "block":
             gathered = self._gather(stream)
             for site in self.adapter.family.sites:
                 self._settle(site, gathered[site.name])
-        for branch in branches:
+        for branch in self.adapter.family.branches:
             for site, activations in ((branch.entry, stream.entry), (branch.exit, stream.exit)):
                 pending = f"{site.name}.amax" not in self.tensors
-                statistics = self._statistics(site, stream) if pending else None
-                read = []
-                if pending or site is branch.exit:
-                    for x in activations(self.block, branch):
-                        if pending:
-                            self._observe(site, statistics, x)
-                        if site is branch.exit:
-                            read.append(x)
                 if pending:
+                    statistics = self._statistics(site, stream)
+                    for x in activations(self.block, branch):
+                        self._observe(site, statistics, x)
                     self._settle(site, statistics)
-                elif self.found is not None:
+                    continue
+                if self.found is not None:
                     self._install(site)
-            stream.close(self.block, branch, read)
+                if site is branch.exit:
+                    for _ in stream.exit(self.block, branch):
+                        pass
+            stream.close(self.block, branch)
 
     def install(self) -> None:
         """Load all sites from what was found; nothing is streamed."""
@@ -141,29 +140,24 @@ class _Block:
         statistics.finish()
         self.tensors[f"{site.name}.amax"] = statistics.amax.reshape(1)
         linears = {n: self.block.get_submodule(n) for n in site.linears}
-        before = {n: linear.weight for n, linear in linears.items()}
-        solution = None
+        sample = statistics.sample
+        wanted = {n: sample @ linear.weight.float().T for n, linear in linears.items()}
+        reports = {n: {"name": self.adapter.name(self.index, n)} for n in linears}
         if self.solver is not None:
-            formats = dict.fromkeys(before, self.scheme.weight)
-            solution = self.solver.solve(Problem(before, formats, statistics.hessian))
+            weights = {n: linear.weight for n, linear in linears.items()}
+            formats = dict.fromkeys(weights, self.scheme.weight)
+            solution = self.solver.solve(Problem(weights, formats, statistics.hessian))
             for name, quantized in solution.qtensors.items():
-                for key, value in quantized.state().items():
-                    self.tensors[f"{name}.{key}"] = value
+                self.tensors |= {f"{name}.{key}": value for key, value in quantized.state().items()}
+                noise = _relative(quantized.dequantize(), weights[name])
+                reports[name] |= {"sqnr_db": -10 * math.log10(noise) if noise else None, "bits": quantized.bits(),
+                                  "weights": weights[name].numel(), **solution.report}
         self._install(site)
         act = self.scheme.act
-        sample = statistics.sample
-        read = sample
-        if act is not None:
-            read = act.fake(sample, global_scale=self.inputs[site.name].global_scale)
+        read = sample if act is None else act.fake(sample, global_scale=self.inputs[site.name].global_scale)
         for name, linear in linears.items():
-            wanted = sample.float() @ before[name].float().T
-            error = _relative(read.float() @ linear.weight.float().T, wanted)
-            noise = _relative(linear.weight.float(), before[name].float())
-            row = {"name": self.adapter.name(self.index, name), "rel_error": error}
-            row["sqnr_db"] = None if noise == 0 else -10 * float(torch.log10(torch.tensor(noise)))
-            if solution is not None:
-                row |= {"bits": solution.qtensors[name].bits(), "weights": linear.weight.numel(), **solution.report}
-            self.layers.append(row)
+            reports[name]["rel_error"] = _relative(read @ linear.weight.float().T, wanted[name])
+        self.layers += reports.values()
 
     def _install(self, site: Site) -> None:
         """Give the site its activation scale and its linears their quantized weights, from `self.tensors`."""
@@ -178,9 +172,11 @@ class _Block:
             linear: QuantLinear = self.block.get_submodule(name)
             prefix = f"{name}."
             state = {key.removeprefix(prefix): t for key, t in self.tensors.items() if key.startswith(prefix)}
-            linear.load(QTensor.from_state(self.scheme.weight, state, linear.weight.shape, linear.weight.dtype))
+            quantized = QTensor.from_state(self.scheme.weight, state, linear.weight.shape, linear.weight.dtype)
+            linear.load(quantized.dequantize())
 
 
 def _relative(got: Tensor, wanted: Tensor) -> float:
     """|got - wanted|^2 / |wanted|^2, a plain ratio."""
-    return float((got - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30))
+    wanted = wanted.float()
+    return float((got.float() - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30))

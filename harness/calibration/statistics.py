@@ -13,7 +13,7 @@ class Statistics:
     """Running statistics of one site over the calibration tokens.
 
     hessian: [n, n] float32, `2/N sum x^T x` once `finish()` was called (None unless needed); amax: [] float32;
-    sample: up to 256 rows [s, n], evenly spread over the tokens, for measuring output errors.
+    sample: every k-th token's row [s, n] float32, at least 256 where there are so many, for measuring output errors.
     """
 
     def __init__(self, width: int, tokens: int, device, hessian: bool):
@@ -21,14 +21,16 @@ class Statistics:
         self.amax = torch.zeros((), device=device)
         self.tokens = 0
         self._stride = max(1, tokens // SAMPLE_ROWS)
-        self._rows: list[Tensor] = []
+        self._sample = torch.empty(-(-tokens // self._stride), width, device=device)
 
     def add(self, x: Tensor, product_of: Tensor | None = None) -> None:
         """Take in activations [..., n]; the Hessian sees `product_of` instead when the quantized input is asked for."""
         x = x.reshape(-1, x.shape[-1])
         low, high = torch.aminmax(x)
         self.amax = torch.maximum(self.amax, torch.maximum(-low, high).float())
-        self._rows.append(x[:: self._stride].clone())
+        first = -(-self.tokens // self._stride)
+        rows = x[first * self._stride - self.tokens :: self._stride]
+        self._sample[first : first + len(rows)] = rows
         self.tokens += len(x)
         if self.hessian is not None:
             z = (x if product_of is None else product_of.reshape(x.shape)).float()
@@ -39,14 +41,12 @@ class Statistics:
 
     @property
     def sample(self) -> Tensor:
-        """The kept rows [s, n] in the activations' dtype."""
-        return torch.cat(self._rows)
+        """The kept rows [s, n], float32."""
+        return self._sample
 
     def finish(self) -> None:
         """Mirror the half that was computed and scale to the mean. Raises nothing; call once."""
         if self.hessian is not None:
-            self.hessian.tril_()
-            diagonal = self.hessian.diagonal().clone()
-            self.hessian += self.hessian.T.clone()
-            self.hessian.diagonal().copy_(diagonal)
+            for lo in range(PANEL, len(self.hessian), PANEL):
+                self.hessian[:lo, lo : lo + PANEL] = self.hessian[lo : lo + PANEL, :lo].T
             self.hessian *= 2.0 / self.tokens

@@ -41,21 +41,32 @@ def arguments_at(module: nn.Module, run) -> tuple[tuple, dict]:
 
 
 class Stream:
-    """Hidden states [b, L, hidden] of all calibration windows, in micro-batches of at most `tokens_at_once` tokens."""
+    """Hidden states of all calibration windows [N, L, hidden], walked in micro-batches of at most `tokens_at_once` tokens.
+
+    What outlives a micro-batch lies in one allocation each, so that the temporaries between reuse the same memory.
+    """
 
     def __init__(self, adapter: Adapter, windows: Tensor, tokens_at_once: int = 2048):
         """windows: token ids [N, L]. Runs the embedding (and the rotary table) once."""
         self.adapter = adapter
         self.tokens = windows.numel()
-        device = next(adapter.model.parameters()).device
-        self.hidden: list[Tensor] = []
+        self._batch = max(1, tokens_at_once // windows.shape[1])
         self.context: list[dict] = []
-        for batch in windows.split(max(1, tokens_at_once // windows.shape[1])):
+        device = next(adapter.model.parameters()).device
+        for index, batch in enumerate(windows.split(self._batch)):
             ids = batch.to(device)
             args, kwargs = arguments_at(adapter.blocks[0], lambda ids=ids: adapter.backbone(input_ids=ids, use_cache=False))
             kwargs = dict(kwargs)
-            self.hidden.append((args[0] if args else kwargs.pop("hidden_states")).clone())
+            embedded = args[0] if args else kwargs.pop("hidden_states")
+            if index == 0:
+                self._hidden = embedded.new_empty(*windows.shape, embedded.shape[-1])
+            self.hidden[index].copy_(embedded)
             self.context.append(kwargs)
+
+    @property
+    def hidden(self) -> tuple[Tensor, ...]:
+        """The residual stream, a view a micro-batch."""
+        return self._hidden.split(self._batch)
 
     def entry(self, block: nn.Module, branch: Branch) -> Iterator[Tensor]:
         """The branch's entry activations, one micro-batch at a time."""
@@ -64,18 +75,16 @@ class Stream:
             yield norm(hidden)
 
     def exit(self, block: nn.Module, branch: Branch) -> Iterator[Tensor]:
-        """What the branch's last linear is about to read, one micro-batch at a time."""
+        """What the branch's last linear is about to read, one micro-batch at a time; kept until `close`."""
         module, last = block.get_submodule(branch.module), block.get_submodule(branch.exit.linears[0])
-        for context, x in zip(self.context, self.entry(block, branch)):
+        self._read = self._hidden.new_empty(*self._hidden.shape[:2], last.in_features)
+        for context, x, kept in zip(self.context, self.entry(block, branch), self._read.split(self._batch)):
             args, _ = arguments_at(last, lambda x=x, context=context: module(x, **(context if branch.context else {})))
-            yield args[0]
+            yield kept.copy_(args[0])
 
-    def close(self, block: nn.Module, branch: Branch, read: list[Tensor]) -> None:
-        """Run the last linear on `read` (emptied on the way) and add the branch to the residual stream, in place."""
+    def close(self, block: nn.Module, branch: Branch) -> None:
+        """Run the last linear on what `exit` kept and add the branch to the residual stream, in place."""
         last = block.get_submodule(branch.exit.linears[0])
-        for hidden in self.hidden:
-            hidden += last(read.pop(0))
-
-    def advance(self, block: nn.Module, branch: Branch) -> None:
-        """Pass the stream through a finished branch."""
-        self.close(block, branch, list(self.exit(block, branch)))
+        for hidden, read in zip(self.hidden, self._read.split(self._batch)):
+            hidden += last(read)
+        del self._read

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from harness.formats import Format, QTensor
+from harness.formats import Format
 from harness.transforms import Codec
 
 
@@ -61,9 +61,9 @@ class QuantLinear(nn.Module):
         """The features it writes."""
         return self.weight.shape[0]
 
-    def load(self, quantized: QTensor) -> None:
-        """Take the values of a QTensor; codes and scales stay on disk, so the model is in memory once."""
-        self.weight = quantized.dequantize().to(self.weight.device)
+    def load(self, values: Tensor) -> None:
+        """Take dequantized values [out, in] into the weight's own memory, so that the model is in memory once."""
+        self.weight.copy_(values)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x if self.site is None else self.site(x), self.weight, self.bias)

@@ -16,7 +16,6 @@ Source: GPTQ (arXiv 2210.17323); static activation reordering from MR-GPTQ (arXi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -89,7 +88,7 @@ class GPTQ(Solver):
         else:
             lattice = _Static(problem, names, rows, scales, groups, order)
         quantized = torch.empty_like(work)
-        _columns(work, quantized, unit, lattice, self.block)
+        _Columns(work, quantized, unit, lattice, self.block).solve(0, len(work))
 
         solved = torch.empty_like(quantized)
         solved[order] = quantized
@@ -101,16 +100,21 @@ class GPTQ(Solver):
 
     def _factor(self, hessian: Tensor, dead: Tensor, order: Tensor) -> tuple[Tensor | None, float | None]:
         """U of the damped, ordered Hessian with rows scaled to unit diagonal, and the damping that it took."""
+        backwards = order.flip(0)
         for dtype in dict.fromkeys((self._dtype, torch.float64)):
             damp = self.damp
             while True:
                 damped = hessian.to(dtype, copy=True)
                 damped.diagonal()[dead] = 1
                 damped.diagonal().add_(damp * damped.diagonal().mean())
-                factor, info = torch.linalg.cholesky_ex(damped[order][:, order].flip(0, 1))
+                damped = damped[backwards[:, None], backwards]
+                factor, info = torch.linalg.cholesky_ex(damped)
+                del damped  # a Hessian is the largest thing a solver holds
                 if info == 0 and factor.isfinite().all():
                     eye = torch.eye(len(factor), dtype=dtype, device=factor.device)
-                    upper = torch.linalg.solve_triangular(factor, eye, upper=False).flip(0, 1)
+                    upper = torch.linalg.solve_triangular(factor, eye, upper=False)
+                    del factor, eye
+                    upper = upper.flip(0, 1)
                     upper /= upper.diagonal()[:, None].clone()
                     if upper.isfinite().all():
                         return upper.to(self._dtype), damp
@@ -136,9 +140,6 @@ class _Static:
             snap, _, _, index = self.parts[0]
             joined = [[torch.cat(ts) for ts in zip(*parts)] for parts in zip(*(p[2] for p in self.parts))]
             self.parts = [(snap, sum(rows), joined, index)]
-
-    def enter(self, lo: int, hi: int, work: Tensor) -> None:
-        """Static scales need no look at the current weights."""
 
     def snap(self, i: int, column: Tensor, out: Tensor) -> None:
         """Round ordered column i [rows] onto its lattice, into `out`."""
@@ -186,31 +187,33 @@ class _Dynamic:
         return Scales(torch.cat([s.scale for s in found], -1), zero, found[0].global_scale)
 
 
-def _columns(work: Tensor, quantized: Tensor, unit: Tensor, lattice, block: int) -> None:
+class _Columns:
     """The loop over columns. work [in, rows] holds w on entry and d = w - q on return; quantized [in, rows] receives q.
 
-    unit [in, in]: U with unit diagonal.
+    unit [in, in]: U with unit diagonal. block: columns solved one by one between matrix products.
     """
-    columns, outputs = work.unbind(0), quantized.unbind(0)
-    snap: Callable = lattice.snap
 
-    def segment(lo: int, hi: int) -> None:
-        group = lattice.group
-        if group and hi - lo == group:
-            lattice.enter(lo, hi, work)
-        if hi - lo > block or (group and hi - lo > group):
-            step = group if group and hi - lo > group else 1
-            mid = lo + step * ((hi - lo) // step // 2)
-            segment(lo, mid)
+    def __init__(self, work: Tensor, quantized: Tensor, unit: Tensor, lattice, block: int):
+        self.work, self.unit, self.lattice, self.block = work, unit, lattice, block
+        self.columns, self.outputs = work.unbind(0), quantized.unbind(0)
+
+    def solve(self, lo: int, hi: int) -> None:
+        """Columns lo..hi, all errors of earlier columns having arrived there."""
+        work, unit, group = self.work, self.unit, self.lattice.group
+        if group == hi - lo:
+            self.lattice.enter(lo, hi, work)
+        crossing = group is not None and hi - lo > group
+        if crossing or hi - lo > self.block:
+            step = group if crossing else 1
+            mid = lo + (hi - lo) // step // 2 * step
+            self.solve(lo, mid)
             work[mid:hi].addmm_(unit[lo:mid, mid:hi].T, work[lo:mid], alpha=-1)
-            segment(mid, hi)
+            self.solve(mid, hi)
             return
         errors, coefficients = work[lo:hi].T, unit[lo:hi, lo:hi].T.contiguous()
         for k in range(hi - lo):
-            column, output = columns[lo + k], outputs[lo + k]
+            column, output = self.columns[lo + k], self.outputs[lo + k]
             if k:
                 column.addmv_(errors[:, :k], coefficients[k, :k], alpha=-1)
-            snap(lo + k, column, output)
+            self.lattice.snap(lo + k, column, output)
             column -= output
-
-    segment(0, len(work))
