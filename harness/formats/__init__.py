@@ -1,0 +1,44 @@
+"""Number formats: tensors to codes and scales and back, exact to the last bit.
+
+base (Format)  qtensor (QTensor, Scales)  grids (element casts)  integer  floating -> fp4, nvfp4 -> fouroversix, mxfp
+observers (minmax, mse)  packing (nibbles)  scheme (the formats of a model)
+"""
+
+from harness.formats.base import Format, straight_through
+from harness.formats.fouroversix import FourOverSix
+from harness.formats.fp4 import FP4
+from harness.formats.grids import E2M1, E2M3, E3M2, E4M3, E5M2, Grid
+from harness.formats.integer import Integer
+from harness.formats.mxfp import MX
+from harness.formats.nvfp4 import NVFP4
+from harness.formats.observers import MSE, absmax, error
+from harness.formats.packing import pack_nibbles, pack_words, unpack_nibbles, unpack_words
+from harness.formats.qtensor import QTensor, Scales
+from harness.formats.scheme import KVCache, Scheme
+
+__all__ = [
+    "E2M1",
+    "E2M3",
+    "E3M2",
+    "E4M3",
+    "E5M2",
+    "FP4",
+    "MSE",
+    "MX",
+    "NVFP4",
+    "Format",
+    "FourOverSix",
+    "Grid",
+    "Integer",
+    "KVCache",
+    "QTensor",
+    "Scales",
+    "Scheme",
+    "absmax",
+    "error",
+    "pack_nibbles",
+    "pack_words",
+    "straight_through",
+    "unpack_nibbles",
+    "unpack_words",
+]

@@ -1,0 +1,219 @@
+"""Format: how a tensor becomes codes and scales.
+
+The last axis of a tensor is split in groups that share one scale:
+
+    x [*lead, n]  ->  blocks [*lead, groups, group]        scale, zero: [*lead, groups]
+
+(granularity `tensor` has one group over everything: blocks [1, .., 1, numel], scale [1, .., 1]). A format is four maps:
+`scales` observes the groups; `lattice` turns stored scales into the tensors the arithmetic needs; `snap` moves x to the
+nearest lattice point; `encode`/`decode` do the same through integer codes. `fake` is snap alone, in pieces that fit a
+cache, and equals `quantize(x).dequantize()` in every bit. Zeros come out as +0.
+
+All arithmetic is float32 unless compute_dtype=input (that of x), with one cast to x's dtype at the end.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from harness.checks import boolean, integer, one_of
+from harness.errors import ConfigError, DataError
+from harness.formats.observers import MSE
+from harness.formats.qtensor import QTensor, Scales
+
+CHUNK = 2**17  # elements worked on at once on a CPU, so that input, output and one temporary stay in its cache
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """The knobs that all formats share.
+
+    granularity: tensor | channel (weight row) | token (activation row) | group (of group_size elements).
+    observer: minmax | mse (its knobs in `mse`). compute_dtype: float32 | input. pad: error | zero, for a last axis that the
+    group does not divide. role: weight | activation; a weight must be finite, and degenerate integer groups differ.
+    """
+
+    bits: int = 4
+    granularity: str = "group"
+    group_size: int | None = None
+    symmetric: bool = True
+    observer: str = "minmax"
+    mse: MSE | Mapping = field(default_factory=MSE)
+    compute_dtype: str = "float32"
+    pad: str = "error"
+    role: str = "weight"
+
+    signed = False  # whether codes are two's complement integers
+    needs_static = False  # whether scales need a calibrated global_scale
+
+    def __post_init__(self):
+        name = type(self).__name__
+        if not isinstance(self.mse, MSE):
+            object.__setattr__(self, "mse", MSE.of(self.mse, f"{name}: mse"))
+        self._choose("granularity", "tensor", "channel", "token", "group")
+        boolean(f"{name}: symmetric", self.symmetric)
+        self._choose("observer", "minmax", "mse")
+        self._choose("compute_dtype", "float32", "input")
+        self._choose("pad", "error", "zero")
+        self._choose("role", "weight", "activation")
+        integer(f"{name}: group_size", self.group_size, optional=True)
+        if (self.role, self.granularity) in (("weight", "token"), ("activation", "channel")):
+            other = {"token": "channel", "channel": "token"}[self.granularity]
+            raise ConfigError(f"{name}: granularity={self.granularity} is not for role={self.role}; set granularity={other}.")
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ConfigError(
+                f"{name}: group_size={self.group_size} contradicts granularity={self.granularity}: "
+                "a group needs a size, and nothing else has one (group_size=null)."
+            )
+
+    def _choose(self, field: str, *legal) -> None:
+        """Refuse a value of `field` that is not one of `legal`."""
+        one_of(f"{type(self).__name__}: {field}", getattr(self, field), legal)
+
+    @property
+    def zero_bits(self) -> int:
+        return self.bits
+
+    # geometry
+
+    def group(self, n: int) -> int:
+        """Elements that share a scale on a last axis of n. Raises ConfigError where they do not divide n and pad=error."""
+        self.check(n, f"{type(self).__name__}.group_size", "tensor")
+        return self.group_size or n
+
+    def check(self, in_features: int, field: str, where: str) -> None:
+        """Refuse a width the group does not divide. field: config field to name; where: site whose width it is."""
+        if self.group_size and self.pad == "error" and in_features % self.group_size:
+            dividing = [d for d in range(1, in_features + 1) if in_features % d == 0]
+            raise ConfigError(
+                f"{field}={self.group_size} does not divide the width {in_features} of {where}; sizes that do: "
+                f"{', '.join(map(str, dividing))} (or set {field.rpartition('.')[0] or 'the format'}.pad=zero)"
+            )
+
+    def _split(self, x: Tensor) -> Tensor:
+        """x [*lead, n] -> blocks [*lead, groups, group], a view where there is nothing to pad."""
+        if self.granularity == "tensor":
+            return x.reshape(*[1] * x.ndim, -1)
+        group = self.group(x.shape[-1])
+        if x.shape[-1] % group:
+            x = torch.nn.functional.pad(x, (0, -x.shape[-1] % group))
+        return x.reshape(*x.shape[:-1], -1, group)
+
+    def _join(self, blocks: Tensor, shape: torch.Size) -> Tensor:
+        """Inverse of _split."""
+        if self.granularity == "tensor":
+            return blocks.reshape(shape)
+        return blocks.flatten(-2)[..., : shape[-1]]
+
+    def _compute(self, dtype: torch.dtype) -> torch.dtype:
+        """Dtype of the scales' arithmetic for a tensor stored as dtype."""
+        return torch.float32 if self.compute_dtype == "float32" else dtype
+
+    def _element(self, dtype: torch.dtype) -> torch.dtype:
+        """Dtype of the elements' arithmetic."""
+        return self._compute(dtype)
+
+    # the four maps
+
+    def scales(self, x: Tensor, global_scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Scales:
+        """Scales of x [*lead, n] by the observer.
+
+        global_scale: given for NVFP4 with a static or shared one. dtype: dtype of the stored tensor where x is a float32
+        working copy of it. Raises DataError if x is a weight that is not finite.
+        """
+        if self.role == "weight" and not torch.isfinite(x).all():
+            bad = int((~torch.isfinite(x)).sum())
+            raise DataError(f"{bad} of {x.numel()} values of a weight are NaN or Inf; mend or exclude it before quantizing")
+        global_scale = self._global(x, global_scale)
+        return self._scales(self._split(x), global_scale, dtype or x.dtype)
+
+    def global_from_amax(self, amax: Tensor) -> Tensor | None:
+        """The global scale (float32 [1], or amax's shape from one dimension on) of a tensor whose max |x| is amax."""
+        return None
+
+    def _global(self, x: Tensor, given: Tensor | None) -> Tensor | None:
+        return None
+
+    @abstractmethod
+    def _scales(self, blocks: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Scales:
+        """Scales of blocks [*lead, groups, group] of a tensor stored as dtype."""
+
+    @abstractmethod
+    def lattice(self, scales: Scales, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        """What snap needs, each [*lead, groups], in the arithmetic's dtype (that of x where compute_dtype=input)."""
+
+    @abstractmethod
+    def snap(self, x: Tensor, *lattice: Tensor, out: Tensor | None = None) -> Tensor:
+        """The lattice point nearest to x, in x's units; elementwise with broadcasting. out may be x."""
+
+    @abstractmethod
+    def _encode(self, x: Tensor, *lattice: Tensor) -> Tensor:
+        """Code of the lattice point nearest to x, elementwise."""
+
+    @abstractmethod
+    def _decode(self, codes: Tensor, *lattice: Tensor) -> Tensor:
+        """Lattice point of a code, elementwise."""
+
+    def encode(self, x: Tensor, scales: Scales) -> Tensor:
+        """Codes [*lead, n] (int8 or uint8) of x [*lead, n]."""
+        dtype = self._element(x.dtype)
+        lattice = (t.unsqueeze(-1) for t in self.lattice(scales, dtype))
+        return self._join(self._encode(self._split(x).to(dtype), *lattice), x.shape)
+
+    def decode(self, codes: Tensor, scales: Scales, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Values [*lead, n] of codes [*lead, n], in dtype."""
+        lattice = (t.unsqueeze(-1) for t in self.lattice(scales, self._element(dtype)))
+        return self._join(self._decode(self._split(codes), *lattice), codes.shape).to(dtype)
+
+    def quantize(
+        self,
+        x: Tensor,
+        scales: Scales | None = None,
+        global_scale: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> QTensor:
+        """x [*lead, n] as codes; `scales` are frozen ones (of a solver), dtype that of the stored tensor if not x's."""
+        scales = scales or self.scales(x, global_scale, dtype)
+        return QTensor(self.encode(x, scales), scales, self, dtype or x.dtype)
+
+    def fake(self, x: Tensor, ste: bool = False, global_scale: Tensor | None = None) -> Tensor:
+        """quantize(x).dequantize() without the codes, bit for bit; ste adds the straight-through gradient, x + (dq - x)."""
+        with torch.no_grad():
+            dq = self._fake(x, self._global(x, global_scale))
+        return straight_through(x, dq) if ste else dq
+
+    def _fake(self, x: Tensor, global_scale: Tensor | None) -> Tensor:
+        if x.device.type != "cpu" or self.granularity == "tensor":
+            return self._fake_rows(x, global_scale, torch.empty(x.shape, dtype=x.dtype, device=x.device))
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.empty(rows.shape, dtype=x.dtype)
+        step = max(1, CHUNK // x.shape[-1])
+        for i in range(0, len(rows), step):
+            per_row = global_scale is not None and global_scale.ndim > 1
+            g = global_scale.reshape(-1, 1)[i : i + step] if per_row else global_scale
+            self._fake_rows(rows[i : i + step], g, out[i : i + step])
+        return out.view(x.shape)
+
+    def _fake_rows(self, x: Tensor, global_scale: Tensor | None, out: Tensor) -> Tensor:
+        blocks = self._split(x)
+        work = blocks.to(self._element(x.dtype))
+        scales = self._scales(work if work.dtype == self._compute(x.dtype) else blocks, global_scale, x.dtype)
+        lattice = (t.unsqueeze(-1) for t in self.lattice(scales, work.dtype))
+        if work.dtype == out.dtype and work.numel() == out.numel():
+            self.snap(work, *lattice, out=self._split(out))
+            return out
+        return out.copy_(self._join(self.snap(work, *lattice), x.shape))
+
+
+def straight_through(x: Tensor, dq: Tensor) -> Tensor:
+    """dq in value (to one ulp), x in gradient: x + (dq - x)."""
+    return x + (dq - x).detach()
+
+
+def over(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor, correctly rounded: on a GPU torch multiplies by the reciprocal of a Python number instead."""
+    return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
+

@@ -1,0 +1,190 @@
+"""INT-b, b = 2 .. 8, symmetric or asymmetric, with a float scale.
+
+With m, M the least and greatest value of a group, A = max(|m|, |M|), Q = 2^(b-1) - 1 and N = 2^b - 1:
+
+    symmetric    s = A / Q                              q = clamp(RNE(x / s), -Q - 1, Q)      dq = s * q
+    asymmetric   s = (M - m) / N,  z = RNE(-m / s)      q = clamp(RNE(x / s) + z, 0, N)       dq = s * (q - z)
+
+Sources: QuaRot and SpinQuant (the defaults), compressed-tensors (half_range, add_then_round, signed, eps),
+FP-Quant (half_range, add_then_round, incl0=never, one), AIMET (aimet).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.checks import integer, number
+from harness.errors import ConfigError
+from harness.formats.base import Format, over
+from harness.formats.observers import absmax, search
+from harness.formats.qtensor import Scales
+
+SCALE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FLOOR = 1e-5
+
+
+@dataclass(frozen=True)
+class Integer(Format):
+    """Integer grid. Besides the shared knobs:
+
+    int_range: full (least code -Q - 1) | narrow (-Q). int_scale: qmax (A / Q) | half_range (A / (N / 2)) |
+    aimet (max(M / Q, -m / (Q + 1))). zp_order: round_then_add | add_then_round (RNE(x / s + z)). zp_range: unsigned
+    (codes 0 .. N) | signed (codes and z shifted by 2^(b-1), z clamped). incl0, whether 0 lies in every asymmetric range:
+    auto (all but group) | always | never. clip: factor in (0, 1] on m and M. zp: rounded | float_offset (z = m,
+    q = RNE((x - m) / s), dq = q * s + m). scale_dtype: float32 | bf16 | fp16 | input, rounded before codes are computed.
+    degenerate: auto (weights: A or M - m is at least 1e-5; activations: s = 1 where A = 0; a zero range becomes [-1, 1];
+    float_offset: M - m is at least 1e-5) | eps (s = 0 becomes the dtype's epsilon, z = 0) | one (s = 0 becomes 1, and
+    z = NaN if asymmetric, as FP-Quant has it).
+    """
+
+    granularity: str = "channel"
+    int_range: str = "full"
+    int_scale: str = "qmax"
+    zp_order: str = "round_then_add"
+    zp_range: str = "unsigned"
+    incl0: str = "auto"
+    clip: float = 1.0
+    zp: str = "rounded"
+    scale_dtype: str = "float32"
+    degenerate: str = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        integer("Integer: bits", self.bits)
+        self._choose("bits", *range(2, 9))
+        self._choose("int_range", "full", "narrow")
+        self._choose("int_scale", "qmax", "half_range", "aimet")
+        self._choose("zp_order", "round_then_add", "add_then_round")
+        self._choose("zp_range", "unsigned", "signed")
+        self._choose("incl0", "auto", "always", "never")
+        number("Integer: clip", self.clip, 1e-6, 1)
+        self._choose("zp", "rounded", "float_offset")
+        self._choose("scale_dtype", *SCALE_DTYPES, "input")
+        self._choose("degenerate", "auto", "eps", "one")
+        if self.symmetric and self.zp == "float_offset":
+            raise ConfigError("Integer: zp=float_offset needs symmetric=false; a symmetric grid has no offset.")
+
+    @property
+    def signed(self) -> bool:
+        return self.symmetric or (self.zp_range == "signed" and self.zp == "rounded")
+
+    @property
+    def zero_bits(self) -> int:
+        return self.bits if self.zp == "rounded" else 32
+
+    @property
+    def qmin(self) -> int:
+        if not self.signed:
+            return 0
+        return -(2 ** (self.bits - 1)) + (self.symmetric and self.int_range == "narrow")
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - self.signed) - 1
+
+    # scales
+
+    def _extremes(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """The range (lo, hi) of each group after clip, incl0 and the rules for degenerate groups."""
+        if self.symmetric and self.int_scale != "aimet":
+            hi = absmax(blocks) * self.clip
+            lo = -hi
+        else:
+            lo, hi = blocks.amin(-1) * self.clip, blocks.amax(-1) * self.clip
+        if self.incl0 == "always" or self.symmetric or (self.incl0 == "auto" and self.granularity != "group"):
+            lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+        if self.degenerate == "auto" and self.symmetric:
+            hi = hi.clamp(min=FLOOR) if self.role == "weight" else hi
+        elif self.degenerate == "auto" and self.zp == "rounded":
+            constant = lo == hi  # has no range of its own; one that reaches to zero represents it
+            lo, hi = torch.where(constant, lo.clamp(max=0), lo), torch.where(constant, hi.clamp(min=0), hi)
+            empty = (lo == 0) & (hi == 0)
+            lo, hi = lo.masked_fill(empty, -1), hi.masked_fill(empty, 1)
+        return lo, hi
+
+    def _step(self, lo: Tensor, hi: Tensor) -> Tensor:
+        """The unguarded scale of a range."""
+        levels = 2**self.bits - 1
+        if not self.symmetric:
+            return over(hi - lo, levels)
+        if self.int_scale == "half_range":
+            return over(hi, levels / 2)
+        s = over(hi, levels // 2)
+        return torch.maximum(s, over(-lo, levels // 2 + 1)) if self.int_scale == "aimet" else s
+
+    def _parameters(self, lo: Tensor, s: Tensor, storage: torch.dtype) -> tuple[Tensor, ...]:
+        """(s,) or (s, z) from an unguarded scale: s as it is stored, but in the arithmetic's dtype, and without zeros."""
+        s = s.to(storage).to(lo.dtype)
+        if self.degenerate == "auto":
+            s = s.masked_fill(s == 0, 1)
+        if self.symmetric:
+            z = ()
+        elif self.zp == "float_offset":
+            z = (lo,)
+        elif self.zp_range == "signed":
+            z = ((self.qmin - lo / s).clamp(self.qmin, self.qmax).round(),)
+        else:
+            z = ((-lo / s).round(),)
+        if self.degenerate == "eps":
+            z = tuple(t.masked_fill(s == 0, 0) for t in z)
+        if self.degenerate != "auto":
+            s = s.masked_fill(s == 0, 1 if self.degenerate == "one" else torch.finfo(s.dtype).eps)
+        return s, *z
+
+    def _scales(self, blocks: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Scales:
+        blocks = blocks.to(self._compute(dtype))
+        storage = dtype if self.scale_dtype == "input" else SCALE_DTYPES[self.scale_dtype]
+        lo, hi = self._extremes(blocks)
+        s = self._step(lo, hi)
+        floored = self.zp == "float_offset" or (self.degenerate == "auto" and self.role == "weight" and not self.symmetric)
+        if floored:
+            s = over((hi - lo).clamp(min=FLOOR), 2**self.bits - 1)
+        found = self._parameters(lo, s, storage)
+        if self.observer == "mse":
+            found = search(blocks, found, self._candidates(blocks, lo, hi, s, storage), self.mse)
+        zero = None if self.symmetric else found[1].float() + 0.0
+        return Scales(found[0].to(storage), zero)
+
+    def _candidates(self, blocks: Tensor, lo: Tensor, hi: Tensor, s: Tensor, storage: torch.dtype) -> Iterator:
+        for p in self.mse.factors:
+            if self.mse.shrink == "range":
+                found = self._parameters(p * lo, self._step(p * lo, p * hi), storage)
+            else:
+                found = self._parameters(lo, p * s, storage)
+            yield found, self.snap(blocks, *(t.unsqueeze(-1) for t in found))
+
+    # elements
+
+    def lattice(self, scales: Scales, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        """(s,) or (s, z)."""
+        stored = (scales.scale,) if scales.zero is None else (scales.scale, scales.zero)
+        return tuple(t.to(dtype) for t in stored)
+
+    def _level(self, x: Tensor, s: Tensor, z: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """The code of x as a float. RNE may leave -0, which no integer is: adding 0 makes it +0."""
+        if self.zp == "float_offset":
+            q = torch.sub(x, z, out=out).div_(s).round_()
+        elif z is None:
+            q = torch.div(x, s, out=out).round_()
+        elif self.zp_order == "round_then_add":
+            q = torch.div(x, s, out=out).round_().add_(z)
+        else:
+            q = torch.div(x, s, out=out).add_(z).round_().add_(0.0)
+        return q.clamp_(self.qmin, self.qmax)
+
+    def _value(self, q: Tensor, s: Tensor, z: Tensor | None = None) -> Tensor:
+        """The value of a float code, in place."""
+        if z is None:
+            return q.add_(0.0).mul_(s)
+        return q.mul_(s).add_(z) if self.zp == "float_offset" else q.sub_(z).mul_(s)
+
+    def snap(self, x: Tensor, *lattice: Tensor, out: Tensor | None = None) -> Tensor:
+        return self._value(self._level(x, *lattice, out=out), *lattice)
+
+    def _encode(self, x: Tensor, *lattice: Tensor) -> Tensor:
+        return self._level(x, *lattice).to(torch.int8 if self.signed else torch.uint8)
+
+    def _decode(self, codes: Tensor, *lattice: Tensor) -> Tensor:
+        return self._value(codes.to(lattice[0].dtype), *lattice)

@@ -1,0 +1,71 @@
+"""MXFP4, MXFP6, MXFP8: blocks of 32 elements with a power-of-two scale, stored as its E8M0 code k (value 2^(k - 127)).
+
+With E and mant the exponent field and the low 23 bits of the block's amax as a float32:
+
+    floor     k = E - emax                                      OCP v1.0
+    ceil      k = E + (mant != 0) - emax
+    even      k = exponent of (bits + 2^(22 - mb)) - emax       mb mantissa bits; the default of serving engines
+    rceil     least k with 2^(k - 127) >= amax / max            NVIDIA's conversion
+    fpquant   scale 4/3 of floor's, stored as 2^(k - 127) / 3 with k = E (not exportable)
+
+    q = cast(clamp(x / 2^(k - 127))),    dq = q * 2^(k - 127)
+
+Sources: OCP Microscaling (MX) v1.0, section 6.3; torchao (ceil, even, rceil); FP-Quant and Quartet (fpquant).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.errors import ConfigError
+from harness.formats.base import over
+from harness.formats.floating import Floating
+from harness.formats.grids import GRIDS, Grid
+from harness.formats.qtensor import Scales
+
+NAN = 255
+
+
+@dataclass(frozen=True)
+class MX(Floating):
+    """MX block formats. element: e2m1 (4 bits) | e2m3 | e3m2 (6) | e4m3 | e5m2 (8). mx_scale: table above.
+
+    mx_even_mbits: element | 1, mb of mx_scale=even.
+    """
+
+    group_size: int | None = 32
+    element: str = "e2m1"
+    mx_scale: str = "floor"
+    mx_even_mbits: str | int = "element"
+
+    def __post_init__(self):
+        self._choose("element", *GRIDS)
+        super().__post_init__()
+        self._choose("mx_scale", "floor", "ceil", "even", "rceil", "fpquant")
+        self._choose("mx_even_mbits", "element", 1)
+        if self.group_size != 32:
+            raise ConfigError(f"MX: group_size={self.group_size} is not legal: an MX block has 32 elements "
+                              "(granularity=group, group_size=32); FP4 takes other groups.")
+
+    @property
+    def grid(self) -> Grid:
+        return GRIDS[self.element]
+
+    def _store(self, peak: Tensor, a: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Scales:
+        if self.mx_scale == "rceil":
+            bits = over(peak.float(), self.grid.max).view(torch.int32)
+            k = torch.where(bits <= 1 << 22, 0, (bits + 0x7FFFFF) >> 23)
+        else:
+            bits = peak.float().view(torch.int32)
+            mantissa = 1 if self.mx_even_mbits == 1 else self.grid.mantissa
+            carry = {"ceil": 0x7FFFFF, "even": 1 << (22 - mantissa)}.get(self.mx_scale, 0)
+            k = (bits + carry) >> 23
+            k = k.clamp(min=1) if self.mx_scale == "fpquant" else k - self.grid.emax
+        k = k.clamp(0, NAN - 1).masked_fill(peak.isnan(), NAN)
+        return Scales(k.to(torch.uint8))
+
+    def lattice(self, scales: Scales, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        """(2^(k - 127),), a third of it for mx_scale=fpquant."""
+        scale = scales.scale.view(torch.float8_e8m0fnu).to(dtype)
+        return (over(scale, 3.0) if self.mx_scale == "fpquant" else scale,)

@@ -1,0 +1,75 @@
+"""QTensor: a quantized tensor as it is stored, codes and scales, with the format that reads them.
+
+What a solver returns, what evaluation dequantizes and what an export packs is this one thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from harness.formats.packing import pack_nibbles, unpack_nibbles
+
+if TYPE_CHECKING:
+    from harness.formats.base import Format
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What is stored besides the codes, in storage dtypes.
+
+    scale: [*lead, groups]; float32, bfloat16 or float16 (integer, FP4), float8_e4m3fn (NVFP4), uint8 E8M0 code (MX).
+    zero: [*lead, groups] float32 zero points, None for symmetric and floating formats.
+    global_scale: float32 [1], or [*lead, 1] with one per token; NVFP4's g, FourOverSix's amax, None elsewhere.
+    """
+
+    scale: Tensor
+    zero: Tensor | None = None
+    global_scale: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized tensor. codes: [*shape] uint8 or int8; scales; the format that reads them; dtype of the original."""
+
+    codes: Tensor
+    scales: Scales
+    format: Format
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    def dequantize(self) -> Tensor:
+        """The values [*shape] in the original dtype."""
+        return self.format.decode(self.codes, self.scales, self.dtype)
+
+    def bits(self) -> int:
+        """Stored bits: codes, scales, zero points (as wide as a code where they are integers) and global scales."""
+        stored = self.codes.numel() * self.format.bits
+        for name, t in self.scales.tensors().items():
+            stored += t.numel() * (self.format.zero_bits if name == "zero" else 8 * t.element_size())
+        return stored
+
+    def state(self) -> dict[str, Tensor]:
+        """Flat tensors for a file; codes of four bits or fewer are packed two a byte."""
+        codes = pack_nibbles(self.codes) if self.format.bits <= 4 else self.codes
+        return {"codes": codes, **self.scales.tensors()}
+
+    @classmethod
+    def from_state(cls, format: Format, state: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> QTensor:
+        """Inverse of `state`; shape and dtype are those of the original tensor."""
+        codes = unpack_nibbles(state["codes"], shape[-1], format.signed) if format.bits <= 4 else state["codes"]
+        return cls(codes.view(shape), Scales(**{k: t for k, t in state.items() if k != "codes"}), format, dtype)
+
+    def to(self, device: torch.device | str) -> QTensor:
+        scales = Scales(**{k: t.to(device) for k, t in self.scales.tensors().items()})
+        return replace(self, codes=self.codes.to(device), scales=scales)

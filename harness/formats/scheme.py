@@ -1,0 +1,92 @@
+"""Scheme: which formats the tensors of a model take; what a file of conf/format describes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from harness.checks import integer, number
+from harness.errors import ConfigError
+from harness.formats.base import Format
+from harness.formats.integer import Integer
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Integer keys (after RoPE and the R3 rotation) and values, one scale and zero point per group with zero in its range.
+
+    bits 2 .. 8; symmetric; group_size: null (head_dim: one group per token and head), a divisor of head_dim, or -1 (all heads
+    of a token together); clip_k, clip_v in (0, 1]; zp: rounded | float_offset (QuaRot's deployed cache); compute_dtype.
+    Source: QuaRot, section 4.
+    """
+
+    bits: int = 4
+    symmetric: bool = False
+    group_size: int | None = None
+    clip_k: float = 0.95
+    clip_v: float = 0.95
+    zp: str = "rounded"
+    compute_dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.group_size != -1:
+            integer("KVCache: group_size", self.group_size, optional=True)
+        number("KVCache: clip_k", self.clip_k, 1e-6, 1)
+        number("KVCache: clip_v", self.clip_v, 1e-6, 1)
+        try:
+            self.part("key")
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("Integer: ", "KVCache: ", 1)) from None
+
+    def part(self, name: str) -> Integer:
+        """The format of one head's vectors [.., head_dim]; name: key | value."""
+        grouped = self.group_size not in (None, -1)
+        return Integer(
+            bits=self.bits,
+            granularity="group" if grouped else "token",
+            group_size=self.group_size if grouped else None,
+            symmetric=self.symmetric,
+            incl0="always",
+            clip=self.clip_k if name == "key" else self.clip_v,
+            zp=self.zp,
+            compute_dtype=self.compute_dtype,
+            role="activation",
+        )
+
+    def check(self, head_dim: int, field: str, where: str) -> None:
+        """Refuse a head_dim that group_size does not divide (see Format.check)."""
+        self.part("key").check(head_dim, field, where)
+
+    def fake(self, x: Tensor, name: str) -> Tensor:
+        """Keys or values x [batch, kv_heads, tokens, head_dim] as the cache would return them; name: key | value."""
+        if self.group_size != -1:
+            return self.part(name).fake(x)
+        tokens = x.transpose(1, 2)
+        return self.part(name).fake(tokens.flatten(2)).view(tokens.shape).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Formats of weights, activations and the KV cache; None leaves a part in the model's dtype.
+
+    overrides: role (down_proj, lm_head, ...) -> {weight and/or act: Format or None}; a part not named there is inherited.
+    """
+
+    name: str = "none"
+    weight: Format | None = None
+    act: Format | None = None
+    kv: KVCache | None = None
+    overrides: Mapping[str, Mapping[str, Format | None]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for where, parts in (("format", {"weight": self.weight, "act": self.act}), *self.overrides.items()):
+            for part, format in parts.items():
+                if part not in ("weight", "act"):
+                    raise ConfigError(f"format.overrides.{where}.{part} is not a part; choose weight or act")
+                role = {"weight": "weight", "act": "activation"}[part]
+                if format is not None and format.role != role:
+                    raise ConfigError(f"{where}.{part}.role={format.role} is not legal; set {where}.{part}.role={role}")
+
+    def part(self, name: str, role: str) -> Format | None:
+        """The format of part `name` (weight | act) for the linears of a role."""
+        return self.overrides.get(role, {}).get(name, getattr(self, name))
