@@ -26,6 +26,7 @@ def job(cfg) -> None:
     from harness.pipeline import execute
     from harness.report.sweep import record
     from harness.report.table import run_table
+    from harness.store import RunLocked
 
     hydra_cfg = HydraConfig.get()
     choices = {group: hydra_cfg.runtime.choices.get(group) for group in GROUPS}
@@ -35,6 +36,9 @@ def job(cfg) -> None:
             outcome = execute(cfg, choices)
         except (ConfigError, DataError) as error:  # here, for Hydra would announce the exception on its way out
             sys.exit(refuse(error))
+        except RunLocked as error:
+            refuse(error)
+            sys.exit(1)
         run_table(outcome.metrics, outcome.run.path)
         if outcome.status == "failed":
             print(f"{outcome.error}\nThe traceback is in {outcome.run.path / 'status.json'}.", file=sys.stderr)
@@ -43,9 +47,10 @@ def job(cfg) -> None:
     row = {"overrides": list(hydra_cfg.overrides.task)}
     try:
         outcome = execute(cfg, choices, sweep=sweep.name)
-        last = list(outcome.metrics["stages"].values())[-1:]
-        row |= {"status": outcome.status, "stored": outcome.stored, "run_id": outcome.run.path.name, "error": outcome.error,
-                "ppl": last[0]["ppl"] if last else {}, "bits_per_weight": outcome.metrics["bits_per_weight"]}
+        row |= {"status": outcome.status, "stored": outcome.stored, "run_id": outcome.run.path.name, "error": outcome.error}
+        if outcome.status == "done":
+            *_, last = outcome.metrics["stages"].values()
+            row |= {"ppl": last["ppl"], "bits_per_weight": outcome.metrics["bits_per_weight"]}
     except (ConfigError, DataError) as error:
         row |= {"status": "failed", "error": str(error)}
     except Exception as error:
@@ -71,7 +76,9 @@ def main() -> int:
 
         return refuse(explain(error, sys.argv[1:]))
     except OSError as error:
-        return refuse(f"{error.filename}: {error.strerror}")
+        return refuse(f"{error.filename}: {error.strerror}" if error.filename else error)
+    except ValueError as error:  # a group set to null, which Hydra does not expect
+        return refuse(error)
     return 0
 
 

@@ -82,30 +82,35 @@ class _Block:
 
     def walk(self, stream: Stream) -> None:
         """Pass the stream through, solving each site on the way (or all of them first, for `sequencing: block`)."""
-        if self.found is None and self.solver is not None and self.solver.sequencing == "block":
+        whole = self.solver is not None and self.solver.sequencing == "block"
+        if self.found is not None:
+            self.install()
+        elif whole:
             gathered = self._gather(stream)
             for site in self.adapter.family.sites:
                 self._settle(site, gathered[site.name])
         for branch in self.adapter.family.branches:
             for site, activations in ((branch.entry, stream.entry), (branch.exit, stream.exit)):
-                pending = f"{site.name}.amax" not in self.tensors
-                if pending:
-                    statistics = self._statistics(site, stream)
-                    for x in activations(self.block, branch):
+                statistics = None if self.found is not None else self._statistics(site, stream, hessian=not whole)
+                for x in activations(self.block, branch) if statistics or site is branch.exit else ():
+                    if statistics:
                         self._observe(site, statistics, x)
+                if statistics and whole:
+                    self._calibrate(site, statistics.amax)
+                elif statistics:
                     self._settle(site, statistics)
-                    continue
-                if self.found is not None:
-                    self._install(site)
-                if site is branch.exit:
-                    for _ in stream.exit(self.block, branch):
-                        pass
             stream.close(self.block, branch)
 
     def install(self) -> None:
-        """Load all sites from what was found; nothing is streamed."""
+        """Take weights and activation scales from what was found; nothing is streamed."""
         for site in self.adapter.family.sites:
-            self._install(site)
+            self._calibrate(site, self.tensors[f"{site.name}.amax"])
+            for name in site.linears if self.solver is not None else ():
+                linear: QuantLinear = self.block.get_submodule(name)
+                prefix = f"{name}."
+                state = {k.removeprefix(prefix): t for k, t in self.tensors.items() if k.startswith(prefix)}
+                quantized = QTensor.from_state(self.scheme.weight, state, linear.weight.shape, linear.weight.dtype)
+                linear.load(quantized.to(linear.weight.device).dequantize())
 
     def _gather(self, stream: Stream) -> dict[str, Statistics]:
         """Statistics of all sites from one pass of the unquantized block, which leaves the stream where it is."""
@@ -121,59 +126,53 @@ class _Block:
             handle.remove()
         return statistics
 
-    def _statistics(self, site: Site, stream: Stream) -> Statistics:
+    def _statistics(self, site: Site, stream: Stream, hessian: bool = True) -> Statistics:
         reader: QuantLinear = self.block.get_submodule(site.linears[0])
-        hessian = self.solver is not None and "hessian" in self.solver.needs
-        return Statistics(reader.in_features, stream.tokens, reader.weight.device, hessian)
+        needed = self.solver is not None and "hessian" in self.solver.needs
+        return Statistics(reader.in_features, stream.tokens, reader.weight.device, hessian and needed)
 
     def _observe(self, site: Site, statistics: Statistics, x: Tensor) -> None:
         x = self.inputs[site.name].encode(x)
         act = self.scheme.act
         product_of = None
         if statistics.hessian is not None and self.solver.hessian_input == "quantized" and act is not None:
-            # the final static scale is not known before the last micro-batch; each one's own range stands in for it
-            product_of = act.fake(x, global_scale=act.global_from_amax(x.abs().amax().float()))
+            # a static scale is not known before the last micro-batch; each one's own range stands in for it
+            product_of = act.fake(x, global_scale=act.global_from_amax(x.abs().amax()) if act.needs_static else None)
         statistics.add(x, product_of)
 
     def _settle(self, site: Site, statistics: Statistics) -> None:
         """Solve a site from its statistics, report on it, swap the weights in."""
         statistics.finish()
-        self.tensors[f"{site.name}.amax"] = statistics.amax.reshape(1)
         linears = {n: self.block.get_submodule(n) for n in site.linears}
         sample = statistics.sample
         wanted = {n: sample @ linear.weight.float().T for n, linear in linears.items()}
-        reports = {n: {"name": self.adapter.name(self.index, n)} for n in linears}
+        reports = {n: {"name": self.adapter.name(self.index, n), "sqnr_db": None} for n in linears}
         if self.solver is not None:
             weights = {n: linear.weight for n, linear in linears.items()}
             formats = dict.fromkeys(weights, self.scheme.weight)
             solution = self.solver.solve(Problem(weights, formats, statistics.hessian))
             for name, quantized in solution.qtensors.items():
                 self.tensors |= {f"{name}.{key}": value for key, value in quantized.state().items()}
-                noise = _relative(quantized.dequantize(), weights[name])
-                reports[name] |= {"sqnr_db": -10 * math.log10(noise) if noise else None, "bits": quantized.bits(),
-                                  "weights": weights[name].numel(), **solution.report}
-        self._install(site)
+                values = quantized.dequantize()
+                noise = _relative(values, weights[name])
+                if 0 < noise < math.inf:
+                    reports[name]["sqnr_db"] = -10 * math.log10(noise)
+                reports[name] |= {"bits": quantized.bits(), "weights": weights[name].numel(), **solution.report}
+                linears[name].load(values)
+        self._calibrate(site, statistics.amax)
         act = self.scheme.act
         read = sample if act is None else act.fake(sample, global_scale=self.inputs[site.name].global_scale)
         for name, linear in linears.items():
             reports[name]["rel_error"] = _relative(read @ linear.weight.float().T, wanted[name])
         self.layers += reports.values()
 
-    def _install(self, site: Site) -> None:
-        """Give the site its activation scale and its linears their quantized weights, from `self.tensors`."""
+    def _calibrate(self, site: Site, amax: Tensor) -> None:
+        """Give the site the activation scale that follows from the greatest magnitude it saw, and keep that."""
+        self.tensors[f"{site.name}.amax"] = amax.reshape(1)
         act = self.scheme.act
-        shared = self.inputs[site.name]
         if act is not None and act.needs_static:
-            device = self.block.get_submodule(site.linears[0]).weight.device
-            shared.global_scale = act.global_from_amax(self.tensors[f"{site.name}.amax"].to(device))
-        if self.solver is None:
-            return
-        for name in site.linears:
-            linear: QuantLinear = self.block.get_submodule(name)
-            prefix = f"{name}."
-            state = {key.removeprefix(prefix): t for key, t in self.tensors.items() if key.startswith(prefix)}
-            quantized = QTensor.from_state(self.scheme.weight, state, linear.weight.shape, linear.weight.dtype)
-            linear.load(quantized.dequantize())
+            weight = self.block.get_submodule(site.linears[0]).weight
+            self.inputs[site.name].global_scale = act.global_from_amax(amax.to(weight).reshape(1))
 
 
 def _relative(got: Tensor, wanted: Tensor) -> float:

@@ -65,13 +65,25 @@ def settings(cfg) -> dict:
     """The resolved configuration as a plain dict, its root fields checked."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     known_keys("", plain, SECTIONS)
+    for field in ("model", "data", "format", "transform", "solver", "eval", "export", "tracking", "data.calibration",
+                  "eval.perplexity", "format.weight", "format.act", "format.kv"):
+        if not isinstance(_at(plain, field), dict):
+            raise ConfigError(f"{field}={_at(plain, field)}: this is a group of settings; set one of those inside it.")
     integer("seed", plain["seed"], low=0)
+    if not isinstance(plain["run_root"], str) or not plain["run_root"]:
+        raise ConfigError(f"run_root={plain['run_root']}: needs a folder.")
     one_of("on_error", plain["on_error"], ("raise", "record"))
     boolean("force", plain["force"])
     device = plain["device"]
     if device not in ("auto", "cpu", "cuda") and not (str(device).startswith("cuda:") and str(device)[5:].isdigit()):
         raise ConfigError(f"device={device}: needs auto, cpu, cuda or cuda:N.")
     return plain
+
+
+def _at(settings: dict, field: str):
+    for key in field.split("."):
+        settings = settings.get(key)
+    return settings
 
 
 def fingerprint(*parts) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from harness.calibration.corpus import Corpus, Samples, TextFolder
-from harness.checks import integer, known_keys, nearest, one_of
+from harness.checks import integer, known_keys, one_of
 from harness.config import build, fingerprint, option
-from harness.errors import ConfigError
+from harness.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -42,38 +43,52 @@ class Plan:
 
     def __post_init__(self):
         chosen = self.settings
-        model = [self.model.fingerprint(), chosen["model"]["dtype"], chosen["device"]]
-        tested = [[c.fingerprint() for c in self.corpora], vars(self.evaluation), chosen["model"]["amp"]]
-        read = [self.calibration_corpus.fingerprint(), chosen["data"]["calibration"]]
-        made = [model, read, chosen["format"], chosen["transform"], chosen["solver"], chosen["seed"]]
+        model = [self.model.fingerprint(), chosen["model"]["dtype"], _device_kind(chosen["device"])]
+        tested = [[c.fingerprint("evaluation") for c in self.corpora], vars(self.evaluation), chosen["model"]["amp"]]
+        made = [model, chosen["format"], chosen["transform"], chosen["solver"], chosen["seed"]]
+        if self.quantizes:
+            made += [self.calibration_corpus.fingerprint("calibration"), vars(self.calibration)]
         labels = "-".join(str(self.choices.get(group) or group) for group in ("model", "format", "transform", "solver"))
-        rest = {k: v for k, v in chosen["eval"].items() if k not in ("name", "perplexity")}
         object.__setattr__(self, "quant_id", f"{labels}-{fingerprint(made)}")
-        object.__setattr__(self, "run_id", f"{labels}-{fingerprint(made, tested, rest, chosen['export'])}")
-        object.__setattr__(self, "baseline_id", fingerprint(model, tested, rest))
+        object.__setattr__(self, "run_id", f"{labels}-{fingerprint(made, tested, chosen['export'])}")
+        object.__setattr__(self, "baseline_id", fingerprint(model, tested))
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any weight or activation is quantized; nothing else reads the calibration text."""
+        return any(self.settings["format"][part]["bits"] != 16 for part in ("weight", "act"))
 
     def check(self) -> None:
-        """Texts and model are there (ConfigError, DataError). Loads no weight, imports no torch unless the model needs it."""
+        """Texts and model are there and the texts long enough (ConfigError, DataError). Loads no weight."""
         self.calibration_corpus.check()
         for corpus in self.corpora:
             corpus.check()
         self.model.check()
+        for corpus in self.corpora:
+            _long_enough("eval.perplexity", self.evaluation, corpus.text("evaluation"))
+        if self.quantizes:
+            _long_enough("data.calibration", self.calibration, self.calibration_corpus.text("calibration"))
+        tested = {corpus.fingerprint("evaluation") for corpus in self.corpora}
+        if self.quantizes and self.calibration_corpus.fingerprint("calibration") in tested:
+            raise ConfigError(
+                f"data.calibration.path={self.settings['data']['calibration']['path']} is the text that is evaluated; "
+                "calibrate on another one."
+            )
 
 
 def make_plan(settings: dict, choices: Mapping[str, str | None]) -> Plan:
     """Build the torch-free parts of a run. Raises ConfigError or DataError."""
-    one_of("export", settings["export"]["name"], ("none",))
-    data = settings["data"]
-    corpus = _corpus(data)
-    chosen = data["calibration"]
+    data, chosen = settings["data"], settings["data"]["calibration"]
+    known_keys("export.", settings["export"], ("name",))
+    known_keys("eval.", settings["eval"], ("name", "perplexity"))
+    known_keys("format.", settings["format"], ("name", "weight", "act", "kv", "overrides"))
     known_keys("data.calibration.", chosen, ("windows", "length", "order", "path"))
-    own = chosen["path"] is not None
+    corpus = _corpus(data)
     calibration = Windows(
         integer("data.calibration.windows", chosen["windows"]),
         integer("data.calibration.length", chosen["length"], low=2),
         one_of("data.calibration.order", chosen["order"], ("first", "random")),
     )
-    known_keys("eval.", settings["eval"], ("name", "perplexity"))
     perplexity = settings["eval"]["perplexity"]
     known_keys("eval.perplexity.", perplexity, ("windows", "length", "corpora"))
     evaluation = Windows(
@@ -81,16 +96,37 @@ def make_plan(settings: dict, choices: Mapping[str, str | None]) -> Plan:
         integer("eval.perplexity.length", perplexity["length"], low=2),
     )
     model = build(_unnamed(settings["model"]), "model")
-    corpora = {}
-    for name in perplexity["corpora"]:
-        each = corpus if name == "data" else TextFolder(name) if "/" in str(name) else _corpus(option("data", name))
-        each.check()
-        corpora.setdefault(each.fingerprint(), each)
-    if not corpora:
-        raise ConfigError("eval.perplexity.corpora=[]: name at least one, e.g. [data, pydoc].")
-    calibration_corpus = Samples(chosen["path"]) if own else corpus
-    calibration_corpus.check()
+    corpora: dict[str, Corpus] = {}
+    for name in _names("eval.perplexity.corpora", perplexity["corpora"]):
+        each = corpus if name == "data" else TextFolder(name) if "/" in name else _corpus(option("data", name))
+        mark = each.fingerprint("evaluation")
+        if any(other.name == each.name and key != mark for key, other in corpora.items()):
+            raise ConfigError(f"eval.perplexity.corpora: two different texts are called {each.name}; set data.name to another.")
+        corpora.setdefault(mark, each)
+    calibration_corpus = corpus if chosen["path"] is None else Samples(chosen["path"])
     return Plan(settings, dict(choices), model, calibration_corpus, calibration, tuple(corpora.values()), evaluation)
+
+
+def _long_enough(field: str, windows: Windows, text: str | list[str]) -> None:
+    """Refuse a text with fewer bytes than tokens asked for; the exact count needs the tokenizer and comes later."""
+    available, wanted = sum(len(part.encode()) for part in ([text] if isinstance(text, str) else text)), windows.length
+    wanted *= windows.count or 1
+    if available < wanted:
+        raise DataError(
+            f"{field}.windows={windows.count} of {field}.length={windows.length} tokens need {wanted} tokens, the text has "
+            f"{available} bytes; lower one of them, or give a longer text."
+        )
+
+
+def _names(field: str, value) -> list[str]:
+    if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"{field}={value}: needs a list of at least one corpus, e.g. [data, pydoc].")
+    return value
+
+
+def _device_kind(name: str) -> str:
+    """cpu or cuda; numbers depend on that and on nothing finer. Looks for a device file, so that torch stays out."""
+    return ("cuda" if Path("/dev/nvidia0").exists() else "cpu") if name == "auto" else name.partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -111,12 +147,13 @@ def components(plan: Plan) -> Components:
     from harness.transforms import Context
 
     settings = plan.settings
+    _check_device(settings["device"])
     parts = {k: build(v, f"format.{k}") for k, v in _unnamed(settings["format"]).items()}
-    if settings["format"]["overrides"]:
+    if settings["format"]["overrides"] not in ({}, None):
         raise ConfigError("format.overrides: mixed precision per role is not available yet; leave it empty.")
     if parts["kv"] is not None:
         raise ConfigError(f"format.kv.bits={settings['format']['kv']['bits']}: the KV cache stays in float for now; set 16.")
-    scheme = Scheme(**parts)
+    scheme = Scheme(weight=parts["weight"], act=parts["act"])
     solver = build(_unnamed(settings["solver"]), "solver") if settings["solver"]["_target_"] else None
     transform = build(_unnamed(settings["transform"]), "transform")
     name = plan.choices.get("solver", "solver")
@@ -132,6 +169,13 @@ def components(plan: Plan) -> Components:
     family = family_of(config)
     block = skeleton(config).get_submodule(family.blocks)[0]
     widths = {site.name: block.get_submodule(site.linears[0]).in_features for site in family.sites}
+    kinds = set(getattr(config, "layer_types", None) or ())
+    reach = getattr(config, "sliding_window", None)
+    if len(kinds) > 1 and reach and plan.quantizes and plan.calibration.length > reach:
+        raise ConfigError(
+            f"data.calibration.length={plan.calibration.length} with a model whose layers mix {' and '.join(sorted(kinds))} "
+            f"(window {reach}): calibration streams one mask through all blocks; use at most {reach}."
+        )
     longest = getattr(config, "max_position_embeddings", None)
     for where, windows in (("data.calibration", plan.calibration), ("eval.perplexity", plan.evaluation)):
         if longest and windows.length > longest:
@@ -148,11 +192,17 @@ def components(plan: Plan) -> Components:
     return Components(scheme, transform, solver, context, warnings)
 
 
+def _check_device(name: str) -> None:
+    import torch
+
+    index = int(name.partition(":")[2] or 0)
+    if name.startswith("cuda") and index >= torch.cuda.device_count():
+        raise ConfigError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices; use device=cpu or auto.")
+
+
 def _corpus(data: Mapping) -> Corpus:
     return build({k: v for k, v in data.items() if k != "calibration"}, "data")
 
 
 def _unnamed(section: Mapping) -> dict:
-    if "_target_" not in section and "name" not in section:
-        raise ConfigError(f"a section without _target_ and name: {section}.{nearest('name', section)}")
     return {k: v for k, v in section.items() if k != "name"}

@@ -9,6 +9,7 @@ Every file is replaced atomically, so a reader or a killed writer never leaves a
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -105,7 +106,10 @@ class Run:
         """Write what is known before any work: settings, environment, status `running`."""
         write(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
         write_json(self.path / "environment.json", environment())
-        self.set_status(status="running", pid=os.getpid(), host=socket.gethostname(), started=_now(), **status)
+        for leftover in self.path.glob("blocks/.*"):
+            leftover.unlink()
+        begun = {"status": "running", "pid": os.getpid(), "host": socket.gethostname(), "started": _now(), **status}
+        write_json(self.path / "status.json", begun)
         self.event("start", pid=os.getpid())
 
     def set_status(self, **fields) -> None:
@@ -133,17 +137,23 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         save_file(tensors, temporary, metadata={"report": json.dumps(_finite(report))})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
         self.event("block", index=index)
 
     def load_block(self, index: int) -> tuple[dict, dict] | None:
-        """(tensors, report) of a solved block, or None."""
-        from safetensors import safe_open
+        """(tensors, report) of a solved block, or None; a damaged file counts as none."""
+        from safetensors import SafetensorError, safe_open
 
         if not self.block(index).is_file():
             return None
-        with safe_open(self.block(index), "pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["report"])  # noqa: SIM118
+        try:
+            with safe_open(self.block(index), "pt") as file:
+                return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["report"])  # noqa: SIM118
+        except SafetensorError as error:
+            self.event("damaged block", index=index, error=str(error))
+            return None
 
     def forget(self) -> None:
         """Drop what an earlier, finished or failed attempt left (force=true)."""
@@ -189,7 +199,8 @@ class Store:
                 target = run.path / "blocks" / path.name
                 if not target.exists():
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    os.link(path, target)
+                    with contextlib.suppress(OSError):  # no links on this file system: solved again
+                        os.link(path, target)
         return len(list(run.path.glob("blocks/[0-9]*.safetensors")))
 
 

@@ -87,7 +87,9 @@ def test_kill_minus_nine_loses_nothing(tmp_path):
     while process.poll() is None and not list(tmp_path.glob("killed/*/blocks/0000.safetensors")):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL, "it was still running"
+    (status,) = tmp_path.glob("killed/*/status.json")
+    assert json.loads(status.read_text())["status"] == "running"
     resumed = command(tmp_path, *line, "run_root=killed")
     assert resumed.returncode == 0, resumed.stderr
     a, b = (json.loads(next(tmp_path.glob(f"{root}/*/metrics.json")).read_text()) for root in ("whole", "killed"))

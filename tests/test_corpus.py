@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from harness.calibration.corpus import HubText, Pydoc, Samples, TextFolder
+from harness.calibration.corpus import PARTS, HubText, Pydoc, Samples, TextFolder
 from harness.calibration.windows import tokenize, windows
 from harness.errors import ConfigError, DataError
 from harness.models.tiny import byte_tokenizer
@@ -46,12 +46,19 @@ def test_folder_is_read_unmodified_and_valid_stands_in_for_train(tmp_path):
     assert corpus.text("calibration") == "more"
 
 
-def test_fingerprint_follows_the_text_of_both_parts(tmp_path):
-    seen = set()
-    for texts in ({"train": "a", "test": "b"}, {"train": "ab", "test": "b"}, {"train": "ab", "test": "c"}):
-        seen.add(folder(tmp_path, **texts).fingerprint())
-    assert len(seen) == 3
-    assert folder(tmp_path, train="a", test="b").fingerprint() in seen
+def test_fingerprint_follows_the_text_of_its_part(tmp_path):
+    texts = [("a", "b"), ("ab", "b"), ("ab", "c"), ("a", "a")]
+    marks = [[folder(tmp_path, train=train, test=test).fingerprint(part) for part in PARTS] for train, test in texts]
+    calibration, evaluation = zip(*marks)
+    assert calibration[0] == calibration[3] != calibration[1] == calibration[2]
+    assert evaluation[0] == evaluation[1] != evaluation[2] != evaluation[3]
+    assert calibration[3] == evaluation[3], "one text, one fingerprint, whatever it is used for"
+
+
+def test_hub_fingerprint_names_the_split():
+    test, validation = (HubText("a/b", "c", split) for split in ("test", "validation"))
+    assert test.fingerprint("evaluation") != validation.fingerprint("evaluation")
+    assert test.fingerprint("calibration") == validation.fingerprint("calibration")
 
 
 @pytest.mark.parametrize(
@@ -66,12 +73,13 @@ def test_a_folder_without_text_is_refused(tmp_path, texts, error):
 def test_a_missing_folder_and_a_missing_setting_are_told_apart(tmp_path):
     nowhere, unset = TextFolder(str(tmp_path / "nowhere")), TextFolder(None)
     for act in ("check", "fingerprint"):
+        part = () if act == "check" else ("evaluation",)
         with pytest.raises(DataError, match=r"data\.path=.*nowhere is not a folder"):
-            getattr(nowhere, act)()
+            getattr(nowhere, act)(*part)
         with pytest.raises(ConfigError, match=r"data=text needs data\.path=DIR"):
-            getattr(unset, act)()
+            getattr(unset, act)(*part)
     with pytest.raises(DataError, match=r"data\.calibration\.path=.*is not a file"):
-        Samples(str(tmp_path / "none.txt")).fingerprint()
+        Samples(str(tmp_path / "none.txt")).fingerprint("calibration")
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path):
@@ -137,8 +145,8 @@ def test_hub_text_is_read_from_the_local_cache(monkeypatch, tmp_path):
 def test_fingerprints_need_no_torch():
     code = (
         "import sys; from harness.calibration.corpus import Pydoc, HubText; from harness.models.load import Hub; "
-        "from harness.models.tiny import Tiny; Pydoc().fingerprint(), Tiny().fingerprint(); "
-        "HubText('a/b', 'c', 'test').fingerprint(), Hub(path='a/b').fingerprint(); "
+        "from harness.models.tiny import Tiny; Pydoc().fingerprint('evaluation'), Tiny().fingerprint(); "
+        "HubText('a/b', 'c', 'test').fingerprint('evaluation'), Hub(path='a/b').fingerprint(); "
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

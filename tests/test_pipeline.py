@@ -9,9 +9,18 @@ import torch
 from composed import small
 
 from harness import blockwise
+from harness.calibration.corpus import Pydoc
+from harness.calibration.statistics import Statistics
+from harness.calibration.stream import Stream
+from harness.calibration.windows import tokenize, windows
 from harness.errors import ConfigError, DataError
+from harness.formats import NVFP4, Scheme
+from harness.models.families import Adapter
+from harness.models.tiny import Tiny
 from harness.pipeline import execute
+from harness.solvers import GPTQ
 from harness.store import RunLocked, locked
+from harness.transforms import Placement
 
 FORMATS = ["nvfp4", "fouroversix", "mxfp4", "mxfp6", "mxfp8", "fp4", "int4", "int8"]
 
@@ -58,15 +67,21 @@ def test_hadamard_keeps_the_function(tmp_path):
     assert stages["transformed"]["ppl"]["pydoc"] == pytest.approx(stages["baseline"]["ppl"]["pydoc"], rel=1e-5)
 
 
-def test_wrong_fold_is_stopped_by_the_gate(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_wrong_fold_is_stopped_by_the_gate(tmp_path, monkeypatch, dtype):
     """Paley matrices are not symmetric: absorbing R^T instead of R changes the model, and the run says so."""
     from harness.transforms import hadamard
 
     monkeypatch.setattr(hadamard.HadamardCodec, "absorb", lambda self, weight: self.rotation.apply_transpose(weight))
-    outcome = run(tmp_path, "format=none", "solver=none", "transform=hadamard", "transform.block_size=12")
+    settings = ["format=none", "solver=none", "transform=hadamard", "transform.block_size=12", f"model.dtype={dtype}"]
+    outcome = run(tmp_path, *settings)
     assert outcome.status == "failed"
     assert "changed the model" in outcome.error
-    assert json.loads((outcome.run.path / "status.json").read_text())["status"] == "failed"
+    assert outcome.run.status["status"] == "failed"
+    monkeypatch.undo()
+    mended = run(tmp_path, *settings)
+    assert mended.status == "done"
+    assert "error" not in mended.run.status
 
 
 def test_untouched_model(tmp_path):
@@ -150,6 +165,105 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, format, 
     shutil.rmtree(tmp_path)
 
 
+def test_force_computes_again_beside_a_sibling(tmp_path):
+    """Another run with the same quantized model must not lend its blocks to a forced one."""
+    run(tmp_path)
+    run(tmp_path, "eval.perplexity.windows=3")
+    forced = run(tmp_path, "force=true")
+    events = [json.loads(line) for line in (forced.run.path / "events.jsonl").read_text().splitlines()]
+    assert [e["index"] for e in events if e["event"] == "block"] == [0, 1]
+
+
+def test_damaged_block_is_solved_again(tmp_path):
+    whole = run(tmp_path)
+    block = whole.run.block(1)
+    block.write_bytes(block.read_bytes()[:1000])
+    os.remove(whole.run.path / "status.json")
+    again = run(tmp_path)
+    assert again.status == "done"
+    assert numbers(again.metrics) == numbers(whole.metrics)
+
+
+def test_infinite_perplexity_is_a_failure(tmp_path):
+    settings = ["solver=rtn", "format=int4", "format.weight.symmetric=false", "format.weight.degenerate=one",
+                "format.weight.incl0=never"]
+    model, tokenizer = Tiny().load()
+    model.model.layers[1].mlp.up_proj.weight.data[3] = 0  # FP-Quant's rule: a constant group has zero point NaN
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for count in (2, 3):  # the second run finds the first one's blocks
+        outcome = run(tmp_path, "model=hf", f"model.path={tmp_path / 'model'}", *settings, f"eval.perplexity.windows={count}")
+        assert outcome.status == "failed"
+        assert "not finite" in outcome.error
+
+
+def test_static_scale_is_that_of_the_solved_model(tmp_path):
+    """What each site stores is the greatest magnitude it reads once the weights are quantized, in both sequencings."""
+    for sequencing in ("sites", "block"):
+        cfg, choices = small(tmp_path, f"solver.sequencing={sequencing}", "format.act.bits=16")
+        outcome = execute(cfg, choices)
+        model, tokenizer = Tiny().load()
+        adapter = Adapter(model)
+        blockwise.place(adapter, Placement())
+        text = Pydoc().text("calibration")
+        cut = windows(tokenize(tokenizer, text), 64, 6)
+        scheme = Scheme(weight=NVFP4())
+        blockwise.quantize(adapter, scheme, GPTQ(), cut, outcome.run, lambda *_: None)
+        seen = {}
+        for site in adapter.family.sites:
+            reader = adapter.blocks[1].get_submodule(site.linears[0])
+            keep = lambda _, args, name=site.name, seen=seen: seen.update({name: args[0].abs().amax()})  # noqa: E731
+            reader.register_forward_pre_hook(keep)
+        with torch.no_grad():
+            model(cut)
+        stored, _ = outcome.run.load_block(1)
+        for name, amax in seen.items():
+            assert stored[f"{name}.amax"].item() == pytest.approx(amax.item(), rel=1e-5)
+
+
+def test_stream_is_the_forward_of_the_model():
+    """Unequal micro-batches pass the blocks as the model itself does; the Hessian is 2/N X^T X, all of it."""
+    model, _ = Tiny(family="qwen3").load()
+    adapter = Adapter(model)
+    ids = torch.randint(256, (5, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        stream = Stream(adapter, ids, tokens_at_once=80)
+        assert [len(hidden) for hidden in stream.hidden] == [2, 2, 1]
+        for block in adapter.blocks:
+            for branch in adapter.family.branches:
+                for _ in stream.exit(block, branch):
+                    pass
+                stream.close(block, branch)
+        wanted = model(ids, output_hidden_states=True).hidden_states[-1]
+        assert torch.allclose(model.model.norm(torch.cat(stream.hidden)), wanted, atol=1e-5)
+    x = torch.randn(700, 1000, generator=torch.Generator().manual_seed(2))
+    statistics = Statistics(1000, 700, x.device, hessian=True)
+    for part in x.split(300):
+        statistics.add(part)
+    statistics.finish()
+    assert torch.allclose(statistics.hessian, 2 / 700 * x.T @ x, atol=1e-4)
+    assert statistics.amax == x.abs().max()
+    assert torch.equal(statistics.sample, x[::2])
+
+
+def test_two_texts_of_one_name_are_refused(tmp_path):
+    folder = tmp_path / "pydoc"
+    folder.mkdir()
+    for part in ("train", "test"):
+        (folder / f"{part}.txt").write_text(f"{part} words " * 500)
+    cfg, choices = small(tmp_path, "data=text", f"data.path={folder}")
+    with pytest.raises(ConfigError, match="two different texts"):
+        execute(cfg, choices)
+
+
+def test_calibrating_on_the_evaluated_text_is_refused(tmp_path):
+    (tmp_path / "test.txt").write_text("evaluated " * 500)
+    (tmp_path / "train.txt").write_text("calibrates " * 500)
+    cfg, choices = small(tmp_path, "data=text", f"data.path={tmp_path}", f"data.calibration.path={tmp_path / 'test.txt'}")
+    with pytest.raises(ConfigError, match=r"data\.calibration\.path"):
+        execute(cfg, choices)
+
+
 def test_two_writers(tmp_path):
     cfg, choices = small(tmp_path)
     done = execute(cfg, choices)
@@ -159,8 +273,6 @@ def test_two_writers(tmp_path):
 
 
 def test_nan_in_a_weight_names_the_tensor(tmp_path):
-    from harness.models.tiny import Tiny
-
     model, tokenizer = Tiny().load()
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
     model.save_pretrained(tmp_path / "model")
@@ -202,6 +314,16 @@ def test_global_random_state_is_left_alone(tmp_path):
         (["data.calibration.path=/nowhere.txt"], ["data.calibration.path"]),
         (["format.kv.bits=4"], ["format.kv"]),
         (["tracking.tags=a"], ["tracking.tags"]),
+        (["device=cuda:99"], ["device=cuda:99"]),
+        (["transform=hadamard", "transform.backend=fast"], ["transform.backend"]),
+        (["transform=hadamard", "transform.block_size=6"], ["transform.block_size=6"]),
+        (["data.calibration.windows=100000"], ["data.calibration.windows=100000"]),
+        (["eval.perplexity.corpora=3"], ["eval.perplexity.corpora=3"]),
+        (["eval.perplexity=3"], ["eval.perplexity=3"]),
+        (["+format.foo=1"], ["format.foo"]),
+        (["+export.foo=1"], ["export.foo"]),
+        (["+foo=1"], ["foo"]),
+        (["run_root=null"], ["run_root"]),
     ],
     ids=str,
 )

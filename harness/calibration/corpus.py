@@ -5,7 +5,7 @@ A corpus answers
     name                the word that stands in the result tables
     check()             cheap and without weights: is the text there, and is there anything in it
     text(part)          part "calibration" | "evaluation" -> the whole text as one string
-    fingerprint()       what a stored result is keyed by: a hash of local text, the id and revision of a hub data set
+    fingerprint(part)   what a stored result is keyed by: a hash of local text, the id and revision of a hub data set
     source(part)        where that text comes from, for people: "pydoc[first 76 %]"
 
 `Pydoc` is the default because it needs no network and no file: the language reference that ships with every Python.
@@ -27,12 +27,9 @@ HUB_TIMEOUT = 2.0  # seconds `check` waits for a hub that does not answer
 class Corpus:
     """A text in two parts. A subclass gives `name`, `check`, `text` and `source`, as listed above."""
 
-    def fingerprint(self) -> str:
-        """`name:hash` over the text of both parts, so that another text never replays a stored number."""
-        digest = hashlib.sha256()
-        for part in PARTS:
-            digest.update(f"\0{part}\0{self.text(part)}".encode())
-        return f"{self.name}:{digest.hexdigest()[:16]}"
+    def fingerprint(self, part: str) -> str:
+        """A hash of that part's text, whatever it is called, so that another text never replays a stored number."""
+        return hashlib.sha256(json.dumps(self.text(part)).encode()).hexdigest()[:16]
 
 
 class Pydoc(Corpus):
@@ -114,21 +111,16 @@ class Samples(Corpus):
     def check(self) -> None:
         if self.path.suffix not in (".txt", ".jsonl"):
             raise ConfigError(f"data.calibration.path={self.path}: only .txt and .jsonl files are read")
-        if not self.path.is_file():
-            raise DataError(f"data.calibration.path={self.path} is not a file; give one, or null to calibrate on the data set")
+        self.text("calibration")
         _refuse_blank(self.path, "data.calibration.path")
-        if self.path.suffix == ".jsonl":
-            self.text("calibration")
 
     def text(self, part: str) -> str | list[str]:
         if part != "calibration":
             raise ConfigError(f"data.calibration.path={self.path} only calibrates; there is no {part} text in it")
+        if not self.path.is_file():
+            raise DataError(f"data.calibration.path={self.path} is not a file; give one, or null to calibrate on the data set")
         content = _read(self.path, "data.calibration.path")
         return content if self.path.suffix == ".txt" else self._samples(content)
-
-    def fingerprint(self) -> str:
-        self.check()
-        return f"{self.name}:{hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]}"
 
     def source(self, part: str) -> str:
         return self.name
@@ -185,9 +177,10 @@ class HubText(Corpus):
             raise self._unreachable(error) from error
         return "\n\n".join(rows)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, part: str) -> str:
+        split = ("train", self.evaluation_split)[_index(part)]
         first = "" if self.documents is None else f"[:{self.documents}]"
-        return f"{self.dataset}/{self.config}@{self.revision or 'main'}{first}"
+        return f"{self.dataset}/{self.config}@{self.revision or 'main'}/{split}{first}"
 
     def source(self, part: str) -> str:
         split = ("train", self.evaluation_split)[_index(part)]

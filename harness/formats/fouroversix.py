@@ -69,7 +69,7 @@ class FourOverSix(NVFP4):
         return self._value(self.grid.round_(torch.mul(x, inverse, out=out), self.fp4_ties), s, amax)
 
     def _value(self, q: Tensor, s: Tensor, amax: Tensor) -> Tensor:
-        return q.mul_(s).mul_(amax).div_(1536.0)
+        return q.mul_(s).mul_(amax).div_(torch.full((), 1536.0, device=q.device))  # see `over`
 
     def _encode(self, x: Tensor, inverse: Tensor, s: Tensor, amax: Tensor) -> Tensor:
         return self.grid.encode(self.grid.round_(x * inverse, self.fp4_ties), x < 0)

@@ -61,7 +61,7 @@ class QTensor:
 
     def state(self) -> dict[str, Tensor]:
         """Flat tensors for a file; codes of four bits or fewer are packed two a byte."""
-        codes = pack_nibbles(self.codes) if self.format.bits <= 4 else self.codes
+        codes = pack_nibbles(self.codes) if self.format.bits <= 4 else self.codes.contiguous()
         return {"codes": codes, **self.scales.tensors()}
 
     @classmethod

@@ -119,7 +119,7 @@ class Hub(ModelSource):
         for file in sorted(self._folder.iterdir()):
             if file.name == "config.json":
                 digest.update(file.read_bytes())
-            elif file.suffix == ".safetensors" or file.name.startswith("tokenizer"):
+            elif file.is_file() and file.suffix != ".md":
                 digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
         return f"{self._folder.resolve().name}:{digest.hexdigest()[:16]}"
 

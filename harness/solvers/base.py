@@ -70,6 +70,6 @@ class Solver(ABC):
         for name, weight in problem.weights.items():
             format = problem.formats[name]
             peers = problem.weights.values() if self.fuse_global_scale else [weight]
-            amax = torch.stack([peer.abs().amax().float() for peer in peers]).amax()
+            amax = torch.stack([peer.abs().amax() for peer in peers]).amax()
             scales[name] = format.scales(weight, global_scale=format.global_from_amax(amax))
         return scales

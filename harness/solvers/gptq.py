@@ -16,7 +16,7 @@ Source: GPTQ (arXiv 2210.17323); static activation reordering from MR-GPTQ (arXi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from harness.checks import integer, number, one_of
 from harness.errors import ConfigError, DataError
-from harness.formats import Scales
+from harness.formats import Format, Scales
 from harness.solvers.base import Problem, Solution, Solver
 
 
@@ -55,6 +55,11 @@ class GPTQ(Solver):
                 "use solver.scales=static or solver.order=default."
             )
 
+    def check(self, format: Format) -> list[str]:
+        if self.scales == "dynamic" and format.pad == "zero":
+            raise ConfigError("solver.scales=dynamic with format.weight.pad=zero: the last group is short; use scales=static.")
+        return []
+
     @property
     def _dtype(self) -> torch.dtype:
         return getattr(torch, self.precision)
@@ -67,6 +72,8 @@ class GPTQ(Solver):
         if not hessian.isfinite().all():
             raise DataError(f"the activations read by {', '.join(names)} contain NaN or Inf; check the model and its dtype")
         dead = hessian.diagonal() == 0
+        if dead.any():  # before the scales: a group then has zero in its range
+            problem = replace(problem, weights={n: w.masked_fill(dead, 0) for n, w in problem.weights.items()})
         scales = self.static_scales(problem)
 
         order = torch.arange(len(hessian), device=hessian.device)
@@ -78,7 +85,6 @@ class GPTQ(Solver):
             return Solution(qtensors, {"damp": None, "fallback": "rtn", "dead_columns": int(dead.sum())})
 
         work = torch.cat([problem.weights[n] for n in names]).to(self._dtype).T.contiguous()
-        work[dead] = 0
         work = work[order]
         groups = [problem.formats[n].group(len(order)) for n in names]
         if self.scales == "dynamic":

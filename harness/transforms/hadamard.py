@@ -63,11 +63,15 @@ class HadamardBlocks(Transform):
                     f"transform.block_size={order} does not divide site {site} ({widths[site]} features); "
                     f"sizes that divide every site: {', '.join(map(str, legal)) or 'none of ' + str(BLOCKS)}."
                 )
-            factors(order)
+            try:
+                factors(order)
+            except ConfigError as error:
+                raise ConfigError(f"transform.block_size={self.block_size}: {error}") from None
         return orders
 
     def check(self, context: Context) -> list[str]:
         warnings = []
+        self.fit(context)  # refuses an unknown or missing backend
         smallest = min(self.orders(context.widths).values())
         weight, act = context.scheme.weight, context.scheme.act
         if isinstance(weight, NVFP4) and isinstance(act, NVFP4):
@@ -81,5 +85,8 @@ class HadamardBlocks(Transform):
         sites = {}
         for site, order in self.orders(context.widths).items():
             signs = random_signs(order, generator(context.seed, order)) if self.random_signs else None
-            sites[site] = HadamardCodec(Hadamard(order, signs=signs, backend=self.backend))
+            try:
+                sites[site] = HadamardCodec(Hadamard(order, signs=signs, backend=self.backend))
+            except ConfigError as error:
+                raise ConfigError(f"transform.{error}") from None
         return Placement(sites=sites, notes={"block_size": sorted({c.rotation.n for c in sites.values()})})
