@@ -32,6 +32,8 @@ def job(cfg) -> None:
     choices = {group: hydra_cfg.runtime.choices.get(group) for group in GROUPS}
     sweep = Path(hydra_cfg.sweep.dir) if hydra_cfg.mode == RunMode.MULTIRUN else None
     if sweep is None:
+        if choices["sweeps"]:
+            sys.exit(refuse(f"sweeps={choices['sweeps']}: a sweep needs -m, e.g. python run.py -m sweeps={choices['sweeps']}"))
         try:
             outcome = execute(cfg, choices)
         except (ConfigError, DataError) as error:  # here, for Hydra would announce the exception on its way out
@@ -39,6 +41,8 @@ def job(cfg) -> None:
         except RunLocked as error:
             refuse(error)
             sys.exit(1)
+        if outcome.stored:
+            print("stored result (force=true computes again)", file=sys.stderr)
         run_table(outcome.metrics, outcome.run.path)
         if outcome.status == "failed":
             print(f"{outcome.error}\nThe traceback is in {outcome.run.path / 'status.json'}.", file=sys.stderr)
@@ -67,7 +71,7 @@ def refuse(message: object) -> int:
 def main() -> int:
     """The exit status of a command line."""
     os.environ["HARNESS_ROOT"] = str(ROOT)
-    os.environ.setdefault("HARNESS_SWEEP", time.strftime("%Y%m%d-%H%M%S"))
+    os.environ.setdefault("HARNESS_SWEEP", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the message below is ours
     try:
         job()
@@ -78,7 +82,10 @@ def main() -> int:
     except OSError as error:
         return refuse(f"{error.filename}: {error.strerror}" if error.filename else error)
     except ValueError as error:  # a group set to null, which Hydra does not expect
-        return refuse(error)
+        return refuse(f"{' '.join(sys.argv[1:])}: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last finished block", file=sys.stderr)
+        return 130
     return 0
 
 

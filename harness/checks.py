@@ -40,7 +40,9 @@ def boolean(field: str, value) -> bool:
 
 
 def known_keys(field: str, section: Mapping, known: Iterable[str]) -> None:
-    """Refuse a key that nothing would read."""
+    """Refuse a key that nothing would read, and a section that is none."""
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{field.rstrip('.')}={section}: needs the settings {', '.join(known)}.")
     for key in section:
         if key not in known:
             raise ConfigError(f"{field}{key}: no such setting.{nearest(key, known)} Known: {', '.join(known)}.")

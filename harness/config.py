@@ -34,6 +34,8 @@ def build(node, field: str = ""):
     target = node.get("_target_")
     arguments = {k: build(v, f"{field}.{k}" if field else k) for k, v in node.items() if k != "_target_"}
     if target is None:
+        if "_target_" in node or "bits" in node:
+            raise ConfigError(f"{field}._target_={target}: names no class, so nothing can be built from {field}.")
         return arguments
     module, _, name = str(target).rpartition(".")
     if not module.startswith("harness"):
@@ -50,6 +52,8 @@ def build(node, field: str = ""):
         return factory(**arguments)
     except ConfigError as error:  # a class knows its fields, only the configuration knows where they stand
         raise ConfigError(str(error).replace(f"{name}: ", f"{field}.", 1)) from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{field}: {name} cannot be built from {arguments} ({error}).") from None
 
 
 def option(group: str, name: str) -> dict:
@@ -65,6 +69,9 @@ def settings(cfg) -> dict:
     """The resolved configuration as a plain dict, its root fields checked."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     known_keys("", plain, SECTIONS)
+    for field in SECTIONS:
+        if field not in plain:
+            raise ConfigError(f"{field}: this setting was deleted, and nothing runs without it.")
     for field in ("model", "data", "format", "transform", "solver", "eval", "export", "tracking", "data.calibration",
                   "eval.perplexity", "format.weight", "format.act", "format.kv"):
         if not isinstance(_at(plain, field), dict):
@@ -82,7 +89,7 @@ def settings(cfg) -> dict:
 
 def _at(settings: dict, field: str):
     for key in field.split("."):
-        settings = settings.get(key)
+        settings = settings.get(key) if isinstance(settings, dict) else None
     return settings
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import store as records
-from harness.config import build, settings
+from harness.config import settings
 from harness.errors import ConfigError, DataError
 from harness.plan import Components, Plan, components, make_plan
 from harness.report.progress import Reporter
@@ -52,9 +52,8 @@ def execute(cfg, choices: Mapping[str, str | None], sweep: str | None = None, re
     store.check()
     plan.check()
     parts = components(plan)
-    tracker = build(plan.settings["tracking"], "tracking")
     with records.locked(run.path / "lock"):
-        return _Execution(plan, parts, store, run, reporter).outcome(tracker, sweep)
+        return _Execution(plan, parts, store, run, reporter).outcome(parts.tracker, sweep)
 
 
 class _Execution:
@@ -79,11 +78,11 @@ class _Execution:
         try:
             self._compute()
             self.metrics["status"] = "done"
-        except (Exception, KeyboardInterrupt) as failure:
+        except BaseException as failure:
             error = f"{type(failure).__name__}: {failure}"
             self.metrics["status"] = "failed"
             self.run.set_status(error=error, traceback=traceback.format_exc())
-            if isinstance(failure, KeyboardInterrupt | ConfigError | DataError):
+            if not isinstance(failure, Exception) or isinstance(failure, ConfigError | DataError):
                 raise
         finally:
             self.metrics["peak_memory_mb"] = _peak_memory()

@@ -89,7 +89,7 @@ def make_plan(settings: dict, choices: Mapping[str, str | None]) -> Plan:
         integer("data.calibration.length", chosen["length"], low=2),
         one_of("data.calibration.order", chosen["order"], ("first", "random")),
     )
-    perplexity = settings["eval"]["perplexity"]
+    perplexity = {"windows": None, "length": None, "corpora": None, **settings["eval"]["perplexity"]}
     known_keys("eval.perplexity.", perplexity, ("windows", "length", "corpora"))
     evaluation = Windows(
         integer("eval.perplexity.windows", perplexity["windows"], optional=True),
@@ -98,7 +98,7 @@ def make_plan(settings: dict, choices: Mapping[str, str | None]) -> Plan:
     model = build(_unnamed(settings["model"]), "model")
     corpora: dict[str, Corpus] = {}
     for name in _names("eval.perplexity.corpora", perplexity["corpora"]):
-        each = corpus if name == "data" else TextFolder(name) if "/" in name else _corpus(option("data", name))
+        each = corpus if name == "data" else _other("eval.perplexity.corpora", name)
         mark = each.fingerprint("evaluation")
         if any(other.name == each.name and key != mark for key, other in corpora.items()):
             raise ConfigError(f"eval.perplexity.corpora: two different texts are called {each.name}; set data.name to another.")
@@ -124,6 +124,16 @@ def _names(field: str, value) -> list[str]:
     return value
 
 
+def _other(field: str, name: str) -> Corpus:
+    """An evaluation corpus by the name of a data option, or by its folder."""
+    try:
+        corpus = TextFolder(name) if "/" in name else _corpus(option("data", name))
+        corpus.fingerprint("evaluation")
+        return corpus
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"{field}={name}: {error}") from None
+
+
 def _device_kind(name: str) -> str:
     """cpu or cuda; numbers depend on that and on nothing finer. Looks for a device file, so that torch stays out."""
     return ("cuda" if Path("/dev/nvidia0").exists() else "cpu") if name == "auto" else name.partition(":")[0]
@@ -131,25 +141,26 @@ def _device_kind(name: str) -> str:
 
 @dataclass(frozen=True)
 class Components:
-    """What works on weights: formats, transform, solver (None: weights stay), and the warnings their combination earns."""
+    """What works on weights: formats, transform, solver (None: weights stay); the tracker; what their combination warns of."""
 
     scheme: object
     transform: object
     solver: object
     context: object
+    tracker: object
     warnings: list[str]
 
 
 def components(plan: Plan) -> Components:
     """Build formats, transform and solver and check them against the model's real module shapes. Raises ConfigError."""
     from harness.formats import Scheme
-    from harness.models.families import family_of, skeleton
+    from harness.models.families import family_of
     from harness.transforms import Context
 
     settings = plan.settings
     _check_device(settings["device"])
     parts = {k: build(v, f"format.{k}") for k, v in _unnamed(settings["format"]).items()}
-    if settings["format"]["overrides"] not in ({}, None):
+    if settings["format"]["overrides"]:
         raise ConfigError("format.overrides: mixed precision per role is not available yet; leave it empty.")
     if parts["kv"] is not None:
         raise ConfigError(f"format.kv.bits={settings['format']['kv']['bits']}: the KV cache stays in float for now; set 16.")
@@ -165,18 +176,15 @@ def components(plan: Plan) -> Components:
     if solver is not None and scheme.weight is None:
         raise ConfigError(f"format.weight.bits=16 with solver={name}: no weight is quantized; set solver=none or a format.")
 
-    config = plan.model.config()
-    family = family_of(config)
-    block = skeleton(config).get_submodule(family.blocks)[0]
-    widths = {site.name: block.get_submodule(site.linears[0]).in_features for site in family.sites}
-    kinds = set(getattr(config, "layer_types", None) or ())
-    reach = getattr(config, "sliding_window", None)
+    facts = plan.model.facts()
+    widths = family_of(facts.get("model_type")).widths(facts)
+    kinds, reach = set(facts.get("layer_types") or ()), facts.get("sliding_window")
     if len(kinds) > 1 and reach and plan.quantizes and plan.calibration.length > reach:
         raise ConfigError(
             f"data.calibration.length={plan.calibration.length} with a model whose layers mix {' and '.join(sorted(kinds))} "
             f"(window {reach}): calibration streams one mask through all blocks; use at most {reach}."
         )
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = facts.get("max_position_embeddings")
     for where, windows in (("data.calibration", plan.calibration), ("eval.perplexity", plan.evaluation)):
         if longest and windows.length > longest:
             raise ConfigError(f"{where}.length={windows.length} is more than the model's {longest} positions; lower it.")
@@ -189,7 +197,12 @@ def components(plan: Plan) -> Components:
     warnings = list(transform.check(context))
     if solver is not None:
         warnings += solver.check(scheme.weight)
-    return Components(scheme, transform, solver, context, warnings)
+        if solver.hessian_input == "quantized" and (scheme.act is None or "hessian" not in solver.needs):
+            raise ConfigError(
+                f"solver.hessian_input=quantized with solver={name} and format.act.bits={settings['format']['act']['bits']}: "
+                "there is no Hessian of quantized activations; set solver.hessian_input=fp."
+            )
+    return Components(scheme, transform, solver, context, build(settings["tracking"], "tracking"), warnings)
 
 
 def _check_device(name: str) -> None:

@@ -42,6 +42,15 @@ def test_one_run_and_the_stored_result(tmp_path):
         (["format.weight.group_size=7"], ["format.weight.group_size"]),
         (["seed=[1"], ["seed=[1"]),
         (["run_root=/proc/nowhere"], ["run_root=/proc/nowhere"]),
+        (["~seed"], ["seed"]),
+        (["~eval.perplexity.corpora"], ["eval.perplexity.corpora"]),
+        (["data=text", "data.path=5"], ["data.path=5"]),
+        (["format.weight.mse=3"], ["format.weight.mse"]),
+        (["format.weight._target_=null"], ["format.weight._target_"]),
+        (["tracking.entity=5"], ["tracking.entity=5"]),
+        (["solver=null"], ["solver"]),
+        (["sweeps=bits"], ["sweeps=bits", "-m"]),
+        (["solver=rtn", "solver.hessian_input=quantized"], ["solver.hessian_input=quantized"]),
     ],
     ids=str,
 )
@@ -69,6 +78,16 @@ def test_sweep_records_the_impossible_job_and_skips_what_is_done(tmp_path):
     assert again.returncode == 0
     assert again.stdout.count("stored") == 4
     assert {p: p.stat().st_mtime_ns for p in metrics} == times
+
+
+def test_brackets_in_names_reach_the_table(tmp_path):
+    """What looks like markup is a name; and the exit status does not hang on the table."""
+    folder = tmp_path / "[wiki]"
+    folder.mkdir()
+    got = command(tmp_path, "-m", *SMALL, "solver=rtn", f"eval.perplexity.corpora=['{folder}','{tmp_path}/[/nope]']")
+    assert got.returncode == 1, got.stderr
+    assert "[wiki]" in got.stdout
+    assert "1 jobs, 1 failed" in got.stdout
 
 
 def test_named_sweep(tmp_path):

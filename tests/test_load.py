@@ -7,8 +7,10 @@ from threading import Thread
 import pytest
 import torch
 import yaml
+from transformers import AutoConfig
 
 from harness.errors import ConfigError, DataError
+from harness.models.families import Adapter
 from harness.models.load import Hub, assert_finite, untie
 from harness.models.tiny import FAMILIES, Tiny, byte_tokenizer
 from harness.models.wheel import Wheel
@@ -38,12 +40,14 @@ def test_tiny_has_the_stated_shape_and_runs(family):
     source = Tiny(family=family)
     source.check()
     model, tokenizer = source.load()
-    config = source.config()
+    config = model.config
     assert model.config.model_type == family and not model.training and model.config.use_cache is False
     assert len(tokenizer) == config.vocab_size == model.lm_head.weight.shape[0]
     attention = model.model.layers[1].self_attn
     head_dim = 48 if family == "qwen3" else 32
     assert attention.o_proj.in_features == 6 * head_dim and attention.k_proj.out_features == 2 * head_dim
+    adapter = Adapter(model)
+    assert adapter.family.widths(source.facts()) == {site.name: adapter.width(site) for site in adapter.family.sites}
     out = logits(model)
     assert out.isfinite().all() and out.std() > 0.1
     assert logits(model).std(dim=-1).min() > 0.05  # no position is a constant
@@ -112,7 +116,7 @@ def test_a_saved_folder_loads_to_the_same_logits(family, tie, tmp_path):
     source.check()
     again, same_tokenizer = source.load()
     assert torch.equal(logits(again), logits(model))
-    assert source.config().hidden_size == 192 and source.name == tmp_path.name
+    assert source.facts()["hidden_size"] == 192 and source.name == tmp_path.name
     assert same_tokenizer("a \u00e9\n")["input_ids"] == tokenizer("a \u00e9\n")["input_ids"]
     assert again.config.use_cache is False and not again.training
 
@@ -184,7 +188,7 @@ def test_an_unreachable_hub_is_refused_with_a_way_out(monkeypatch):
 
 def test_a_missing_setting_is_named():
     source = Hub()
-    for act in (source.check, source.fingerprint, source.config):
+    for act in (source.check, source.fingerprint, source.facts):
         with pytest.raises(ConfigError, match=r"model=hf needs model\.path"):
             act()
 
@@ -298,7 +302,7 @@ def test_smollm2_from_the_wheel(tmp_path):
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (9, 3, 64)
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.dtype == torch.float32
     kept = ("use_cache", "dtype", "_name_or_path")
-    stated, loaded = source.config().to_dict(), config.to_dict()
+    stated, loaded = AutoConfig.for_model(**source.facts()).to_dict(), config.to_dict()
     assert {key for key in stated | loaded if stated.get(key) != loaded.get(key)} <= set(kept)
     prompt = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():

@@ -189,7 +189,7 @@ def test_wandb_offline_run_read_back(run, nowhere, capfd):
         summary.update(record.get("update", {}))
     assert summary["ppl"] == {"wikitext": 5.25}
     assert summary["status"] == "failed"
-    assert found["exit"] == [{"exit_code": 1}]
+    assert [record["exit_code"] for record in found["exit"]] == [1]
 
     text = b"".join(path.read_bytes() for path in run.directory.rglob("*") if path.is_file())
     assert b"hidden" not in text

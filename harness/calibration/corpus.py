@@ -73,6 +73,8 @@ class TextFolder(Corpus):
     """
 
     def __init__(self, path: str | None, name: str | None = None):
+        if not isinstance(path, str | None):
+            raise ConfigError(f"data.path={path}: needs a folder's name")
         self.path = None if path is None else Path(path).expanduser()
         self.name = name or ("text" if self.path is None else self.path.absolute().name)
 
@@ -105,6 +107,8 @@ class Samples(Corpus):
     """
 
     def __init__(self, path: str, name: str | None = None):
+        if not isinstance(path, str):
+            raise ConfigError(f"data.calibration.path={path}: needs a file's name, or null")
         self.path = Path(path).expanduser()
         self.name = name or self.path.name
 
@@ -153,6 +157,9 @@ class HubText(Corpus):
 
     def __init__(self, dataset: str, config: str, evaluation_split: str, *, revision: str | None = None,
                  documents: int | None = None, name: str | None = None):
+        for field, value in (("dataset", dataset), ("config", config), ("evaluation_split", evaluation_split)):
+            if not isinstance(value, str):
+                raise ConfigError(f"data.{field}={value}: needs a name")
         if documents is not None and (type(documents) is not int or documents < 1):
             raise ConfigError(f"data.documents={documents} must be a positive whole number, or null for all of them")
         self.dataset, self.config, self.revision = dataset, config, revision

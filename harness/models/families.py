@@ -7,7 +7,7 @@ linear of the branch). Nothing else of the project knows a module name.
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,11 +17,13 @@ from harness.errors import ConfigError
 
 @dataclass(frozen=True)
 class Site:
-    """One activation tensor: `linears` are block-relative module names that read it, `fed_by` those whose outputs make it
-    by a linear path (v feeds o; up feeds down), `norm` the norm right before it (None inside a branch)."""
+    """One activation tensor: `linears` are block-relative module names that read it, `features` what its width follows from
+    (hidden, heads = heads * head_dim, intermediate), `fed_by` the linears whose outputs make it by a linear path (v feeds o;
+    up feeds down), `norm` the norm right before it (None inside a branch)."""
 
     name: str
     linears: tuple[str, ...]
+    features: str
     norm: str | None = None
     fed_by: tuple[str, ...] = ()
 
@@ -53,20 +55,29 @@ class Family:
         """The sites of a block in the order in which the forward reaches them."""
         return tuple(site for branch in self.branches for site in (branch.entry, branch.exit))
 
+    def widths(self, facts: Mapping) -> dict[str, int]:
+        """{site: features} from the facts of a config.json. heads * head_dim need not be hidden_size (Qwen3)."""
+        head_dim = facts.get("head_dim") or facts["hidden_size"] // facts["num_attention_heads"]
+        sizes = {"hidden": facts["hidden_size"], "heads": facts["num_attention_heads"] * head_dim,
+                 "intermediate": facts["intermediate_size"]}
+        return {site.name: sizes[site.features] for site in self.sites}
+
 
 _LLAMA = Family(
     "llama",
     branches=(
         Branch(
             "self_attn",
-            entry=Site("attn_in", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), norm="input_layernorm"),
-            exit=Site("o_in", ("self_attn.o_proj",), fed_by=("self_attn.v_proj",)),
+            entry=Site(
+                "attn_in", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "hidden", norm="input_layernorm"
+            ),
+            exit=Site("o_in", ("self_attn.o_proj",), "heads", fed_by=("self_attn.v_proj",)),
             context=True,
         ),
         Branch(
             "mlp",
-            entry=Site("mlp_in", ("mlp.gate_proj", "mlp.up_proj"), norm="post_attention_layernorm"),
-            exit=Site("down_in", ("mlp.down_proj",), fed_by=("mlp.up_proj",)),
+            entry=Site("mlp_in", ("mlp.gate_proj", "mlp.up_proj"), "hidden", norm="post_attention_layernorm"),
+            exit=Site("down_in", ("mlp.down_proj",), "intermediate", fed_by=("mlp.up_proj",)),
         ),
     ),
 )
@@ -81,9 +92,8 @@ FAMILIES = {
 }
 
 
-def family_of(config) -> Family:
-    """The family of a transformers config. Raises ConfigError with the known ones when the architecture is not declared."""
-    kind = getattr(config, "model_type", None)
+def family_of(kind: str | None) -> Family:
+    """The family of a `model_type`. Raises ConfigError with the known ones when the architecture is not declared."""
     if kind not in FAMILIES:
         raise ConfigError(
             f"model: architecture '{kind}' is not declared.{nearest(kind, FAMILIES)} Known: {', '.join(FAMILIES)}. "
@@ -92,25 +102,12 @@ def family_of(config) -> Family:
     return FAMILIES[kind]
 
 
-def skeleton(config):
-    """A one-block model of this config without memory (meta device): real module shapes before any weight is loaded."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    one = copy.deepcopy(config)
-    one.num_hidden_layers = 1
-    if getattr(one, "layer_types", None):
-        one.layer_types = one.layer_types[:1]
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(one)
-
-
 class Adapter:
     """A loaded model seen through its family: blocks, branches, sites and the linears at them."""
 
     def __init__(self, model):
         self.model = model
-        self.family = family_of(model.config)
+        self.family = family_of(model.config.model_type)
 
     @property
     def blocks(self):

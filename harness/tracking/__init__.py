@@ -21,7 +21,10 @@ def build(
     """The trackers of a run, from the fields of `conf/tracking/`. Raises ConfigError for a value that cannot work."""
     if not isinstance(wandb, bool):
         raise ConfigError(f"tracking.wandb={wandb!r} must be true or false")
-    if isinstance(tags, str):
-        raise ConfigError(f"tracking.tags={tags!r} must be a list; write tracking.tags=[{tags}]")
-    mirror = [Wandb(project=project, entity=entity, name=name, mode=mode, tags=tags)] if wandb else []
-    return Several([Local(), *mirror])
+    if not isinstance(tags, Sequence) or isinstance(tags, str) or not all(isinstance(tag, str) for tag in tags):
+        raise ConfigError(f"tracking.tags={tags!r} must be a list of words; write tracking.tags=[{tags}]")
+    for field, value in (("entity", entity), ("project", project), ("name", name)):
+        if not isinstance(value, str | None):
+            raise ConfigError(f"tracking.{field}={value} must be a word or null")
+    mirror = Wandb(project=project, entity=entity, name=name, mode=mode, tags=tags)
+    return Several([Local(), mirror] if wandb else [Local()])
