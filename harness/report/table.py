@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+
+def _console() -> Console:
+    """Standard output; a file or a pipe has no width of its own, and tables of 80 columns fold their names."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
 
 
 def _number(value, digits: int = 4) -> str:
@@ -16,7 +23,7 @@ def _number(value, digits: int = 4) -> str:
 
 def run_table(metrics: dict, directory: Path, console: Console | None = None) -> None:
     """One row a stage: perplexities, difference to the baseline, bits per weight, seconds, peak memory."""
-    console = console or Console()
+    console = console or _console()
     stages = metrics["stages"]
     corpora = list(dict.fromkeys(c for stage in stages.values() for c in stage["ppl"]))
     baseline = stages.get("baseline", {}).get("ppl", {})
@@ -44,8 +51,11 @@ def run_table(metrics: dict, directory: Path, console: Console | None = None) ->
 
 
 def sweep_table(rows: list[dict], console: Console | None = None) -> None:
-    """One row a job: {"overrides", "run_id", "status", "stored", "ppl": {corpus: x}, "bits_per_weight", "error"}."""
-    console = console or Console()
+    """One row a job: {"overrides", "run_id", "status", "stored", "ppl": {corpus: x}, "bits_per_weight", "error"}.
+
+    Overrides that all jobs share are left out; what went wrong stands in a line of its own below.
+    """
+    console = console or _console()
     corpora = list(dict.fromkeys(c for row in rows for c in row.get("ppl", {})))
     shared = set.intersection(*(set(row["overrides"]) for row in rows)) if len(rows) > 1 else set()
     table = Table(title=f"{len(rows)} jobs, {sum(row['status'] != 'done' for row in rows)} failed", title_justify="left")
@@ -55,13 +65,15 @@ def sweep_table(rows: list[dict], console: Console | None = None) -> None:
     for corpus in corpora:
         table.add_column(Text(f"ppl {corpus}"), justify="right", no_wrap=True, min_width=9)
     table.add_column("bits/weight", justify="right")
-    table.add_column("run, or the error", overflow="fold")
+    table.add_column("run", overflow="fold")
     for row in rows:
         status = "stored" if row.get("stored") else row["status"]
         ppl = [_number(row.get("ppl", {}).get(corpus)) for corpus in corpora]
         own = " ".join(override for override in row["overrides"] if override not in shared)
-        outcome = row.get("error") or row.get("run_id") or ""
         style = "red" if row["status"] != "done" else None
-        cells = (str(row["job"]), Text(own), status, *ppl, _number(row.get("bits_per_weight"), 2), Text(outcome))
+        cells = (str(row["job"]), Text(own), status, *ppl, _number(row.get("bits_per_weight"), 2), Text(row.get("run_id") or ""))
         table.add_row(*cells, style=style)
     console.print(table)
+    for row in rows:
+        if row["status"] != "done":
+            console.print(f"job {row['job']} failed: {row['error']}", highlight=False, markup=False, soft_wrap=True)
