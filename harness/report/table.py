@@ -71,8 +71,8 @@ def sweep_table(rows: list[dict], console: Console | None = None) -> None:
         ppl = [_number(row.get("ppl", {}).get(corpus)) for corpus in corpora]
         own = " ".join(override for override in row["overrides"] if override not in shared)
         style = "red" if row["status"] != "done" else None
-        cells = (str(row["job"]), Text(own), status, *ppl, _number(row.get("bits_per_weight"), 2), Text(row.get("run_id") or ""))
-        table.add_row(*cells, style=style)
+        bits, run = _number(row.get("bits_per_weight"), 2), Text(row.get("run_id") or "")
+        table.add_row(str(row["job"]), Text(own), status, *ppl, bits, run, style=style)
     console.print(table)
     for row in rows:
         if row["status"] != "done":
