@@ -38,7 +38,7 @@ def build(node, field: str = ""):
             raise ConfigError(f"{field}._target_={target}: names no class, so nothing can be built from {field}.")
         return arguments
     module, _, name = str(target).rpartition(".")
-    if not module.startswith("harness"):
+    if module.partition(".")[0] != "harness":
         raise ConfigError(f"{field}._target_={target}: only classes of this package (harness.*) are built.")
     try:
         factory = getattr(import_module(module), name)

@@ -31,9 +31,10 @@ def test_option_builds_and_round_trips(group, name):
         build(settings, group)
 
 
-def test_foreign_targets_are_not_built():
-    with pytest.raises(ConfigError, match=r"os\.system"):
-        build({"_target_": "os.system", "command": "true"}, "solver")
+@pytest.mark.parametrize("target", ["os.system", "harness_of_another.Thing", "system"])
+def test_foreign_targets_are_not_built(target):
+    with pytest.raises(ConfigError, match=rf"solver\._target_={target}: only classes of this package"):
+        build({"_target_": target, "command": "true"}, "solver")
 
 
 def test_unknown_fields_get_the_nearest_name():
