@@ -53,7 +53,7 @@ def execute(cfg, choices: Mapping[str, str | None], sweep: str | None = None, re
     plan.check()
     parts = components(plan)
     with records.locked(run.path / "lock"):
-        return _Execution(plan, parts, store, run, reporter).outcome(parts.tracker, sweep)
+        return _Execution(plan, parts, store, run, reporter).outcome(sweep)
 
 
 class _Execution:
@@ -69,11 +69,11 @@ class _Execution:
             "warnings": parts.warnings, "notes": {},
         }
 
-    def outcome(self, tracker, sweep: str | None) -> Outcome:
+    def outcome(self, sweep: str | None) -> Outcome:
         """Compute; whatever happens, the store knows how it ended."""
         _reset_peak_memory()
         self.run.start(self.plan.settings, {"quant_id": self.plan.quant_id})
-        self.tracker = self._started(tracker, sweep)
+        self.tracker = self._start_tracker(sweep)
         error = None
         try:
             self._compute()
@@ -216,10 +216,10 @@ class _Execution:
         self.metrics["seconds"][name] = self.metrics["seconds"].get(name, 0.0) + time.perf_counter() - start
         self.run.save_metrics(self.metrics)
 
-    def _started(self, tracker, sweep: str | None):
+    def _start_tracker(self, sweep: str | None):
         from harness.tracking import RunInfo
 
-        plan = self.plan
+        plan, tracker = self.plan, self.parts.tracker
         tags = tuple(f"{group}:{option}" for group, option in plan.choices.items() if option and group != "tracking")
         tracker.start(plan.settings, RunInfo(plan.run_id, plan.quant_id, self.run.path, group=sweep, tags=tags))
         return tracker

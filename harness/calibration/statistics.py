@@ -45,7 +45,7 @@ class Statistics:
         return self._sample
 
     def finish(self) -> None:
-        """Mirror the half that was computed and scale to the mean. Raises nothing; call once."""
+        """Mirror the half that was computed and scale to the mean; once, after the last `add`."""
         if self.hessian is not None:
             for lo in range(PANEL, len(self.hessian), PANEL):
                 self.hessian[:lo, lo : lo + PANEL] = self.hessian[lo : lo + PANEL, :lo].T
