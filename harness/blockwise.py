@@ -20,22 +20,6 @@ from harness.models.families import Adapter, Site
 from harness.models.quant_linear import QuantLinear, SiteInput
 from harness.solvers import Problem, Solver
 from harness.store import Run
-from harness.transforms import Placement, fold
-
-
-def place(adapter: Adapter, placement: Placement) -> None:
-    """Swap every linear for a QuantLinear with its site's codec, its weight folded in float64. No quantizer is on yet."""
-    for index, block in enumerate(adapter.blocks):
-        for site in adapter.family.sites:
-            linears = adapter.linears(index, site)
-            codec = placement.site(site.name)
-            shared = SiteInput(len(linears), codec)
-            for name, linear in linears.items():
-                weight = linear.weight.data
-                if codec is not None:
-                    weight.copy_(fold({name: weight.double()}, placement, {name: site.name})[name])
-                bias = None if linear.bias is None else linear.bias.data
-                block.set_submodule(name, QuantLinear(weight, bias, shared))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from pathlib import Path
 from harness import store as records
 from harness.config import settings
 from harness.errors import ConfigError, DataError
-from harness.plan import Components, Plan, components, make_plan
+from harness.plan import Components, Plan, components, make_plan, placement_facts
 from harness.report.progress import Reporter
 from harness.store import Run, Store
 
@@ -119,16 +119,10 @@ class _Execution:
         self.amp = None if amp is None else getattr(torch, amp)
         self._baseline(adapter)
 
-        with self._stage("transformed"), torch.no_grad():
-            placement = parts.transform.fit(parts.context)
-            self.metrics["notes"] |= dict(placement.notes)
-            probe = calibration[: PROBE[0], : PROBE[1]].to(device)
-            before = model(probe, use_cache=False).logits
-            blockwise.place(adapter, placement)
-            if parts.transform.exact:
-                self._gate(before, model(probe, use_cache=False).logits, model.dtype)
-            del before
-        if placement.sites and not plan.quantizes:
+        probe = calibration[: PROBE[0], : PROBE[1]].to(device)
+        changed = self._transform(adapter, calibration, probe)
+        inexact = not all(transform.exact for transform in parts.transforms)
+        if inexact or (changed and not plan.quantizes):
             self._evaluate("transformed", adapter)
         if plan.quantizes:
             self._quantize(blockwise, adapter, calibration)
@@ -136,7 +130,59 @@ class _Execution:
         if self.metrics["bits_per_weight"] is None:
             self.metrics["bits_per_weight"] = float(torch.finfo(model.dtype).bits)
 
+    def _transform(self, adapter, calibration, probe) -> bool:
+        """Fit (or find) and place every transform, and hold exact ones to the gate. Whether anything changed."""
+        import torch
+
+        from harness.calibration.subject import ModelSubject
+        from harness.models import prepare
+
+        transforms, changed = self.parts.transforms, False
+        with self._stage("fit"):
+            with torch.no_grad():
+                before = adapter.model(probe, use_cache=False).logits
+            prepare.swap(adapter)
+            if any(transform.residual for transform in transforms):
+                prepare.fuse_norms(adapter)
+            for parameter in adapter.model.parameters():
+                parameter.requires_grad_(False)
+            subject = ModelSubject(adapter, calibration, self.reporter.stage)
+            for part, transform in enumerate(transforms):
+                placement = self._placement(part, transform, subject)
+                changed = changed or not placement.empty
+                self.metrics["notes"] |= dict(placement.notes)
+                prepare.place(adapter, placement)
+            if all(transform.exact for transform in transforms):
+                with torch.no_grad():
+                    self._gate(before, adapter.model(probe, use_cache=False).logits, adapter.model.dtype)
+        return changed
+
+    def _placement(self, part: int, transform, subject):
+        """What a transform fits; what it has learned before is taken from the store, or from `transform.load`."""
+        from harness.transforms import file
+
+        if not transform.learned:
+            return transform.fit(self.parts.context, subject)
+        section, context, facts = self.plan.settings["transform"], self.parts.context, placement_facts(self.plan)
+        if section["load"] is not None:
+            self.run.event("placement", source=section["load"])
+            return file.load(Path(section["load"]), transform, context)
+        path = self.store.shared("placements", self.plan.fit_id(part)).with_suffix(".safetensors")
+        with records.locked(path.with_suffix(".lock"), wait=True):
+            if path.is_file() and not self.plan.settings["force"]:
+                self.run.event("placement", source="store", key=path.stem)
+                self.reporter.say("transform: learned before, from the store")
+            else:
+                self.run.event("placement", source="learned", key=path.stem)
+                file.save(path, transform.fit(context, subject), facts)
+        placement = file.load(path, transform, context)
+        if section["save"] is not None:
+            file.save(Path(section["save"]), placement, facts)
+        return placement
+
     def _quantize(self, blockwise, adapter, calibration) -> None:
+        from harness.models.attention import attach
+
         plan, parts = self.plan, self.parts
         found = 0 if plan.settings["force"] else self.store.adopt_blocks(self.run, plan.quant_id)
         if found:
@@ -151,6 +197,9 @@ class _Execution:
                 advance(f"relative output error {mean:.4f}")
 
             blockwise.quantize(adapter, parts.scheme, parts.solver, calibration, self.run, done)
+            if parts.scheme.kv is not None:
+                for heads in attach(adapter):
+                    heads.format = parts.scheme.kv
         layers = self.metrics["layers"]
         fallbacks = [layer["name"] for layer in layers if layer.get("fallback")]
         if fallbacks:
@@ -203,7 +252,7 @@ class _Execution:
         self.metrics["notes"]["gate"] = {"max": worst, "mean": mean}
         if not (worst <= most and mean <= average):
             raise RuntimeError(
-                f"transform={self.plan.choices.get('transform')} changed the model: logits moved by up to {worst:.3g} "
+                f"transform={self.plan.settings['transform']['name']} changed the model: logits moved by up to {worst:.3g} "
                 f"(mean {mean:.3g}), allowed {most:.3g} (mean {average:.3g})"
             )
 

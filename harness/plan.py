@@ -7,8 +7,9 @@ before any weight is loaded.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from harness.calibration.corpus import Corpus, Samples, TextFolder
@@ -45,8 +46,8 @@ class Plan:
         chosen = self.settings
         model = [self.model.fingerprint(), chosen["model"]["dtype"], _device_kind(chosen["device"])]
         tested = [[c.fingerprint("evaluation") for c in self.corpora], vars(self.evaluation), chosen["model"]["amp"]]
-        made = [model, chosen["format"], chosen["transform"], chosen["solver"], chosen["seed"]]
-        if self.quantizes:
+        made = [model, chosen["format"], self._transform(), chosen["solver"], chosen["seed"]]
+        if self.calibrates:
             made += [self.calibration_corpus.fingerprint("calibration"), vars(self.calibration)]
         labels = "-".join(str(self.choices.get(group) or group) for group in ("model", "format", "transform", "solver"))
         object.__setattr__(self, "quant_id", f"{labels}-{fingerprint(made)}")
@@ -55,8 +56,29 @@ class Plan:
 
     @property
     def quantizes(self) -> bool:
-        """Whether any weight or activation is quantized; nothing else reads the calibration text."""
-        return any(self.settings["format"][part]["bits"] != 16 for part in ("weight", "act"))
+        """Whether any weight, activation, key or value is quantized."""
+        return any(self.settings["format"][part]["bits"] != 16 for part in ("weight", "act", "kv"))
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the calibration text can matter."""
+        return self.quantizes or self.settings["transform"]["name"] != "identity"
+
+    def fit_id(self, part: int) -> str:
+        """The key of what one part of the transform learns: the solver and the weights' format do not change it."""
+        chosen = self.settings
+        model = [self.model.fingerprint(), chosen["model"]["dtype"], _device_kind(chosen["device"])]
+        formats = [chosen["format"][name] for name in ("act", "kv")]
+        text = [self.calibration_corpus.fingerprint("calibration"), vars(self.calibration)]
+        return fingerprint(model, self._transform(), part, formats, text, chosen["seed"])
+
+    def _transform(self) -> dict:
+        """The transform's settings as far as they change a number: not where its matrices go, and what is in a file read."""
+        chosen = {key: value for key, value in self.settings["transform"].items() if key != "save"}
+        path = chosen.get("load")
+        if isinstance(path, str) and Path(path).is_file():
+            chosen["load"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        return chosen
 
     def check(self) -> None:
         """Texts and model are there and the texts long enough (ConfigError, DataError). Loads no weight."""
@@ -66,10 +88,10 @@ class Plan:
         self.model.check()
         for corpus in self.corpora:
             _long_enough("eval.perplexity", self.evaluation, corpus.text("evaluation"))
-        if self.quantizes:
+        if self.calibrates:
             _long_enough("data.calibration", self.calibration, self.calibration_corpus.text("calibration"))
         tested = {corpus.fingerprint("evaluation") for corpus in self.corpora}
-        if self.quantizes and self.calibration_corpus.fingerprint("calibration") in tested:
+        if self.calibrates and self.calibration_corpus.fingerprint("calibration") in tested:
             raise ConfigError(
                 f"data.calibration.path={self.settings['data']['calibration']['path']} is the text that is evaluated; "
                 "calibrate on another one."
@@ -141,10 +163,11 @@ def _device_kind(name: str) -> str:
 
 @dataclass(frozen=True)
 class Components:
-    """What works on weights: formats, transform, solver (None: weights stay); the tracker; what their combination warns of."""
+    """What works on weights: formats, the transforms to place one after the other, solver (None: weights stay); the tracker;
+    what their combination warns of."""
 
     scheme: object
-    transform: object
+    transforms: list
     solver: object
     context: object
     tracker: object
@@ -154,7 +177,7 @@ class Components:
 def components(plan: Plan) -> Components:
     """Build formats, transform and solver and check them against the model's real module shapes. Raises ConfigError."""
     from harness.formats import Scheme
-    from harness.models.families import family_of
+    from harness.models.families import family_of, head_dim
     from harness.transforms import Context
 
     settings = plan.settings
@@ -162,11 +185,10 @@ def components(plan: Plan) -> Components:
     parts = {k: build(v, f"format.{k}") for k, v in _unnamed(settings["format"]).items()}
     if settings["format"]["overrides"]:
         raise ConfigError("format.overrides: mixed precision per role is not available yet; leave it empty.")
-    if parts["kv"] is not None:
-        raise ConfigError(f"format.kv.bits={settings['format']['kv']['bits']}: the KV cache stays in float for now; set 16.")
-    scheme = Scheme(weight=parts["weight"], act=parts["act"])
+    scheme = Scheme(weight=parts["weight"], act=parts["act"], kv=parts["kv"])
     solver = build(_unnamed(settings["solver"]), "solver") if settings["solver"]["_target_"] else None
-    transform = build(_unnamed(settings["transform"]), "transform")
+    transforms = transforms_of(settings["transform"])
+    learned = [t for t in transforms if t.learned]
     name = plan.choices.get("solver", "solver")
     if solver is None and scheme.weight is not None:
         raise ConfigError(
@@ -193,16 +215,63 @@ def components(plan: Plan) -> Components:
             part = getattr(scheme, role)
             if part is not None:
                 part.check(width, f"format.{role}.group_size", site)
-    context = Context(widths=widths, scheme=scheme, seed=settings["seed"])
-    warnings = list(transform.check(context))
+    context = Context(
+        widths=widths, layers=facts["num_hidden_layers"], heads=facts["num_attention_heads"],
+        kv_heads=facts.get("num_key_value_heads") or facts["num_attention_heads"], head_dim=head_dim(facts),
+        scheme=scheme, seed=settings["seed"], solver=name if solver is not None else None,
+    )
+    if scheme.kv is not None:
+        scheme.kv.check(context.head_dim, "format.kv.group_size", "the key/value heads")
+    warnings = [warning for transform in transforms for warning in transform.check(context)]
+    _check_file(settings["transform"], learned, context, plan)
     if solver is not None:
         warnings += solver.check(scheme.weight)
+        if solver.hessian_input == "auto":
+            seen = scheme.act is not None and "hessian" in solver.needs and any(t.free_decoder for t in transforms)
+            solver = replace(solver, hessian_input="quantized" if seen else "fp")
         if solver.hessian_input == "quantized" and (scheme.act is None or "hessian" not in solver.needs):
             raise ConfigError(
                 f"solver.hessian_input=quantized with solver={name} and format.act.bits={settings['format']['act']['bits']}: "
                 "there is no Hessian of quantized activations; set solver.hessian_input=fp."
             )
-    return Components(scheme, transform, solver, context, build(settings["tracking"], "tracking"), warnings)
+    return Components(scheme, transforms, solver, context, build(settings["tracking"], "tracking"), warnings)
+
+
+def transforms_of(section: Mapping) -> list:
+    """The transform, with SmoothQuant before or after it where `smooth` asks for that."""
+    from harness.transforms.smoothquant import NORM_SITES, PRODUCT_SITES, SmoothQuant
+
+    own = {key: value for key, value in section.items() if key not in ("name", "smooth", "save", "load")}
+    transform, smooth = build(own, "transform"), section.get("smooth")
+    if smooth is None:
+        return [transform]
+    if not isinstance(smooth, dict):
+        raise ConfigError(f"transform.smooth={smooth}: needs null, or alpha and when.")
+    known_keys("transform.smooth.", smooth, ("alpha", "when", "sites"))
+    when = one_of("transform.smooth.when", smooth.get("when", "before"), ("before", "after"))
+    legal = {"before": PRODUCT_SITES, "after": NORM_SITES}[when] if transform.residual else (*NORM_SITES, *PRODUCT_SITES)
+    sites = smooth.get("sites") or list(legal)
+    for site in sites if isinstance(sites, list) else [sites]:
+        if site not in legal:
+            raise ConfigError(f"transform.smooth.sites={sites} with transform.smooth.when={when} and a rotated residual stream: "
+                              f"{site} cannot be smoothed there; legal: {', '.join(legal)}.")
+    stacked = SmoothQuant(smooth.get("alpha", 0.5), sites, field="transform.smooth")
+    return [stacked, transform] if when == "before" else [transform, stacked]
+
+
+def placement_facts(plan: Plan) -> dict:
+    """What a stored placement must agree with to be used in this run."""
+    return {"model": plan.model.fingerprint(), "transform": plan.settings["transform"]["name"]}
+
+
+def _check_file(section: Mapping, learned: list, context, plan: Plan) -> None:
+    for key in ("save", "load"):
+        if section.get(key) is not None and not learned:
+            raise ConfigError(f"transform.{key}={section[key]} with transform={section['name']}: it learns nothing to keep.")
+    if section.get("load") is not None:
+        from harness.transforms import file
+
+        file.check(section["load"], learned[0], context, placement_facts(plan))
 
 
 def _check_device(name: str) -> None:

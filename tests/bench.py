@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from harness.blockwise import place, quantize
+from harness.blockwise import quantize
 from harness.calibration.corpus import Pydoc
 from harness.calibration.statistics import Statistics
 from harness.calibration.windows import tokenize, windows
@@ -26,9 +26,9 @@ from harness.config import build, option
 from harness.evaluation.perplexity import window_losses
 from harness.formats import Scheme
 from harness.models.families import Adapter
+from harness.models.prepare import swap
 from harness.solvers import GPTQ, RTN
 from harness.store import Run
-from harness.transforms import Placement
 
 CALIBRATION = (32, 512)
 EVALUATION = (4, 2048)
@@ -45,7 +45,7 @@ def load():
 
 def quantized(model, scheme: Scheme, solver, calibration) -> Adapter:
     adapter = Adapter(model)
-    place(adapter, Placement())
+    swap(adapter)
     with tempfile.TemporaryDirectory() as folder:
         quantize(adapter, scheme, solver, calibration, Run(Path(folder)), lambda index, layers: None)
     return adapter

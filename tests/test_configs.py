@@ -6,12 +6,14 @@ from omegaconf import OmegaConf
 
 from harness.config import build, fingerprint
 from harness.errors import ConfigError
+from harness.plan import transforms_of
 
 OPTIONS = [(p.parent.name, p.stem) for p in sorted((ROOT / "conf").glob("*/*.yaml")) + sorted((ROOT / "sweeps").glob("*.yaml"))]
+NAMES = ["/".join(option) for option in OPTIONS]
 NAMED = ("format", "transform", "solver", "eval", "export")
 
 
-@pytest.mark.parametrize(("group", "name"), OPTIONS, ids="/".join)
+@pytest.mark.parametrize(("group", "name"), OPTIONS, ids=NAMES)
 def test_option_composes_and_says_what_it_is(group, name):
     cfg, choices = composed(f"{group}={name}")
     assert choices[group] == name
@@ -22,7 +24,7 @@ def test_option_composes_and_says_what_it_is(group, name):
         assert cfg[group].name == name
 
 
-@pytest.mark.parametrize(("group", "name"), [o for o in OPTIONS if o[0] in ("transform", "solver", "format")], ids="/".join)
+@pytest.mark.parametrize(("group", "name"), [o for o in OPTIONS if o[0] in ("transform", "solver", "format")])
 def test_option_builds(group, name):
     cfg, _ = composed(f"{group}={name}")
     settings = {k: v for k, v in OmegaConf.to_container(cfg[group], resolve=True).items() if k != "name"}
@@ -31,6 +33,8 @@ def test_option_builds(group, name):
     elif group == "format":
         parts = build(settings, group)
         assert {part for part, format in parts.items() if format} == (set() if name == "none" else {"weight", "act"})
+    elif group == "transform":
+        assert settings["_target_"].rpartition(".")[0] in {type(t).__module__ for t in transforms_of({"name": name, **settings})}
     else:
         assert type(build(settings, group)).__module__ == settings["_target_"].rpartition(".")[0]
 

@@ -16,11 +16,12 @@ from harness.calibration.windows import tokenize, windows
 from harness.errors import ConfigError, DataError
 from harness.formats import NVFP4, Scheme
 from harness.models.families import Adapter
+from harness.models.prepare import swap
 from harness.models.tiny import Tiny
 from harness.pipeline import execute
 from harness.solvers import GPTQ
 from harness.store import RunLocked, locked
-from harness.transforms import Placement
+from harness.transforms import Rotation
 
 FORMATS = ["nvfp4", "fouroversix", "mxfp4", "mxfp6", "mxfp8", "fp4", "int4", "int8"]
 
@@ -70,9 +71,7 @@ def test_hadamard_keeps_the_function(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_wrong_fold_is_stopped_by_the_gate(tmp_path, monkeypatch, dtype):
     """Paley matrices are not symmetric: absorbing R^T instead of R changes the model, and the run says so."""
-    from harness.transforms import hadamard
-
-    monkeypatch.setattr(hadamard.HadamardCodec, "absorb", lambda self, weight: self.rotation.apply_transpose(weight))
+    monkeypatch.setattr(Rotation, "absorb", lambda self, weight: self.matrix.apply_transpose(weight))
     settings = ["format=none", "solver=none", "transform=hadamard", "transform.block_size=12", f"model.dtype={dtype}"]
     outcome = run(tmp_path, *settings)
     assert outcome.status == "failed"
@@ -204,7 +203,7 @@ def test_static_scale_is_that_of_the_solved_model(tmp_path):
         outcome = execute(cfg, choices)
         model, tokenizer = Tiny().load()
         adapter = Adapter(model)
-        blockwise.place(adapter, Placement())
+        swap(adapter)
         text = Pydoc().text("calibration")
         cut = windows(tokenize(tokenizer, text), 64, 6)
         scheme = Scheme(weight=NVFP4())
@@ -312,7 +311,7 @@ def test_global_random_state_is_left_alone(tmp_path):
         (["model.family=gpt2"], ["model.family=gpt2"]),
         (["model=hf", "model.path=/nowhere/at/all"], ["model.path"]),
         (["data.calibration.path=/nowhere.txt"], ["data.calibration.path"]),
-        (["format.kv.bits=4"], ["format.kv"]),
+        (["format.kv.bits=4", "format.kv.group_size=7"], ["format.kv.group_size"]),
         (["tracking.tags=a"], ["tracking.tags"]),
         (["device=cuda:99"], ["device=cuda:99"]),
         (["transform=hadamard", "transform.backend=fast"], ["transform.backend"]),

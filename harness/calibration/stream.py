@@ -52,9 +52,8 @@ class Stream:
         self.tokens = windows.numel()
         self._batch = max(1, tokens_at_once // windows.shape[1])
         self.context: list[dict] = []
-        device = next(adapter.model.parameters()).device
         for index, batch in enumerate(windows.split(self._batch)):
-            ids = batch.to(device)
+            ids = batch.to(adapter.device)
             args, kwargs = arguments_at(adapter.blocks[0], lambda ids=ids: adapter.backbone(input_ids=ids, use_cache=False))
             kwargs = dict(kwargs)
             embedded = args[0] if args else kwargs.pop("hidden_states")
@@ -81,6 +80,12 @@ class Stream:
         for context, x, kept in zip(self.context, self.entry(block, branch), self._read.split(self._batch)):
             args, _ = arguments_at(last, lambda x=x, context=context: module(x, **(context if branch.context else {})))
             yield kept.copy_(args[0])
+
+    def leave(self) -> Iterator[Tensor]:
+        """What the output head reads, once all blocks are passed: the final norm's output, one micro-batch at a time."""
+        norm = self.adapter.model.get_submodule(self.adapter.family.final_norm)
+        for hidden in self.hidden:
+            yield norm(hidden)
 
     def close(self, block: nn.Module, branch: Branch) -> None:
         """Run the last linear on what `exit` kept and add the branch to the residual stream, in place."""

@@ -26,7 +26,7 @@ def window_losses(adapter: Adapter, windows: Tensor, amp: torch.dtype | None = N
 
     windows: token ids [W, L]; amp: autocast dtype of the forward; advance: called after each window.
     """
-    device = next(adapter.model.parameters()).device
+    device = adapter.device
     losses = []
     for window in windows:
         ids = window.to(device)[None]

@@ -12,6 +12,8 @@ cache, and equals `quantize(x).dequantize()` in every bit. Zeros come out as +0.
 All arithmetic is float32 unless compute_dtype=input (that of x), with one cast to x's dtype at the end.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -133,6 +135,10 @@ class Format(ABC):
     def global_from_amax(self, amax: Tensor) -> Tensor | None:
         """The global scale (float32 [1], or amax's shape from one dimension on) of a tensor whose max |x| is amax."""
         return None
+
+    def dynamic(self) -> Format:
+        """This format with scales that follow from each tensor alone: what stands in for it before anything is calibrated."""
+        return self
 
     def _global(self, x: Tensor, given: Tensor | None) -> Tensor | None:
         return None

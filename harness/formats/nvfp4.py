@@ -8,14 +8,14 @@ g is the encode multiplier that compressed-tensors files store. With a fixed dec
 g = 1 / t. Source: compressed-tensors, whose operation order this is, so that an exported file decodes to the same numbers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from harness.checks import number
 from harness.errors import ConfigError
-from harness.formats.base import over
+from harness.formats.base import Format, over
 from harness.formats.floating import Floating
 from harness.formats.grids import E4M3
 from harness.formats.qtensor import Scales
@@ -53,6 +53,9 @@ class NVFP4(Floating):
     @property
     def needs_static(self) -> bool:
         return self.scope == "static" and self.global_scale in ("amax", "amax_256")
+
+    def dynamic(self) -> Format:
+        return replace(self, scope="tensor") if self.needs_static else self
 
     # the global scale
 

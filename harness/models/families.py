@@ -13,6 +13,9 @@ from functools import cached_property
 
 from harness.checks import nearest
 from harness.errors import ConfigError
+from harness.transforms import Role
+
+HEAD_SITE = "head_in"  # what the output head reads; it stands outside the blocks
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,34 @@ class Family:
 
     def widths(self, facts: Mapping) -> dict[str, int]:
         """{site: features} from the facts of a config.json. heads * head_dim need not be hidden_size (Qwen3)."""
-        head_dim = facts.get("head_dim") or facts["hidden_size"] // facts["num_attention_heads"]
-        sizes = {"hidden": facts["hidden_size"], "heads": facts["num_attention_heads"] * head_dim,
+        sizes = {"hidden": facts["hidden_size"], "heads": facts["num_attention_heads"] * head_dim(facts),
                  "intermediate": facts["intermediate_size"]}
         return {site.name: sizes[site.features] for site in self.sites}
+
+    def roles(self, facts: Mapping) -> dict[str, Role]:
+        """{absolute module name: Role} of every embedding, norm and linear that a codec may be merged into."""
+        kv_heads = facts.get("num_key_value_heads") or facts["num_attention_heads"]
+        heads = (kv_heads, facts["num_attention_heads"] // kv_heads)
+        roles = {self.embedding: Role(None, self.embedding, "embedding", writes="residual")}
+        for layer in range(facts["num_hidden_layers"]):
+            for branch in self.branches:
+                into, out = branch.entry, branch.exit
+                within = [Role(layer, into.norm, "norm", writes=into.name)]
+                for name in into.linears:
+                    feeds = out.name if name in out.fed_by else None
+                    within.append(Role(layer, name, "linear", into.name, reads_residual=True, writes=feeds))
+                for name in out.linears:
+                    repeated = heads if out.features == "heads" else None
+                    within.append(Role(layer, name, "linear", out.name, writes="residual", heads=repeated))
+                roles |= {f"{self.blocks}.{layer}.{role.name}": role for role in within}
+        roles[self.final_norm] = Role(None, self.final_norm, "norm", writes=HEAD_SITE)
+        roles[self.head] = Role(None, self.head, "linear", HEAD_SITE, reads_residual=True)
+        return roles
+
+
+def head_dim(facts: Mapping) -> int:
+    """Features of one attention head."""
+    return facts.get("head_dim") or facts["hidden_size"] // facts["num_attention_heads"]
 
 
 _LLAMA = Family(
@@ -108,11 +135,17 @@ class Adapter:
     def __init__(self, model):
         self.model = model
         self.family = family_of(model.config.model_type)
+        self.roles = self.family.roles(model.config.to_dict())
 
     @property
     def blocks(self):
         """The decoder blocks, in order."""
         return self.model.get_submodule(self.family.blocks)
+
+    @property
+    def device(self):
+        """Where the model is."""
+        return self.model.get_submodule(self.family.embedding).weight.device
 
     @property
     def backbone(self):

@@ -2,7 +2,8 @@
 
     y = Q_a(x E) W_q^T + b
 
-x E and Q_a belong to the site, not to the linear: q, k and v read one tensor, so it is encoded and quantized once.
+x E and Q_a belong to the site, not to the linear: q, k and v read one tensor, so it is encoded and quantized once. While a
+transform is learned nothing is merged, and the decoders run on activations too (models/live.py): y = Q_a(x E) D W^T + b.
 """
 
 from __future__ import annotations
@@ -15,11 +16,17 @@ from harness.transforms import Codec
 
 
 class SiteInput(nn.Module):
-    """Encode, then quantize, an activation [..., n]; the result is kept until all `readers` linears have read it."""
+    """Encode, then quantize, an activation [..., n]; the result is kept until all `readers` linears have read it.
 
-    def __init__(self, readers: int, codec: Codec | None = None, format: Format | None = None):
+    decoder: undoes the encoding for every reader, where it is not merged into their weights.
+    """
+
+    def __init__(self, readers: int):
         super().__init__()
-        self.readers, self.codec, self.format = readers, codec, format
+        self.readers = readers
+        self.codec: Codec | None = None
+        self.format: Format | None = None
+        self.decoder: Codec | None = None
         self.register_buffer("global_scale", None)
         self._seen: Tensor | None = None
         self._read: Tensor | None = None
@@ -35,6 +42,8 @@ class SiteInput(nn.Module):
                 y = self.encode(x)
                 if self.format is not None:
                     y = self.format.fake(y, ste=torch.is_grad_enabled(), global_scale=self.global_scale)
+                if self.decoder is not None:
+                    y = self.decoder.decode(y)
             self._seen, self._read, self._left = x, y, self.readers
         read = self._read
         self._left -= 1
@@ -44,13 +53,18 @@ class SiteInput(nn.Module):
 
 
 class QuantLinear(nn.Module):
-    """A linear whose weight [out, in] is a dequantized QTensor (or a folded float weight) and whose input is its site's."""
+    """A linear whose weight [out, in] is a dequantized QTensor (or a float weight) and whose input is its site's.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, site: SiteInput | None):
+    decoder and encoder: of this linear alone, on its input and output, where they are not merged into its weight.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, site: SiteInput):
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.site = site
+        self.decoder: Codec | None = None
+        self.encoder: Codec | None = None
 
     @property
     def in_features(self) -> int:
@@ -67,4 +81,8 @@ class QuantLinear(nn.Module):
         self.weight.copy_(values)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x if self.site is None else self.site(x), self.weight, self.bias)
+        x = self.site(x)
+        if self.decoder is not None:
+            x = self.decoder.decode(x)
+        y = nn.functional.linear(x, self.weight, self.bias)
+        return y if self.encoder is None else self.encoder.encode(y)

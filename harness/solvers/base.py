@@ -41,19 +41,20 @@ class Solver(ABC):
     """(weights, statistics, format) -> QTensors. `needs` names the statistics wanted beyond the sample: {"hessian"}.
 
     sequencing: `sites` = later sites of a block see earlier ones quantized (true-sequential); `block` = one pass a block.
-    hessian_input: `fp` = X, `quantized` = Q(X E), the input as it will be read. fuse_global_scale: linears of one site
+    hessian_input: `fp` = X E, `quantized` = Q(X E), the input as it will be read; `auto` = quantized where a trained decoder
+    changes what the weights are for (AdaCodec), else fp. fuse_global_scale: linears of one site
     (q/k/v, gate/up) share a two-level format's global scale, as fused kernels demand.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
     sequencing: str = "sites"
-    hessian_input: str = "fp"
+    hessian_input: str = "auto"
     fuse_global_scale: bool = True
 
     def __post_init__(self):
         one_of("solver.sequencing", self.sequencing, ("sites", "block"))
-        one_of("solver.hessian_input", self.hessian_input, ("fp", "quantized"))
+        one_of("solver.hessian_input", self.hessian_input, ("auto", "fp", "quantized"))
         boolean("solver.fuse_global_scale", self.fuse_global_scale)
 
     def check(self, format: Format) -> list[str]:

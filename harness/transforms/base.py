@@ -1,70 +1,88 @@
-"""The words every transform speaks: Codec, Placement, Transform.
-
-A codec puts an encoder E before the activation quantizer and a decoder D behind it, `x -> Q(x E) D`. The decoder is
-merged into the reading weight, `W <- W D^T`; by default D = E^-1, and for an orthogonal E that is `W <- W E`.
-A transform only *produces* codecs; merging them is one act for all (fold.py).
+"""The words every transform speaks: Context (what is known before weights are loaded), Subject (the loaded model under
+study), Transform. A transform only *produces* a Placement of codecs; merging them is one act for all (fold.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from harness.formats import Scheme
-
-
-class Codec(ABC):
-    """The pair (E, D) of one activation tensor of n features."""
-
-    @abstractmethod
-    def encode(self, x: Tensor) -> Tensor:
-        """x E for x [..., n], in x's dtype."""
-
-    @abstractmethod
-    def absorb(self, weight: Tensor) -> Tensor:
-        """W D^T for a reading weight [out, n], in its dtype (float64 when merging for good)."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Codecs keyed by where they sit; `sites[name]` holds for that site of every block.
-
-    `notes` are facts the choice settled (a block size picked by `auto`); they stand in the result.
-    """
-
-    sites: Mapping[str, Codec] = field(default_factory=dict)
-    notes: Mapping[str, object] = field(default_factory=dict)
-
-    def site(self, name: str) -> Codec | None:
-        """The codec at a site, or None where the activation is read as it is."""
-        return self.sites.get(name)
+from harness.transforms.placement import Placement, Role
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a transform may look at: `widths` {site: features}, the formats, and the run's seed."""
+    """What a transform may look at before any weight is loaded: `widths` {site: features}, the shape of the attention
+    heads, the formats, the solver's name (None: weights stay float), the run's seed."""
 
     widths: Mapping[str, int]
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
     scheme: Scheme
     seed: int
+    solver: str | None = None
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return self.widths["attn_in"]
+
+
+class Subject(Protocol):
+    """The loaded model, its norms fused if the transform asked for it, and the calibration text."""
+
+    roles: Mapping[str, Role]
+    train: Tensor  # token ids [N, L] to learn from
+    held: Tensor  # token ids [M, L], the last tenth, to choose the best iterate by
+    device: torch.device
+
+    def weight(self, layer: int, linear: str) -> Tensor:
+        """The weight [out, in] of a block-relative linear."""
+
+    def observe(self, collector: Callable, sites: Iterable[str], title: str) -> dict[tuple[int | None, str], object]:
+        """Stream the calibration text; at each (layer, site) `collector(layer, site, width)` gets `.add(x)` for every
+        micro-batch x [..., width] and its `.finish()` is returned. One site's collector is filled at a time."""
+
+    def live(self, placement: Placement, scheme: Scheme | None) -> AbstractContextManager:
+        """Within it, the forward runs with the placement's codecs applied to activations (weights untouched) and, with a
+        scheme, with activations and KV quantized by straight-through estimators."""
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """ids [B, L] -> logits [B, L, vocabulary]."""
+
+    def stage(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
+        """A progress bar; yields `advance(note="")`."""
 
 
 class Transform(ABC):
-    """Produces a Placement. `exact` says that the function of the model must not change (the gate holds it to that)."""
+    """Produces a Placement.
+
+    exact: the function of the model must not change (the gate holds it to that). residual: the residual stream is rotated,
+    so the head is untied and norm weights are fused first. learned: fitting costs so much that its result is stored.
+    free_decoder: quantized inputs are not those of the original weights, so a Hessian has to see them quantized.
+    """
 
     exact: bool = True
+    residual: bool = False
+    learned: bool = False
+    free_decoder: bool = False
 
     def check(self, context: Context) -> list[str]:
         """Refuse what cannot work (ConfigError), before any weight is loaded; returns warnings for the result table."""
         return []
 
     @abstractmethod
-    def fit(self, context: Context) -> Placement:
+    def fit(self, context: Context, subject: Subject) -> Placement:
         """The matrices of this transform."""
 
 

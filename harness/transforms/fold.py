@@ -1,7 +1,11 @@
-"""The one place where matrices are merged into weights: `fold(weights, placement) -> weights`, a pure function.
+"""The one place where matrices are merged into weights: `fold(weights, placement, roles) -> weights`, a pure function.
+
+    reading linear   W <- W D^T        writing linear   W <- E^T W, b <- b E
+    embedding        T <- T E          norm             gamma <- gamma E   (E diagonal)
 
 Called on float64 weights it merges for good (the caller casts back once); called on differentiable weights inside
-`torch.func.functional_call` it is part of the graph.
+`torch.func.functional_call` it is part of the graph. Each parameter is merged by itself, so a caller may hand them over one
+at a time.
 """
 
 from __future__ import annotations
@@ -10,17 +14,29 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from harness.transforms.base import Placement
+from harness.transforms.placement import Placement, Role
 
 
-def fold(weights: Mapping[str, Tensor], placement: Placement, readers: Mapping[str, str]) -> dict[str, Tensor]:
-    """Weights with every codec's decoder merged in.
+def fold(weights: Mapping[str, Tensor], placement: Placement, roles: Mapping[str, Role]) -> dict[str, Tensor]:
+    """Parameters with every codec merged in.
 
-    weights: {name: [out, in]}, any float dtype; readers: {name: the site it reads}. A weight that reads no encoded site is
+    weights: {"module.weight" | "module.bias": tensor}, any float dtype; roles: {"module": Role}. What no codec touches is
     returned as it is, not copied. Nothing is changed in place.
     """
     folded = {}
-    for name, weight in weights.items():
-        codec = placement.site(readers[name]) if name in readers else None
-        folded[name] = weight if codec is None else codec.absorb(weight)
+    for name, tensor in weights.items():
+        module, _, part = name.rpartition(".")
+        role = roles.get(module)
+        folded[name] = tensor if role is None else merge(tensor, placement, role, part)
     return folded
+
+
+def merge(tensor: Tensor, placement: Placement, role: Role, part: str = "weight") -> Tensor:
+    """One parameter, `part` weight or bias, of the module in that role."""
+    writing = placement.writing(role)
+    if role.kind != "linear" or part == "bias":
+        return tensor if writing is None else writing.encode(tensor)
+    reading = placement.reading(role)
+    if reading is not None:
+        tensor = reading.absorb(tensor)
+    return tensor if writing is None else writing.emit(tensor)

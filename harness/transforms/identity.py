@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from harness.transforms.base import Context, Placement, Transform
+from harness.transforms.base import Context, Subject, Transform
+from harness.transforms.placement import Placement
 
 
 class Identity(Transform):
@@ -14,5 +15,5 @@ class Identity(Transform):
             return [f"transform=identity with {act.bits}-bit activations per token: outlier channels dominate; rotate first"]
         return []
 
-    def fit(self, context: Context) -> Placement:
+    def fit(self, context: Context, subject: Subject) -> Placement:
         return Placement()

@@ -1,0 +1,59 @@
+"""The loaded model as a transform sees it: its weights, its activations on the calibration text, its live forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from harness.calibration.stream import Stream
+from harness.formats import Scheme
+from harness.models.families import HEAD_SITE, Adapter
+from harness.models.live import live
+from harness.transforms import Placement
+
+HELD = 10  # every tenth of the calibration windows, at the end, is kept to choose the best iterate by
+
+
+class ModelSubject:
+    """A swapped model with calibration windows [N, L]; `stage(title, total)` shows progress. See transforms.Subject."""
+
+    def __init__(self, adapter: Adapter, windows: Tensor, stage: Callable[[str, int], AbstractContextManager]):
+        self.adapter, self.windows, self.stage = adapter, windows, stage
+        self.roles, self.device = adapter.roles, adapter.device
+        held = max(1, len(windows) // HELD)
+        self.train, self.held = (windows[:-held], windows[-held:]) if len(windows) > 1 else (windows, windows)
+
+    def weight(self, layer: int, linear: str) -> Tensor:
+        return self.adapter.blocks[layer].get_submodule(linear).weight
+
+    @torch.no_grad()
+    def observe(self, collector: Callable, sites: Iterable[str], title: str) -> dict:
+        sites, found = set(sites), {}
+        stream = Stream(self.adapter, self.windows)
+        with self.stage(title, len(self.adapter.blocks)) as advance:
+            for layer, block in enumerate(self.adapter.blocks):
+                for branch in self.adapter.family.branches:
+                    for site, activations in ((branch.entry, stream.entry), (branch.exit, stream.exit)):
+                        kept = collector(layer, site.name, self.adapter.width(site)) if site.name in sites else None
+                        for x in activations(block, branch) if kept or site is branch.exit else ():
+                            if kept:
+                                kept.add(x)
+                        if kept:
+                            found[layer, site.name] = kept.finish()
+                    stream.close(block, branch)
+                advance()
+        if HEAD_SITE in sites:
+            kept = collector(None, HEAD_SITE, self.adapter.head.weight.shape[1])
+            for x in stream.leave():
+                kept.add(x)
+            found[None, HEAD_SITE] = kept.finish()
+        return found
+
+    def live(self, placement: Placement, scheme: Scheme | None) -> AbstractContextManager:
+        return live(self.adapter, placement, scheme)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        return self.adapter.model(input_ids=ids.to(self.device), use_cache=False).logits

@@ -1,0 +1,108 @@
+"""What happens to queries, keys and values between RoPE and the scores: the R3 rotation and the quantized KV cache.
+
+    scores = (q R3) Q(k R3)^T,     output = softmax(scores) Q(v)
+
+transformers calls an attention function by the name in the model's config; ours does the above and hands over to its SDPA.
+The name is set on one model's config, what it does hangs on that model's own modules, and `detach` removes both. Every token
+is quantized by itself, so a forward over a whole text sees the same keys and values as decoding with a cache; `cache` gives
+one that stores them quantized, each token once. Source: QuaRot (arXiv 2404.00456) section 4; keys are taken after RoPE.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from harness.formats import KVCache
+from harness.formats.base import straight_through
+from harness.models.families import Adapter
+from harness.transforms import Codec
+
+NAME = "harness_kv"
+
+
+class HeadsInput(nn.Module):
+    """R3 and the KV formats of one attention module; queries, keys and values are [B, heads, T, head_dim]."""
+
+    def __init__(self):
+        super().__init__()
+        self.codec: Codec | None = None
+        self.format: KVCache | None = None
+        self._cached: Tensor | None = None
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x R3, for queries and keys."""
+        return x if self.codec is None else self.codec.encode(x)
+
+    def quantize(self, x: Tensor, part: str) -> Tensor:
+        """Keys (rotated) or values as the cache returns them; part: key | value."""
+        if self.format is None:
+            return x
+        dq = self.format.fake(x.detach(), part)
+        return straight_through(x, dq) if torch.is_grad_enabled() else dq
+
+    def store(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """New keys and values as they are kept: rotated, quantized."""
+        return self.quantize(self.rotate(key), "key"), self.quantize(value, "value")
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(query.device.type, enabled=False):
+            if key is not self._cached:
+                key, value = self.store(key, value)
+            self._cached = None
+            return self.rotate(query), key, value
+
+
+class QuantizedLayer(DynamicLayer):
+    """One layer's part of the cache: a token is rotated and quantized when it enters, and never again."""
+
+    def __init__(self, heads: HeadsInput):
+        super().__init__()
+        self._heads = heads
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(*self._heads.store(key_states, value_states), *args, **kwargs)
+        self._heads._cached = keys
+        return keys, values
+
+
+def attach(adapter: Adapter) -> list[HeadsInput]:
+    """Put a HeadsInput into every attention module (found again when it is there already); returns them in block order."""
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    modules = _modules(adapter)
+    for module in modules:
+        if not hasattr(module, "heads_input"):
+            module.heads_input = HeadsInput()
+    config = adapter.model.config
+    if config._attn_implementation != NAME:
+        modules[0].heads_input.before = config._attn_implementation
+        config._attn_implementation = NAME
+    return [module.heads_input for module in modules]
+
+
+def detach(adapter: Adapter) -> None:
+    """Leave the model as `attach` found it."""
+    modules = _modules(adapter)
+    if hasattr(modules[0], "heads_input"):
+        adapter.model.config._attn_implementation = modules[0].heads_input.before
+        for module in modules:
+            del module.heads_input
+
+
+def cache(adapter: Adapter) -> Cache:
+    """An empty cache for this model's attached heads: `model.generate(..., past_key_values=cache(adapter))`."""
+    return Cache(layers=[QuantizedLayer(heads) for heads in attach(adapter)])
+
+
+def _modules(adapter: Adapter) -> list[nn.Module]:
+    name = next(branch.module for branch in adapter.family.branches if branch.context)
+    return [block.get_submodule(name) for block in adapter.blocks]
+
+
+def _attention(module, query, key, value, attention_mask, **kwargs):
+    return sdpa_attention_forward(module, *module.heads_input(query, key, value), attention_mask, **kwargs)

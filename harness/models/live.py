@@ -1,0 +1,57 @@
+"""The forward of a model with a placement *not* merged: every codec acts on activations, the weights stay as they are.
+
+    reader  y = Q(h E) D W^T + b          writer  h <- h + (y W^T + b) E          embedding  h = T[ids] E
+
+This is how transforms learn end to end. It computes what the folded model computes, but needs no gradient of any weight and no
+fold a step: T n g multiplications a codec instead of out n g a weight and T out n for its gradient. Rejected: the fold inside
+`torch.func.functional_call` (fold.py allows it), which took 1.6 times a plain step at 512 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from harness.formats import Scheme
+from harness.models.attention import attach
+from harness.models.families import Adapter
+from harness.models.quant_linear import QuantLinear
+from harness.transforms import Placement
+
+
+@contextmanager
+def live(adapter: Adapter, placement: Placement, scheme: Scheme | None = None) -> Iterator[None]:
+    """Within it the swapped model runs with `placement` applied to activations and, with a scheme, with activations and the
+    KV cache quantized (straight-through; scales that would be calibrated follow each tensor). Undone on leaving.
+
+    The model must carry no codec or quantizer of its own at the places used.
+    """
+    handles = []
+    for name, role in adapter.roles.items():
+        module = adapter.model.get_submodule(name)
+        if role.kind == "embedding" and (encoder := placement.writing(role)) is not None:
+            handles.append(module.register_forward_hook(lambda _, args, y, encoder=encoder: encoder.encode(y)))
+        elif role.kind == "linear" and isinstance(module, QuantLinear):
+            module.encoder = placement.writing(role)
+            module.site.codec = placement.encoder(role.layer, role.reads)
+            module.site.format = None if scheme is None or scheme.act is None else scheme.act.dynamic()
+            if (role.layer, role.name) in placement.decoders:
+                module.decoder = placement.reading(role)
+            else:
+                module.site.decoder = placement.reading(role)
+        elif role.kind == "linear" and placement.residual is not None:
+            handles.append(module.register_forward_pre_hook(lambda _, args: (placement.residual.decode(args[0]), *args[1:])))
+    kv = None if scheme is None else scheme.kv
+    attached = attach(adapter) if placement.query_key is not None or kv is not None else []
+    for heads in attached:
+        heads.codec, heads.format = placement.query_key, kv
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in adapter.model.modules():
+            if isinstance(module, QuantLinear):
+                module.encoder = module.decoder = module.site.codec = module.site.decoder = module.site.format = None
+        for heads in attached:
+            heads.codec = heads.format = None

@@ -1,0 +1,80 @@
+"""Matrices into a model: swapped linears, an untied head, norms without weights, and the merge itself.
+
+    RMSNorm(x) = x / rms(x) * gamma          W <- W diag(gamma) for every reader,   gamma <- 1
+
+rms(x R) = rms(x), but diag(gamma) does not commute with R, so gamma moves into the linears that read the norm: q, k, v from
+the input norm, gate and up from the second one, the head from the final one. Biases stay. Query and key norms of Qwen3 act
+per head after the projections and are left alone. The embedding mean is *not* subtracted: RMSNorm, unlike LayerNorm, sees it.
+Source: QuaRot (arXiv 2404.00456) section 4, without its LayerNorm leftover.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from harness.models.attention import attach
+from harness.models.families import HEAD_SITE, Adapter
+from harness.models.load import untie
+from harness.models.quant_linear import QuantLinear, SiteInput
+from harness.transforms import Chain, Codec, Placement, merge
+
+
+def swap(adapter: Adapter) -> None:
+    """Put a QuantLinear with the same weight in place of every linear of the blocks; nothing is computed differently."""
+    for index, block in enumerate(adapter.blocks):
+        for site in adapter.family.sites:
+            linears = adapter.linears(index, site)
+            shared = SiteInput(len(linears))
+            for name, linear in linears.items():
+                block.set_submodule(name, _quant_linear(linear, shared))
+
+
+@torch.no_grad()
+def fuse_norms(adapter: Adapter) -> None:
+    """Untie the head, merge every norm's gamma into its readers in float64, and set it to one."""
+    untie(adapter.model)
+    for name, role in adapter.roles.items():
+        if role.kind == "norm":
+            gamma = adapter.model.get_submodule(name).weight
+            for reader, other in adapter.roles.items():
+                if other.reads == role.writes and other.layer == role.layer:
+                    weight = adapter.model.get_submodule(reader).weight
+                    weight.copy_(weight.double() * gamma.double())
+            gamma.fill_(1)
+
+
+@torch.no_grad()
+def place(adapter: Adapter, placement: Placement) -> None:
+    """Merge a placement into a swapped model's weights, in float64 and parameter by parameter, and attach what stays online."""
+    head = placement.encoder(None, HEAD_SITE)
+    if placement.residual is not None or head is not None:
+        untie(adapter.model)
+    if head is not None and not isinstance(adapter.head, QuantLinear):
+        adapter.model.set_submodule(adapter.family.head, _quant_linear(adapter.head, SiteInput(1)))
+    attached = set()
+    for name, role in adapter.roles.items():
+        module = adapter.model.get_submodule(name)
+        if placement.reading(role) is not None or placement.writing(role) is not None:
+            for part in ("weight", "bias"):
+                tensor = getattr(module, part, None)
+                if tensor is not None:
+                    tensor.copy_(merge(tensor.double(), placement, role, part))
+        codec = placement.encoder(role.layer, role.reads) if role.kind == "linear" else None
+        if codec is not None and module.site not in attached:
+            attached.add(module.site)
+            codec = _ready(codec, adapter)
+            module.site.codec = codec if module.site.codec is None else Chain([module.site.codec, codec])
+    if placement.query_key is not None:
+        codec = _ready(placement.query_key, adapter)
+        for heads in attach(adapter):
+            heads.codec = codec
+
+
+def _ready(codec: Codec, adapter: Adapter) -> Codec:
+    """The codec where the model is, in the dtype it is computed in."""
+    return codec.to(adapter.device, torch.promote_types(adapter.model.dtype, torch.float32))
+
+
+def _quant_linear(linear: nn.Linear, site: SiteInput) -> QuantLinear:
+    return QuantLinear(linear.weight.data, None if linear.bias is None else linear.bias.data, site)

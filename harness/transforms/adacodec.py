@@ -1,0 +1,191 @@
+"""adacodec: a trained encoder before the activation quantizer and a trained decoder behind it, absorbed by the weights.
+
+    X^ = Q(X R1) R2,     Y = X^ W^T = Q(X R1) (W R2^T)^T          R1, R2 block-diagonal, orthogonal, R2 = R1^T at the start
+
+placement stream: one R1 for the residual stream, with an independent copy, all starting at R1, in each of the five linears that
+read it (their decoders) and the two that write it; per layer an encoder on v with a decoder in o, and an encoder on down's
+input, the only online one, with a decoder in down. site: an online encoder a site and a decoder a linear.
+After training R1 R2 != I: the float model has changed too. So no gate holds here; the perplexity of the float codec model is
+reported instead, on every corpus, and a gain there is adaptation to the training text.
+
+objective: lm (as published), kd (distillation, ours), layer (relative output error, site by site; ours; placement site).
+decoder: free | tied (R2 = R1^T: a learned rotation, and the function stays) | ridge (R1 as it starts, the least-squares D of X
+from Q(X R1); placement site). Source: AdaCodec's code, on SpinQuant's trainer (preset adacodec_paper). Differences: grouped
+queries and biases work, no embedding mean is subtracted, the loop quantizes as the evaluation does, o reads the decoder of v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from harness.checks import one_of
+from harness.errors import ConfigError
+from harness.linalg.hadamard import Hadamard, random_signs
+from harness.linalg.stiefel import deviation
+from harness.transforms.base import Context, Subject, Transform, generator
+from harness.transforms.codec import Blocks
+from harness.transforms.layerwise import Ridge, reconstruct
+from harness.transforms.learn import Descent, end_to_end
+from harness.transforms.pca import principal_axes
+from harness.transforms.placement import Placement, Role
+from harness.transforms.rotations import reachable
+from harness.transforms.sampling import Covariance
+
+BLOCKS = (128, 64, 32, 16)
+
+
+class AdaCodec(Transform):
+    """placement: stream | site. objective: lm | kd | layer. decoder: free | tied | ridge. init: hadamard | identity | pca.
+    block_size: auto (the largest of 128, 64, 32, 16 that divides every width; a head caps that of values) or a number. The rest:
+    learn.Descent, for `layer` with rows in place of windows (512 a window)."""
+
+    learned = True
+
+    def __init__(self, placement: str, objective: str, decoder: str, init: str, steps: int, batch: int, lr: float,
+                 max_angle: float | None = None, optimizer: str = "cayley", cap: str = "tensor", block_size: int | str = "auto"):
+        self.place = one_of("transform.placement", placement, ("stream", "site"))
+        self.objective = one_of("transform.objective", objective, ("lm", "kd", "layer"))
+        self.decoder = one_of("transform.decoder", decoder, ("free", "tied", "ridge"))
+        self.init = one_of("transform.init", init, ("hadamard", "identity", "pca"))
+        self.descent = Descent(steps, batch, lr, optimizer, max_angle, cap)
+        self.block_size = block_size
+        for field, value, only in (("objective", objective, "layer"), ("decoder", decoder, "ridge")):
+            if value == only and placement == "stream":
+                raise ConfigError(f"transform.{field}={only} with transform.placement=stream: it works site by site, and the "
+                                  "stream's encoder is shared by all; set transform.placement=site.")
+        self.exact = decoder == "tied"
+        self.free_decoder = decoder != "tied"
+        self.residual = placement == "stream"
+
+    def check(self, context: Context) -> list[str]:
+        if context.scheme.act is None:
+            raise ConfigError("format.act.bits=16 with transform=adacodec: no activation is quantized, so there is nothing to "
+                              "encode; set format.act.bits=4, or use another transform.")
+        for g in {self._block(context), self._value_block(context)} if self.init == "hadamard" else ():
+            reachable("transform.init=hadamard", g, "transform.init=identity")
+        return []
+
+    def _block(self, context: Context) -> int:
+        """g, for everything but values."""
+        widths = context.widths if self.place == "site" else {s: w for s, w in context.widths.items() if s != "o_in"}
+        fits = [g for g in BLOCKS if all(w % g == 0 for w in widths.values())]
+        if self.block_size == "auto" and fits:
+            return fits[0]
+        if not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 2:
+            raise ConfigError(f"transform.block_size={self.block_size}: needs auto (where one of {BLOCKS} divides {dict(widths)}), "
+                              "or a number that does.")
+        for site, width in widths.items():
+            if width % self.block_size:
+                raise ConfigError(f"transform.block_size={self.block_size} does not divide site {site} ({width} features); "
+                                  f"sizes that divide every site: {', '.join(map(str, fits)) or 'none of ' + str(BLOCKS)}.")
+        return self.block_size
+
+    def _value_block(self, context: Context) -> int:
+        g = min(self._block(context), context.head_dim)
+        if self.place == "stream" and context.head_dim % g:
+            raise ConfigError(f"transform.block_size={g} does not divide head_dim {context.head_dim}, which the values' codec needs.")
+        return g
+
+    def fit(self, context: Context, subject: Subject) -> Placement:
+        start = self._start(context, subject)
+        notes = {"placement": self.place, "block_size": self._block(context), "decoder": self.decoder, "init": self.init}
+        if self.decoder == "ridge":
+            return self._ridge(context, subject, start, notes)
+        build = self._stream if self.place == "stream" else self._sites
+        linears = [[r for r in subject.roles.values() if r.layer == i and r.kind == "linear"] for i in range(context.layers)]
+        if self.decoder == "free":
+            start = self._copies(start, linears[0])
+        if self.objective == "layer":
+            learned, more = reconstruct(subject, context, start, self.descent)
+        else:
+            learned, more = end_to_end(subject, context, start, lambda m: build(m, linears), self.descent, self.objective)
+        notes |= more | {"orthogonality": max(deviation(m) for m in learned.values()), "codec_gap": _gap(start, learned)}
+        placed = build(learned, linears)
+        return Placement(placed.residual, placed.merged, placed.online, None, placed.encoders, placed.decoders, notes)
+
+    def _start(self, context: Context, subject: Subject) -> dict[str, Tensor]:
+        """The encoders to begin with: stream {R1 [nb, g, g], R2 and RM [L, nb, g, g]}, site {site: [L, nb, g, g]}."""
+        g, gv = self._block(context), self._value_block(context)
+        if self.place == "stream":
+            shapes = {"R1": (g, ["attn_in", "mlp_in"]), "R2": (gv, ["o_in"]), "RM": (g, ["down_in"])}
+        else:
+            shapes = {site: (g, [site]) for site in context.widths}
+        if self.init == "pca":
+            return self._principal(context, subject, shapes)
+        start = {}
+        for name, (size, sites) in shapes.items():
+            width = context.kv_heads * context.head_dim if name == "R2" else context.widths[sites[0]]
+            one = torch.eye(size, dtype=torch.float64)
+            if self.init == "hadamard":
+                one = Hadamard(size, random_signs(size, generator(context.seed, "adacodec", size))).dense()
+            start[name] = one.expand(*(() if name == "R1" else (context.layers,)), width // size, size, size).clone()
+        return start
+
+    def _principal(self, context: Context, subject: Subject, shapes: Mapping) -> dict[str, Tensor]:
+        size = {site: size for size, sites in shapes.values() for site in sites}
+        found = subject.observe(lambda layer, site, n: Covariance(size[site], False, lambda c: c), size, "principal axes")
+        start = {}
+        for name, (g, sites) in shapes.items():
+            c = torch.stack([torch.stack([found[i, site] for site in sites]).mean(0) for i in range(context.layers)])
+            if name == "R2":  # the query heads of one key/value head read the same values
+                per_head = c.unflatten(1, (context.kv_heads, -1, context.head_dim // g))
+                c = per_head.mean(2).flatten(1, 2)
+            start[name] = principal_axes(c.mean(0) if name == "R1" else c).cpu()
+        return start
+
+    def _copies(self, start: Mapping[str, Tensor], linears: list[Role]) -> dict[str, Tensor]:
+        """Every decoder as a matrix of its own, beginning where its encoder begins."""
+        if self.place == "site":
+            count = {site: sum(r.reads == site for r in linears) for site in start}
+            copies = {f"{site}^": e[:, None].expand(-1, count[site], *e.shape[1:]).clone() for site, e in start.items()}
+        else:
+            count = sum(r.reads_residual or r.writes == "residual" for r in linears)
+            layers = len(start["RM"])
+            copies = {"R1^": start["R1"].expand(layers, count, *start["R1"].shape).clone(),
+                      "R2^": start["R2"].clone(), "RM^": start["RM"].clone()}
+        return {**start, **copies}
+
+    @staticmethod
+    def _stream(matrices: Mapping[str, Tensor], linears: list[list[Role]]) -> Placement:
+        free = "R1^" in matrices
+        encoders, decoders, merged, online = {}, {}, {}, {}
+        hats = [matrices[f"{n}^"].mT.unbind(0) if free else [None] * len(linears) for n in ("R2", "RM")]
+        for i, (value, middle) in enumerate(zip(matrices["R2"].unbind(0), matrices["RM"].unbind(0))):
+            merged[i, "o_in"], online[i, "down_in"] = Blocks(value, hats[0][i]), Blocks(middle, hats[1][i])
+        for i, copies in enumerate(matrices["R1^"].unbind(0) if free else ()):
+            touching = [r for r in linears[i] if r.reads_residual or r.writes == "residual"]
+            for role, copy in zip(touching, copies.unbind(0)):
+                (decoders if role.reads_residual else encoders)[i, role.name] = Blocks(copy)
+        return Placement(Blocks(matrices["R1"]), merged, online, None, encoders, decoders)
+
+    @staticmethod
+    def _sites(matrices: Mapping[str, Tensor], linears: list[list[Role]]) -> Placement:
+        online, decoders = {}, {}
+        for site in (name for name in matrices if not name.endswith("^")):
+            for i, encoder in enumerate(matrices[site].unbind(0)):
+                online[i, site] = Blocks(encoder)
+                copies = matrices[f"{site}^"][i].unbind(0) if f"{site}^" in matrices else ()
+                for role, copy in zip([r for r in linears[i] if r.reads == site], copies):
+                    decoders[i, role.name] = Blocks(copy)
+        return Placement(online=online, decoders=decoders)
+
+    def _ridge(self, context: Context, subject: Subject, start: Mapping[str, Tensor], notes: dict) -> Placement:
+        act = context.scheme.act.dynamic()
+        found = subject.observe(lambda i, site, n: Ridge(Blocks(start[site][i]), act), start, "ridge decoders")
+        online = {where: Blocks(start[where[1]][where[0]], d) for where, (d, _) in found.items()}
+        error = sum(e for _, e in found.values()) / len(found)
+        return Placement(online=online, notes={**notes, "ridge_error": error})
+
+
+def _gap(start: Mapping[str, Tensor], learned: Mapping[str, Tensor]) -> float:
+    """The largest entry of |R1 R2 - I| over all pairs of an encoder and its decoder."""
+    gaps = [0.0]
+    for name in (n for n in start if f"{n}^" in learned):
+        encoder, copies = learned[name], learned[f"{name}^"]
+        encoder = encoder if name == "R1" or copies.ndim == encoder.ndim else encoder[:, None]
+        product = encoder @ copies.mT
+        gaps.append(float((product - torch.eye(product.shape[-1], dtype=product.dtype)).abs().max()))
+    return max(gaps)

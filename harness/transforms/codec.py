@@ -1,0 +1,189 @@
+"""Codec: an encoder E before the activation quantizer and a decoder D behind it, x -> Q(x E) D.
+
+What reads the activation absorbs the decoder, W <- W D^T; what writes it can take the encoder, W <- E^T W, b <- b E. By
+default D = E^-1, and for an orthogonal E reading is W <- W E (never W E^T, which a symmetric E would hide). AdaCodec is the
+codec whose D is free.
+
+    Blocks     E = diag(E_1, .., E_nb), dense for nb = 1     Rotation   a (randomized) Hadamard matrix, applied fast
+    Diagonal   E = diag(1 / s)                               Chain      E = E_1 E_2 ..
+    Kronecker  E = L (x) R                                   Repeated   one codec for all query heads of a key/value head
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from harness.linalg.hadamard import Hadamard
+
+
+class Codec(ABC):
+    """The pair (E, D) of one activation tensor of n features. All maps keep the dtype, and are differentiable."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """x E for x [..., n]."""
+
+    @abstractmethod
+    def decode(self, y: Tensor) -> Tensor:
+        """y D for y [..., n]."""
+
+    @abstractmethod
+    def absorb(self, weight: Tensor) -> Tensor:
+        """W D^T for a reading weight [out, n], so that (y D) W^T = y (W D^T)^T."""
+
+    def emit(self, weight: Tensor) -> Tensor:
+        """E^T W for a writing weight [n, in], so that (x W^T) E = x (E^T W)^T."""
+        return self.encode(weight.mT).mT
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Codec:
+        """The same codec with its tensors there."""
+        return replace(self, **{f.name: _moved(getattr(self, f.name), device, dtype) for f in fields(self)})
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks(Codec):
+    """Block-diagonal matrices: `encoder` [nb, g, g], or [g, g] for all blocks; None is the identity.
+
+    `decoder` has a shape of its own, None is the encoder's transpose. Float32 or float64; computed in x's dtype, at least in
+    float32.
+    """
+
+    encoder: Tensor | None
+    decoder: Tensor | None = None
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x if self.encoder is None else times(x, self.encoder)
+
+    def decode(self, y: Tensor) -> Tensor:
+        if self.decoder is not None:
+            return times(y, self.decoder)
+        return y if self.encoder is None else times(y, self.encoder.mT)
+
+    def absorb(self, weight: Tensor) -> Tensor:
+        return self.encode(weight) if self.decoder is None else times(weight, self.decoder.mT)
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation(Codec):
+    """R of linalg.Hadamard for every block of its order along the last axis."""
+
+    matrix: Hadamard
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.matrix.apply(x)
+
+    def decode(self, y: Tensor) -> Tensor:
+        return self.matrix.apply_transpose(y)
+
+    def absorb(self, weight: Tensor) -> Tensor:
+        return self.matrix.apply(weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal(Codec):
+    """x -> x / s, W -> W diag(s); s [n], positive."""
+
+    scale: Tensor
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x / self.scale.to(x)
+
+    def decode(self, y: Tensor) -> Tensor:
+        return y * self.scale.to(y)
+
+    def absorb(self, weight: Tensor) -> Tensor:
+        return self.decode(weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker(Codec):
+    """E = L (x) R on the features reshaped to [l, r], X -> L^T X R, with the decoder L^-1 (x) R^-1. L [l, l], R [r, r]."""
+
+    left: Tensor
+    right: Tensor
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self._sides(x, self.left.mT, self.right)
+
+    def decode(self, y: Tensor) -> Tensor:
+        return self._sides(y, torch.linalg.inv(self.left).mT, torch.linalg.inv(self.right))
+
+    def absorb(self, weight: Tensor) -> Tensor:
+        return self._sides(weight, torch.linalg.inv(self.left), torch.linalg.inv(self.right).mT)
+
+    def _sides(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        grid = x.to(dtype).unflatten(-1, (len(left), len(right)))
+        return (left.to(grid) @ grid @ right.to(grid)).flatten(-2).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Chain(Codec):
+    """E = E_1 E_2 .., undone in reverse."""
+
+    codecs: Sequence[Codec]
+
+    def encode(self, x: Tensor) -> Tensor:
+        for codec in self.codecs:
+            x = codec.encode(x)
+        return x
+
+    def decode(self, y: Tensor) -> Tensor:
+        for codec in reversed(self.codecs):
+            y = codec.decode(y)
+        return y
+
+    def absorb(self, weight: Tensor) -> Tensor:
+        for codec in self.codecs:
+            weight = codec.absorb(weight)
+        return weight
+
+
+@dataclass(frozen=True, eq=False)
+class Repeated(Codec):
+    """A codec of the kv_heads * head_dim values, as the heads that read them see it: query head j sees key/value head
+    j // repeat, so features [kv_heads, repeat, head_dim] are taken as `repeat` rows of the codec's own."""
+
+    codec: Codec
+    kv_heads: int
+    repeat: int
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self._heads(self.codec.encode, x)
+
+    def decode(self, y: Tensor) -> Tensor:
+        return self._heads(self.codec.decode, y)
+
+    def absorb(self, weight: Tensor) -> Tensor:
+        return self._heads(self.codec.absorb, weight)
+
+    def _heads(self, apply, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (self.kv_heads, self.repeat, -1)).transpose(-3, -2)
+        return apply(heads.flatten(-2)).view(heads.shape).transpose(-3, -2).reshape(x.shape)
+
+
+def times(x: Tensor, matrix: Tensor) -> Tensor:
+    """x diag(M_1, .., M_nb) for x [..., n] and M [nb, g, g], or [g, g] for every block."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    matrix = matrix.to(x.device, dtype)
+    if matrix.ndim == 3 and len(matrix) == 1:
+        matrix = matrix[0]
+    rows = x.to(dtype)
+    if matrix.ndim == 2:
+        rows = rows.reshape(*x.shape[:-1], -1, len(matrix)) if x.shape[-1] != len(matrix) else rows
+        return (rows @ matrix).reshape(x.shape).to(x.dtype)
+    blocks = rows.reshape(-1, len(matrix), matrix.shape[-1]).transpose(0, 1)
+    return torch.bmm(blocks, matrix).transpose(0, 1).reshape(x.shape).to(x.dtype)
+
+
+def _moved(value, device: torch.device, dtype: torch.dtype):
+    if isinstance(value, Tensor | Codec):
+        return value.to(device, dtype)
+    if isinstance(value, Hadamard):
+        return value if value.signs is None else replace(value, signs=value.signs.to(device, dtype))
+    return [_moved(item, device, dtype) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,112 @@
+"""Placements in safetensors files: every matrix under a readable name, the structure around them as JSON in the header.
+
+A file in SpinQuant's layout is read too: `R1` [hidden, hidden] and `model.layers.{i}.self_attn.R2` [head_dim, head_dim].
+SpinQuant itself writes a pickle, which is not opened, for unpickling runs code; save its dictionary with
+`safetensors.torch.save_file` instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, contiguous_format
+
+from harness.errors import ConfigError
+from harness.linalg.hadamard import Hadamard
+from harness.transforms.base import Context, Transform
+from harness.transforms.codec import Blocks, Codec
+from harness.transforms.placement import Placement
+from harness.transforms.rotations import Rotations
+
+KEYED = ("merged", "online", "encoders", "decoders")
+R2_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.R2")
+
+
+def save(path: Path, placement: Placement, facts: Mapping) -> None:
+    """Write a placement in one step; `facts` (JSON) say what it belongs to and are checked on loading."""
+    tensors: dict[str, Tensor] = {}
+    spec: dict = {"notes": dict(placement.notes)}
+    for name in ("residual", "query_key"):
+        spec[name] = _pack(getattr(placement, name), name, tensors)
+    for name in KEYED:
+        spec[name] = [[*where, _pack(c, f"{name}.{where[0]}.{where[1]}", tensors)] for where, c in getattr(placement, name).items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, temporary, metadata={"placement": json.dumps(spec), "facts": json.dumps(dict(facts))})
+    os.replace(temporary, path)
+
+
+def load(path: Path, transform: Transform, context: Context) -> Placement:
+    """The placement in a file of `save` or of SpinQuant's layout; R3 and R4 of the latter are the transform's own."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = file.metadata() or {}
+    if "placement" not in header:
+        r2 = {int(R2_NAME.fullmatch(name)[1]): Blocks(t) for name, t in tensors.items() if R2_NAME.fullmatch(name)}
+        return transform.placement(context, Blocks(tensors["R1"]), dict(sorted(r2.items())), {})
+    spec = json.loads(header["placement"])
+    keyed = {name: {(a, b): _unpack(c, tensors) for a, b, c in spec[name]} for name in KEYED}
+    return Placement(residual=_unpack(spec["residual"], tensors), query_key=_unpack(spec["query_key"], tensors),
+                     notes=spec["notes"], **keyed)
+
+
+def check(path: str, transform: Transform, context: Context, facts: Mapping) -> None:
+    """Refuse a file that cannot serve (ConfigError): missing, a pickle, of another model, of other shapes. Reads no matrix."""
+    field = f"transform.load={path}"
+    if not isinstance(path, str) or not Path(path).is_file():
+        raise ConfigError(f"{field}: no such file.")
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError:
+        raise ConfigError(f"{field}: not a safetensors file. A pickled rotation is not opened; save its dictionary again with "
+                          "safetensors.torch.save_file.") from None
+    if "placement" in header:
+        found = json.loads(header["facts"])
+        for name, wanted in facts.items():
+            if found.get(name) != wanted:
+                raise ConfigError(f"{field}: its {name} is {found.get(name)}, this run's is {wanted}; learn it again with "
+                                  "transform.load=null, or load the file that belongs to this run.")
+        return
+    if "R1" not in shapes or not isinstance(transform, Rotations):
+        raise ConfigError(f"{field}: neither a file of transform.save nor of SpinQuant's layout for a transform with R1 and R2.")
+    wanted = {"R1": (context.hidden, context.hidden)}
+    wanted |= {f"model.layers.{i}.self_attn.R2": (context.head_dim, context.head_dim) for i in range(context.layers)}
+    for name, shape in shapes.items():
+        if wanted.get(name) != shape:
+            raise ConfigError(f"{field}: {name} has shape {list(shape)}, the model takes {list(wanted.get(name, []))}.")
+
+
+def _pack(value, name: str, tensors: dict[str, Tensor]):
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().clone(memory_format=contiguous_format)
+        return {"tensor": name}
+    if isinstance(value, Hadamard):
+        return {"hadamard": value.n, "signs": _pack(value.signs, f"{name}.signs", tensors)}
+    if isinstance(value, Codec):
+        inner = {f.name: _pack(getattr(value, f.name), f"{name}.{f.name}", tensors) for f in fields(value)}
+        return {"codec": type(value).__name__, "fields": inner}
+    if isinstance(value, list | tuple):
+        return [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+    return value
+
+
+def _unpack(spec, tensors: Mapping[str, Tensor]):
+    if isinstance(spec, list):
+        return [_unpack(item, tensors) for item in spec]
+    if not isinstance(spec, dict):
+        return spec
+    if "tensor" in spec:
+        return tensors[spec["tensor"]]
+    if "hadamard" in spec:
+        return Hadamard(spec["hadamard"], _unpack(spec["signs"], tensors))
+    known = {c.__name__: c for c in Codec.__subclasses__()}
+    return known[spec["codec"]](**{name: _unpack(value, tensors) for name, value in spec["fields"].items()})

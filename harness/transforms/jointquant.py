@@ -1,0 +1,21 @@
+"""jointquant: one R1 for all layers at once, by the sum of their whip losses (whip.py); SmoothQuant stacked by default.
+
+    min over R1  of  sum over layers l of  whip(X_l R1)        every layer counts alike, however many tokens it has
+
+Source: the JointQuant code: SGD with momentum .9, lr 1e-3, 10 epochs with a cosine, gradient norm clipped at 1, one full-batch step
+an epoch, which hardly leaves the Hadamard start (preset jq_seed). By default steps take `batch` tokens of every layer instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from harness.transforms.whip import Whip
+
+
+class JointQuant(Whip):
+    """Whip with the joint schedule by default."""
+
+    def __init__(self, r1: Mapping, r2: Mapping | None, schedule: str = "joint", r1_targets: tuple[str, ...] = ("up",),
+                 max_tokens_per_site: int = 4096, r3: str = "auto", r4: str = "auto", random_signs: bool = True):
+        super().__init__(schedule, r1_targets, max_tokens_per_site, r1, r2, 1.0, r3, r4, random_signs)

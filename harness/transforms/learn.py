@@ -1,0 +1,148 @@
+"""Learning orthogonal matrices end to end: the loss of the whole model, activations quantized, weights frozen.
+
+    lm   mean next-token cross entropy                                       (SpinQuant, AdaCodec as published)
+    kd   mean KL(p || p_q) of the unquantized model's next-token law p       (ours: it cannot gain by adapting to the text)
+
+The live forward (transforms.Subject.live) applies the codecs to activations with straight-through quantizers, so no gradient of
+a weight is ever taken. The matrices of the iterate with the least loss on held-out windows are returned, the start being one
+of the candidates: the loss returned is never above the one begun with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from harness.checks import integer, number, one_of
+from harness.errors import ConfigError
+from harness.linalg.stiefel import CAPS, CayleySGD, cayley, project
+from harness.transforms.base import Context, Subject
+from harness.transforms.placement import Placement
+
+CHECKS = 8  # how often the held-out loss is taken
+OPTIMIZERS = ("cayley", "fixed_point", "cayley_adam")
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How the matrices move.
+
+    steps, batch: windows a step. optimizer: cayley (exact steps) | fixed_point (SpinQuant's SGD-G) | cayley_adam (Adam on the
+    Cayley parametrization). lr decays to 0 by a cosine. max_angle: most radians a step may turn, null for no cap. cap: tensor
+    | block, whose norm bounds a step.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    optimizer: str = "cayley"
+    max_angle: float | None = None
+    cap: str = "tensor"
+
+    def __post_init__(self):
+        integer("transform.steps", self.steps, low=0)
+        integer("transform.batch", self.batch)
+        number("transform.lr", self.lr, 0, 1e6)
+        one_of("transform.optimizer", self.optimizer, OPTIMIZERS)
+        one_of("transform.cap", self.cap, CAPS)
+        if self.max_angle is not None:
+            number("transform.max_angle", self.max_angle, 1e-9, 10)
+            if self.optimizer == "cayley_adam":
+                raise ConfigError("transform.max_angle with transform.optimizer=cayley_adam: only Cayley SGD caps its angle; "
+                                  "set transform.max_angle=null.")
+
+
+class Orthogonal:
+    """Named orthogonal matrices [.., n, n] under one optimizer. `matrices()` is differentiable."""
+
+    def __init__(self, start: Mapping[str, Tensor], descent: Descent):
+        self.start = {name: matrix.detach().float() for name, matrix in start.items()}
+        adam = descent.optimizer == "cayley_adam"
+        self.free = {n: (torch.zeros_like(m) if adam else m.clone()).requires_grad_() for n, m in self.start.items()}
+        if adam:
+            self.matrices = lambda: {name: cayley(self.start[name], a) for name, a in self.free.items()}
+            self.optimizer = torch.optim.Adam(self.free.values(), lr=descent.lr)
+        else:
+            method = "exact" if descent.optimizer == "cayley" else "fixed_point"
+            self.matrices = lambda: self.free
+            self.optimizer = CayleySGD(self.free.values(), descent.lr, method=method, cap=descent.cap,
+                                       max_angle=descent.max_angle)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(1, descent.steps))
+
+    def step(self) -> None:
+        """One step along the gradients gathered since the last."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+
+    @torch.no_grad()
+    def snapshot(self) -> dict[str, Tensor]:
+        """The matrices now, float32."""
+        return {name: matrix.clone() for name, matrix in self.matrices().items()}
+
+
+def end_to_end(subject: Subject, context: Context, start: Mapping[str, Tensor], build: Callable[[Mapping], Placement],
+               descent: Descent, objective: str) -> tuple[dict[str, Tensor], dict]:
+    """Learned matrices, projected onto the group in float64, and notes on how it went.
+
+    start: {name: orthogonal [.., n, n]}; build: matrices -> Placement; objective: lm | kd. Raises FloatingPointError when the
+    loss is not finite.
+    """
+    scheme = replace(context.scheme, weight=None)
+    moving = Orthogonal({name: matrix.to(subject.device) for name, matrix in start.items()}, descent)
+    best, best_step, first, last = moving.snapshot(), 0, None, None
+    before = least = held_out_loss(subject, scheme, build(best), objective)
+    with subject.stage(f"learning ({objective}, held out {before:.4f})", descent.steps) as advance:
+        for step in range(1, descent.steps + 1):
+            windows = subject.train[torch.arange((step - 1) * descent.batch, step * descent.batch) % len(subject.train)]
+            last = 0.0
+            for ids in windows.split(1):  # one window at a time: memory does not grow with the batch
+                target = _teacher(subject, ids) if objective == "kd" else None
+                with subject.live(build(moving.matrices()), scheme):
+                    loss = loss_of(subject.logits(ids), ids, target) / len(windows)
+                    loss.backward()
+                last += float(loss.detach())
+            if not math.isfinite(last):
+                raise FloatingPointError(
+                    f"the {objective} loss is {last} in step {step} of {descent.steps}: lower transform.lr={descent.lr} or "
+                    f"transform.max_angle={descent.max_angle}, or start from another transform.init"
+                )
+            first = last if first is None else first
+            moving.step()
+            if step % max(1, descent.steps // CHECKS) == 0 or step == descent.steps:
+                matrices = moving.snapshot()
+                held = held_out_loss(subject, scheme, build(matrices), objective)
+                if held < least:
+                    best, best_step, least = matrices, step, held
+            advance(f"loss {last:.4f}, held out {least:.4f}")
+    notes = {"objective": objective, "steps": descent.steps, "tokens_a_step": descent.batch * subject.train.shape[1],
+             "train_loss": [first, last], "held_out_loss": [before, least], "best_step": best_step}
+    return {name: project(matrix.double()).cpu() for name, matrix in best.items()}, notes
+
+
+@torch.no_grad()
+def held_out_loss(subject: Subject, scheme, placement: Placement, objective: str) -> float:
+    """Mean loss of a placement on the held-out windows."""
+    total = 0.0
+    for ids in subject.held.split(1):
+        target = _teacher(subject, ids) if objective == "kd" else None
+        with subject.live(placement, scheme):
+            total += float(loss_of(subject.logits(ids), ids, target))
+    return total / len(subject.held)
+
+
+def loss_of(logits: Tensor, ids: Tensor, target: Tensor | None) -> Tensor:
+    """lm loss of logits [B, L, V] for ids [B, L]; with target log probabilities [B, L, V], the mean KL to them."""
+    if target is None:
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device))
+    student = logits.float().log_softmax(-1).flatten(0, 1)
+    return nn.functional.kl_div(student, target.flatten(0, 1), log_target=True, reduction="batchmean")
+
+
+@torch.no_grad()
+def _teacher(subject: Subject, ids: Tensor) -> Tensor:
+    return subject.logits(ids).float().log_softmax(-1)

@@ -1,0 +1,88 @@
+"""pca: the principal axes of each linear's input, as an online rotation.
+
+    C = 1/N sum (x - m)^T (x - m),    C = V diag(lambda) V^T, lambda descending;    x -> x V,  W <- W V
+
+In float64; the sign of each column makes its largest entry positive. The mean m only shifts the estimate of C, it is never
+subtracted online. post_hadamard: R = V H, which spreads the variances that V has sorted evenly again; integer activations need
+it. Every site has an online dense matmul, T n^2, whose share the bench reports. scope: per_layer, one R a linear input (the
+output head included) | site, one R for that site of all layers. block: R is block-diagonal with blocks of that size.
+Source: the "QuaRot with PCA" system, which calls it QuaRot though it is none; its objective |R W R^T - Q(R W R^T)| is two-sided and
+undefined for rectangular W, so the rotation here is one-sided.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harness.checks import boolean, integer, one_of
+from harness.errors import ConfigError
+from harness.formats import MX, Integer
+from harness.linalg.hadamard import hadamard
+from harness.transforms.base import Context, Subject, Transform
+from harness.transforms.codec import Blocks
+from harness.transforms.placement import Placement
+from harness.transforms.rotations import reachable
+from harness.transforms.sampling import Covariance
+
+HEAD = "head_in"
+
+
+class PCA(Transform):
+    """scope: per_layer | site. block: null or a size that divides every site. center, post_hadamard, head: see above; head
+    says whether the output head's input is rotated too."""
+
+    learned = True
+
+    def __init__(self, scope: str = "per_layer", block: int | None = None, center: bool = True, post_hadamard: bool = False,
+                 head: bool = True):
+        self.scope = one_of("transform.scope", scope, ("per_layer", "site"))
+        self.block = integer("transform.block", block, optional=True)
+        self.center = boolean("transform.center", center)
+        self.post_hadamard = boolean("transform.post_hadamard", post_hadamard)
+        self.head = boolean("transform.head", head)
+
+    def check(self, context: Context) -> list[str]:
+        for site, width in context.widths.items():
+            if self.block is not None and width % self.block:
+                raise ConfigError(f"transform.block={self.block} does not divide site {site} ({width} features).")
+            if self.post_hadamard:
+                reachable("transform.post_hadamard=true", self.block or width, "transform.post_hadamard=false")
+        weight, act = context.scheme.weight, context.scheme.act
+        warnings = []
+        if isinstance(weight, Integer) and isinstance(act, Integer) and act.bits <= 4 and not self.post_hadamard:
+            warnings.append("transform=pca with 4-bit integer activations: it sorts variances instead of evening them out; "
+                            "set transform.post_hadamard=true")
+        if isinstance(act, MX):
+            warnings.append("transform=pca with MXFP4: sorted variances make whole blocks large; identity is often as good")
+        return warnings
+
+    def fit(self, context: Context, subject: Subject) -> Placement:
+        pooled: dict[str, Covariance] = {}
+
+        def collector(layer: int | None, site: str, width: int) -> Covariance:
+            if self.scope == "per_layer":
+                return Covariance(self.block or width, self.center, self._rotation)
+            return pooled.setdefault(site, Covariance(self.block or width, self.center))
+
+        found = subject.observe(collector, [*context.widths, *([HEAD] if self.head else [])], "principal axes")
+        if self.scope == "site":
+            found = {(None, site): self._rotation(kept.value()) for site, kept in pooled.items()}
+        cost = {site: 2 * (self.block or width) * width for site, width in context.widths.items()}
+        return Placement(
+            online={where: Blocks(matrix) for where, matrix in found.items()},
+            notes={"online_flops_per_token_and_layer": sum(cost.values())},
+        )
+
+    def _rotation(self, covariance: Tensor) -> Tensor:
+        """V (or V H) of covariances [nb, g, g], float64."""
+        axes = principal_axes(covariance)
+        return axes @ hadamard(axes.shape[-1]).to(axes) if self.post_hadamard else axes
+
+
+def principal_axes(covariance: Tensor) -> Tensor:
+    """Orthonormal eigenvectors of [.., g, g] as columns, by decreasing eigenvalue, each with its largest entry positive."""
+    _, vectors = torch.linalg.eigh(covariance)
+    vectors = vectors.flip(-1)
+    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
+    return vectors * largest.sign()

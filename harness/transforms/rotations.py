@@ -1,0 +1,113 @@
+"""The places of R1 .. R4, shared by quarot, spinquant, dartquant and jointquant, which differ in how they find R1 and R2.
+
+    R1  [hidden, hidden]     the residual stream; merged into everything that writes or reads it
+    R2  [head_dim, head_dim] values, per layer or per key/value head; merged into v and o
+    R3  [head_dim, head_dim] queries and keys after RoPE; online, cancels in the scores; helps quantized keys only
+    R4  [inter., inter.]     the input of down; online, and merged into it; helps quantized activations only
+
+r3, r4: `auto` puts them where the quantizer they help is on, `on` always. All draws are Hadamard, with random signs.
+Sources: QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+
+from harness.checks import boolean
+from harness.errors import ConfigError
+from harness.formats import NVFP4
+from harness.linalg.hadamard import Hadamard, factors, random_signs
+from harness.transforms.base import Context, Subject, Transform, generator
+from harness.transforms.codec import Codec, Rotation
+from harness.transforms.placement import Placement
+
+
+class Rotations(Transform):
+    """r2: whether values are rotated. r3, r4: auto | on | off. random_signs: false leaves the bare Hadamard matrices."""
+
+    residual = True
+
+    def __init__(self, r2: bool = True, r3: str = "auto", r4: str = "auto", random_signs: bool = True):
+        self.r2, self.random_signs = boolean("transform.r2", r2), boolean("transform.random_signs", random_signs)
+        self.r3, self.r4 = switch("transform.r3", r3), switch("transform.r4", r4)
+
+    @abstractmethod
+    def matrices(self, context: Context, subject: Subject) -> tuple[Codec | None, Mapping[int, Codec], dict]:
+        """R1, R2 of each layer (on kv_heads * head_dim features), and notes."""
+
+    def fit(self, context: Context, subject: Subject) -> Placement:
+        r1, r2, notes = self.matrices(context, subject)
+        return self.placement(context, r1, r2, notes)
+
+    def placement(self, context: Context, r1: Codec | None, r2: Mapping[int, Codec], notes: Mapping) -> Placement:
+        """R1 and R2 where they belong, with R3 and R4 where they help."""
+        r3, r4 = self.wants_r3(context), self.wants_r4(context)
+        return Placement(
+            residual=r1,
+            merged={(layer, "o_in"): codec for layer, codec in r2.items()},
+            online={(None, "down_in"): self.draw(context, context.widths["down_in"], "R4")} if r4 else {},
+            query_key=self.draw(context, context.head_dim, "R3") if r3 else None,
+            notes={"rotations": [n for n, on in (("R1", r1), ("R2", r2), ("R3", r3), ("R4", r4)) if on], **notes},
+        )
+
+    def wants_r3(self, context: Context) -> bool:
+        """Whether R3 is placed."""
+        return self.r3 == "on" or (self.r3 == "auto" and context.scheme.kv is not None)
+
+    def wants_r4(self, context: Context) -> bool:
+        """Whether R4 is placed."""
+        return self.r4 == "on" or (self.r4 == "auto" and context.scheme.act is not None)
+
+    def draw(self, context: Context, n: int, *key: object) -> Rotation:
+        """A randomized Hadamard matrix of order n, seeded by the run's seed and `key`."""
+        signs = random_signs(n, generator(context.seed, *key)) if self.random_signs else None
+        return Rotation(Hadamard(n, signs))
+
+    def check(self, context: Context) -> list[str]:
+        if self.r2:
+            reachable("transform.r2=true", context.head_dim, "transform.r2=false")
+        if self.wants_r3(context):
+            reachable(f"transform.r3={self.r3}", context.head_dim, "transform.r3=off")
+        if self.wants_r4(context):
+            reachable(f"transform.r4={self.r4}", context.widths["down_in"], "transform.r4=off")
+        if any(isinstance(part, NVFP4) for part in (context.scheme.weight, context.scheme.act)):
+            return ["a rotated residual stream with NVFP4: its blocks of 16 isolate outliers better than a rotation spreads them"]
+        return []
+
+    def needs_activations(self, context: Context) -> None:
+        """Refuse to learn what no quantizer can see."""
+        if context.scheme.act is None and context.scheme.kv is None:
+            raise ConfigError(
+                f"format.act.bits=16 and format.kv.bits=16 with transform={self.name}: the model is invariant under its "
+                "rotations until an activation is quantized, so there is nothing to learn; set format.act.bits=4, or use "
+                "transform=quarot."
+            )
+
+    @property
+    def name(self) -> str:
+        """How messages call this transform."""
+        return type(self).__name__.lower()
+
+
+def reachable(field: str, order: int, way_out: str) -> None:
+    """Refuse an order that no Hadamard matrix here has."""
+    try:
+        factors(order)
+    except ConfigError as error:
+        raise ConfigError(f"{field}: {error}, or set {way_out}") from None
+
+
+def switch(field: str, value: str | bool) -> str:
+    """auto | on | off; YAML reads a bare on or off as a truth value."""
+    value = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+    if value not in ("auto", "on", "off"):
+        raise ConfigError(f"{field}={value}: choose one of auto, on, off.")
+    return value
+
+
+def dense(codec: Rotation, features: int) -> torch.Tensor:
+    """A Hadamard rotation as the matrix a learner starts from, float32 [n, n]."""
+    return codec.matrix.dense(torch.float32)

@@ -1,0 +1,63 @@
+"""spinquant: R1 and R2 learned through the whole model with quantized activations; R3, R4 random Hadamard (rotations.py).
+
+    min over R1, R2_1 .. R2_L in O(n)  of  L(model with Q_a(x R)),    Cayley SGD from random Hadamard matrices
+
+Weights stay float in the loop (W16A4), which is what a GPTQ evaluation needs. Source: SpinQuant (arXiv 2405.16406), whose loss
+is the language model's own (objective=lm) and whose step is bounded only by 1/||W||_1 (preset spinquant_paper: lr 1.5, SGD-G's fixed
+point, 100 steps of 8 x 2048 tokens, linear decay in the paper, cosine here). The default is ours: distillation, exact Cayley
+steps of at most `max_angle` radians, a budget for two CPU cores. Exact: every R on the way leaves the float model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from harness.checks import one_of
+from harness.linalg.stiefel import deviation
+from harness.transforms.base import Context, Subject
+from harness.transforms.codec import Blocks, Codec
+from harness.transforms.learn import Descent, end_to_end
+from harness.transforms.placement import Placement
+from harness.transforms.quarot import QuaRot
+
+
+class SpinQuant(QuaRot):
+    """objective: lm | kd; the other knobs of learning are those of learn.Descent, of the places those of quarot."""
+
+    learned = True
+
+    def __init__(self, objective: str, steps: int, batch: int, lr: float, optimizer: str = "cayley",
+                 max_angle: float | None = None, cap: str = "tensor", r1: str | int = "hadamard", r2: bool = True,
+                 r3: str = "auto", r4: str = "auto", random_signs: bool = True):
+        super().__init__(r1, r2, r3, r4, random_signs=random_signs)
+        self.objective = one_of("transform.objective", objective, ("lm", "kd"))
+        self.descent = Descent(steps, batch, lr, optimizer, max_angle, cap)
+
+    def check(self, context: Context) -> list[str]:
+        self.needs_activations(context)
+        return super().check(context)
+
+    def matrices(self, context: Context, subject: Subject) -> tuple[Codec | None, Mapping[int, Codec], dict]:
+        r1, r2, _ = super().matrices(context, subject)
+        start = {} if r1 is None else {"R1": _dense(r1, context.hidden)}
+        if r2:
+            start["R2"] = torch.stack([codec.matrix.dense() for codec in r2.values()])
+
+        def build(matrices: Mapping[str, Tensor]) -> Placement:
+            return self.placement(context, *_codecs(matrices), {})
+
+        learned, notes = end_to_end(subject, context, start, build, self.descent, self.objective)
+        notes["orthogonality"] = max(deviation(matrix) for matrix in learned.values())
+        return *_codecs(learned), notes
+
+
+def _codecs(matrices: Mapping[str, Tensor]) -> tuple[Codec | None, dict[int, Codec]]:
+    r1 = Blocks(matrices["R1"]) if "R1" in matrices else None
+    return r1, {i: Blocks(matrix) for i, matrix in enumerate(matrices.get("R2", torch.empty(0)).unbind(0))}
+
+
+def _dense(codec: Codec, n: int) -> Tensor:
+    return codec.encode(torch.eye(n, dtype=torch.float64))

@@ -1,0 +1,156 @@
+"""Whip calibration: R1 and R2 that spread activations evenly, found from the activations alone.
+
+    L(R) = mean over tokens t of  sum_j exp(-|y_tj|),    y = x R,    R = Q sign(diag T) of Z = Q T (QR-Orth)
+
+The loss pulls values away from zero, so that at a fixed norm outliers shrink; it does not see column signs or permutations
+of R. x is the norm-fused input, whose rms is 1. For n coordinates: random Hadamard .52 n, uniform .475 n, least n/e (all
+|y| = 1). It is an integer-format tool: on NVFP4 it raises the error. Source: DartQuant (arXiv 2511.04063), with the sign fix its
+code omits; JointQuant differs in the schedule alone:
+
+    pooled   tokens of all layers in one pool, `share` of it an epoch        (DartQuant)
+    greedy   layer by layer, going on from the last R
+    joint    the sum over layers of their mean losses, every step            (JointQuant)
+
+R1 can never be one a layer: the residual stream is shared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.checks import integer, number, one_of
+from harness.linalg.stiefel import project, qr_orth
+from harness.transforms.base import Context, Subject, generator
+from harness.transforms.codec import Blocks, Codec
+from harness.transforms.rotations import Rotations
+from harness.transforms.sampling import Reservoir
+
+SCHEDULES = ("pooled", "greedy", "joint")
+TARGETS = {"q": "attn_in", "up": "mlp_in"}
+
+
+def whip(y: Tensor) -> Tensor:
+    """Mean over all tokens of sum_j exp(-|y_j|), y [.., n]."""
+    return y.abs().neg().exp().sum(-1).mean()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """SGD with momentum on Z: batch tokens a step, epochs passes; steps_per_epoch null: as many as the tokens fill."""
+
+    lr: float
+    epochs: int
+    batch: int
+    momentum: float = 0.9
+    cosine: bool = False
+    grad_clip: float | None = None
+    steps_per_epoch: int | None = None
+
+    def check(self, field: str) -> None:
+        """Raise ConfigError for a value that makes no sense."""
+        number(f"transform.{field}lr", self.lr, 0, 1e6)
+        integer(f"transform.{field}epochs", self.epochs, low=0)
+        integer(f"transform.{field}batch", self.batch)
+
+    def descend(self, z: Tensor, batches, loss, steps: int, advance=lambda note="": None) -> Tensor:
+        """R after `steps` steps from the orthogonal z; `batches(step)` gives what `loss(R, batch)` reads."""
+        z = z.clone().requires_grad_()
+        optimizer = torch.optim.SGD([z], lr=self.lr, momentum=self.momentum)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps)) if self.cosine else None
+        for step in range(steps):
+            value = loss(qr_orth(z), batches(step))
+            optimizer.zero_grad()
+            value.backward()
+            if not math.isfinite(float(value.detach())):
+                raise FloatingPointError(f"the whip loss is {float(value.detach())} in step {step}: lower the learning rate {self.lr}")
+            if self.grad_clip is not None:
+                torch.nn.utils.clip_grad_norm_([z], self.grad_clip)
+            optimizer.step()
+            if schedule:
+                schedule.step()
+            advance(f"whip {float(value.detach()):.2f}")
+        return qr_orth(z.detach())
+
+
+class Whip(Rotations):
+    """schedule: pooled | greedy | joint. r1_targets: [q, up], whose inputs R1 is for. r1, r2: a Calibration each (fields below).
+    share: of the pool an epoch visits. max_tokens_per_site: activations kept, drawn evenly; nothing beyond them is held."""
+
+    learned = True
+
+    def __init__(self, schedule: str, r1_targets: list[str], max_tokens_per_site: int, r1: Mapping, r2: Mapping | None,
+                 share: float = 1.0, r3: str = "auto", r4: str = "auto", random_signs: bool = True):
+        super().__init__(r2 is not None, r3, r4, random_signs)
+        self.schedule = one_of("transform.schedule", schedule, SCHEDULES)
+        self.sites = [TARGETS[one_of("transform.r1_targets", target, tuple(TARGETS))] for target in r1_targets]
+        self.kept = integer("transform.max_tokens_per_site", max_tokens_per_site)
+        self.share = number("transform.share", share, 1e-6, 1)
+        self.for_r1, self.for_r2 = Calibration(**r1), None if r2 is None else Calibration(**r2)
+        self.for_r1.check("r1.")
+        if self.for_r2:
+            self.for_r2.check("r2.")
+
+    def check(self, context: Context) -> list[str]:
+        self.needs_activations(context)
+        return super().check(context)
+
+    def matrices(self, context: Context, subject: Subject) -> tuple[Codec | None, Mapping[int, Codec], dict]:
+        sites = [*self.sites, *(["o_in"] if self.for_r2 else [])]
+        found = subject.observe(lambda layer, site, n: Reservoir(self.kept, context.seed, layer, site), sites, "activations")
+        x = torch.stack([found[layer, site] for layer in range(context.layers) for site in self.sites])  # [S, T, n]
+        r1, notes = self._learn_r1(context, subject, x)
+        r2 = {}
+        if self.for_r2:
+            values = torch.stack([found[layer, "o_in"] for layer in range(context.layers)])
+            learned, more = self._learn_r2(context, subject, values)
+            r2, notes = {i: Blocks(matrix) for i, matrix in enumerate(learned)}, notes | more
+        return Blocks(r1), r2, notes
+
+    def _learn_r1(self, context: Context, subject: Subject, x: Tensor) -> tuple[Tensor, dict]:
+        start = self.draw(context, context.hidden, "R1").matrix.dense(torch.float32).to(x.device)
+        chosen, plan = generator(context.seed, "whip"), self.for_r1
+        per_epoch = plan.steps_per_epoch
+        r = start
+        if self.schedule == "pooled":
+            pool = x.flatten(0, 1)
+            steps = plan.epochs * (per_epoch or max(1, round(self.share * len(pool)) // plan.batch))
+            batches = lambda _: pool[torch.randint(len(pool), (plan.batch,), generator=chosen).to(x.device)]  # noqa: E731
+            with subject.stage("whip R1, pooled", steps) as advance:
+                r = plan.descend(r, batches, lambda r, y: whip(y @ r), steps, advance)
+        elif self.schedule == "greedy":
+            steps = plan.epochs * (per_epoch or max(1, x.shape[1] // plan.batch))
+            with subject.stage("whip R1, greedy", steps * len(x)) as advance:
+                for own in x:
+                    batches = lambda _, own=own: own[torch.randperm(len(own), generator=chosen)[: plan.batch].to(x.device)]  # noqa: E731
+                    r = plan.descend(r, batches, lambda r, y: whip(y @ r), steps, advance)
+        else:
+            steps = plan.epochs * (per_epoch or max(1, x.shape[1] // plan.batch))
+            whole = per_epoch == 1
+            batches = lambda _: x if whole else x[:, torch.randperm(x.shape[1], generator=chosen)[: plan.batch].to(x.device)]  # noqa: E731
+            with subject.stage("whip R1, joint", steps) as advance:
+                r = plan.descend(r, batches, lambda r, y: sum(whip(own @ r) for own in y), steps, advance)
+        with torch.no_grad():
+            before, after = (float(torch.stack([whip(own @ m) for own in x]).mean()) for m in (start, r))
+            moved = float((r - start).norm())
+        return project(r.double()).cpu(), {"schedule": self.schedule, "r1_whip": [before, after], "r1_moved": moved, "r1_steps": steps}
+
+    def _learn_r2(self, context: Context, subject: Subject, x: Tensor) -> tuple[Tensor, dict]:
+        """R2 [layers, kv_heads, head_dim, head_dim] from o's inputs [layers, T, heads * head_dim]."""
+        heads = x.unflatten(-1, (context.kv_heads, -1, context.head_dim)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [l, kv, rep*T, hd]
+        one = torch.stack([self.draw(context, context.head_dim, i, "R2").matrix.dense(torch.float32) for i in range(len(x))])
+        start = one[:, None].expand(-1, context.kv_heads, -1, -1).to(x.device).contiguous()
+        plan, chosen = self.for_r2, generator(context.seed, "whip R2")
+        steps = plan.epochs * (plan.steps_per_epoch or max(1, heads.shape[2] // plan.batch))
+        batches = lambda _: heads[:, :, torch.randperm(heads.shape[2], generator=chosen)[: plan.batch].to(x.device)]  # noqa: E731
+        count = start.shape[0] * start.shape[1]
+        with subject.stage("whip R2", steps) as advance:
+            # the matrices are independent: the gradient of the sum is each one's own
+            r = plan.descend(start, batches, lambda r, y: whip(y @ r) * count, steps, advance)
+        with torch.no_grad():
+            before, after = float(whip(heads @ start)), float(whip(heads @ r))
+        return project(r.double()).cpu(), {"r2_whip": [before, after]}

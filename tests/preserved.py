@@ -1,0 +1,47 @@
+"""A tiny float64 model whose norms keep their dtype, so that what should be exact can be held to 1e-10."""
+
+import torch
+from torch import nn
+
+from harness.formats import Scheme
+from harness.models.families import Adapter, head_dim
+from harness.models.tiny import Tiny
+from harness.transforms import Context
+
+
+class Norm(nn.Module):
+    """RMSNorm in the dtype of its input; transformers' own computes in float32 whatever the model is."""
+
+    def __init__(self, weight: torch.Tensor, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(weight), eps
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+def exact_model(family: str, tie: bool = True, seed: int = 0) -> Adapter:
+    """A tiny model in float64; biases and norms of every kind are random."""
+    model, _ = Tiny(family=family, tie=tie, seed=seed).load()
+    model = model.double()
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            model.set_submodule(name, Norm(module.weight.data, module.variance_epsilon))
+    return Adapter(model)
+
+
+def token_ids(count: int = 2, length: int = 40, seed: int = 1) -> torch.Tensor:
+    return torch.randint(256, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def context_of(adapter: Adapter, scheme: Scheme | None = None, seed: int = 0, solver: str | None = "rtn") -> Context:
+    facts = adapter.model.config.to_dict()
+    return Context(
+        widths=adapter.family.widths(facts), layers=len(adapter.blocks), heads=facts["num_attention_heads"],
+        kv_heads=facts["num_key_value_heads"], head_dim=head_dim(facts), scheme=scheme or Scheme(), seed=seed, solver=solver,
+    )
+
+
+@torch.no_grad()
+def logits(adapter: Adapter, ids: torch.Tensor) -> torch.Tensor:
+    return adapter.model(input_ids=ids, use_cache=False).logits
