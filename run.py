@@ -24,7 +24,7 @@ def job(cfg) -> None:
     """One run, or one job of a sweep; a sweep's job never raises, so that the others finish."""
     from harness.errors import ConfigError, DataError
     from harness.pipeline import execute
-    from harness.report.sweep import record
+    from harness.report.sweep import record, summary
     from harness.report.table import run_table
     from harness.store import RunLocked
 
@@ -51,10 +51,7 @@ def job(cfg) -> None:
     row = {"overrides": list(hydra_cfg.overrides.task)}
     try:
         outcome = execute(cfg, choices, sweep=sweep.name)
-        row |= {"status": outcome.status, "stored": outcome.stored, "run_id": outcome.run.path.name, "error": outcome.error}
-        if outcome.status == "done":
-            *_, last = outcome.metrics["stages"].values()
-            row |= {"ppl": last["ppl"], "bits_per_weight": outcome.metrics["bits_per_weight"]}
+        row |= summary(outcome.metrics) | {"stored": outcome.stored, "run_id": outcome.run.path.name, "error": outcome.error}
     except (ConfigError, DataError) as error:
         row |= {"status": "failed", "error": str(error)}
     except Exception as error:

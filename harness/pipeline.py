@@ -167,7 +167,7 @@ class _Execution:
         if section["load"] is not None:
             self.run.event("placement", source=section["load"])
             return file.load(Path(section["load"]), transform, context)
-        path = self.store.shared("placements", self.plan.fit_id(part)).with_suffix(".safetensors")
+        path = self.store.shared("placements", self.plan.fit_id(part, transform.sees)).with_suffix(".safetensors")
         with records.locked(path.with_suffix(".lock"), wait=True):
             if path.is_file() and not self.plan.settings["force"]:
                 self.run.event("placement", source="store", key=path.stem)

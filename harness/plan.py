@@ -64,11 +64,11 @@ class Plan:
         """Whether the calibration text can matter."""
         return self.quantizes or self.settings["transform"]["name"] != "identity"
 
-    def fit_id(self, part: int) -> str:
-        """The key of what one part of the transform learns: the solver and the weights' format do not change it."""
+    def fit_id(self, part: int, sees: tuple[str, ...]) -> str:
+        """The key of what one part of the transform learns, seeing these parts of the format; the solver never changes it."""
         chosen = self.settings
         model = [self.model.fingerprint(), chosen["model"]["dtype"], _device_kind(chosen["device"])]
-        formats = [chosen["format"][name] for name in ("act", "kv")]
+        formats = [chosen["format"][name] for name in sees]
         text = [self.calibration_corpus.fingerprint("calibration"), vars(self.calibration)]
         return fingerprint(model, self._transform(), part, formats, text, chosen["seed"])
 
@@ -249,11 +249,14 @@ def transforms_of(section: Mapping) -> list:
         raise ConfigError(f"transform.smooth={smooth}: needs null, or alpha and when.")
     known_keys("transform.smooth.", smooth, ("alpha", "when", "sites"))
     when = one_of("transform.smooth.when", smooth.get("when", "before"), ("before", "after"))
+    if when == "after" and not transform.residual:
+        raise ConfigError(f"transform.smooth.when=after with transform={section['name']}: only a rotated residual stream has a "
+                          "basis of its own to smooth in; set transform.smooth.when=before.")
     legal = {"before": PRODUCT_SITES, "after": NORM_SITES}[when] if transform.residual else (*NORM_SITES, *PRODUCT_SITES)
     sites = smooth.get("sites") or list(legal)
     for site in sites if isinstance(sites, list) else [sites]:
         if site not in legal:
-            raise ConfigError(f"transform.smooth.sites={sites} with transform.smooth.when={when} and a rotated residual stream: "
+            raise ConfigError(f"transform.smooth.sites={sites} with transform.smooth.when={when} under a rotated residual stream: "
                               f"{site} cannot be smoothed there; legal: {', '.join(legal)}.")
     stacked = SmoothQuant(smooth.get("alpha", 0.5), sites, field="transform.smooth")
     return [stacked, transform] if when == "before" else [transform, stacked]

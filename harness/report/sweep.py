@@ -16,6 +16,18 @@ def record(sweep: Path, job: int, row: dict) -> None:
     write_json(sweep / f"{job:05d}.json", {"job": job, **row})
 
 
+def summary(metrics: dict) -> dict:
+    """What the sweep's table shows of a run: status, perplexities of its last stage, of the untouched model and, where a
+    transform changed the function, of the float model with its codecs; bits per weight; warnings."""
+    stages = metrics["stages"]
+    *_, last = [stage["ppl"] for stage in stages.values()] or [{}]
+    return {
+        "status": metrics["status"], "ppl": last if metrics["status"] == "done" else {},
+        "baseline": stages.get("baseline", {}).get("ppl", {}), "transformed": stages.get("transformed", {}).get("ppl", {}),
+        "bits_per_weight": metrics["bits_per_weight"], "warnings": metrics["warnings"],
+    }
+
+
 class SweepTable(Callback):
     """Hydra calls this once all jobs have ended."""
 

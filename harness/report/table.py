@@ -11,6 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+LOST = 100  # a perplexity no working language model has
+CHECKLIST = (
+    "a perplexity above 100 usually means one of: norm weights not fused before a rotation; an output head still tied to a "
+    "rotated embedding; activations without a rotation, or clipped too far, at few bits; a learning rate or angle too large; a "
+    "learned transform that should start from a Hadamard matrix (INT4) or from identity (NVFP4)"
+)
+
 
 def _console() -> Console:
     """Standard output; a file or a pipe has no width of its own, and tables of 80 columns fold their names."""
@@ -19,6 +26,12 @@ def _console() -> Console:
 
 def _number(value, digits: int = 4) -> str:
     return "" if value is None else f"{value:.{digits}f}" if math.isfinite(value) else str(value)
+
+
+def _short(value) -> str:
+    if isinstance(value, list):
+        return " -> ".join(map(_short, value)) if all(isinstance(v, float) for v in value) else ", ".join(map(_short, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def run_table(metrics: dict, directory: Path, console: Console | None = None) -> None:
@@ -43,20 +56,28 @@ def run_table(metrics: dict, directory: Path, console: Console | None = None) ->
         peak = metrics["peak_memory_mb"] if name == list(stages)[-1] else None
         table.add_row(*cells, _number(bits, 2), _number(metrics["seconds"].get(name), 1), _number(peak, 0))
     console.print(table)
+    notes = {k: v for k, v in metrics.get("notes", {}).items() if k != "gate"}
+    if notes:
+        told = ", ".join(f"{k} {_short(v)}" for k, v in notes.items())
+        console.print(f"transform: {told}", highlight=False, markup=False, soft_wrap=True)
     seconds = ", ".join(f"{stage} {s:.1f}" for stage, s in metrics["seconds"].items())
     console.print(f"seconds: {seconds}", highlight=False)
     for warning in metrics.get("warnings", []):
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    if any(_lost(stage["ppl"], baseline) for stage in stages.values()):
+        console.print(CHECKLIST, highlight=False, markup=False, soft_wrap=True)
     console.print(f"run directory: {directory}", highlight=False, markup=False, soft_wrap=True)
 
 
 def sweep_table(rows: list[dict], console: Console | None = None) -> None:
-    """One row a job: {"overrides", "run_id", "status", "stored", "ppl": {corpus: x}, "bits_per_weight", "error"}.
+    """The untouched model, then one row a job: {"job", "overrides", "status"} and what report.sweep.summary adds.
 
-    Overrides that all jobs share are left out; what went wrong stands in a line of its own below.
+    `float` columns hold the perplexity of the float model under a trained codec. Overrides that all jobs share are left out; what
+    went wrong, and warnings, stand in lines of their own below.
     """
     console = console or _console()
     corpora = list(dict.fromkeys(c for row in rows for c in row.get("ppl", {})))
+    changed = [c for c in corpora if any(c in row.get("transformed", {}) for row in rows)]
     shared = set.intersection(*(set(row["overrides"]) for row in rows)) if len(rows) > 1 else set()
     table = Table(title=f"{len(rows)} jobs, {sum(row['status'] != 'done' for row in rows)} failed", title_justify="left")
     table.add_column("job")
@@ -64,11 +85,16 @@ def sweep_table(rows: list[dict], console: Console | None = None) -> None:
     table.add_column("status")
     for corpus in corpora:
         table.add_column(Text(f"ppl {corpus}"), justify="right", no_wrap=True, min_width=9)
+    for corpus in changed:
+        table.add_column(Text(f"float {corpus}"), justify="right", no_wrap=True, min_width=9)
     table.add_column("bits/weight", justify="right")
     table.add_column("run", overflow="fold")
+    for base in {tuple(row.get("baseline", {}).items()): row for row in rows if row.get("baseline")}:
+        table.add_row("", "untouched model", "", *[_number(dict(base).get(c)) for c in corpora], *[""] * len(changed), "", "")
     for row in rows:
-        status = "stored" if row.get("stored") else row["status"]
+        status = "stored" if row.get("stored") and row["status"] == "done" else row["status"]
         ppl = [_number(row.get("ppl", {}).get(corpus)) for corpus in corpora]
+        ppl += [_number(row.get("transformed", {}).get(corpus)) for corpus in changed]
         own = " ".join(override for override in row["overrides"] if override not in shared)
         style = "red" if row["status"] != "done" else None
         bits, run = _number(row.get("bits_per_weight"), 2), Text(row.get("run_id") or "")
@@ -77,3 +103,17 @@ def sweep_table(rows: list[dict], console: Console | None = None) -> None:
     for row in rows:
         if row["status"] != "done":
             console.print(f"job {row['job']} failed: {row['error']}", highlight=False, markup=False, soft_wrap=True)
+    jobs: dict[str, list[str]] = {}
+    for row in rows:
+        for warning in row.get("warnings", []):
+            jobs.setdefault(warning, []).append(str(row["job"]))
+    for warning, numbers in jobs.items():
+        line = f"warning (job {', '.join(numbers)}): {warning}"
+        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    if any(_lost(row.get("ppl", {}), row.get("baseline", {})) for row in rows):
+        console.print(CHECKLIST, highlight=False, markup=False, soft_wrap=True)
+
+
+def _lost(ppl: dict, baseline: dict) -> bool:
+    """Whether a model that worked does not any more."""
+    return any(x > LOST >= baseline.get(corpus, LOST) for corpus, x in ppl.items())

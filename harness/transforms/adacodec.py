@@ -23,6 +23,7 @@ from torch import Tensor
 
 from harness.checks import one_of
 from harness.errors import ConfigError
+from harness.formats import Scheme
 from harness.linalg.hadamard import Hadamard, random_signs
 from harness.linalg.stiefel import deviation
 from harness.transforms.base import Context, Subject, Transform, generator
@@ -43,6 +44,7 @@ class AdaCodec(Transform):
     learn.Descent, for `layer` with rows in place of windows (512 a window)."""
 
     learned = True
+    sees = ("act",)  # as published: learned with a float KV cache, whatever it is evaluated with
 
     def __init__(self, placement: str, objective: str, decoder: str, init: str, steps: int, batch: int, lr: float,
                  max_angle: float | None = None, optimizer: str = "cayley", cap: str = "tensor", block_size: int | str = "auto"):
@@ -64,7 +66,8 @@ class AdaCodec(Transform):
         if context.scheme.act is None:
             raise ConfigError("format.act.bits=16 with transform=adacodec: no activation is quantized, so there is nothing to "
                               "encode; set format.act.bits=4, or use another transform.")
-        for g in {self._block(context), self._value_block(context)} if self.init == "hadamard" else ():
+        blocks = {self._block(context), self._value_block(context)}
+        for g in blocks if self.init == "hadamard" else ():
             reachable("transform.init=hadamard", g, "transform.init=identity")
         return []
 
@@ -101,7 +104,8 @@ class AdaCodec(Transform):
         if self.objective == "layer":
             learned, more = reconstruct(subject, context, start, self.descent)
         else:
-            learned, more = end_to_end(subject, context, start, lambda m: build(m, linears), self.descent, self.objective)
+            scheme = Scheme(act=context.scheme.act)
+            learned, more = end_to_end(subject, scheme, start, lambda m: build(m, linears), self.descent, self.objective)
         notes |= more | {"orthogonality": max(deviation(m) for m in learned.values()), "codec_gap": _gap(start, learned)}
         placed = build(learned, linears)
         return Placement(placed.residual, placed.merged, placed.online, None, placed.encoders, placed.decoders, notes)

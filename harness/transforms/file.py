@@ -32,14 +32,14 @@ R2_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.R2")
 def save(path: Path, placement: Placement, facts: Mapping) -> None:
     """Write a placement in one step; `facts` (JSON) say what it belongs to and are checked on loading."""
     tensors: dict[str, Tensor] = {}
-    spec: dict = {"notes": dict(placement.notes)}
+    spec: dict = {"facts": dict(facts), "notes": dict(placement.notes)}
     for name in ("residual", "query_key"):
         spec[name] = _pack(getattr(placement, name), name, tensors)
     for name in KEYED:
         spec[name] = [[*where, _pack(c, f"{name}.{where[0]}.{where[1]}", tensors)] for where, c in getattr(placement, name).items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata={"placement": json.dumps(spec), "facts": json.dumps(dict(facts))})
+    save_file(tensors, temporary, metadata={"placement": json.dumps(spec)})
     os.replace(temporary, path)
 
 
@@ -70,19 +70,21 @@ def check(path: str, transform: Transform, context: Context, facts: Mapping) -> 
         raise ConfigError(f"{field}: not a safetensors file. A pickled rotation is not opened; save its dictionary again with "
                           "safetensors.torch.save_file.") from None
     if "placement" in header:
-        found = json.loads(header["facts"])
+        found = json.loads(header["placement"])["facts"]
         for name, wanted in facts.items():
             if found.get(name) != wanted:
                 raise ConfigError(f"{field}: its {name} is {found.get(name)}, this run's is {wanted}; learn it again with "
                                   "transform.load=null, or load the file that belongs to this run.")
         return
-    if "R1" not in shapes or not isinstance(transform, Rotations):
-        raise ConfigError(f"{field}: neither a file of transform.save nor of SpinQuant's layout for a transform with R1 and R2.")
+    if "R1" not in shapes or not isinstance(transform, Rotations) or not transform.residual:
+        raise ConfigError(f"{field}: neither a file of transform.save nor of SpinQuant's layout for a transform that has R1.")
     wanted = {"R1": (context.hidden, context.hidden)}
-    wanted |= {f"model.layers.{i}.self_attn.R2": (context.head_dim, context.head_dim) for i in range(context.layers)}
-    for name, shape in shapes.items():
-        if wanted.get(name) != shape:
-            raise ConfigError(f"{field}: {name} has shape {list(shape)}, the model takes {list(wanted.get(name, []))}.")
+    if transform.r2:
+        wanted |= {f"model.layers.{i}.self_attn.R2": (context.head_dim, context.head_dim) for i in range(context.layers)}
+    for name in sorted(shapes.keys() | wanted.keys()):
+        if shapes.get(name) != wanted.get(name):
+            raise ConfigError(f"{field}: {name} has shape {list(shapes.get(name, ()))}, this model with transform.r2="
+                              f"{str(transform.r2).lower()} takes {list(wanted.get(name, ()))}.")
 
 
 def _pack(value, name: str, tensors: dict[str, Tensor]):

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from harness.checks import integer, number, one_of
 from harness.errors import ConfigError
+from harness.formats import Scheme
 from harness.linalg.stiefel import CAPS, CayleySGD, cayley, project
-from harness.transforms.base import Context, Subject
+from harness.transforms.base import Subject
 from harness.transforms.placement import Placement
 
 CHECKS = 8  # how often the held-out loss is taken
@@ -85,14 +86,13 @@ class Orthogonal:
         return {name: matrix.clone() for name, matrix in self.matrices().items()}
 
 
-def end_to_end(subject: Subject, context: Context, start: Mapping[str, Tensor], build: Callable[[Mapping], Placement],
+def end_to_end(subject: Subject, scheme: Scheme, start: Mapping[str, Tensor], build: Callable[[Mapping], Placement],
                descent: Descent, objective: str) -> tuple[dict[str, Tensor], dict]:
     """Learned matrices, projected onto the group in float64, and notes on how it went.
 
-    start: {name: orthogonal [.., n, n]}; build: matrices -> Placement; objective: lm | kd. Raises FloatingPointError when the
+    scheme: what is quantized in the loop, never weights; start: {name: orthogonal [.., n, n]}; build: matrices -> Placement; objective: lm | kd. Raises FloatingPointError when the
     loss is not finite.
     """
-    scheme = replace(context.scheme, weight=None)
     moving = Orthogonal({name: matrix.to(subject.device) for name, matrix in start.items()}, descent)
     best, best_step, first, last = moving.snapshot(), 0, None, None
     before = least = held_out_loss(subject, scheme, build(best), objective)
@@ -109,7 +109,8 @@ def end_to_end(subject: Subject, context: Context, start: Mapping[str, Tensor], 
             if not math.isfinite(last):
                 raise FloatingPointError(
                     f"the {objective} loss is {last} in step {step} of {descent.steps}: lower transform.lr={descent.lr} or "
-                    f"transform.max_angle={descent.max_angle}, or start from another transform.init"
+                    f"transform.max_angle={descent.max_angle}, start from a Hadamard matrix (INT4) or identity (NVFP4), and check "
+                    "that the format does not clip too far"
                 )
             first = last if first is None else first
             moving.step()
@@ -125,7 +126,7 @@ def end_to_end(subject: Subject, context: Context, start: Mapping[str, Tensor], 
 
 
 @torch.no_grad()
-def held_out_loss(subject: Subject, scheme, placement: Placement, objective: str) -> float:
+def held_out_loss(subject: Subject, scheme: Scheme, placement: Placement, objective: str) -> float:
     """Mean loss of a placement on the held-out windows."""
     total = 0.0
     for ids in subject.held.split(1):

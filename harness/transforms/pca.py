@@ -33,6 +33,7 @@ class PCA(Transform):
     says whether the output head's input is rotated too."""
 
     learned = True
+    sees = ()
 
     def __init__(self, scope: str = "per_layer", block: int | None = None, center: bool = True, post_hadamard: bool = False,
                  head: bool = True):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from harness.checks import one_of
+from harness.formats import Scheme
 from harness.linalg.stiefel import deviation
 from harness.transforms.base import Context, Subject
 from harness.transforms.codec import Blocks, Codec
@@ -49,7 +50,8 @@ class SpinQuant(QuaRot):
         def build(matrices: Mapping[str, Tensor]) -> Placement:
             return self.placement(context, *_codecs(matrices), {})
 
-        learned, notes = end_to_end(subject, context, start, build, self.descent, self.objective)
+        scheme = Scheme(act=context.scheme.act, kv=context.scheme.kv)
+        learned, notes = end_to_end(subject, scheme, start, build, self.descent, self.objective)
         notes["orthogonality"] = max(deviation(matrix) for matrix in learned.values())
         return *_codecs(learned), notes
 

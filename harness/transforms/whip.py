@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from harness.checks import integer, number, one_of
+from harness.checks import boolean, integer, known_keys, number, one_of
+from harness.errors import ConfigError
 from harness.linalg.stiefel import project, qr_orth
 from harness.transforms.base import Context, Subject, generator
 from harness.transforms.codec import Blocks, Codec
@@ -51,11 +52,23 @@ class Calibration:
     grad_clip: float | None = None
     steps_per_epoch: int | None = None
 
-    def check(self, field: str) -> None:
-        """Raise ConfigError for a value that makes no sense."""
-        number(f"transform.{field}lr", self.lr, 0, 1e6)
-        integer(f"transform.{field}epochs", self.epochs, low=0)
-        integer(f"transform.{field}batch", self.batch)
+    @classmethod
+    def of(cls, settings: Mapping, field: str) -> Calibration:
+        """From a part of the configuration. Raises ConfigError for a key or a value that makes no sense."""
+        known_keys(f"{field}.", settings, [f.name for f in fields(cls)])
+        for name in ("lr", "epochs", "batch"):
+            if name not in settings:
+                raise ConfigError(f"{field}.{name}: this setting is missing.")
+        own = cls(**settings)
+        number(f"{field}.lr", own.lr, 0, 1e6)
+        integer(f"{field}.epochs", own.epochs, low=0)
+        integer(f"{field}.batch", own.batch)
+        number(f"{field}.momentum", own.momentum, 0, 1)
+        boolean(f"{field}.cosine", own.cosine)
+        integer(f"{field}.steps_per_epoch", own.steps_per_epoch, optional=True)
+        if own.grad_clip is not None:
+            number(f"{field}.grad_clip", own.grad_clip, 1e-12, 1e12)
+        return own
 
     def descend(self, z: Tensor, batches, loss, steps: int, advance=lambda note="": None) -> Tensor:
         """R after `steps` steps from the orthogonal z; `batches(step)` gives what `loss(R, batch)` reads."""
@@ -90,10 +103,10 @@ class Whip(Rotations):
         self.sites = [TARGETS[one_of("transform.r1_targets", target, tuple(TARGETS))] for target in r1_targets]
         self.kept = integer("transform.max_tokens_per_site", max_tokens_per_site)
         self.share = number("transform.share", share, 1e-6, 1)
-        self.for_r1, self.for_r2 = Calibration(**r1), None if r2 is None else Calibration(**r2)
-        self.for_r1.check("r1.")
-        if self.for_r2:
-            self.for_r2.check("r2.")
+        self.for_r1 = Calibration.of(r1, "transform.r1")
+        self.for_r2 = None if r2 is None else Calibration.of(r2, "transform.r2")
+        if not self.sites:
+            raise ConfigError("transform.r1_targets=[]: R1 needs inputs to spread; choose of q, up.")
 
     def check(self, context: Context) -> list[str]:
         self.needs_activations(context)

@@ -1,0 +1,258 @@
+"""Which transforms, formats, solvers and caches compose: every legal pair runs end to end on the tiny model, every other is
+refused before a weight is loaded with both fields and a way out, and what is doubtful is warned of in the result."""
+
+import json
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from composed import ROOT, small
+from safetensors.torch import save_file
+
+from harness.calibration.subject import ModelSubject
+from harness.errors import ConfigError
+from harness.formats import NVFP4, Scheme
+from harness.models.families import Adapter
+from harness.models.prepare import fuse_norms, swap
+from harness.models.tiny import Tiny
+from harness.pipeline import execute
+from harness.transforms import Blocks, Context, Placement
+from harness.transforms.learn import Descent, end_to_end
+from harness.transforms.quarot import QuaRot
+
+TRANSFORMS = sorted(path.stem for path in (ROOT / "conf" / "transform").glob("*.yaml"))
+END_TO_END = {"spinquant", "spinquant_paper", "adacodec", "adacodec_paper", "learned_rotation"}
+QUICK = {name: ["transform.steps=2", "transform.batch=1"] for name in END_TO_END} | {
+    name: ["transform.r1.epochs=1"] for name in ("dartquant", "jointquant", "jq_seed")
+}
+ROTATED = ["quarot", "spinquant", "dartquant", "jointquant"]
+FORMATS = {"nvfp4": [], "mxfp4": [], "int4": ["format.weight.group_size=32"]}
+
+
+def run(tmp_path, transform, *overrides):
+    cfg, choices = small(tmp_path, f"transform={transform}", *QUICK.get(transform, []), *overrides)
+    return execute(cfg, choices)
+
+
+def events(outcome, name):
+    lines = (outcome.run.path / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_every_transform_with_every_format_and_solver(tmp_path, transform, format):
+    learned = []
+    for solver in ("rtn", "gptq"):
+        outcome = run(tmp_path, transform, f"format={format}", f"solver={solver}", *FORMATS[format])
+        assert outcome.status == "done", outcome.error
+        stages = outcome.metrics["stages"]
+        float_model = stages.get("transformed", stages["baseline"])  # learning by the lm loss changes the model itself
+        assert stages["quantized"]["ppl"]["pydoc"] == pytest.approx(float_model["ppl"]["pydoc"], rel=0.3)
+        learned += [event["source"] for event in events(outcome, "placement")]
+    assert learned in ([], ["learned", "store"]), "another solver reuses what was learned"
+
+
+@pytest.mark.parametrize("transform", ["identity", "hadamard", "pca", *ROTATED, "adacodec"])
+def test_every_kind_of_transform_with_a_quantized_cache(tmp_path, transform):
+    ppl = {}
+    for bits in (16, 8, 4):
+        kv = [f"format.kv.bits={bits}", "format=int8"]
+        outcome = run(tmp_path, transform, *kv, "solver=rtn")
+        assert outcome.status == "done", outcome.error
+        ppl[bits] = outcome.metrics["stages"]["quantized"]["ppl"]["pydoc"]
+    assert len(set(ppl.values())) == 3
+    rotations = outcome.metrics["notes"].get("rotations", [])
+    assert ("R3" in rotations) == (transform in ROTATED)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("transform", ["quarot", "pca", "smoothquant", "spinquant", "jointquant", "learned_rotation"])
+def test_exact_transforms_pass_the_gate_on_every_family(tmp_path, transform, family):
+    outcome = run(tmp_path, transform, f"model.family={family}", "format.kv.bits=4")
+    assert outcome.status == "done", outcome.error
+    assert outcome.metrics["notes"]["gate"]["max"] < 1e-4
+
+
+@pytest.mark.parametrize("options", [[], ["transform.placement=site"], ["transform.init=hadamard"], ["transform.init=pca"],
+                                     ["transform.placement=site", "transform.objective=layer"],
+                                     ["transform.placement=site", "transform.decoder=ridge"],
+                                     ["transform.placement=site", "transform.init=pca"], ["transform.objective=lm"],
+                                     ["transform.optimizer=cayley_adam", "transform.max_angle=null"], ["transform.block_size=16"],
+                                     ["format.act.global_scale=fixed"], ["format=fouroversix"], ["model.family=qwen3"]], ids=str)
+def test_every_way_of_adacodec(tmp_path, options):
+    outcome = run(tmp_path, "adacodec", *options)
+    assert outcome.status == "done", outcome.error
+    stages, notes = outcome.metrics["stages"], outcome.metrics["notes"]
+    assert "gate" not in notes, "a trained decoder changes the function"
+    assert set(stages) == {"baseline", "transformed", "quantized"}
+    before, after = notes.get("held_out_loss", [1, 1])
+    assert after <= before
+
+
+@pytest.mark.parametrize("options", [["transform.r1=random"], ["transform.r1=12"], ["transform.r1=off"], ["transform.r2=false"],
+                                     ["transform.r3=on"], ["transform.r4=off"], ["transform.random_signs=false"],
+                                     ["transform.smooth={alpha: 0.5, when: before}"],
+                                     ["transform.smooth={alpha: 0.5, when: after}"]], ids=str)
+def test_every_way_of_quarot(tmp_path, options):
+    outcome = run(tmp_path, "quarot", "format=int4", "format.weight.group_size=32", *options)
+    assert outcome.status == "done", outcome.error
+    assert outcome.metrics["notes"]["gate"]["max"] < 1e-4
+
+
+@pytest.mark.parametrize("transform", ["identity", "hadamard", "pca", "dartquant"])
+def test_smoothquant_stacks_under_others(tmp_path, transform):
+    smooth = "transform.smooth" if transform in ("pca", "dartquant") else "+transform.smooth"
+    plain = run(tmp_path, transform, "format=int8")
+    outcome = run(tmp_path, transform, "format=int8", f"{smooth}={{alpha: 0.6}}")
+    assert outcome.status == "done", outcome.error
+    assert outcome.metrics["stages"]["quantized"]["ppl"] != plain.metrics["stages"]["quantized"]["ppl"]
+
+
+@pytest.mark.parametrize("transform", ["spinquant", "dartquant", "adacodec", "pca"])
+def test_learned_matrices_are_the_same_bits_for_the_same_seed(tmp_path, transform):
+    first, again, other = (
+        run(tmp_path / name, transform, f"transform.save={tmp_path / name}.safetensors", f"seed={seed}")
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert first.metrics["stages"] == again.metrics["stages"]
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    if transform in ("spinquant", "dartquant"):
+        assert (tmp_path / "a.safetensors").read_bytes() != (tmp_path / "c.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("transform", ["spinquant", "adacodec", "pca", "jointquant"])
+def test_saved_matrices_loaded_elsewhere_give_the_same_model(tmp_path, transform):
+    path = tmp_path / "learned.safetensors"
+    first = run(tmp_path / "a", transform, f"transform.save={path}")
+    loaded = run(tmp_path / "b", transform, f"transform.load={path}")
+    assert loaded.metrics["stages"] == first.metrics["stages"]
+    assert [event["source"] for event in events(loaded, "placement")] == [str(path)]
+    assert loaded.metrics["run_id"] != first.metrics["run_id"]
+
+
+def test_rotations_in_spinquants_layout(tmp_path):
+    def orthogonal(n):
+        return torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(n)))[0].contiguous()
+
+    save_file({"R1": orthogonal(192), **{f"model.layers.{i}.self_attn.R2": orthogonal(32) for i in range(2)}}, tmp_path / "r.safetensors")
+    outcome = run(tmp_path, "spinquant", f"transform.load={tmp_path / 'r.safetensors'}", "format=int4", "format.weight.group_size=32")
+    assert outcome.status == "done", outcome.error
+    assert outcome.metrics["notes"]["gate"]["max"] < 1e-4
+
+
+def test_a_loss_that_is_not_finite_stops_learning():
+    model, _ = Tiny().load()
+    adapter = Adapter(model)
+    swap(adapter)
+    fuse_norms(adapter)
+    model.lm_head.weight.data[3] = 3e38  # overflows to infinity, whose softmax is not a number
+    subject = ModelSubject(adapter, torch.arange(128).view(2, 64), lambda title, total: nullcontext(lambda note: None))
+    start = {"R1": torch.eye(192)}
+    with pytest.raises(FloatingPointError, match=r"lm loss is nan in step 1 of 3: lower transform\.lr"):
+        end_to_end(subject, Scheme(act=NVFP4(role="activation")), start, lambda m: Placement(Blocks(m["R1"])), Descent(3, 1, 0.1), "lm")
+
+
+REFUSED = [
+    ("adacodec", ["format.act.bits=16"], ["format.act.bits=16", "transform=adacodec"]),
+    ("adacodec", ["format=int4", "format.act.bits=16"], ["format.act.bits=16", "transform=adacodec"]),
+    ("spinquant", ["format.act.bits=16"], ["format.act.bits=16", "format.kv.bits=16", "transform=spinquant"]),
+    ("dartquant", ["format.act.bits=16"], ["format.act.bits=16", "format.kv.bits=16", "transform=dartquant"]),
+    ("jointquant", ["format.act.bits=16"], ["format.act.bits=16", "format.kv.bits=16", "transform=jointquant"]),
+    ("adacodec", ["transform.decoder=ridge"], ["transform.decoder=ridge", "transform.placement=stream"]),
+    ("adacodec", ["transform.objective=layer"], ["transform.objective=layer", "transform.placement=stream"]),
+    ("adacodec", ["transform.block_size=128"], ["transform.block_size=128", "192"]),
+    ("adacodec", ["transform.optimizer=cayley_adam"], ["transform.max_angle", "transform.optimizer=cayley_adam"]),
+    ("adacodec", ["transform.lr=fast"], ["transform.lr=fast"]),
+    ("quarot", ["transform.online_heads=true"], ["transform.online_heads=true", "6"]),
+    ("quarot", ["transform.r1=7"], ["transform.r1=7", "192"]),
+    ("quarot", ["transform.r1=6"], ["transform.r1=6"]),
+    ("quarot", ["transform.r4=maybe"], ["transform.r4=maybe"]),
+    ("quarot", ["transform.smooth={alpha: 2}"], ["transform.smooth.alpha=2"]),
+    ("quarot", ["transform.smooth={alpha: 0.5, sites: [attn_in]}"], ["transform.smooth.sites", "transform.smooth.when=before"]),
+    ("quarot", ["transform.smooth={when: after, sites: [down_in]}"], ["transform.smooth.sites", "transform.smooth.when=after"]),
+    ("pca", ["transform.smooth={alpha: 0.5, when: after}"], ["transform.smooth.when=after", "transform=pca"]),
+    ("smoothquant", ["transform.alpha=1.5"], ["transform.alpha=1.5"]),
+    ("smoothquant", ["transform.sites=[head_in]"], ["transform.sites", "head_in"]),
+    ("pca", ["transform.block=7"], ["transform.block=7", "attn_in"]),
+    ("pca", ["transform.post_hadamard=true", "transform.block=6"], ["transform.post_hadamard=true"]),
+    ("hadamard", ["transform.block_size=128"], ["transform.block_size=128", "64"]),
+    ("quarot", ["+transform.load=here.safetensors"], ["transform.load", "transform=quarot"]),
+    ("spinquant", ["transform.load=/nowhere.safetensors"], ["transform.load=/nowhere.safetensors"]),
+    ("identity", ["format.kv.bits=4", "format.kv.group_size=7"], ["format.kv.group_size", "32"]),
+    ("identity", ["format.kv.bits=3.5"], ["format.kv.bits"]),
+    ("dartquant", ["transform.schedule=eager"], ["transform.schedule=eager", "joint"]),
+    ("dartquant", ["transform.r1_targets=[gate]"], ["transform.r1_targets", "gate"]),
+    ("dartquant", ["transform.r1_targets=[]"], ["transform.r1_targets=[]"]),
+    ("dartquant", ["transform.r1.momentum=2"], ["transform.r1.momentum=2"]),
+    ("dartquant", ["transform.r1=hadamard"], ["transform.r1=hadamard"]),
+    ("jointquant", ["transform.r2.steps_per_epoch=0"], ["transform.r2.steps_per_epoch=0"]),
+    ("jointquant", ["+transform.r2.rate=1"], ["transform.r2.rate"]),
+    ("identity", ["format=int4", "format.weight.group_size=null", "format.weight.granularity=group"], ["group_size", "granularity"]),
+]
+
+
+@pytest.mark.parametrize(("transform", "overrides", "names"), REFUSED, ids=lambda value: str(value)[:60])
+def test_what_cannot_work_is_refused(tmp_path, transform, overrides, names):
+    with pytest.raises(ConfigError) as caught:
+        run(tmp_path, transform, *overrides)
+    for name in names:
+        assert name in str(caught.value)
+    assert not (tmp_path / "runs").exists(), "nothing was written"
+
+
+def test_a_width_without_a_hadamard_matrix_is_refused(tmp_path):
+    """13696 = 107 * 128 of Qwen's first models."""
+    widths = {"attn_in": 4096, "o_in": 4096, "mlp_in": 4096, "down_in": 13696}
+    context = Context(widths, 32, 32, 32, 128, Scheme(), 0)
+    with pytest.raises(ConfigError, match=r"transform\.r4=on.*13696.*transform\.r4=off"):
+        QuaRot(r4="on").check(context)
+    assert QuaRot(r4="off").check(context) == []
+
+
+def test_a_rotation_of_another_model_is_refused(tmp_path):
+    path = tmp_path / "learned.safetensors"
+    run(tmp_path / "a", "pca", f"transform.save={path}")
+    with pytest.raises(ConfigError, match=r"transform\.load=.*its model is tiny-llama"):
+        run(tmp_path / "b", "pca", f"transform.load={path}", "model.family=qwen2")
+
+
+WARNED = [
+    ("identity", ["format=int4", "format.weight.group_size=32"], "outlier channels"),
+    ("hadamard", ["solver=rtn"], "worse than identity"),
+    ("pca", ["format=int4", "format.weight.group_size=32"], "post_hadamard"),
+    ("pca", ["format=mxfp4"], "MXFP4"),
+    *[(transform, [], "NVFP4") for transform in ROTATED],
+    ("smoothquant", [], "NVFP4"),
+    ("smoothquant", ["format=mxfp4"], "MX"),
+    ("hadamard", ["transform.block_size=16", "format=mxfp4"], "smaller than the format's group"),
+]
+SILENT = [
+    ("identity", []), ("hadamard", ["solver=gptq"]), ("adacodec", []), ("quarot", ["format=mxfp4"]),
+    ("pca", ["format=int4", "format.weight.group_size=32", "transform.post_hadamard=true"]), ("pca", []),
+    ("dct", []), ("quarot", ["format=int4", "format.weight.group_size=32", "format.kv.bits=4"]),
+]
+
+
+@pytest.mark.parametrize(("transform", "overrides", "words"), WARNED, ids=str)
+def test_what_is_doubtful_is_warned_of(tmp_path, transform, overrides, words):
+    warnings = run(tmp_path, transform, *overrides).metrics["warnings"]
+    assert any(words in warning for warning in warnings), warnings
+
+
+@pytest.mark.parametrize(("transform", "overrides"), SILENT, ids=str)
+def test_what_is_sound_is_not(tmp_path, transform, overrides):
+    assert run(tmp_path, transform, *overrides).metrics["warnings"] == []
+
+
+def test_a_lost_model_comes_with_a_checklist(tmp_path, capsys):
+    from harness.report.table import run_table
+
+    metrics = run(tmp_path, "identity").metrics
+    run_table(metrics, tmp_path)
+    assert "norm weights" not in capsys.readouterr().out, "this model was never any good"
+    metrics["stages"]["baseline"]["ppl"]["pydoc"] = 9.0
+    run_table(metrics, tmp_path)
+    assert "norm weights not fused" in capsys.readouterr().out
+    assert math.isfinite(metrics["stages"]["quantized"]["ppl"]["pydoc"])
