@@ -256,8 +256,8 @@ def transforms_of(section: Mapping) -> list:
     sites = smooth.get("sites") or list(legal)
     for site in sites if isinstance(sites, list) else [sites]:
         if site not in legal:
-            raise ConfigError(f"transform.smooth.sites={sites} with transform.smooth.when={when} under a rotated residual stream: "
-                              f"{site} cannot be smoothed there; legal: {', '.join(legal)}.")
+            raise ConfigError(f"transform.smooth.sites={sites} with transform.smooth.when={when}: under a rotated residual "
+                              f"stream {site} cannot be smoothed then; legal: {', '.join(legal)}.")
     stacked = SmoothQuant(smooth.get("alpha", 0.5), sites, field="transform.smooth")
     return [stacked, transform] if when == "before" else [transform, stacked]
 

@@ -34,7 +34,8 @@ def test_option_builds(group, name):
         parts = build(settings, group)
         assert {part for part, format in parts.items() if format} == (set() if name == "none" else {"weight", "act"})
     elif group == "transform":
-        assert settings["_target_"].rpartition(".")[0] in {type(t).__module__ for t in transforms_of({"name": name, **settings})}
+        built = {type(transform).__module__ for transform in transforms_of({"name": name, **settings})}
+        assert settings["_target_"].rpartition(".")[0] in built
     else:
         assert type(build(settings, group)).__module__ == settings["_target_"].rpartition(".")[0]
 

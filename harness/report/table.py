@@ -72,8 +72,8 @@ def run_table(metrics: dict, directory: Path, console: Console | None = None) ->
 def sweep_table(rows: list[dict], console: Console | None = None) -> None:
     """The untouched model, then one row a job: {"job", "overrides", "status"} and what report.sweep.summary adds.
 
-    `float` columns hold the perplexity of the float model under a trained codec. Overrides that all jobs share are left out; what
-    went wrong, and warnings, stand in lines of their own below.
+    `float` columns hold the perplexity of the float model under a trained codec. Overrides that all jobs share are left out;
+    what went wrong, and warnings, stand in lines of their own below.
     """
     console = console or _console()
     corpora = list(dict.fromkeys(c for row in rows for c in row.get("ppl", {})))

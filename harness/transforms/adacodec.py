@@ -40,14 +40,15 @@ BLOCKS = (128, 64, 32, 16)
 
 class AdaCodec(Transform):
     """placement: stream | site. objective: lm | kd | layer. decoder: free | tied | ridge. init: hadamard | identity | pca.
-    block_size: auto (the largest of 128, 64, 32, 16 that divides every width; a head caps that of values) or a number. The rest:
-    learn.Descent, for `layer` with rows in place of windows (512 a window)."""
+    block_size: auto (the largest of 128, 64, 32, 16 that divides every width; a head caps that of values) or a number. The
+    rest: learn.Descent, for `layer` with rows in place of windows (512 a window)."""
 
     learned = True
     sees = ("act",)  # as published: learned with a float KV cache, whatever it is evaluated with
 
     def __init__(self, placement: str, objective: str, decoder: str, init: str, steps: int, batch: int, lr: float,
-                 max_angle: float | None = None, optimizer: str = "cayley", cap: str = "tensor", block_size: int | str = "auto"):
+                 max_angle: float | None = None, optimizer: str = "cayley", cap: str = "tensor",
+                 block_size: int | str = "auto"):
         self.place = one_of("transform.placement", placement, ("stream", "site"))
         self.objective = one_of("transform.objective", objective, ("lm", "kd", "layer"))
         self.decoder = one_of("transform.decoder", decoder, ("free", "tied", "ridge"))
@@ -78,8 +79,8 @@ class AdaCodec(Transform):
         if self.block_size == "auto" and fits:
             return fits[0]
         if not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 2:
-            raise ConfigError(f"transform.block_size={self.block_size}: needs auto (where one of {BLOCKS} divides {dict(widths)}), "
-                              "or a number that does.")
+            raise ConfigError(f"transform.block_size={self.block_size}: needs auto (where one of {BLOCKS} divides "
+                              f"{dict(widths)}), or a number that does.")
         for site, width in widths.items():
             if width % self.block_size:
                 raise ConfigError(f"transform.block_size={self.block_size} does not divide site {site} ({width} features); "
@@ -89,7 +90,8 @@ class AdaCodec(Transform):
     def _value_block(self, context: Context) -> int:
         g = min(self._block(context), context.head_dim)
         if self.place == "stream" and context.head_dim % g:
-            raise ConfigError(f"transform.block_size={g} does not divide head_dim {context.head_dim}, which the values' codec needs.")
+            raise ConfigError(f"transform.block_size={g} does not divide head_dim {context.head_dim}, as the values' codec "
+                              "must; take a divisor of it.")
         return g
 
     def fit(self, context: Context, subject: Subject) -> Placement:

@@ -36,7 +36,8 @@ def save(path: Path, placement: Placement, facts: Mapping) -> None:
     for name in ("residual", "query_key"):
         spec[name] = _pack(getattr(placement, name), name, tensors)
     for name in KEYED:
-        spec[name] = [[*where, _pack(c, f"{name}.{where[0]}.{where[1]}", tensors)] for where, c in getattr(placement, name).items()]
+        placed = getattr(placement, name).items()
+        spec[name] = [[*where, _pack(codec, f"{name}.{where[0]}.{where[1]}", tensors)] for where, codec in placed]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(tensors, temporary, metadata={"placement": json.dumps(spec)})

@@ -2,8 +2,8 @@
 
     min over R1  of  sum over layers l of  whip(X_l R1)        every layer counts alike, however many tokens it has
 
-Source: the JointQuant code: SGD with momentum .9, lr 1e-3, 10 epochs with a cosine, gradient norm clipped at 1, one full-batch step
-an epoch, which hardly leaves the Hadamard start (preset jq_seed). By default steps take `batch` tokens of every layer instead.
+Source: the JointQuant code: SGD with momentum .9, lr 1e-3, 10 epochs with a cosine, gradient norm clipped at 1, one full-batch
+step an epoch, which hardly leaves the Hadamard start (preset jq_seed). By default a step takes `batch` tokens of every layer.
 """
 
 from __future__ import annotations

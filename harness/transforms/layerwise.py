@@ -65,7 +65,7 @@ def reconstruct(subject: Subject, context: Context, start: Mapping[str, Tensor],
 
 
 @torch.enable_grad()
-def _fit(x: Tensor, weights: list[Tensor], start: dict[str, Tensor], site: str, act: Format, descent: Descent) -> tuple[dict, list]:
+def _fit(x: Tensor, weights: list[Tensor], start: Mapping, site: str, act: Format, descent: Descent) -> tuple[dict, list]:
     held, x = x[: max(1, len(x) // 10)], x[max(1, len(x) // 10) :]
     moving = Orthogonal({name: matrix.to(x.device) for name, matrix in start.items()}, descent)
     rows = ROWS_A_WINDOW * descent.batch
@@ -86,7 +86,7 @@ def _fit(x: Tensor, weights: list[Tensor], start: dict[str, Tensor], site: str, 
         value = loss(moving.matrices(), x[torch.arange(step * rows, (step + 1) * rows) % len(x)])
         value.backward()
         if not math.isfinite(float(value.detach())):
-            raise FloatingPointError(f"the layer loss at {site} is not finite in step {step + 1}: lower transform.lr={descent.lr}")
+            raise FloatingPointError(f"the layer loss at {site} is not finite in step {step + 1}: lower lr={descent.lr}")
         moving.step()
         if (step + 1) % max(1, descent.steps // CHECKS) == 0:
             now = moving.snapshot()

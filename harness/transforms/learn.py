@@ -90,8 +90,8 @@ def end_to_end(subject: Subject, scheme: Scheme, start: Mapping[str, Tensor], bu
                descent: Descent, objective: str) -> tuple[dict[str, Tensor], dict]:
     """Learned matrices, projected onto the group in float64, and notes on how it went.
 
-    scheme: what is quantized in the loop, never weights; start: {name: orthogonal [.., n, n]}; build: matrices -> Placement; objective: lm | kd. Raises FloatingPointError when the
-    loss is not finite.
+    scheme: what is quantized in the loop, never weights; start: {name: orthogonal [.., n, n]}; build: matrices -> Placement;
+    objective: lm | kd. Raises FloatingPointError when the loss is not finite.
     """
     moving = Orthogonal({name: matrix.to(subject.device) for name, matrix in start.items()}, descent)
     best, best_step, first, last = moving.snapshot(), 0, None, None
@@ -109,8 +109,8 @@ def end_to_end(subject: Subject, scheme: Scheme, start: Mapping[str, Tensor], bu
             if not math.isfinite(last):
                 raise FloatingPointError(
                     f"the {objective} loss is {last} in step {step} of {descent.steps}: lower transform.lr={descent.lr} or "
-                    f"transform.max_angle={descent.max_angle}, start from a Hadamard matrix (INT4) or identity (NVFP4), and check "
-                    "that the format does not clip too far"
+                    f"transform.max_angle={descent.max_angle}, start from a Hadamard matrix (INT4) or identity (NVFP4), and "
+                    "check that the format does not clip too far"
                 )
             first = last if first is None else first
             moving.step()

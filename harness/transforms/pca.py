@@ -6,8 +6,8 @@ In float64; the sign of each column makes its largest entry positive. The mean m
 subtracted online. post_hadamard: R = V H, which spreads the variances that V has sorted evenly again; integer activations need
 it. Every site has an online dense matmul, T n^2, whose share the bench reports. scope: per_layer, one R a linear input (the
 output head included) | site, one R for that site of all layers. block: R is block-diagonal with blocks of that size.
-Source: the "QuaRot with PCA" system, which calls it QuaRot though it is none; its objective |R W R^T - Q(R W R^T)| is two-sided and
-undefined for rectangular W, so the rotation here is one-sided.
+Source: the "QuaRot with PCA" system, which calls it QuaRot though it is none; its objective |R W R^T - Q(R W R^T)| is
+two-sided and undefined for rectangular W, so the rotation here is one-sided.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class Rotations(Transform):
         if self.wants_r4(context):
             reachable(f"transform.r4={self.r4}", context.widths["down_in"], "transform.r4=off")
         if any(isinstance(part, NVFP4) for part in (context.scheme.weight, context.scheme.act)):
-            return ["a rotated residual stream with NVFP4: its blocks of 16 isolate outliers better than a rotation spreads them"]
+            return ["a rotated residual stream with NVFP4: blocks of 16 isolate outliers better than a rotation spreads them"]
         return []
 
     def needs_activations(self, context: Context) -> None:

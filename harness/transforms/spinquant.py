@@ -3,9 +3,9 @@
     min over R1, R2_1 .. R2_L in O(n)  of  L(model with Q_a(x R)),    Cayley SGD from random Hadamard matrices
 
 Weights stay float in the loop (W16A4), which is what a GPTQ evaluation needs. Source: SpinQuant (arXiv 2405.16406), whose loss
-is the language model's own (objective=lm) and whose step is bounded only by 1/||W||_1 (preset spinquant_paper: lr 1.5, SGD-G's fixed
-point, 100 steps of 8 x 2048 tokens, linear decay in the paper, cosine here). The default is ours: distillation, exact Cayley
-steps of at most `max_angle` radians, a budget for two CPU cores. Exact: every R on the way leaves the float model as it was.
+is the language model's own (objective=lm) and whose step is bounded only by 1/||W||_1 (preset spinquant_paper: lr 1.5, SGD-G's
+fixed point, 100 steps of 8 x 2048 tokens, linear decay in the paper, cosine here). The default is ours: distillation, exact
+Cayley steps of at most `max_angle` radians, a budget for two CPU cores. Exact: every R leaves the float model as it was.
 """
 
 from __future__ import annotations

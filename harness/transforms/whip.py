@@ -4,8 +4,8 @@
 
 The loss pulls values away from zero, so that at a fixed norm outliers shrink; it does not see column signs or permutations
 of R. x is the norm-fused input, whose rms is 1. For n coordinates: random Hadamard .52 n, uniform .475 n, least n/e (all
-|y| = 1). It is an integer-format tool: on NVFP4 it raises the error. Source: DartQuant (arXiv 2511.04063), with the sign fix its
-code omits; JointQuant differs in the schedule alone:
+|y| = 1). It is an integer-format tool: on NVFP4 it raises the error. Source: DartQuant (arXiv 2511.04063), with the sign fix
+its code omits; JointQuant differs in the schedule alone:
 
     pooled   tokens of all layers in one pool, `share` of it an epoch        (DartQuant)
     greedy   layer by layer, going on from the last R
@@ -70,17 +70,24 @@ class Calibration:
             number(f"{field}.grad_clip", own.grad_clip, 1e-12, 1e12)
         return own
 
-    def descend(self, z: Tensor, batches, loss, steps: int, advance=lambda note="": None) -> Tensor:
-        """R after `steps` steps from the orthogonal z; `batches(step)` gives what `loss(R, batch)` reads."""
-        z = z.clone().requires_grad_()
+    def steps(self, tokens: int) -> int:
+        """Steps in all, for so many tokens an epoch."""
+        return self.epochs * (self.steps_per_epoch or max(1, tokens // self.batch))
+
+    @torch.enable_grad()
+    def descend(self, r: Tensor, x: Tensor, drawn: torch.Generator, steps: int, loss, advance=lambda note="": None) -> Tensor:
+        """R after `steps` steps of `loss(R, batch)` from r; a batch is `batch` random tokens of x [.., T, n], or all of them
+        where an epoch is one step."""
+        z = r.clone().requires_grad_()
         optimizer = torch.optim.SGD([z], lr=self.lr, momentum=self.momentum)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps)) if self.cosine else None
         for step in range(steps):
-            value = loss(qr_orth(z), batches(step))
+            chosen = torch.randperm(x.shape[-2], generator=drawn)[: self.batch].to(x.device)
+            value = loss(qr_orth(z), x if self.steps_per_epoch == 1 else x[..., chosen, :])
             optimizer.zero_grad()
             value.backward()
             if not math.isfinite(float(value.detach())):
-                raise FloatingPointError(f"the whip loss is {float(value.detach())} in step {step}: lower the learning rate {self.lr}")
+                raise FloatingPointError(f"the whip loss is {float(value.detach())} in step {step + 1}: lower lr={self.lr}")
             if self.grad_clip is not None:
                 torch.nn.utils.clip_grad_norm_([z], self.grad_clip)
             optimizer.step()
@@ -91,8 +98,8 @@ class Calibration:
 
 
 class Whip(Rotations):
-    """schedule: pooled | greedy | joint. r1_targets: [q, up], whose inputs R1 is for. r1, r2: a Calibration each (fields below).
-    share: of the pool an epoch visits. max_tokens_per_site: activations kept, drawn evenly; nothing beyond them is held."""
+    """schedule: pooled | greedy | joint. r1_targets: [q, up], whose inputs R1 is for. r1, r2: settings of a Calibration each.
+    share: of the tokens an epoch visits. max_tokens_per_site: activations kept, drawn evenly; no more are ever held."""
 
     learned = True
 
@@ -125,45 +132,27 @@ class Whip(Rotations):
         return Blocks(r1), r2, notes
 
     def _learn_r1(self, context: Context, subject: Subject, x: Tensor) -> tuple[Tensor, dict]:
-        start = self.draw(context, context.hidden, "R1").matrix.dense(torch.float32).to(x.device)
-        chosen, plan = generator(context.seed, "whip"), self.for_r1
-        per_epoch = plan.steps_per_epoch
-        r = start
-        if self.schedule == "pooled":
-            pool = x.flatten(0, 1)
-            steps = plan.epochs * (per_epoch or max(1, round(self.share * len(pool)) // plan.batch))
-            batches = lambda _: pool[torch.randint(len(pool), (plan.batch,), generator=chosen).to(x.device)]  # noqa: E731
-            with subject.stage("whip R1, pooled", steps) as advance:
-                r = plan.descend(r, batches, lambda r, y: whip(y @ r), steps, advance)
-        elif self.schedule == "greedy":
-            steps = plan.epochs * (per_epoch or max(1, x.shape[1] // plan.batch))
-            with subject.stage("whip R1, greedy", steps * len(x)) as advance:
-                for own in x:
-                    batches = lambda _, own=own: own[torch.randperm(len(own), generator=chosen)[: plan.batch].to(x.device)]  # noqa: E731
-                    r = plan.descend(r, batches, lambda r, y: whip(y @ r), steps, advance)
-        else:
-            steps = plan.epochs * (per_epoch or max(1, x.shape[1] // plan.batch))
-            whole = per_epoch == 1
-            batches = lambda _: x if whole else x[:, torch.randperm(x.shape[1], generator=chosen)[: plan.batch].to(x.device)]  # noqa: E731
-            with subject.stage("whip R1, joint", steps) as advance:
-                r = plan.descend(r, batches, lambda r, y: sum(whip(own @ r) for own in y), steps, advance)
-        with torch.no_grad():
-            before, after = (float(torch.stack([whip(own @ m) for own in x]).mean()) for m in (start, r))
-            moved = float((r - start).norm())
-        return project(r.double()).cpu(), {"schedule": self.schedule, "r1_whip": [before, after], "r1_moved": moved, "r1_steps": steps}
+        """R1 from x [sites, T, n]: a schedule is how that is cut in pieces, each a sum of means descended on in turn."""
+        pieces = {"pooled": [x.flatten(0, 1)[None]], "greedy": [own[None] for own in x], "joint": [x]}[self.schedule]
+        start = r = self.draw(context, context.hidden, "R1").matrix.dense(torch.float32).to(x.device)
+        drawn, steps = generator(context.seed, "whip R1"), self.for_r1.steps(int(self.share * pieces[0].shape[1]))
+        with subject.stage(f"whip R1, {self.schedule}", steps * len(pieces)) as advance:
+            for piece in pieces:
+                r = self.for_r1.descend(r, piece, drawn, steps, lambda r, y: sum(whip(own @ r) for own in y), advance)
+        before, after = (float(torch.stack([whip(own @ m) for own in x]).mean()) for m in (start, r))
+        moved = float((r - start).norm())
+        notes = {"schedule": self.schedule, "r1_whip": [before, after], "r1_moved": moved, "r1_steps": steps}
+        return project(r.double()).cpu(), notes
 
     def _learn_r2(self, context: Context, subject: Subject, x: Tensor) -> tuple[Tensor, dict]:
         """R2 [layers, kv_heads, head_dim, head_dim] from o's inputs [layers, T, heads * head_dim]."""
-        heads = x.unflatten(-1, (context.kv_heads, -1, context.head_dim)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [l, kv, rep*T, hd]
+        heads = x.unflatten(-1, (context.kv_heads, -1, context.head_dim))  # [layers, T, kv_heads, repeat, head_dim]
+        heads = heads.permute(0, 2, 3, 1, 4).flatten(2, 3)
         one = torch.stack([self.draw(context, context.head_dim, i, "R2").matrix.dense(torch.float32) for i in range(len(x))])
         start = one[:, None].expand(-1, context.kv_heads, -1, -1).to(x.device).contiguous()
-        plan, chosen = self.for_r2, generator(context.seed, "whip R2")
-        steps = plan.epochs * (plan.steps_per_epoch or max(1, heads.shape[2] // plan.batch))
-        batches = lambda _: heads[:, :, torch.randperm(heads.shape[2], generator=chosen)[: plan.batch].to(x.device)]  # noqa: E731
+        drawn, steps = generator(context.seed, "whip R2"), self.for_r2.steps(heads.shape[2])
         count = start.shape[0] * start.shape[1]
         with subject.stage("whip R2", steps) as advance:
             # the matrices are independent: the gradient of the sum is each one's own
-            r = plan.descend(start, batches, lambda r, y: whip(y @ r) * count, steps, advance)
-        with torch.no_grad():
-            before, after = float(whip(heads @ start)), float(whip(heads @ r))
-        return project(r.double()).cpu(), {"r2_whip": [before, after]}
+            r = self.for_r2.descend(start, heads, drawn, steps, lambda r, y: whip(y @ r) * count, advance)
+        return project(r.double()).cpu(), {"r2_whip": [float(whip(heads @ start)), float(whip(heads @ r))]}
