@@ -105,10 +105,6 @@ def transform(name, **settings):
     return build({**own, **settings}, "transform")
 
 
-def linears(adapter):
-    return [[r for r in adapter.roles.values() if (r.layer, r.kind) == (i, "linear")] for i in range(len(adapter.blocks))]
-
-
 # rotations
 
 
@@ -354,12 +350,11 @@ def test_principal_axes_diagonalise_what_they_were_fitted_on():
 def codec_matrices(adapter, placement, decoder, make):
     """Matrices of every name and shape of an AdaCodec, made from the identity it would begin with."""
     codec = transform("adacodec", placement=placement, decoder=decoder, block_size=16)
-    start = codec._start(context_of(adapter), None)
-    return make(codec._copies(start, linears(adapter)[0]) if decoder == "free" else start)
+    return make(codec.start(context_of(adapter), adapter))
 
 
 def codec_placement(adapter, placement, matrices):
-    return {"stream": AdaCodec._stream, "site": AdaCodec._sites}[placement](matrices, linears(adapter))
+    return transform("adacodec", placement=placement).build(context_of(adapter), adapter, matrices)
 
 
 @every_family

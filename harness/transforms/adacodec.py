@@ -17,6 +17,8 @@ queries and biases work, no embedding mean is subtracted, the loop quantizes as 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -95,24 +97,31 @@ class AdaCodec(Transform):
         return g
 
     def fit(self, context: Context, subject: Subject) -> Placement:
-        start = self._start(context, subject)
+        start = self.start(context, subject)
         notes = {"placement": self.place, "block_size": self._block(context), "decoder": self.decoder, "init": self.init}
         if self.decoder == "ridge":
             return self._ridge(context, subject, start, notes)
-        build = self._stream if self.place == "stream" else self._sites
-        linears = [[r for r in subject.roles.values() if r.layer == i and r.kind == "linear"] for i in range(context.layers)]
-        if self.decoder == "free":
-            start = self._copies(start, linears[0])
         if self.objective == "layer":
             learned, more = reconstruct(subject, context, start, self.descent)
         else:
-            scheme = Scheme(act=context.scheme.act)
-            learned, more = end_to_end(subject, scheme, start, lambda m: build(m, linears), self.descent, self.objective)
+            scheme, build = Scheme(act=context.scheme.act), partial(self.build, context, subject)
+            learned, more = end_to_end(subject, scheme, start, build, self.descent, self.objective)
         notes |= more | {"orthogonality": max(deviation(m) for m in learned.values()), "codec_gap": _gap(start, learned)}
-        placed = build(learned, linears)
-        return Placement(placed.residual, placed.merged, placed.online, None, placed.encoders, placed.decoders, notes)
+        return replace(self.build(context, subject, learned), notes=notes)
 
-    def _start(self, context: Context, subject: Subject) -> dict[str, Tensor]:
+    def start(self, context: Context, subject: Subject) -> dict[str, Tensor]:
+        """All matrices to begin with, float64; decoders (named with ^) equal their encoders' transposes."""
+        encoders = self._encoders(context, subject)
+        if self.decoder != "free":
+            return encoders
+        return self._copies(encoders, [r for r in subject.roles.values() if r.layer == 0 and r.kind == "linear"])
+
+    def build(self, context: Context, subject: Subject, matrices: Mapping[str, Tensor]) -> Placement:
+        """Where such matrices go."""
+        linears = [[r for r in subject.roles.values() if r.layer == i and r.kind == "linear"] for i in range(context.layers)]
+        return (self._stream if self.place == "stream" else self._sites)(matrices, linears)
+
+    def _encoders(self, context: Context, subject: Subject) -> dict[str, Tensor]:
         """The encoders to begin with: stream {R1 [nb, g, g], R2 and RM [L, nb, g, g]}, site {site: [L, nb, g, g]}."""
         g, gv = self._block(context), self._value_block(context)
         if self.place == "stream":

@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from harness.linalg.blocks import times
 from harness.linalg.hadamard import Hadamard
 
 
@@ -165,20 +166,6 @@ class Repeated(Codec):
     def _heads(self, apply, x: Tensor) -> Tensor:
         heads = x.unflatten(-1, (self.kv_heads, self.repeat, -1)).transpose(-3, -2)
         return apply(heads.flatten(-2)).view(heads.shape).transpose(-3, -2).reshape(x.shape)
-
-
-def times(x: Tensor, matrix: Tensor) -> Tensor:
-    """x diag(M_1, .., M_nb) for x [..., n] and M [nb, g, g], or [g, g] for every block."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    matrix = matrix.to(x.device, dtype)
-    if matrix.ndim == 3 and len(matrix) == 1:
-        matrix = matrix[0]
-    rows = x.to(dtype)
-    if matrix.ndim == 2:
-        rows = rows.reshape(*x.shape[:-1], -1, len(matrix)) if x.shape[-1] != len(matrix) else rows
-        return (rows @ matrix).reshape(x.shape).to(x.dtype)
-    blocks = rows.reshape(-1, len(matrix), matrix.shape[-1]).transpose(0, 1)
-    return torch.bmm(blocks, matrix).transpose(0, 1).reshape(x.shape).to(x.dtype)
 
 
 def _moved(value, device: torch.device, dtype: torch.dtype):

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from harness.formats import Format
+from harness.linalg.blocks import times
 from harness.linalg.stiefel import project
 from harness.transforms.base import Context, Subject
-from harness.transforms.codec import Blocks, Codec, times
+from harness.transforms.codec import Blocks, Codec
 from harness.transforms.learn import CHECKS, Descent, Orthogonal
 from harness.transforms.sampling import Reservoir
 

@@ -95,7 +95,7 @@ def end_to_end(subject: Subject, scheme: Scheme, start: Mapping[str, Tensor], bu
     """
     moving = Orthogonal({name: matrix.to(subject.device) for name, matrix in start.items()}, descent)
     best, best_step, first, last = moving.snapshot(), 0, None, None
-    before = least = held_out_loss(subject, scheme, build(best), objective)
+    before = least = held = held_out_loss(subject, scheme, build(best), objective)
     with subject.stage(f"learning ({objective}, held out {before:.4f})", descent.steps) as advance:
         for step in range(1, descent.steps + 1):
             windows = subject.train[torch.arange((step - 1) * descent.batch, step * descent.batch) % len(subject.train)]
@@ -119,7 +119,7 @@ def end_to_end(subject: Subject, scheme: Scheme, start: Mapping[str, Tensor], bu
                 held = held_out_loss(subject, scheme, build(matrices), objective)
                 if held < least:
                     best, best_step, least = matrices, step, held
-            advance(f"loss {last:.4f}, held out {least:.4f}")
+            advance(f"loss {last:.4f}, held out {held:.4f}, best {least:.4f}")
     notes = {"objective": objective, "steps": descent.steps, "tokens_a_step": descent.batch * subject.train.shape[1],
              "train_loss": [first, last], "held_out_loss": [before, least], "best_step": best_step}
     return {name: project(matrix.double()).cpu() for name, matrix in best.items()}, notes

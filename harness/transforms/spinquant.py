@@ -11,6 +11,7 @@ Cayley steps of at most `max_angle` radians, a budget for two CPU cores. Exact: 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,25 +42,24 @@ class SpinQuant(QuaRot):
         self.needs_activations(context)
         return super().check(context)
 
-    def matrices(self, context: Context, subject: Subject) -> tuple[Codec | None, Mapping[int, Codec], dict]:
+    def start(self, context: Context, subject: Subject) -> dict[str, Tensor]:
+        """{R1 [hidden, hidden], R2 [layers, head_dim, head_dim]}, random Hadamard, float64."""
         r1, r2, _ = super().matrices(context, subject)
-        start = {} if r1 is None else {"R1": _dense(r1, context.hidden)}
+        start = {} if r1 is None else {"R1": r1.encode(torch.eye(context.hidden, dtype=torch.float64))}
         if r2:
             start["R2"] = torch.stack([codec.matrix.dense() for codec in r2.values()])
+        return start
 
-        def build(matrices: Mapping[str, Tensor]) -> Placement:
-            return self.placement(context, *_codecs(matrices), {})
+    def build(self, context: Context, subject: Subject, matrices: Mapping[str, Tensor]) -> Placement:
+        """Where such matrices go."""
+        return self.placement(context, *_codecs(matrices), {})
 
-        scheme = Scheme(act=context.scheme.act, kv=context.scheme.kv)
-        learned, notes = end_to_end(subject, scheme, start, build, self.descent, self.objective)
-        notes["orthogonality"] = max(deviation(matrix) for matrix in learned.values())
-        return *_codecs(learned), notes
+    def matrices(self, context: Context, subject: Subject) -> tuple[Codec | None, Mapping[int, Codec], dict]:
+        scheme, build = Scheme(act=context.scheme.act, kv=context.scheme.kv), partial(self.build, context, subject)
+        learned, notes = end_to_end(subject, scheme, self.start(context, subject), build, self.descent, self.objective)
+        return *_codecs(learned), notes | {"orthogonality": max(deviation(matrix) for matrix in learned.values())}
 
 
 def _codecs(matrices: Mapping[str, Tensor]) -> tuple[Codec | None, dict[int, Codec]]:
     r1 = Blocks(matrices["R1"]) if "R1" in matrices else None
     return r1, {i: Blocks(matrix) for i, matrix in enumerate(matrices.get("R2", torch.empty(0)).unbind(0))}
-
-
-def _dense(codec: Codec, n: int) -> Tensor:
-    return codec.encode(torch.eye(n, dtype=torch.float64))
