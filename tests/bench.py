@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from harness.calibration.windows import tokenize, windows
 from harness.config import build, option
 from harness.evaluation.perplexity import window_losses
 from harness.formats import Scheme
-from harness.models.families import Adapter
+from harness.models.families import Adapter, context_of
 from harness.models.prepare import fuse_norms, swap
 from harness.models.quant_linear import QuantLinear
 from harness.solvers import GPTQ, RTN
@@ -189,12 +188,8 @@ def subject_of(model, ids) -> tuple[ModelSubject, Context]:
     fuse_norms(adapter)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    facts = model.config.to_dict()
-    context = Context(
-        widths=adapter.family.widths(facts), layers=len(adapter.blocks), heads=facts["num_attention_heads"],
-        kv_heads=facts["num_key_value_heads"], head_dim=facts["head_dim"], scheme=Scheme(act=nvfp4().act), seed=0,
-    )
-    return ModelSubject(adapter, ids, lambda title, total: nullcontext(lambda note="": None)), context
+    context = context_of(model.config.to_dict(), Scheme(act=nvfp4().act))
+    return ModelSubject(adapter, ids), context
 
 
 def learning() -> None:

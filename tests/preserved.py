@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from harness.formats import Scheme
-from harness.models.families import Adapter, head_dim
+from harness.models import families
+from harness.models.families import Adapter
 from harness.models.tiny import Tiny
 from harness.transforms import Context
 
@@ -35,11 +36,7 @@ def token_ids(count: int = 2, length: int = 40, seed: int = 1) -> torch.Tensor:
 
 
 def context_of(adapter: Adapter, scheme: Scheme | None = None, seed: int = 0, solver: str | None = "rtn") -> Context:
-    facts = adapter.model.config.to_dict()
-    return Context(
-        widths=adapter.family.widths(facts), layers=len(adapter.blocks), heads=facts["num_attention_heads"],
-        kv_heads=facts["num_key_value_heads"], head_dim=head_dim(facts), scheme=scheme or Scheme(), seed=seed, solver=solver,
-    )
+    return families.context_of(adapter.model.config.to_dict(), scheme or Scheme(), seed, solver)
 
 
 @torch.no_grad()

@@ -4,9 +4,9 @@ import pytest
 from composed import ROOT, composed
 from omegaconf import OmegaConf
 
+from harness.components import transforms_of
 from harness.config import build, fingerprint
 from harness.errors import ConfigError
-from harness.plan import transforms_of
 
 OPTIONS = [(p.parent.name, p.stem) for p in sorted((ROOT / "conf").glob("*/*.yaml")) + sorted((ROOT / "sweeps").glob("*.yaml"))]
 NAMES = ["/".join(option) for option in OPTIONS]
@@ -32,7 +32,8 @@ def test_option_builds(group, name):
         assert settings == {"_target_": None}
     elif group == "format":
         parts = build(settings, group)
-        assert {part for part, format in parts.items() if format} == (set() if name == "none" else {"weight", "act"})
+        on = {part for part, format in parts.items() if format}
+        assert on == (set() if name == "none" else {"weight", "act", *(["kv"] if "kv" in name else [])})
     elif group == "transform":
         built = {type(transform).__module__ for transform in transforms_of({"name": name, **settings})}
         assert settings["_target_"].rpartition(".")[0] in built

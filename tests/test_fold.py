@@ -22,7 +22,6 @@ from harness.models.prepare import fuse_norms, place, swap
 from harness.models.quant_linear import SiteInput
 from harness.models.tiny import Tiny
 from harness.transforms import Blocks, Context, Diagonal, Kronecker, Placement, Role, Rotation, fold, merge
-from harness.transforms.adacodec import AdaCodec
 from harness.transforms.layerwise import Ridge
 from harness.transforms.learn import Descent, Orthogonal, held_out_loss
 from harness.transforms.pca import PCA, principal_axes

@@ -12,7 +12,7 @@ FLOORS = [
     {"transforms", "solvers"},
     {"models", "calibration"},
     {"evaluation", "tracking", "report", "store"},
-    {"plan", "blockwise", "hints"},
+    {"plan", "components", "blockwise", "hints"},
     {"pipeline"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

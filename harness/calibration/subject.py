@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -17,10 +17,16 @@ from harness.transforms import Placement
 HELD = 10  # every tenth of the calibration windows, at the end, is kept to choose the best iterate by
 
 
+@contextmanager
+def quiet(title: str, total: int) -> Iterator[Callable[..., None]]:
+    """A stage that shows nothing."""
+    yield lambda note="": None
+
+
 class ModelSubject:
     """A swapped model with calibration windows [N, L]; `stage(title, total)` shows progress. See transforms.Subject."""
 
-    def __init__(self, adapter: Adapter, windows: Tensor, stage: Callable[[str, int], AbstractContextManager]):
+    def __init__(self, adapter: Adapter, windows: Tensor, stage: Callable[[str, int], AbstractContextManager] = quiet):
         self.adapter, self.windows, self.stage = adapter, windows, stage
         self.roles, self.device = adapter.roles, adapter.device
         held = max(1, len(windows) // HELD)

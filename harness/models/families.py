@@ -13,7 +13,8 @@ from functools import cached_property
 
 from harness.checks import nearest
 from harness.errors import ConfigError
-from harness.transforms import Role
+from harness.formats import Scheme
+from harness.transforms import Context, Role
 
 HEAD_SITE = "head_in"  # what the output head reads; it stands outside the blocks
 
@@ -88,6 +89,15 @@ class Family:
 def head_dim(facts: Mapping) -> int:
     """Features of one attention head."""
     return facts.get("head_dim") or facts["hidden_size"] // facts["num_attention_heads"]
+
+
+def context_of(facts: Mapping, scheme: Scheme, seed: int = 0, solver: str | None = None) -> Context:
+    """What a transform may know of a model before its weights are loaded, from the facts of its config.json."""
+    heads = facts["num_attention_heads"]
+    return Context(
+        widths=family_of(facts.get("model_type")).widths(facts), layers=facts["num_hidden_layers"], heads=heads,
+        kv_heads=facts.get("num_key_value_heads") or heads, head_dim=head_dim(facts), scheme=scheme, seed=seed, solver=solver,
+    )
 
 
 _LLAMA = Family(

@@ -1,0 +1,131 @@
+"""What works on weights, built from a plan and checked against the model's config before any weight is loaded.
+
+Every refusal is a ConfigError that names the fields that do not go together and a way out; what is doubtful but legal becomes
+a warning, which stands in the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from harness.checks import known_keys, one_of
+from harness.config import build
+from harness.errors import ConfigError
+from harness.formats import Scheme
+from harness.models.families import context_of, family_of
+from harness.plan import Plan, unnamed
+from harness.transforms import file
+from harness.transforms.smoothquant import NORM_SITES, PRODUCT_SITES, SmoothQuant
+
+
+@dataclass(frozen=True)
+class Components:
+    """What works on weights: formats, the transforms to place one after the other, solver (None: weights stay); the tracker;
+    what their combination warns of."""
+
+    scheme: object
+    transforms: list
+    solver: object
+    context: object
+    tracker: object
+    warnings: list[str]
+
+
+def components(plan: Plan) -> Components:
+    """Build formats, transform and solver and check them against the model's real module shapes. Raises ConfigError."""
+    settings = plan.settings
+    _check_device(settings["device"])
+    parts = {k: build(v, f"format.{k}") for k, v in unnamed(settings["format"]).items()}
+    if settings["format"]["overrides"]:
+        raise ConfigError("format.overrides: mixed precision per role is not available yet; leave it empty.")
+    scheme = Scheme(weight=parts["weight"], act=parts["act"], kv=parts["kv"])
+    solver = build(unnamed(settings["solver"]), "solver") if settings["solver"]["_target_"] else None
+    transforms = transforms_of(settings["transform"])
+    learned = [t for t in transforms if t.learned]
+    name = plan.choices.get("solver", "solver")
+    if solver is None and scheme.weight is not None:
+        raise ConfigError(
+            f"format.weight.bits={scheme.weight.bits} with solver=none: nothing would quantize the weights; "
+            "use solver=rtn or gptq, or format.weight.bits=16."
+        )
+    if solver is not None and scheme.weight is None:
+        raise ConfigError(f"format.weight.bits=16 with solver={name}: no weight is quantized; set solver=none or a format.")
+
+    facts = plan.model.facts()
+    widths = family_of(facts.get("model_type")).widths(facts)
+    kinds, reach = set(facts.get("layer_types") or ()), facts.get("sliding_window")
+    if len(kinds) > 1 and reach and plan.quantizes and plan.calibration.length > reach:
+        raise ConfigError(
+            f"data.calibration.length={plan.calibration.length} with a model whose layers mix {' and '.join(sorted(kinds))} "
+            f"(window {reach}): calibration streams one mask through all blocks; use at most {reach}."
+        )
+    longest = facts.get("max_position_embeddings")
+    for where, windows in (("data.calibration", plan.calibration), ("eval.perplexity", plan.evaluation)):
+        if longest and windows.length > longest:
+            raise ConfigError(f"{where}.length={windows.length} is more than the model's {longest} positions; lower it.")
+    for site, width in widths.items():
+        for role in ("weight", "act"):
+            part = getattr(scheme, role)
+            if part is not None:
+                part.check(width, f"format.{role}.group_size", site)
+    context = context_of(facts, scheme, settings["seed"], name if solver is not None else None)
+    if scheme.kv is not None:
+        scheme.kv.check(context.head_dim, "format.kv.group_size", "the key/value heads")
+    warnings = [warning for transform in transforms for warning in transform.check(context)]
+    _check_file(settings["transform"], learned, context, plan)
+    if solver is not None:
+        warnings += solver.check(scheme.weight)
+        if solver.hessian_input == "auto":
+            seen = scheme.act is not None and "hessian" in solver.needs and any(t.free_decoder for t in transforms)
+            solver = replace(solver, hessian_input="quantized" if seen else "fp")
+        if solver.hessian_input == "quantized" and (scheme.act is None or "hessian" not in solver.needs):
+            raise ConfigError(
+                f"solver.hessian_input=quantized with solver={name} and format.act.bits={settings['format']['act']['bits']}: "
+                "there is no Hessian of quantized activations; set solver.hessian_input=fp."
+            )
+    return Components(scheme, transforms, solver, context, build(settings["tracking"], "tracking"), warnings)
+
+
+def transforms_of(section: Mapping) -> list:
+    """The transform, with SmoothQuant before or after it where `smooth` asks for that."""
+    own = {key: value for key, value in section.items() if key not in ("name", "smooth", "save", "load")}
+    transform, smooth = build(own, "transform"), section.get("smooth")
+    if smooth is None:
+        return [transform]
+    if not isinstance(smooth, dict):
+        raise ConfigError(f"transform.smooth={smooth}: needs null, or alpha and when.")
+    known_keys("transform.smooth.", smooth, ("alpha", "when", "sites"))
+    when = one_of("transform.smooth.when", smooth.get("when", "before"), ("before", "after"))
+    if when == "after" and not transform.residual:
+        raise ConfigError(f"transform.smooth.when=after with transform={section['name']}: only a rotated residual stream has a "
+                          "basis of its own to smooth in; set transform.smooth.when=before.")
+    legal = {"before": PRODUCT_SITES, "after": NORM_SITES}[when] if transform.residual else (*NORM_SITES, *PRODUCT_SITES)
+    sites = smooth.get("sites") or list(legal)
+    for site in sites if isinstance(sites, list) else [sites]:
+        if site not in legal:
+            raise ConfigError(f"transform.smooth.sites={sites} with transform.smooth.when={when}: under a rotated residual "
+                              f"stream {site} cannot be smoothed then; legal: {', '.join(legal)}.")
+    stacked = SmoothQuant(smooth.get("alpha", 0.5), sites, field="transform.smooth")
+    return [stacked, transform] if when == "before" else [transform, stacked]
+
+
+def placement_facts(plan: Plan) -> dict:
+    """What a stored placement must agree with to be used in this run."""
+    return {"model": plan.model.fingerprint(), "transform": plan.settings["transform"]["name"]}
+
+
+def _check_file(section: Mapping, learned: list, context, plan: Plan) -> None:
+    for key in ("save", "load"):
+        if section.get(key) is not None and not learned:
+            raise ConfigError(f"transform.{key}={section[key]} with transform={section['name']}: it learns nothing to keep.")
+    if section.get("load") is not None:
+        file.check(section["load"], learned[0], context, placement_facts(plan))
+
+
+def _check_device(name: str) -> None:
+    index = int(name.partition(":")[2] or 0)
+    if name.startswith("cuda") and index >= torch.cuda.device_count():
+        raise ConfigError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices; use device=cpu or auto.")
