@@ -148,11 +148,10 @@ class _Execution:
             with torch.no_grad():
                 before = adapter.model(probe, use_cache=False).logits
             prepare.swap(adapter)
-            if any(transform.residual for transform in transforms):
-                prepare.fuse_norms(adapter)
+            gains = prepare.fuse_norms(adapter) if any(transform.residual for transform in transforms) else None
             for parameter in adapter.model.parameters():
                 parameter.requires_grad_(False)
-            subject = ModelSubject(adapter, calibration, self.reporter.stage)
+            subject = ModelSubject(adapter, calibration, self.reporter.stage, gains)
             for part, transform in enumerate(transforms):
                 placement = self._placement(part, transform, subject)
                 changed = changed or not placement.empty

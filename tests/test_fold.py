@@ -349,11 +349,13 @@ def test_principal_axes_diagonalise_what_they_were_fitted_on():
 def codec_matrices(adapter, placement, decoder, make):
     """Matrices of every name and shape of an AdaCodec, made from the identity it would begin with."""
     codec = transform("adacodec", placement=placement, decoder=decoder, block_size=16)
-    return make(codec.start(context_of(adapter), adapter))
+    return make(codec.start(context_of(adapter), ModelSubject(adapter, token_ids())))
 
 
 def codec_placement(adapter, placement, matrices):
-    return transform("adacodec", placement=placement).build(context_of(adapter), adapter, matrices)
+    gains = {(i, site): torch.linspace(0.5, 1.5, 192).double() for i in range(2) for site in ("attn_in", "mlp_in")}
+    subject = ModelSubject(adapter, token_ids(), gains=gains)
+    return transform("adacodec", placement=placement).build(context_of(adapter), subject, matrices)
 
 
 @every_family

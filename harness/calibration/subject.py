@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -24,11 +24,13 @@ def quiet(title: str, total: int) -> Iterator[Callable[..., None]]:
 
 
 class ModelSubject:
-    """A swapped model with calibration windows [N, L]; `stage(title, total)` shows progress. See transforms.Subject."""
+    """A swapped model with calibration windows [N, L]. stage(title, total) shows progress; gains are what `fuse_norms` gave,
+    if the norms are fused. See transforms.Subject."""
 
-    def __init__(self, adapter: Adapter, windows: Tensor, stage: Callable[[str, int], AbstractContextManager] = quiet):
+    def __init__(self, adapter: Adapter, windows: Tensor, stage: Callable[[str, int], AbstractContextManager] = quiet,
+                 gains: Mapping[tuple[int | None, str], Tensor] | None = None):
         self.adapter, self.windows, self.stage = adapter, windows, stage
-        self.roles, self.device = adapter.roles, adapter.device
+        self.roles, self.device, self.gains = adapter.roles, adapter.device, gains or {}
         held = max(1, len(windows) // HELD)
         self.train, self.held = (windows[:-held], windows[-held:]) if len(windows) > 1 else (windows, windows)
 

@@ -29,7 +29,7 @@ def live(adapter: Adapter, placement: Placement, scheme: Scheme | None = None) -
     handles = []
     for name, role in adapter.roles.items():
         module = adapter.model.get_submodule(name)
-        if role.kind == "embedding" and (encoder := placement.writing(role)) is not None:
+        if role.kind in ("embedding", "norm") and (encoder := placement.writing(role)) is not None:
             handles.append(module.register_forward_hook(lambda _, args, y, encoder=encoder: encoder.encode(y)))
         elif role.kind == "linear" and isinstance(module, QuantLinear):
             module.encoder = placement.writing(role)

@@ -11,7 +11,7 @@ Source: QuaRot (arXiv 2404.00456) section 4, without its LayerNorm leftover.
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harness.models.attention import attach
 from harness.models.families import HEAD_SITE, Adapter
@@ -31,17 +31,23 @@ def swap(adapter: Adapter) -> None:
 
 
 @torch.no_grad()
-def fuse_norms(adapter: Adapter) -> None:
-    """Untie the head, merge every norm's gamma into its readers in float64, and set it to one."""
+def fuse_norms(adapter: Adapter) -> dict[tuple[int | None, str], Tensor]:
+    """Untie the head, merge every norm's gamma into its readers in float64, and set it to one.
+
+    Returns {(layer, site): the gamma that was there}, float64 [hidden].
+    """
     untie(adapter.model)
+    gains = {}
     for name, role in adapter.roles.items():
         if role.kind == "norm":
             gamma = adapter.model.get_submodule(name).weight
+            gains[role.layer, role.writes] = gamma.double()
             for reader, other in adapter.roles.items():
                 if other.reads == role.writes and other.layer == role.layer:
                     weight = adapter.model.get_submodule(reader).weight
                     weight.copy_(weight.double() * gamma.double())
             gamma.fill_(1)
+    return gains
 
 
 @torch.no_grad()

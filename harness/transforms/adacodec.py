@@ -2,9 +2,10 @@
 
     X^ = Q(X R1) R2,     Y = X^ W^T = Q(X R1) (W R2^T)^T          R1, R2 block-diagonal, orthogonal, R2 = R1^T at the start
 
-placement stream: one R1 for the residual stream, with an independent copy, all starting at R1, in each of the five linears that
-read it (their decoders) and the two that write it; per layer an encoder on v with a decoder in o, and an encoder on down's
-input, the only online one, with a decoder in down. site: an online encoder a site and a decoder a linear.
+placement stream: one R1 for the residual stream, with an independent copy, all starting at R1, in each of the five linears
+that read it (their decoders) and the two that write it; per layer an encoder on v with a decoder in o, and an encoder on down's
+input, the only online one, with a decoder in down. What is quantized at a norm is Q(h R1 diag(gamma)) if R1 starts at identity
+(ours: merely fusing gamma into W costs NVFP4 more than a codec wins back). site: an online encoder a site, a decoder a linear.
 After training R1 R2 != I: the float model has changed too. So no gate holds here; the perplexity of the float codec model is
 reported instead, on every corpus, and a gain there is adaptation to the training text.
 
@@ -29,7 +30,7 @@ from harness.formats import Scheme
 from harness.linalg.hadamard import Hadamard, random_signs
 from harness.linalg.stiefel import deviation
 from harness.transforms.base import Context, Subject, Transform, generator
-from harness.transforms.codec import Blocks
+from harness.transforms.codec import Blocks, Diagonal
 from harness.transforms.layerwise import Ridge, reconstruct
 from harness.transforms.learn import Descent, end_to_end
 from harness.transforms.pca import principal_axes
@@ -38,6 +39,7 @@ from harness.transforms.rotations import reachable
 from harness.transforms.sampling import Covariance
 
 BLOCKS = (128, 64, 32, 16)
+FLOOR = 1e-5  # norm weights below it are taken for zero
 
 
 class AdaCodec(Transform):
@@ -119,7 +121,7 @@ class AdaCodec(Transform):
     def build(self, context: Context, subject: Subject, matrices: Mapping[str, Tensor]) -> Placement:
         """Where such matrices go."""
         linears = [[r for r in subject.roles.values() if r.layer == i and r.kind == "linear"] for i in range(context.layers)]
-        return (self._stream if self.place == "stream" else self._sites)(matrices, linears)
+        return self._stream(subject, matrices, linears) if self.place == "stream" else self._sites(matrices, linears)
 
     def _encoders(self, context: Context, subject: Subject) -> dict[str, Tensor]:
         """The encoders to begin with: stream {R1 [nb, g, g], R2 and RM [L, nb, g, g]}, site {site: [L, nb, g, g]}."""
@@ -163,18 +165,30 @@ class AdaCodec(Transform):
                       "R2^": start["R2"].clone(), "RM^": start["RM"].clone()}
         return {**start, **copies}
 
-    @staticmethod
-    def _stream(matrices: Mapping[str, Tensor], linears: list[list[Role]]) -> Placement:
-        free = "R1^" in matrices
+    def _stream(self, subject: Subject, matrices: Mapping[str, Tensor], linears: list[list[Role]]) -> Placement:
+        free, shared = "R1^" in matrices, matrices["R1"]
         encoders, decoders, merged, online = {}, {}, {}, {}
         hats = [matrices[f"{n}^"].mT.unbind(0) if free else [None] * len(linears) for n in ("R2", "RM")]
         for i, (value, middle) in enumerate(zip(matrices["R2"].unbind(0), matrices["RM"].unbind(0))):
             merged[i, "o_in"], online[i, "down_in"] = Blocks(value, hats[0][i]), Blocks(middle, hats[1][i])
-        for i, copies in enumerate(matrices["R1^"].unbind(0) if free else ()):
+            sites = {r.reads for r in linears[i] if r.reads_residual}
+            scales = {site: s.to(shared) for site in sites if (s := self._scale(subject, i, site)) is not None}
+            merged |= {(i, site): Diagonal(s) for site, s in scales.items()}
             touching = [r for r in linears[i] if r.reads_residual or r.writes == "residual"]
-            for role, copy in zip(touching, copies.unbind(0)):
-                (decoders if role.reads_residual else encoders)[i, role.name] = Blocks(copy)
-        return Placement(Blocks(matrices["R1"]), merged, online, None, encoders, decoders)
+            for role, copy in zip(touching, matrices["R1^"][i].unbind(0) if free else [shared] * len(touching)):
+                if not role.reads_residual:
+                    encoders[i, role.name] = Blocks(copy)
+                elif role.reads in scales:
+                    decoders[i, role.name] = Blocks(None, scales[role.reads].view(len(copy), -1, 1) * copy.mT)
+                else:
+                    decoders[i, role.name] = Blocks(copy)
+        return Placement(Blocks(shared), merged, online, None, encoders, decoders)
+
+    def _scale(self, subject: Subject, layer: int, site: str) -> Tensor | None:
+        """s with Q(h R1 diag(1 / s)): 1 / gamma from identity, so that learning starts at the very model and not at one whose
+        fused norms have changed what is quantized. In another basis gamma means nothing."""
+        gain = subject.gains.get((layer, site)) if self.init == "identity" else None
+        return None if gain is None else torch.where(gain.abs() < FLOOR, 1.0, 1 / gain)
 
     @staticmethod
     def _sites(matrices: Mapping[str, Tensor], linears: list[list[Role]]) -> Placement:

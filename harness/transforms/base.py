@@ -45,6 +45,7 @@ class Subject(Protocol):
     train: Tensor  # token ids [N, L] to learn from
     held: Tensor  # token ids [M, L], the last tenth, to choose the best iterate by
     device: torch.device
+    gains: Mapping[tuple[int | None, str], Tensor]  # (layer, site) -> the norm weight fused there, float64; empty if none was
 
     def weight(self, layer: int, linear: str) -> Tensor:
         """The weight [out, in] of a block-relative linear."""
