@@ -54,3 +54,19 @@ class Reservoir:
 
     def finish(self):
         return self.then(self.rows) if self.then else self.rows
+
+
+class Starts(Reservoir):
+    """A Reservoir that also keeps the first token of every window: `finish` gives (rows [size, n], starts [windows, n])."""
+
+    def __init__(self, size: int, *key: object):
+        super().__init__(size, *key)
+        self.starts = []
+
+    def add(self, x: Tensor) -> None:
+        """Take in activations [windows, tokens, n]."""
+        super().add(x)
+        self.starts.append(x[:, 0].float())
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        return self.rows, cat(self.starts)
