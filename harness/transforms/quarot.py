@@ -10,6 +10,9 @@ two small matmuls of R4 (and R3, with a quantized KV cache).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import torch
 
 from harness.checks import boolean
@@ -55,10 +58,9 @@ class QuaRot(Rotations):
         r2 = {i: plain if self.online_heads else self.draw(context, context.head_dim, i, "R2") for i in range(context.layers)}
         return r1, r2 if self.r2 else {}, {}
 
-    def placement(self, context: Context, r1: Codec | None, r2, notes) -> Placement:
+    def placement(self, context: Context, r1: Codec | None, r2: Mapping[int, Codec], notes: Mapping) -> Placement:
         placed = super().placement(context, r1, r2, notes)
         if not self.online_heads:
             return placed
         across = Kronecker(hadamard(context.heads), torch.eye(context.head_dim, dtype=torch.float64))
-        return Placement(placed.residual, placed.merged, {**placed.online, (None, "o_in"): across}, placed.query_key,
-                         notes={**placed.notes, "online_heads": True})
+        return replace(placed, online={**placed.online, (None, "o_in"): across})

@@ -14,8 +14,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 
-import torch
-
 from harness.checks import boolean
 from harness.errors import ConfigError
 from harness.formats import NVFP4
@@ -106,8 +104,3 @@ def switch(field: str, value: str | bool) -> str:
     if value not in ("auto", "on", "off"):
         raise ConfigError(f"{field}={value}: choose one of auto, on, off.")
     return value
-
-
-def dense(codec: Rotation, features: int) -> torch.Tensor:
-    """A Hadamard rotation as the matrix a learner starts from, float32 [n, n]."""
-    return codec.matrix.dense(torch.float32)

@@ -144,7 +144,7 @@ class Whip(Rotations):
         return Blocks(r1), r2, notes
 
     def _learn_r1(self, context: Context, subject: Subject, x: Tensor, starts: Tensor) -> tuple[Tensor, dict]:
-        """R1 from x [sites, T, n] and starts [sites, W, n]: a schedule cuts them in pieces, each a sum of means to descend on."""
+        """R1 from x [sites, T, n] and starts [sites, W, n]: a schedule cuts them in pieces to descend on in turn."""
         cut = {"pooled": lambda t: [t.flatten(0, 1)[None]], "greedy": lambda t: t[:, None], "joint": lambda t: [t]}
         pieces = list(zip(*map(cut[self.schedule], (x, starts))))
         start = r = self.draw(context, context.hidden, "R1").matrix.dense(torch.float32).to(x.device)
