@@ -6,6 +6,8 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
+from harness.calibration.corpus import Pydoc
+
 ROOT = Path(__file__).parent.parent
 GROUPS = ("model", "data", "format", "transform", "solver", "eval", "export", "tracking", "experiment", "sweeps")
 SMALL = [
@@ -33,5 +35,13 @@ def composed(*overrides: str):
 
 
 def small(tmp_path, *overrides: str):
-    """A run on the tiny model that takes about a second, with its results under tmp_path."""
-    return composed(*SMALL, f"run_root={tmp_path / 'runs'}", *overrides)
+    """A run on the tiny model that takes less than a second, with its results under tmp_path. Its corpus is the beginning of
+    pydoc: tokenizing all of that takes longer than the run."""
+    text = []
+    if not any(override.startswith("data=") for override in overrides):
+        folder = tmp_path / "text"
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, part in (("train.txt", "calibration"), ("test.txt", "evaluation")):
+            (folder / file).write_text(Pydoc().text(part)[:8000])
+        text = ["data=text", f"data.path={folder}", "data.name=pydoc", "eval.perplexity.corpora=[data]"]
+    return composed(*SMALL, *text, f"run_root={tmp_path / 'runs'}", *overrides)
