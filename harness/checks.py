@@ -39,6 +39,15 @@ def boolean(field: str, value) -> bool:
     return value
 
 
+def names(field: str, value, legal: Iterable) -> list:
+    """`value` if it is a list of distinct legal names, at least one."""
+    legal = list(legal)
+    listed = isinstance(value, list | tuple) and value and all(name in legal for name in value)
+    if not listed or len(set(value)) != len(value):
+        raise ConfigError(f"{field}={value}: needs a list of some of {', '.join(map(str, legal))}, each once.")
+    return list(value)
+
+
 def known_keys(field: str, section: Mapping, known: Iterable[str]) -> None:
     """Refuse a key that nothing would read, and a section that is none."""
     if not isinstance(section, Mapping):

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from harness.checks import known_keys, one_of
+from harness.checks import known_keys, names, one_of
 from harness.config import build
 from harness.errors import ConfigError
 from harness.formats import Scheme
 from harness.models.families import context_of, family_of
 from harness.plan import Plan, unnamed
+from harness.store import writable
 from harness.transforms import file
 from harness.transforms.smoothquant import NORM_SITES, PRODUCT_SITES, SmoothQuant
 
@@ -93,6 +95,7 @@ def transforms_of(section: Mapping) -> list:
     """The transform, with SmoothQuant before or after it where `smooth` asks for that."""
     own = {key: value for key, value in section.items() if key not in ("name", "smooth", "save", "load")}
     transform, smooth = build(own, "transform"), section.get("smooth")
+    transform.name = section["name"]
     if smooth is None:
         return [transform]
     if not isinstance(smooth, dict):
@@ -103,24 +106,29 @@ def transforms_of(section: Mapping) -> list:
         raise ConfigError(f"transform.smooth.when=after with transform={section['name']}: only a rotated residual stream has a "
                           "basis of its own to smooth in; set transform.smooth.when=before.")
     legal = {"before": PRODUCT_SITES, "after": NORM_SITES}[when] if transform.residual else (*NORM_SITES, *PRODUCT_SITES)
-    sites = smooth.get("sites") or list(legal)
-    for site in sites if isinstance(sites, list) else [sites]:
+    sites = smooth.get("sites")
+    for site in () if sites is None else names("transform.smooth.sites", sites, (*NORM_SITES, *PRODUCT_SITES)):
         if site not in legal:
             raise ConfigError(f"transform.smooth.sites={sites} with transform.smooth.when={when}: under a rotated residual "
                               f"stream {site} cannot be smoothed then; legal: {', '.join(legal)}.")
-    stacked = SmoothQuant(smooth.get("alpha", 0.5), sites, field="transform.smooth")
+    stacked = SmoothQuant(smooth.get("alpha", 0.5), sites or list(legal), field="transform.smooth")
     return [stacked, transform] if when == "before" else [transform, stacked]
 
 
 def placement_facts(plan: Plan) -> dict:
     """What a stored placement must agree with to be used in this run."""
-    return {"model": plan.model.fingerprint(), "transform": plan.settings["transform"]["name"]}
+    return {"model": plan.model.fingerprint(), "transform": plan.settings["transform"]["_target_"].rpartition(".")[2]}
 
 
 def _check_file(section: Mapping, learned: list, context, plan: Plan) -> None:
     for key in ("save", "load"):
         if section.get(key) is not None and not learned:
             raise ConfigError(f"transform.{key}={section[key]} with transform={section['name']}: it learns nothing to keep.")
+    kept = section.get("save")
+    if kept is not None:
+        if not isinstance(kept, str) or Path(kept).is_dir():
+            raise ConfigError(f"transform.save={kept}: needs the name of a file.")
+        writable("transform.save", Path(kept).parent)
     if section.get("load") is not None:
         file.check(section["load"], learned[0], context, placement_facts(plan))
 

@@ -9,6 +9,7 @@ A run that was killed goes on from its last finished block; a finished one is sh
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import resource
 import time
@@ -45,7 +46,9 @@ def execute(cfg, choices: Mapping[str, str | None], sweep: str | None = None, re
     plan = make_plan(settings(cfg), choices)
     store = Store(plan.settings["run_root"])
     run = store.run(plan.run_id)
-    if run.status.get("status") == "done" and run.metrics and not plan.settings["force"]:
+    kept = plan.settings["transform"].get("save")
+    unsaved = isinstance(kept, str) and not Path(kept).is_file()
+    if run.status.get("status") == "done" and run.metrics and not plan.settings["force"] and not unsaved:
         return Outcome("done", True, run.metrics, run)
     store.check()
     plan.check()
@@ -160,8 +163,8 @@ class _Execution:
             if all(transform.exact for transform in transforms):
                 with torch.no_grad():
                     after = adapter.model(probe, use_cache=False).logits
-                exact = adapter.model.dtype == torch.float32 and self.amp is None
-                self.metrics["notes"]["gate"] = gate(before, after, exact, self.plan.settings["transform"]["name"])
+                exact, name = adapter.model.dtype == torch.float32, self.plan.settings["transform"]["name"]
+                self.metrics["notes"]["gate"] = gate(before, after, exact, name)
         return changed
 
     def _placement(self, part: int, transform, subject):
@@ -173,17 +176,20 @@ class _Execution:
             return transform.fit(self.parts.context, subject)
         section, context, facts = self.plan.settings["transform"], self.parts.context, placement_facts(self.plan)
         if section["load"] is not None:
-            self.run.event("placement", source=section["load"])
-            return file.load(Path(section["load"]), transform, context)
-        path = self.store.shared("placements", self.plan.fit_id(part, transform.sees)).with_suffix(".safetensors")
-        with records.locked(path.with_suffix(".lock"), wait=True):
-            if path.is_file() and not self.plan.settings["force"]:
-                self.run.event("placement", source="store", key=path.stem)
-                self.reporter.say("transform: learned before, from the store")
-            else:
-                self.run.event("placement", source="learned", key=path.stem)
-                file.save(path, transform.fit(context, subject), facts)
-        placement = file.load(path, transform, context)
+            path = Path(section["load"])
+            self.run.event("placement", source=str(path))
+            placement = file.load(path, transform, context)
+        else:
+            path = self.store.shared("placements", self.plan.fit_id(part, transform.sees)).with_suffix(".safetensors")
+            with records.locked(path.with_suffix(".lock"), wait=True):
+                placement = None if self.plan.settings["force"] else file.found(path, transform, context)
+                self.run.event("placement", source="learned" if placement is None else "store", key=path.stem)
+                if placement is None:
+                    file.save(path, transform.fit(context, subject), facts)
+                    placement = file.load(path, transform, context)
+                else:
+                    self.reporter.say("transform: learned before, from the store")
+        self.run.placement = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         if section["save"] is not None:
             file.save(Path(section["save"]), placement, facts)
         return placement

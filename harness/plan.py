@@ -61,7 +61,8 @@ class Plan:
     @property
     def calibrates(self) -> bool:
         """Whether the calibration text can matter."""
-        return self.quantizes or self.settings["transform"]["name"] != "identity"
+        chosen = self.settings["transform"]
+        return self.quantizes or not chosen["_target_"].endswith(".Identity") or chosen.get("smooth") is not None
 
     def fit_id(self, part: int, sees: tuple[str, ...]) -> str:
         """The key of what one part of the transform learns, seeing these parts of the format; the solver never changes it."""
@@ -69,7 +70,8 @@ class Plan:
         model = [self.model.fingerprint(), chosen["model"]["dtype"], _device_kind(chosen["device"])]
         formats = [chosen["format"][name] for name in sees]
         text = [self.calibration_corpus.fingerprint("calibration"), vars(self.calibration)]
-        return fingerprint(model, self._transform(), part, formats, text, chosen["seed"])
+        own = {key: value for key, value in self._transform().items() if key != "name"}
+        return fingerprint(model, own, part, formats, text, chosen["seed"])
 
     def _transform(self) -> dict:
         """The transform's settings as far as they change a number: not where its matrices go, and what is in a file read."""

@@ -29,6 +29,18 @@ from harness.errors import ConfigError
 PACKAGES = ("torch", "transformers", "hydra-core", "omegaconf", "datasets", "safetensors", "lm-eval", "wandb", "numpy")
 
 
+def writable(field: str, folder: Path) -> None:
+    """Raises ConfigError when nothing can be written in `folder` or where it would be made. Leaves nothing behind."""
+    parent = folder
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{field}={folder}: cannot write there ({error.strerror}); give a writable folder.") from None
+
+
 class RunLocked(RuntimeError):
     """Another process is writing this run."""
 
@@ -91,6 +103,7 @@ class Run:
 
     def __init__(self, path: Path):
         self.path = path
+        self.placement = ""  # digest of the learned matrices under which this run's blocks are solved
 
     @property
     def status(self) -> dict:
@@ -136,21 +149,24 @@ class Run:
         path = self.block(index)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, temporary, metadata={"report": json.dumps(_finite(report))})
+        save_file(tensors, temporary, metadata={"report": json.dumps(_finite({**report, "placement": self.placement}))})
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         self.event("block", index=index)
 
     def load_block(self, index: int) -> tuple[dict, dict] | None:
-        """(tensors, report) of a solved block, or None; a damaged file counts as none."""
+        """(tensors, report) of a solved block, or None; a damaged file, or one solved under other matrices, counts as none."""
         from safetensors import SafetensorError, safe_open
 
         if not self.block(index).is_file():
             return None
         try:
             with safe_open(self.block(index), "pt") as file:
-                return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["report"])  # noqa: SIM118
+                report = json.loads(file.metadata()["report"])
+                if report.pop("placement", "") != self.placement:
+                    return None
+                return {k: file.get_tensor(k) for k in file.keys()}, report  # noqa: SIM118
         except SafetensorError as error:
             self.event("damaged block", index=index, error=str(error))
             return None
@@ -169,14 +185,7 @@ class Store:
 
     def check(self) -> None:
         """Raises ConfigError when nothing can be written below the root. Leaves nothing behind."""
-        parent = self.root
-        while not parent.exists() and parent != parent.parent:
-            parent = parent.parent
-        try:
-            with tempfile.TemporaryFile(dir=parent):
-                pass
-        except OSError as error:
-            raise ConfigError(f"run_root={self.root}: cannot write there ({error.strerror}); give a writable folder.") from None
+        writable("run_root", self.root)
 
     def run(self, run_id: str) -> Run:
         """The run of that id; it need not exist yet."""

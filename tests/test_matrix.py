@@ -132,6 +132,42 @@ def test_saved_matrices_loaded_elsewhere_give_the_same_model(tmp_path, transform
     assert loaded.metrics["run_id"] != first.metrics["run_id"]
 
 
+def test_what_is_learned_again_invalidates_the_blocks_solved_under_it(tmp_path):
+    """Blocks hold weights in the learned basis: other matrices under the same settings must not meet them."""
+    first = run(tmp_path, "dartquant")
+    (stored,) = (tmp_path / "runs" / "_shared" / "placements").glob("*.safetensors")
+    other = run(tmp_path / "other", "dartquant", "seed=1")
+    (foreign,) = (tmp_path / "other" / "runs" / "_shared" / "placements").glob("*.safetensors")
+    stored.write_bytes(foreign.read_bytes())
+    again = run(tmp_path, "dartquant", "eval.perplexity.windows=3")
+    assert again.metrics["quant_id"] == first.metrics["quant_id"] != other.metrics["quant_id"]
+    assert [event["index"] for event in events(again, "block")] == [0, 1], "solved anew"
+
+
+def test_a_damaged_placement_is_learned_again(tmp_path):
+    first = run(tmp_path, "pca")
+    (stored,) = (tmp_path / "runs" / "_shared" / "placements").glob("*.safetensors")
+    stored.write_bytes(stored.read_bytes()[:100])
+    again = run(tmp_path, "pca", "solver=rtn")
+    assert again.status == "done", again.error
+    assert [event["source"] for event in events(again, "placement")] == ["learned"]
+    assert first.status == "done"
+
+
+def test_saving_is_done_for_a_stored_result_too(tmp_path):
+    run(tmp_path, "pca")
+    kept = tmp_path / "late.safetensors"
+    assert run(tmp_path, "pca", f"transform.save={kept}").status == "done"
+    assert kept.is_file()
+
+
+def test_rotations_on_demand_beside_loaded_ones(tmp_path):
+    path = tmp_path / "learned.safetensors"
+    run(tmp_path / "a", "spinquant", f"transform.save={path}")
+    loaded = run(tmp_path / "b", "spinquant", f"transform.load={path}", "format.kv.bits=4", "transform.r4=off")
+    assert loaded.metrics["notes"]["rotations"] == ["R1", "R2", "R3"]
+
+
 def test_rotations_in_spinquants_layout(tmp_path):
     def orthogonal(n):
         return torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(n)))[0].contiguous()
@@ -166,6 +202,11 @@ REFUSED = [
     ("adacodec", ["transform.block_size=128"], ["transform.block_size=128", "192"]),
     ("adacodec", ["transform.optimizer=cayley_adam"], ["transform.max_angle", "transform.optimizer=cayley_adam"]),
     ("adacodec", ["transform.lr=fast"], ["transform.lr=fast"]),
+    ("spinquant", ["transform.r1=off", "transform.r2=false"], ["transform.r1=off", "transform.r2=false"]),
+    ("spinquant", ["transform.save=5"], ["transform.save=5"]),
+    ("spinquant", ["transform.save=/proc/nowhere/r.safetensors"], ["transform.save=/proc/nowhere"]),
+    ("smoothquant", ["transform.sites=o_in"], ["transform.sites=o_in"]),
+    ("smoothquant", ["transform.sites=[]"], ["transform.sites=[]"]),
     ("quarot", ["transform.online_heads=true"], ["transform.online_heads=true", "6"]),
     ("quarot", ["transform.r1=7"], ["transform.r1=7", "192"]),
     ("quarot", ["transform.r1=6"], ["transform.r1=6"]),

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from harness.calibration.stream import Stream
 from harness.formats import Scheme
-from harness.models.families import HEAD_SITE, Adapter
+from harness.models.families import Adapter
 from harness.models.live import live
 from harness.transforms import Placement
+from harness.transforms.placement import HEAD_SITE
 
 HELD = 10  # every tenth of the calibration windows, at the end, is kept to choose the best iterate by
 

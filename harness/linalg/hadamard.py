@@ -40,6 +40,14 @@ def factors(n: int) -> tuple[int, int]:
     return core, n // core
 
 
+def reachable(field: str, order: int, way_out: str = "") -> None:
+    """Raise a ConfigError that starts with `field` (as `transform.block_size=12`) if no Hadamard matrix has this order."""
+    try:
+        factors(order)
+    except ConfigError as error:
+        raise ConfigError(f"{field}: {error}{f', or set {way_out}' if way_out else ''}") from None
+
+
 def hadamard(n: int) -> Tensor:
     """The dense H_n, float64 `[n, n]` on the CPU, entries +-1/sqrt(n). Raises ConfigError for an unreachable order."""
     core, power = factors(n)

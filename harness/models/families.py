@@ -15,8 +15,7 @@ from harness.checks import nearest
 from harness.errors import ConfigError
 from harness.formats import Scheme
 from harness.transforms import Context, Role
-
-HEAD_SITE = "head_in"  # what the output head reads; it stands outside the blocks
+from harness.transforms.placement import HEAD_SITE
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from harness.formats import Scheme
-from harness.models.attention import attach
+from harness.models.attention import NAME, attach, detach
 from harness.models.families import Adapter
 from harness.models.quant_linear import QuantLinear
 from harness.transforms import Placement
@@ -42,6 +42,7 @@ def live(adapter: Adapter, placement: Placement, scheme: Scheme | None = None) -
         elif role.kind == "linear" and placement.residual is not None:
             handles.append(module.register_forward_pre_hook(lambda _, args: (placement.residual.decode(args[0]), *args[1:])))
     kv = None if scheme is None else scheme.kv
+    before = adapter.model.config._attn_implementation
     attached = attach(adapter) if placement.query_key is not None or kv is not None else []
     for heads in attached:
         heads.codec, heads.format = placement.query_key, kv
@@ -55,3 +56,5 @@ def live(adapter: Adapter, placement: Placement, scheme: Scheme | None = None) -
                 module.encoder = module.decoder = module.site.codec = module.site.decoder = module.site.format = None
         for heads in attached:
             heads.codec = heads.format = None
+        if attached and before != NAME:
+            detach(adapter)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from harness.models.attention import attach
-from harness.models.families import HEAD_SITE, Adapter
+from harness.models.families import Adapter
 from harness.models.load import untie
 from harness.models.quant_linear import QuantLinear, SiteInput
-from harness.transforms import Chain, Codec, Placement, merge
+from harness.transforms import Chain, Codec, Placement, fold
+from harness.transforms.placement import HEAD_SITE
 
 
 def swap(adapter: Adapter) -> None:
@@ -41,7 +42,7 @@ def fuse_norms(adapter: Adapter) -> dict[tuple[int | None, str], Tensor]:
     for name, role in adapter.roles.items():
         if role.kind == "norm":
             gamma = adapter.model.get_submodule(name).weight
-            gains[role.layer, role.writes] = gamma.double()
+            gains[role.layer, role.writes] = gamma.detach().double().clone()
             for reader, other in adapter.roles.items():
                 if other.reads == role.writes and other.layer == role.layer:
                     weight = adapter.model.get_submodule(reader).weight
@@ -65,7 +66,8 @@ def place(adapter: Adapter, placement: Placement) -> None:
             for part in ("weight", "bias"):
                 tensor = getattr(module, part, None)
                 if tensor is not None:
-                    tensor.copy_(merge(tensor.double(), placement, role, part))
+                    key = f"{name}.{part}"
+                    tensor.copy_(fold({key: tensor.double()}, placement, adapter.roles)[key])
         codec = placement.encoder(role.layer, role.reads) if role.kind == "linear" else None
         if codec is not None and module.site not in attached:
             attached.add(module.site)

@@ -27,19 +27,18 @@ from torch import Tensor
 from harness.checks import one_of
 from harness.errors import ConfigError
 from harness.formats import Scheme
-from harness.linalg.hadamard import Hadamard, random_signs
+from harness.linalg.hadamard import Hadamard, random_signs, reachable
 from harness.linalg.stiefel import deviation
 from harness.transforms.base import Context, Subject, Transform, generator
+from harness.transforms.blockwise import BLOCKS, common_blocks
 from harness.transforms.codec import Blocks, Diagonal
 from harness.transforms.layerwise import Ridge, reconstruct
 from harness.transforms.learn import Descent, end_to_end
 from harness.transforms.pca import principal_axes
 from harness.transforms.placement import Placement, Role
-from harness.transforms.rotations import reachable
 from harness.transforms.sampling import Covariance
 
-BLOCKS = (128, 64, 32, 16)
-FLOOR = 1e-5  # norm weights below it are taken for zero
+FLOOR = 1e-5  # least magnitude of a norm weight that is divided by
 
 
 class AdaCodec(Transform):
@@ -69,8 +68,8 @@ class AdaCodec(Transform):
 
     def check(self, context: Context) -> list[str]:
         if context.scheme.act is None:
-            raise ConfigError("format.act.bits=16 with transform=adacodec: no activation is quantized, so there is nothing to "
-                              "encode; set format.act.bits=4, or use another transform.")
+            raise ConfigError(f"format.act.bits=16 with transform={self.name}: no activation is quantized, so there is nothing "
+                              "to encode; set format.act.bits=4, or use another transform.")
         blocks = {self._block(context), self._value_block(context)}
         for g in blocks if self.init == "hadamard" else ():
             reachable("transform.init=hadamard", g, "transform.init=identity")
@@ -79,7 +78,7 @@ class AdaCodec(Transform):
     def _block(self, context: Context) -> int:
         """g, for everything but values."""
         widths = context.widths if self.place == "site" else {s: w for s, w in context.widths.items() if s != "o_in"}
-        fits = [g for g in BLOCKS if all(w % g == 0 for w in widths.values())]
+        fits = common_blocks(widths)
         if self.block_size == "auto" and fits:
             return fits[0]
         if not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 2:
@@ -188,7 +187,7 @@ class AdaCodec(Transform):
         """s with Q(h R1 diag(1 / s)): 1 / gamma from identity, so that learning starts at the very model and not at one whose
         fused norms have changed what is quantized. In another basis gamma means nothing."""
         gain = subject.gains.get((layer, site)) if self.init == "identity" else None
-        return None if gain is None else torch.where(gain.abs() < FLOOR, 1.0, 1 / gain)
+        return None if gain is None else 1 / torch.copysign(gain.abs().clamp_min(FLOOR), gain)
 
     @staticmethod
     def _sites(matrices: Mapping[str, Tensor], linears: list[list[Role]]) -> Placement:

@@ -68,12 +68,13 @@ class Subject(Protocol):
 class Transform(ABC):
     """Produces a Placement.
 
-    exact: the function of the model must not change (the gate holds it to that). residual: the residual stream is rotated,
-    so the head is untied and norm weights are fused first. learned: fitting costs so much that its result is stored.
-    free_decoder: quantized inputs are not those of the original weights, so a Hessian has to see them quantized. sees: the
-    parts of the format that change what is learned.
+    name: of the option it was built from, for messages. exact: the function of the model must not change (the gate holds it to
+    that). residual: the residual stream is rotated, so the head is untied and norm weights are fused first. learned: fitting
+    costs so much that its result is stored. free_decoder: quantized inputs are not those of the original weights, so a
+    Hessian has to see them quantized. sees: the parts of the format that change what is learned.
     """
 
+    name: str = "transform"
     exact: bool = True
     residual: bool = False
     learned: bool = False
@@ -83,6 +84,10 @@ class Transform(ABC):
     def check(self, context: Context) -> list[str]:
         """Refuse what cannot work (ConfigError), before any weight is loaded; returns warnings for the result table."""
         return []
+
+    def complete(self, context: Context, placement: Placement) -> Placement:
+        """A stored placement with what this run wants beside the learned matrices (R3 and R4 of the rotations)."""
+        return placement
 
     @abstractmethod
     def fit(self, context: Context, subject: Subject) -> Placement:

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 import torch
 
 from harness.errors import ConfigError
-from harness.linalg.hadamard import factors
 from harness.transforms.base import Context, Subject, Transform
 from harness.transforms.codec import Codec
 from harness.transforms.placement import Placement
@@ -43,7 +42,7 @@ class BlockDiagonal(Transform):
             if widths[site] % order:
                 raise ConfigError(
                     f"transform.block_size={order} does not divide site {site} ({widths[site]} features); "
-                    f"sizes that divide every site: {', '.join(map(str, _common(widths))) or 'none of ' + str(BLOCKS)}."
+                    f"sizes that divide every site: {', '.join(map(str, common_blocks(widths))) or 'none of ' + str(BLOCKS)}."
                 )
             self.refuse(order)
         return orders
@@ -65,7 +64,7 @@ class BlockDiagonal(Transform):
         if self.block_size == "full":
             return dict(widths)
         if self.block_size == "auto":
-            fitting = _common(widths)
+            fitting = common_blocks(widths)
             if not fitting:
                 raise ConfigError(f"transform.block_size=auto: none of {BLOCKS} divides all of {dict(widths)}; give a number.")
             return dict.fromkeys(widths, fitting[0])
@@ -74,13 +73,6 @@ class BlockDiagonal(Transform):
         return dict.fromkeys(widths, self.block_size)
 
 
-def hadamard_order(field: str, order: int) -> None:
-    """Raise a ConfigError that starts with `field` (as `transform.block_size=12`) if no Hadamard matrix has this order."""
-    try:
-        factors(order)
-    except ConfigError as error:
-        raise ConfigError(f"{field}: {error}") from None
-
-
-def _common(widths: Mapping[str, int]) -> list[int]:
+def common_blocks(widths: Mapping[str, int]) -> list[int]:
+    """The usual block sizes that divide every site, largest first."""
     return [g for g in BLOCKS if all(n % g == 0 for n in widths.values())]

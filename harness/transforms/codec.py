@@ -87,18 +87,21 @@ class Rotation(Codec):
 
 @dataclass(frozen=True, eq=False)
 class Diagonal(Codec):
-    """x -> x / s, W -> W diag(s); s [n], positive."""
+    """x -> x / s, W -> W diag(s); s [n], nowhere zero."""
 
     scale: Tensor
 
     def encode(self, x: Tensor) -> Tensor:
-        return x / self.scale.to(x)
+        return (x / self._scale(x)).to(x.dtype)
 
     def decode(self, y: Tensor) -> Tensor:
-        return y * self.scale.to(y)
+        return (y * self._scale(y)).to(y.dtype)
 
     def absorb(self, weight: Tensor) -> Tensor:
         return self.decode(weight)
+
+    def _scale(self, x: Tensor) -> Tensor:
+        return self.scale.to(x.device, torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,9 +18,9 @@ import math
 import torch
 from torch import Tensor
 
-from harness.linalg.hadamard import hadamard, random_signs
+from harness.linalg.hadamard import hadamard, random_signs, reachable
 from harness.transforms.base import generator
-from harness.transforms.blockwise import BlockDiagonal, hadamard_order
+from harness.transforms.blockwise import BlockDiagonal
 from harness.transforms.codec import Blocks, Codec
 
 FLOOR = 1 / 8
@@ -30,7 +30,7 @@ class FastFood(BlockDiagonal):
     """block_size: auto, full, or a Hadamard order that divides every site."""
 
     def refuse(self, order: int) -> None:
-        hadamard_order(f"transform.block_size={self.block_size}", order)
+        reachable(f"transform.block_size={self.block_size}", order)
 
     def codec(self, order: int, site: str, seed: int) -> Codec:
         matrix = fast_food(order, generator(seed, "fast_food", order))

@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, contiguous_format
 
-from harness.errors import ConfigError
+from harness.errors import ConfigError, DataError
 from harness.linalg.hadamard import Hadamard
+from harness.linalg.stiefel import deviation, project
 from harness.transforms.base import Context, Transform
 from harness.transforms.codec import Blocks, Codec
 from harness.transforms.placement import Placement
@@ -41,21 +42,39 @@ def save(path: Path, placement: Placement, facts: Mapping) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(tensors, temporary, metadata={"placement": json.dumps(spec)})
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
+def found(path: Path, transform: Transform, context: Context) -> Placement | None:
+    """`load`, or None where there is no such file or it is damaged."""
+    try:
+        return load(path, transform, context) if path.is_file() else None
+    except SafetensorError:
+        return None
+
+
 def load(path: Path, transform: Transform, context: Context) -> Placement:
-    """The placement in a file of `save` or of SpinQuant's layout; R3 and R4 of the latter are the transform's own."""
+    """The placement in a file of `save` or of SpinQuant's layout, completed by the transform with what it does not learn.
+
+    SpinQuant's own matrices have drifted from the group by up to 1e-3 and are projected back. Raises DataError where a matrix
+    is not orthogonal at all.
+    """
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         header = file.metadata() or {}
     if "placement" not in header:
-        r2 = {int(R2_NAME.fullmatch(name)[1]): Blocks(t) for name, t in tensors.items() if R2_NAME.fullmatch(name)}
-        return transform.placement(context, Blocks(tensors["R1"]), dict(sorted(r2.items())), {})
+        for name, matrix in tensors.items():
+            if (off := deviation(matrix)) > 1e-2:
+                raise DataError(f"transform.load={path}: {name} is not orthogonal, |R R^T - I| reaches {off:.2g}.")
+        blocks = {name: Blocks(project(matrix.double())) for name, matrix in tensors.items()}
+        r2 = {(int(R2_NAME.fullmatch(name)[1]), "o_in"): codec for name, codec in blocks.items() if name != "R1"}
+        return transform.complete(context, Placement(blocks["R1"], dict(sorted(r2.items()))))
     spec = json.loads(header["placement"])
     keyed = {name: {(a, b): _unpack(c, tensors) for a, b, c in spec[name]} for name in KEYED}
-    return Placement(residual=_unpack(spec["residual"], tensors), query_key=_unpack(spec["query_key"], tensors),
-                     notes=spec["notes"], **keyed)
+    single = {name: _unpack(spec[name], tensors) for name in ("residual", "query_key")}
+    return transform.complete(context, Placement(**single, **keyed, notes=spec["notes"]))
 
 
 def check(path: str, transform: Transform, context: Context, facts: Mapping) -> None:

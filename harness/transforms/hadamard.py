@@ -13,9 +13,9 @@ from __future__ import annotations
 from harness.checks import boolean
 from harness.errors import ConfigError
 from harness.formats import NVFP4
-from harness.linalg.hadamard import Hadamard, random_signs
+from harness.linalg.hadamard import Hadamard, random_signs, reachable
 from harness.transforms.base import Context, generator
-from harness.transforms.blockwise import BlockDiagonal, hadamard_order
+from harness.transforms.blockwise import BlockDiagonal
 from harness.transforms.codec import Codec, Rotation
 
 
@@ -27,7 +27,7 @@ class HadamardBlocks(BlockDiagonal):
         self.random_signs, self.backend = boolean("transform.random_signs", random_signs), backend
 
     def refuse(self, order: int) -> None:
-        hadamard_order(f"transform.block_size={self.block_size}", order)
+        reachable(f"transform.block_size={self.block_size}", order)
         try:
             Hadamard(order, backend=self.backend)
         except ConfigError as error:

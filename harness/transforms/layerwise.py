@@ -16,10 +16,9 @@ from torch import Tensor
 
 from harness.formats import Format
 from harness.linalg.blocks import times
-from harness.linalg.stiefel import project
 from harness.transforms.base import Context, Subject
 from harness.transforms.codec import Blocks, Codec
-from harness.transforms.learn import CHECKS, Descent, Orthogonal
+from harness.transforms.learn import Best, Descent, Orthogonal
 from harness.transforms.sampling import Reservoir
 
 ROWS = 4096  # activations kept of a site; a tenth of them chooses the best iterate
@@ -80,19 +79,16 @@ def _fit(x: Tensor, weights: list[Tensor], start: Mapping, site: str, act: Forma
             total = total + (times(y, decoder.mT) @ weight.float().T - wanted).square().sum() / wanted.square().sum()
         return total / len(weights)
 
-    best = moving.snapshot()
     with torch.no_grad():
-        before = least = float(loss(best, held))
-    for step in range(descent.steps):
-        value = loss(moving.matrices(), x[torch.arange(step * rows, (step + 1) * rows) % len(x)])
+        best = Best(moving, float(loss(moving.snapshot(), held)), descent.steps)
+    for step in range(1, descent.steps + 1):
+        value = loss(moving.matrices(), x[torch.arange((step - 1) * rows, step * rows) % len(x)])
         value.backward()
         if not math.isfinite(float(value.detach())):
-            raise FloatingPointError(f"the layer loss at {site} is not finite in step {step + 1}: lower lr={descent.lr}")
+            raise FloatingPointError(f"the layer loss at {site} is not finite in step {step}: lower lr={descent.lr}")
         moving.step()
-        if (step + 1) % max(1, descent.steps // CHECKS) == 0:
-            now = moving.snapshot()
+        if best.due(step):
             with torch.no_grad():
-                error = float(loss(now, held))
-            if error < least:
-                best, least = now, error
-    return {name: project(matrix.double()).cpu() for name, matrix in best.items()}, [before, least]
+                now = moving.snapshot()
+                best.offer(step, now, float(loss(now, held)))
+    return best.projected(), [best.first, best.loss]

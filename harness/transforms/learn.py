@@ -86,6 +86,27 @@ class Orthogonal:
         return {name: matrix.clone() for name, matrix in self.matrices().items()}
 
 
+class Best:
+    """Keeps the matrices with the least held-out loss; the start is the first candidate."""
+
+    def __init__(self, moving: Orthogonal, loss: float, steps: int):
+        self.moving, self.steps = moving, steps
+        self.matrices, self.step, self.first, self.loss = moving.snapshot(), 0, loss, loss
+
+    def due(self, step: int) -> bool:
+        """Whether the held-out loss is to be taken after this step: CHECKS times, and at the end."""
+        return step % max(1, self.steps // CHECKS) == 0 or step == self.steps
+
+    def offer(self, step: int, matrices: dict[str, Tensor], loss: float) -> None:
+        """A candidate."""
+        if loss < self.loss:
+            self.matrices, self.step, self.loss = matrices, step, loss
+
+    def projected(self) -> dict[str, Tensor]:
+        """The best matrices on the group exactly, float64 on the CPU."""
+        return {name: project(matrix.double()).cpu() for name, matrix in self.matrices.items()}
+
+
 def end_to_end(subject: Subject, scheme: Scheme, start: Mapping[str, Tensor], build: Callable[[Mapping], Placement],
                descent: Descent, objective: str) -> tuple[dict[str, Tensor], dict]:
     """Learned matrices, projected onto the group in float64, and notes on how it went.
@@ -94,9 +115,10 @@ def end_to_end(subject: Subject, scheme: Scheme, start: Mapping[str, Tensor], bu
     objective: lm | kd. Raises FloatingPointError when the loss is not finite.
     """
     moving = Orthogonal({name: matrix.to(subject.device) for name, matrix in start.items()}, descent)
-    best, best_step, first, last = moving.snapshot(), 0, None, None
-    before = least = held = held_out_loss(subject, scheme, build(best), objective)
-    with subject.stage(f"learning ({objective}, held out {before:.4f})", descent.steps) as advance:
+    first = last = None
+    held = held_out_loss(subject, scheme, build(moving.snapshot()), objective)
+    best = Best(moving, held, descent.steps)
+    with subject.stage(f"learning ({objective}, held out {held:.4f})", descent.steps) as advance:
         for step in range(1, descent.steps + 1):
             windows = subject.train[torch.arange((step - 1) * descent.batch, step * descent.batch) % len(subject.train)]
             last = 0.0
@@ -114,15 +136,14 @@ def end_to_end(subject: Subject, scheme: Scheme, start: Mapping[str, Tensor], bu
                 )
             first = last if first is None else first
             moving.step()
-            if step % max(1, descent.steps // CHECKS) == 0 or step == descent.steps:
+            if best.due(step):
                 matrices = moving.snapshot()
                 held = held_out_loss(subject, scheme, build(matrices), objective)
-                if held < least:
-                    best, best_step, least = matrices, step, held
-            advance(f"loss {last:.4f}, held out {held:.4f}, best {least:.4f}")
+                best.offer(step, matrices, held)
+            advance(f"loss {last:.4f}, held out {held:.4f}, best {best.loss:.4f}")
     notes = {"objective": objective, "steps": descent.steps, "tokens_a_step": descent.batch * subject.train.shape[1],
-             "train_loss": [first, last], "held_out_loss": [before, least], "best_step": best_step}
-    return {name: project(matrix.double()).cpu() for name, matrix in best.items()}, notes
+             "train_loss": [first, last], "held_out_loss": [best.first, best.loss], "best_step": best.step}
+    return best.projected(), notes
 
 
 @torch.no_grad()

@@ -2,10 +2,11 @@
 
     C = 1/N sum (x - m)^T (x - m),    C = V diag(lambda) V^T, lambda descending;    x -> x V,  W <- W V
 
-In float64; the sign of each column makes its largest entry positive. The mean m only shifts the estimate of C, it is never
-subtracted online. post_hadamard: R = V H, which spreads the variances that V has sorted evenly again; integer activations need
-it. Every site has an online dense matmul, T n^2, whose share the bench reports. scope: per_layer, one R a linear input (the
-output head included) | site, one R for that site of all layers. block: R is block-diagonal with blocks of that size.
+Eigenvectors in float64; the sign of each column makes its largest entry positive. The mean m only shifts the estimate of C, it
+is never subtracted online. post_hadamard: R = V H, which spreads the variances that V has sorted evenly again; integer
+activations need it. Every site has an online dense matmul, T n^2 (`make bench` reports what that adds). scope: per_layer, one
+R a linear input (the output head included) | site, one R for that site of all layers. block: R is block-diagonal with blocks
+of that size.
 Source: the "QuaRot with PCA" system, which calls it QuaRot though it is none; its objective |R W R^T - Q(R W R^T)| is
 two-sided and undefined for rectangular W, so the rotation here is one-sided.
 """
@@ -18,14 +19,11 @@ from torch import Tensor
 from harness.checks import boolean, integer, one_of
 from harness.errors import ConfigError
 from harness.formats import MX, Integer
-from harness.linalg.hadamard import hadamard
+from harness.linalg.hadamard import hadamard, reachable
 from harness.transforms.base import Context, Subject, Transform
 from harness.transforms.codec import Blocks
-from harness.transforms.placement import Placement
-from harness.transforms.rotations import reachable
+from harness.transforms.placement import HEAD_SITE, Placement
 from harness.transforms.sampling import Covariance
-
-HEAD = "head_in"
 
 
 class PCA(Transform):
@@ -66,7 +64,7 @@ class PCA(Transform):
                 return Covariance(self.block or width, self.center, self._rotation)
             return pooled.setdefault(site, Covariance(self.block or width, self.center))
 
-        found = subject.observe(collector, [*context.widths, *([HEAD] if self.head else [])], "principal axes")
+        found = subject.observe(collector, [*context.widths, *([HEAD_SITE] if self.head else [])], "principal axes")
         if self.scope == "site":
             found = {(None, site): self._rotation(kept.value()) for site, kept in pooled.items()}
         cost = {site: 2 * (self.block or width) * width for site, width in context.widths.items()}
@@ -78,7 +76,7 @@ class PCA(Transform):
     def _rotation(self, covariance: Tensor) -> Tensor:
         """V (or V H) of covariances [nb, g, g], float64."""
         axes = principal_axes(covariance)
-        return axes @ hadamard(axes.shape[-1]).to(axes) if self.post_hadamard else axes
+        return (axes @ hadamard(axes.shape[-1]).to(axes) if self.post_hadamard else axes).cpu()
 
 
 def principal_axes(covariance: Tensor) -> Tensor:

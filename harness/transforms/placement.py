@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from harness.transforms.codec import Chain, Codec, Repeated
 
 Where = tuple[int | None, str]
+HEAD_SITE = "head_in"  # what the output head reads; it stands outside the blocks, under layer None
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ import torch
 
 from harness.checks import boolean
 from harness.errors import ConfigError
-from harness.linalg.hadamard import Hadamard, hadamard
+from harness.linalg.hadamard import Hadamard, hadamard, reachable
 from harness.linalg.stiefel import random_orthogonal
 from harness.transforms.base import Context, Subject, generator
 from harness.transforms.codec import Blocks, Codec, Kronecker, Rotation
 from harness.transforms.placement import Placement
-from harness.transforms.rotations import Rotations, reachable
+from harness.transforms.rotations import Rotations
 
 
 class QuaRot(Rotations):

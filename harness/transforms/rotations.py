@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from harness.checks import boolean
 from harness.errors import ConfigError
 from harness.formats import NVFP4
-from harness.linalg.hadamard import Hadamard, factors, random_signs
+from harness.linalg.hadamard import Hadamard, random_signs, reachable
 from harness.transforms.base import Context, Subject, Transform, generator
 from harness.transforms.codec import Codec, Rotation
 from harness.transforms.placement import Placement
@@ -51,6 +51,11 @@ class Rotations(Transform):
             notes={"rotations": [n for n, on in (("R1", r1), ("R2", r2), ("R3", r3), ("R4", r4)) if on], **notes},
         )
 
+    def complete(self, context: Context, placement: Placement) -> Placement:
+        r2 = {layer: codec for (layer, _), codec in placement.merged.items()}
+        notes = {name: note for name, note in placement.notes.items() if name != "rotations"}
+        return self.placement(context, placement.residual, r2, notes)
+
     def wants_r3(self, context: Context) -> bool:
         """Whether R3 is placed."""
         return self.r3 == "on" or (self.r3 == "auto" and context.scheme.kv is not None)
@@ -83,19 +88,6 @@ class Rotations(Transform):
                 "rotations until an activation is quantized, so there is nothing to learn; set format.act.bits=4, or use "
                 "transform=quarot."
             )
-
-    @property
-    def name(self) -> str:
-        """How messages call this transform."""
-        return type(self).__name__.lower()
-
-
-def reachable(field: str, order: int, way_out: str) -> None:
-    """Refuse an order that no Hadamard matrix here has."""
-    try:
-        factors(order)
-    except ConfigError as error:
-        raise ConfigError(f"{field}: {error}, or set {way_out}") from None
 
 
 def switch(field: str, value: str | bool) -> str:

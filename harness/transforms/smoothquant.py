@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.checks import number
-from harness.errors import ConfigError
+from harness.checks import names, number
+from harness.formats import MX, NVFP4
 from harness.transforms.base import Context, Subject, Transform
 from harness.transforms.codec import Diagonal
 from harness.transforms.placement import Placement
@@ -31,16 +31,13 @@ class SmoothQuant(Transform):
 
     def __init__(self, alpha: float = 0.5, sites: list[str] | None = None, field: str = "transform"):
         number(f"{field}.alpha", alpha, 0, 1)
-        self.alpha, self.sites = alpha, tuple(sites or (*NORM_SITES, *PRODUCT_SITES))
-        for site in self.sites:
-            if site not in (*NORM_SITES, *PRODUCT_SITES):
-                raise ConfigError(f"{field}.sites={list(self.sites)}: {site} is none of {[*NORM_SITES, *PRODUCT_SITES]}.")
+        known = (*NORM_SITES, *PRODUCT_SITES)
+        self.alpha, self.sites = alpha, known if sites is None else tuple(names(f"{field}.sites", sites, known))
 
     def check(self, context: Context) -> list[str]:
-        local = [p for p in (context.scheme.weight, context.scheme.act) if p is not None and p.granularity == "group"]
-        if context.scheme.act is not None and local and type(context.scheme.act).__name__ in ("NVFP4", "FourOverSix", "MX"):
-            name = type(context.scheme.act).__name__
-            return [f"smoothquant with {name}: its blocks are local already, so smoothing channels has little to give"]
+        act = context.scheme.act
+        if isinstance(act, NVFP4 | MX):
+            return [f"smoothquant with {type(act).__name__}: its blocks are local, so smoothing channels has little to give"]
         return []
 
     def fit(self, context: Context, subject: Subject) -> Placement:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from harness.checks import one_of
+from harness.errors import ConfigError
 from harness.formats import Scheme
 from harness.linalg.stiefel import deviation
 from harness.transforms.base import Context, Subject
@@ -36,6 +37,8 @@ class SpinQuant(QuaRot):
                  r3: str = "auto", r4: str = "auto", random_signs: bool = True):
         super().__init__(r1, r2, r3, r4, random_signs=random_signs)
         self.objective = one_of("transform.objective", objective, ("lm", "kd"))
+        if self.r1 == "off" and not self.r2:
+            raise ConfigError("transform.r1=off with transform.r2=false: no rotation is left to learn; leave one of them on.")
         self.descent = Descent(steps, batch, lr, optimizer, max_angle, cap)
 
     def check(self, context: Context) -> list[str]:

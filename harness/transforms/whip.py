@@ -28,7 +28,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from harness.checks import boolean, integer, known_keys, number, one_of
+from harness.checks import boolean, integer, known_keys, names, number, one_of
 from harness.errors import ConfigError
 from harness.linalg.stiefel import project, qr_orth
 from harness.transforms.base import Context, Subject, generator
@@ -84,13 +84,14 @@ class Calibration:
                 starts: Tensor | None = None, sinks: float = 0.0) -> Tensor:
         """R after `steps` steps of `loss(R, batch)` from r; a batch is `batch` random tokens, a share `sinks` of them from
         starts [.., W, n] and the rest from x [.., T, n], or all of x where an epoch is one step."""
-        few = round(sinks * self.batch)
+        whole = self.steps_per_epoch == 1
+        few = round(sinks / (1 - sinks) * x.shape[-2]) if whole else round(sinks * self.batch)
         z = r.clone().requires_grad_()
         optimizer = torch.optim.SGD([z], lr=self.lr, momentum=self.momentum)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps)) if self.cosine else None
         for step in range(steps):
             chosen = torch.randperm(x.shape[-2], generator=drawn)[: self.batch - few].to(x.device)
-            batch = x if self.steps_per_epoch == 1 else x[..., chosen, :]
+            batch = x if whole else x[..., chosen, :]
             if few:
                 chosen = torch.randint(starts.shape[-2], (few,), generator=drawn).to(x.device)
                 batch = torch.cat([batch, starts[..., chosen, :]], -2)
@@ -100,7 +101,7 @@ class Calibration:
             if not math.isfinite(float(value.detach())):
                 raise FloatingPointError(f"the whip loss is {float(value.detach())} in step {step + 1}: lower lr={self.lr}")
             if self.grad_clip is not None:
-                torch.nn.utils.clip_grad_norm_([z], self.grad_clip)
+                z.grad.mul_((self.grad_clip / z.grad.norm(dim=(-2, -1), keepdim=True)).clamp(max=1))  # each matrix its own
             optimizer.step()
             if schedule:
                 schedule.step()
@@ -114,18 +115,17 @@ class Whip(Rotations):
     first token of each window no more are ever held."""
 
     learned = True
+    sees = ()  # R1 and R2 come from float activations
 
     def __init__(self, schedule: str, r1_targets: list[str], max_tokens_per_site: int, r1: Mapping, r2: Mapping | None,
                  share: float = 1.0, sinks: float = 0.0, r3: str = "auto", r4: str = "auto", random_signs: bool = True):
         super().__init__(r2 is not None, r3, r4, random_signs)
         self.schedule = one_of("transform.schedule", schedule, SCHEDULES)
-        self.sites = [TARGETS[one_of("transform.r1_targets", target, tuple(TARGETS))] for target in r1_targets]
+        self.sites = [TARGETS[target] for target in names("transform.r1_targets", r1_targets, TARGETS)]
         self.kept = integer("transform.max_tokens_per_site", max_tokens_per_site)
         self.share, self.sinks = number("transform.share", share, 1e-6, 1), number("transform.sinks", sinks, 0, 0.9)
         self.for_r1 = Calibration.of(r1, "transform.r1")
         self.for_r2 = None if r2 is None else Calibration.of(r2, "transform.r2")
-        if not self.sites:
-            raise ConfigError("transform.r1_targets=[]: R1 needs inputs to spread; choose of q, up.")
 
     def check(self, context: Context) -> list[str]:
         self.needs_activations(context)
