@@ -167,6 +167,8 @@ class AdaCodec(Transform):
     def _stream(self, subject: Subject, matrices: Mapping[str, Tensor], linears: list[list[Role]]) -> Placement:
         free, shared = "R1^" in matrices, matrices["R1"]
         encoders, decoders, merged, online = {}, {}, {}, {}
+        # unbound at once: a gradient of single slices would be a tensor of all layers, thirty times over
+        copies = matrices["R1^"].unbind(0) if free else [None] * len(linears)
         hats = [matrices[f"{n}^"].mT.unbind(0) if free else [None] * len(linears) for n in ("R2", "RM")]
         for i, (value, middle) in enumerate(zip(matrices["R2"].unbind(0), matrices["RM"].unbind(0))):
             merged[i, "o_in"], online[i, "down_in"] = Blocks(value, hats[0][i]), Blocks(middle, hats[1][i])
@@ -174,7 +176,7 @@ class AdaCodec(Transform):
             scales = {site: s.to(shared) for site in sites if (s := self._scale(subject, i, site)) is not None}
             merged |= {(i, site): Diagonal(s) for site, s in scales.items()}
             touching = [r for r in linears[i] if r.reads_residual or r.writes == "residual"]
-            for role, copy in zip(touching, matrices["R1^"][i].unbind(0) if free else [shared] * len(touching)):
+            for role, copy in zip(touching, copies[i].unbind(0) if free else [shared] * len(touching)):
                 if not role.reads_residual:
                     encoders[i, role.name] = Blocks(copy)
                 elif role.reads in scales:
@@ -193,10 +195,10 @@ class AdaCodec(Transform):
     def _sites(matrices: Mapping[str, Tensor], linears: list[list[Role]]) -> Placement:
         online, decoders = {}, {}
         for site in (name for name in matrices if not name.endswith("^")):
+            copies = matrices[f"{site}^"].unbind(0) if f"{site}^" in matrices else [()] * len(linears)
             for i, encoder in enumerate(matrices[site].unbind(0)):
                 online[i, site] = Blocks(encoder)
-                copies = matrices[f"{site}^"][i].unbind(0) if f"{site}^" in matrices else ()
-                for role, copy in zip([r for r in linears[i] if r.reads == site], copies):
+                for role, copy in zip([r for r in linears[i] if r.reads == site], copies[i]):
                     decoders[i, role.name] = Blocks(copy)
         return Placement(online=online, decoders=decoders)
 
