@@ -103,9 +103,8 @@ def test_every_way_of_quarot(tmp_path, options):
 
 @pytest.mark.parametrize("transform", ["identity", "hadamard", "pca", "dartquant"])
 def test_smoothquant_stacks_under_others(tmp_path, transform):
-    smooth = "transform.smooth" if transform in ("pca", "dartquant") else "+transform.smooth"
     plain = run(tmp_path, transform, "format=int8")
-    outcome = run(tmp_path, transform, "format=int8", f"{smooth}={{alpha: 0.6}}")
+    outcome = run(tmp_path, transform, "format=int8", "transform.smooth={alpha: 0.6}")
     assert outcome.status == "done", outcome.error
     assert outcome.metrics["stages"]["quantized"]["ppl"] != plain.metrics["stages"]["quantized"]["ppl"]
 
