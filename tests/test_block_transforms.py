@@ -43,6 +43,7 @@ EYE = torch.eye(192, dtype=torch.float64)
 def transform(name, **settings):
     options = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "transform" / f"{name}.yaml"))
     assert options.pop("name") == name
+    del options["smooth"]  # a stage of its own, not the class's
     return build({**options, **settings}, "transform")
 
 

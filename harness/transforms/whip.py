@@ -30,6 +30,7 @@ from torch import Tensor
 
 from harness.checks import boolean, integer, known_keys, names, number, one_of
 from harness.errors import ConfigError
+from harness.linalg.hadamard import reachable
 from harness.linalg.stiefel import project, qr_orth
 from harness.transforms.base import Context, Subject, generator
 from harness.transforms.codec import Blocks, Codec
@@ -129,6 +130,7 @@ class Whip(Rotations):
 
     def check(self, context: Context) -> list[str]:
         self.needs_activations(context)
+        reachable("transform.r1 starts from a Hadamard matrix", context.hidden, "transform=spinquant transform.r1=random")
         return super().check(context)
 
     def matrices(self, context: Context, subject: Subject) -> tuple[Codec | None, Mapping[int, Codec], dict]:
