@@ -90,7 +90,7 @@ class Best:
     """Keeps the matrices with the least held-out loss; the start is the first candidate."""
 
     def __init__(self, moving: Orthogonal, loss: float, steps: int):
-        self.moving, self.steps = moving, steps
+        self.steps = steps
         self.matrices, self.step, self.first, self.loss = moving.snapshot(), 0, loss, loss
 
     def due(self, step: int) -> bool:
