@@ -1,55 +1,69 @@
 """Quantize a model block by block while the calibration activations stream through it.
 
 For each site of a block, in the order of the forward: collect statistics, solve, swap the weights, go on with what was
-quantized. A finished block is on disk before the next one begins; a block found there is loaded and replayed by the same
-arithmetic, so an interrupted run ends with the same bits.
+quantized. A solver may also prepare a block first (AWQ) or solve it as a whole (AdaScale). A finished block is on disk before
+the next one begins; a block found there is loaded and replayed by the same arithmetic, so an interrupted run ends with the same
+bits. What stands outside the blocks, embedding and head, is one more block at the end.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
+from harness.calibration.block import BlockView
 from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
+from harness.calibration.subject import quiet
 from harness.formats import QTensor, Scheme
 from harness.models.families import Adapter, Site
 from harness.models.quant_linear import QuantLinear, SiteInput
+from harness.outside import Outside
+from harness.solved import stored, swap_in
 from harness.solvers import Problem, Solver
 from harness.store import Run
+from harness.transforms import generator
 
 
 @torch.no_grad()
 def quantize(adapter: Adapter, scheme: Scheme, solver: Solver | None, windows: Tensor, run: Run,
-             done: Callable[[int, list[dict]], None]) -> None:
+             done: Callable[[int, list[dict]], None], seed: int = 0,
+             stage: Callable[[str, int], AbstractContextManager] = quiet) -> None:
     """Solve every block of a placed model and switch its activation quantizers on.
 
     windows: calibration token ids [N, L]; solver None: only activation scales are taken. Solved blocks go to `run` and
-    come from it when they are there. `done(index, layers)` is called after each block with its per-linear report.
+    come from it when they are there. `done(index, layers)` is called after each block, and after what stands outside of them
+    where that is quantized, with the per-linear report. stage shows the progress inside a block.
     """
-    count = len(adapter.blocks)
-    missing = any(run.load_block(i) is None for i in range(count))
-    stream = Stream(adapter, windows) if missing else None
+    count, outside = len(adapter.blocks), Outside(adapter, scheme, solver)
+    missing = any(run.load_block(i) is None for i in range(count + outside.quantizes))
+    outside.embed(run)
+    batch = {} if solver is None or solver.windows is None else {"tokens_at_once": solver.windows * windows.shape[1]}
+    stream = Stream(adapter, windows, **batch) if missing else None
+    original = Stream(adapter, windows, **batch) if missing and solver is not None and solver.scope == "block" else None
     for index in range(count):
         solved = _Block(adapter, scheme, solver, index, run.load_block(index))
         if stream is not None:
-            solved.walk(stream)
+            view = BlockView(adapter, scheme, index, stream, generator(seed, "solver", index), stage)
+            solved.walk(stream, original, view)
         else:
             solved.install()
         if solved.found is None:
             run.save_block(index, solved.tensors, {"layers": solved.layers})
         done(index, solved.layers)
+    if outside.quantizes:
+        done(count, outside.finish(stream, run))
     for index in range(count):
-        for site in _inputs(adapter, index).values():
-            site.format = scheme.act
+        for site in adapter.family.sites:
+            _input(adapter, index, site).format = scheme.part("act", index, site.linears[0])
 
 
-def _inputs(adapter: Adapter, index: int) -> dict[str, SiteInput]:
-    """Site name -> the SiteInput that its linears share."""
-    return {s.name: next(iter(adapter.linears(index, s).values())).site for s in adapter.family.sites}
+def _input(adapter: Adapter, index: int, site: Site) -> SiteInput:
+    """The SiteInput that the linears of a site share."""
+    return adapter.blocks[index].get_submodule(site.linears[0]).site
 
 
 class _Block:
@@ -58,21 +72,29 @@ class _Block:
     def __init__(self, adapter: Adapter, scheme: Scheme, solver: Solver | None, index: int, found):
         self.adapter, self.scheme, self.solver, self.index, self.found = adapter, scheme, solver, index, found
         self.block = adapter.blocks[index]
-        self.inputs = _inputs(adapter, index)
+        self.inputs = {site.name: _input(adapter, index, site) for site in adapter.family.sites}
+        self.acts = {site.name: scheme.part("act", index, site.linears[0]) for site in adapter.family.sites}
         self.tensors: dict[str, Tensor] = {}
         self.layers: list[dict] = []
         if found is not None:
             self.tensors, self.layers = found[0], found[1]["layers"]
 
-    def walk(self, stream: Stream) -> None:
-        """Pass the stream through, solving each site on the way (or all of them first, for `sequencing: block`)."""
-        whole = self.solver is not None and self.solver.sequencing == "block"
+    def walk(self, stream: Stream, original: Stream | None, view: BlockView) -> None:
+        """Pass the stream through, solving each site on the way (or all of them first, for whoever works on whole blocks)."""
+        whole = self.solver is not None and "block" in (self.solver.sequencing, self.solver.scope)
+        if original is not None:
+            view.original = [hidden.clone() for hidden in original.hidden] if self.found is None else ()
+            original.advance(self.block)
+            view.targets = original.hidden
         if self.found is not None:
             self.install()
-        elif whole:
-            gathered = self._gather(stream)
-            for site in self.adapter.family.sites:
-                self._settle(site, gathered[site.name])
+        else:
+            shared = {}
+            if self.solver is not None and self.solver.prepares:
+                shared = self.solver.prepare(view)
+                self.tensors |= {f"{site}.merged": scale for site, scale in view.merged.items()}
+            if whole:
+                self._solve_whole(stream, view, shared)
         for branch in self.adapter.family.branches:
             for site, activations in ((branch.entry, stream.entry), (branch.exit, stream.exit)):
                 statistics = None if self.found is not None else self._statistics(site, stream, hessian=not whole)
@@ -82,22 +104,37 @@ class _Block:
                 if statistics and whole:
                     self._calibrate(site, statistics.amax)
                 elif statistics:
-                    self._settle(site, statistics)
+                    statistics.finish()
+                    self._settle(site, statistics, *self._solved(site, statistics), shared)
             stream.close(self.block, branch)
 
     def install(self) -> None:
-        """Take weights and activation scales from what was found; nothing is streamed."""
+        """Take weights, merged scales and activation scales from what was found; nothing is streamed."""
+        view = BlockView(self.adapter, self.scheme, self.index, None, None)
+        for site in self.adapter.family.sites:
+            if f"{site.name}.merged" in self.tensors:
+                view.merge(site.name, self.tensors[f"{site.name}.merged"].to(self.adapter.device))
         for site in self.adapter.family.sites:
             self._calibrate(site, self.tensors[f"{site.name}.amax"])
-            for name in site.linears if self.solver is not None else ():
+            formats = {} if self.solver is None else self.scheme.weights(self.index, site.linears)
+            for name, format in formats.items():
                 linear: QuantLinear = self.block.get_submodule(name)
-                prefix = f"{name}."
-                state = {k.removeprefix(prefix): t for k, t in self.tensors.items() if k.startswith(prefix)}
-                quantized = QTensor.from_state(self.scheme.weight, state, linear.weight.shape, linear.weight.dtype)
-                linear.load(quantized.to(linear.weight.device).dequantize())
+                linear.load(stored(self.tensors, name, format, linear.weight).dequantize())
+
+    def _solve_whole(self, stream: Stream, view: BlockView, shared: Mapping) -> None:
+        """Solve all sites from the unquantized block, which leaves the stream where it is."""
+        gathered = self._gather(stream)
+        if self.solver.scope == "site":
+            for site in self.adapter.family.sites:
+                self._settle(site, gathered[site.name], *self._solved(site, gathered[site.name]), shared)
+            return
+        solution = self.solver.solve_block(view)
+        for site in self.adapter.family.sites:
+            own = {name: q for name, q in solution.qtensors.items() if name in site.linears}
+            self._settle(site, gathered[site.name], own, solution.report, shared)
 
     def _gather(self, stream: Stream) -> dict[str, Statistics]:
-        """Statistics of all sites from one pass of the unquantized block, which leaves the stream where it is."""
+        """Statistics of all sites from one pass of the unquantized block."""
         statistics = {site.name: self._statistics(site, stream) for site in self.adapter.family.sites}
         handles = []
         for site in self.adapter.family.sites:
@@ -108,58 +145,44 @@ class _Block:
             self.block(hidden, **context)
         for handle in handles:
             handle.remove()
+        for each in statistics.values():
+            each.finish()
         return statistics
 
     def _statistics(self, site: Site, stream: Stream, hessian: bool = True) -> Statistics:
         reader: QuantLinear = self.block.get_submodule(site.linears[0])
-        needed = self.solver is not None and "hessian" in self.solver.needs
-        return Statistics(reader.in_features, stream.tokens, reader.weight.device, hessian and needed)
+        needed = self.solver is not None and "hessian" in self.solver.needs and self.scheme.weights(self.index, site.linears)
+        return Statistics(reader.in_features, stream.tokens, reader.weight.device, hessian and bool(needed))
 
     def _observe(self, site: Site, statistics: Statistics, x: Tensor) -> None:
-        x = self.inputs[site.name].encode(x)
-        act = self.scheme.act
-        product_of = None
-        if statistics.hessian is not None and self.solver.hessian_input == "quantized" and act is not None:
-            # a static scale is not known before the last micro-batch; each one's own range stands in for it
-            product_of = act.fake(x, global_scale=act.global_from_amax(x.abs().amax()) if act.needs_static else None)
-        statistics.add(x, product_of)
+        statistics.observe(self.inputs[site.name].encode(x), self.acts[site.name], self.solver)
 
-    def _settle(self, site: Site, statistics: Statistics) -> None:
-        """Solve a site from its statistics, report on it, swap the weights in."""
-        statistics.finish()
+    def _solved(self, site: Site, statistics: Statistics) -> tuple[dict[str, QTensor], Mapping]:
+        """What the solver makes of one site, with its report."""
+        formats = {} if self.solver is None else self.scheme.weights(self.index, site.linears)
+        if not formats:
+            return {}, {}
+        weights = {name: self.block.get_submodule(name).weight for name in formats}
+        solution = self.solver.solve(Problem(weights, formats, statistics.hessian))
+        return solution.qtensors, solution.report
+
+    def _settle(self, site: Site, statistics: Statistics, qtensors: Mapping[str, QTensor], report: Mapping,
+                shared: Mapping) -> None:
+        """Swap a site's solved weights in and report on them; shared: what the solver said of the whole block."""
         linears = {n: self.block.get_submodule(n) for n in site.linears}
-        sample = statistics.sample
-        wanted = {n: sample @ linear.weight.float().T for n, linear in linears.items()}
-        reports = {n: {"name": self.adapter.name(self.index, n), "sqnr_db": None} for n in linears}
-        if self.solver is not None:
-            weights = {n: linear.weight for n, linear in linears.items()}
-            formats = dict.fromkeys(weights, self.scheme.weight)
-            solution = self.solver.solve(Problem(weights, formats, statistics.hessian))
-            for name, quantized in solution.qtensors.items():
-                self.tensors |= {f"{name}.{key}": value for key, value in quantized.state().items()}
-                values = quantized.dequantize()
-                noise = _relative(values, weights[name])
-                if 0 < noise < math.inf:
-                    reports[name]["sqnr_db"] = -10 * math.log10(noise)
-                reports[name] |= {"bits": quantized.bits(), "weights": weights[name].numel(), **solution.report}
-                linears[name].load(values)
         self._calibrate(site, statistics.amax)
-        act = self.scheme.act
-        read = sample if act is None else act.fake(sample, global_scale=self.inputs[site.name].global_scale)
-        for name, linear in linears.items():
-            reports[name]["rel_error"] = _relative(read @ linear.weight.float().T, wanted[name])
+        names = {n: self.adapter.name(self.index, n) for n in site.linears}
+        read = self.acts[site.name], self.inputs[site.name].global_scale
+        reports = swap_in(linears, names, qtensors, statistics, *read, counts=self.solver is not None)
+        for name in qtensors:
+            reports[name] |= {**shared, **report}
+            self.tensors |= {f"{name}.{key}": value for key, value in qtensors[name].state().items()}
         self.layers += reports.values()
 
     def _calibrate(self, site: Site, amax: Tensor) -> None:
         """Give the site the activation scale that follows from the greatest magnitude it saw, and keep that."""
         self.tensors[f"{site.name}.amax"] = amax.reshape(1)
-        act = self.scheme.act
+        act = self.acts[site.name]
         if act is not None and act.needs_static:
             weight = self.block.get_submodule(site.linears[0]).weight
             self.inputs[site.name].global_scale = act.global_from_amax(amax.to(weight).reshape(1))
-
-
-def _relative(got: Tensor, wanted: Tensor) -> float:
-    """|got - wanted|^2 / |wanted|^2, a plain ratio."""
-    wanted = wanted.float()
-    return float((got.float() - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30))

@@ -17,6 +17,7 @@ from harness.config import build
 from harness.errors import ConfigError
 from harness.formats import Scheme
 from harness.models.families import context_of, family_of
+from harness.overrides import resolve
 from harness.plan import Plan, unnamed
 from harness.store import writable
 from harness.transforms import file
@@ -40,24 +41,22 @@ def components(plan: Plan) -> Components:
     """Build formats, transform and solver and check them against the model's real module shapes. Raises ConfigError."""
     settings = plan.settings
     _check_device(settings["device"])
-    parts = {k: build(v, f"format.{k}") for k, v in unnamed(settings["format"]).items()}
-    if settings["format"]["overrides"]:
-        raise ConfigError("format.overrides: mixed precision per role is not available yet; leave it empty.")
-    scheme = Scheme(weight=parts["weight"], act=parts["act"], kv=parts["kv"])
+    facts = plan.model.facts()
+    family = family_of(facts.get("model_type"))
+    parts = {part: build(settings["format"][part], f"format.{part}") for part in ("weight", "act", "kv")}
+    scheme = Scheme(**parts, overrides=resolve(settings["format"], family, facts["num_hidden_layers"]))
     solver = build(unnamed(settings["solver"]), "solver") if settings["solver"]["_target_"] else None
     transforms = transforms_of(settings["transform"])
     learned = [t for t in transforms if t.learned]
     name = plan.choices.get("solver", "solver")
-    if solver is None and scheme.weight is not None:
-        raise ConfigError(
-            f"format.weight.bits={scheme.weight.bits} with solver=none: nothing would quantize the weights; "
-            "use solver=rtn or gptq, or format.weight.bits=16."
-        )
-    if solver is not None and scheme.weight is None:
+    if solver is None and scheme.any("weight"):
+        bits = "format.overrides" if scheme.weight is None else f"format.weight.bits={scheme.weight.bits}"
+        raise ConfigError(f"{bits} with solver=none: nothing would quantize the weights; use solver=rtn or gptq, or "
+                          "format.weight.bits=16.")
+    if solver is not None and not scheme.any("weight"):
         raise ConfigError(f"format.weight.bits=16 with solver={name}: no weight is quantized; set solver=none or a format.")
 
-    facts = plan.model.facts()
-    widths = family_of(facts.get("model_type")).widths(facts)
+    widths = family.widths(facts)
     kinds, reach = set(facts.get("layer_types") or ()), facts.get("sliding_window")
     if len(kinds) > 1 and reach and plan.quantizes and plan.calibration.length > reach:
         raise ConfigError(
@@ -73,17 +72,25 @@ def components(plan: Plan) -> Components:
             part = getattr(scheme, role)
             if part is not None:
                 part.check(width, f"format.{role}.group_size", site)
+    readers = {name: site.name for site in family.sites for name in site.linears}
+    for (layer, name), own in scheme.overrides.items():
+        width = facts["hidden_size"] if layer is None else widths[readers[name]]
+        for role, part in own.items():
+            if part is not None:
+                part.check(width, f"format.overrides: {role}.group_size", name)
     context = context_of(facts, scheme, settings["seed"], name if solver is not None else None)
     if scheme.kv is not None:
         scheme.kv.check(context.head_dim, "format.kv.group_size", "the key/value heads")
     warnings = [warning for transform in transforms for warning in transform.check(context)]
     _check_file(settings["transform"], learned, context, plan)
     if solver is not None:
-        warnings += solver.check(scheme.weight)
+        formats = [scheme.weight, *(own.get("weight") for own in scheme.overrides.values())]
+        for format in {format for format in formats if format is not None}:
+            warnings += solver.check(format)
         if solver.hessian_input == "auto":
-            seen = scheme.act is not None and "hessian" in solver.needs and any(t.free_decoder for t in transforms)
+            seen = scheme.any("act") and "hessian" in solver.needs and any(t.free_decoder for t in transforms)
             solver = replace(solver, hessian_input="quantized" if seen else "fp")
-        if solver.hessian_input == "quantized" and (scheme.act is None or "hessian" not in solver.needs):
+        if solver.hessian_input == "quantized" and (not scheme.any("act") or "hessian" not in solver.needs):
             raise ConfigError(
                 f"solver.hessian_input=quantized with solver={name} and format.act.bits={settings['format']['act']['bits']}: "
                 "there is no Hessian of quantized activations; set solver.hessian_input=fp."

@@ -57,12 +57,15 @@ def build(node, field: str = ""):
 
 
 def option(group: str, name: str) -> dict:
-    """The settings of one option of a config group, e.g. `option("data", "pydoc")`, as a plain container."""
+    """The settings of one option of a config group, e.g. `option("data", "pydoc")`, with those it inherits, as a plain
+    container."""
     path = ROOT / "conf" / group / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
         raise ConfigError(f"{group}={name}: no such option.{nearest(name, known)} Options: {', '.join(known)}.")
-    return OmegaConf.to_container(OmegaConf.load(path))
+    own = OmegaConf.load(path)
+    inherited = [option(group, other) for other in own.pop("defaults", []) if isinstance(other, str) and other != "_self_"]
+    return OmegaConf.to_container(OmegaConf.merge(*inherited, own))
 
 
 def settings(cfg) -> dict:

@@ -129,7 +129,7 @@ class _Execution:
         if inexact or (changed and not plan.quantizes):
             self._evaluate("transformed", adapter)
         if plan.quantizes:
-            if parts.scheme.weight is not None or parts.scheme.act is not None:
+            if parts.scheme.any("weight") or parts.scheme.any("act"):
                 self._quantize(blockwise, adapter, calibration)
             if parts.scheme.kv is not None:
                 for heads in attach(adapter):
@@ -195,25 +195,38 @@ class _Execution:
         return placement
 
     def _quantize(self, blockwise, adapter, calibration) -> None:
+        from harness.export.encodings import save_encodings
+        from harness.solved import solved
+
         plan, parts = self.plan, self.parts
         found = 0 if plan.settings["force"] else self.store.adopt_blocks(self.run, plan.quant_id)
         if found:
             self.reporter.say(f"quantize: {found} of {len(adapter.blocks)} blocks are in the store")
-        with self._stage("solve"), self.reporter.stage("quantize", len(adapter.blocks)) as advance:
+        outside = parts.scheme.outside
+        with self._stage("solve"), self.reporter.stage("quantize", len(adapter.blocks) + outside) as advance:
 
             def done(index: int, layers: list[dict]) -> None:
                 self.metrics["layers"] += layers
                 errors = [math.nan if layer["rel_error"] is None else layer["rel_error"] for layer in layers]
                 mean = sum(errors) / len(errors)
-                self.tracker.log({"block/rel_error": mean, "block/worst_rel_error": max(errors)}, step=index)
-                advance(f"relative output error {mean:.4f}")
+                note = f"relative output error {mean:.4f}"
+                points = {"block/rel_error": mean, "block/worst_rel_error": max(errors)}
+                if "loss_after" in layers[0]:
+                    points |= {f"block/{key}": layers[0][key] for key in ("loss_before", "loss_after")}
+                    note += f", loss {layers[0]['loss_before']:.4g} to {layers[0]['loss_after']:.4g}"
+                self.tracker.log(points, step=index)
+                advance(note)
 
-            blockwise.quantize(adapter, parts.scheme, parts.solver, calibration, self.run, done)
+            blockwise.quantize(adapter, parts.scheme, parts.solver, calibration, self.run, done, plan.settings["seed"])
+            if parts.solver is not None and parts.solver.encodings is not None:
+                for index in range(len(adapter.blocks) + outside):
+                    qtensors = solved(adapter, parts.scheme, self.run, index)
+                    save_encodings(self.run.path / parts.solver.encodings, index, qtensors)
         layers = self.metrics["layers"]
         fallbacks = [layer["name"] for layer in layers if layer.get("fallback")]
         if fallbacks:
             self.metrics["warnings"].append(f"{len(fallbacks)} linears fell back to RTN (singular H): {', '.join(fallbacks)}")
-        damped = [x["name"] for x in layers if x.get("damp") and x["damp"] > parts.solver.damp]
+        damped = [layer["name"] for layer in layers if layer.get("redamped")]
         if damped:
             self.metrics["warnings"].append(f"{len(damped)} linears needed more damping than solver.damp: {', '.join(damped)}")
         weights = sum(layer.get("weights", 0) for layer in layers)

@@ -56,7 +56,8 @@ class Plan:
     @property
     def quantizes(self) -> bool:
         """Whether any weight, activation, key or value is quantized."""
-        return any(self.settings["format"][part]["bits"] != 16 for part in ("weight", "act", "kv"))
+        chosen = self.settings["format"]
+        return bool(chosen["overrides"]) or any(chosen[part]["bits"] != 16 for part in ("weight", "act", "kv"))
 
     @property
     def calibrates(self) -> bool:

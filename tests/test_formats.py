@@ -128,8 +128,8 @@ def test_snapped_values_are_representable(format):
     w, other = data(40, 128), 3 * data(40, 128, seed=1)
     scales = format.scales(w)
     for values in (w, other):  # other: what error feedback makes of w
-        blocks = format._split(values)
-        snapped = format._join(format.snap(blocks, *(t.unsqueeze(-1) for t in format.lattice(scales))), values.shape)
+        blocks = format.split(values)
+        snapped = format.join(format.snap(blocks, *(t.unsqueeze(-1) for t in format.lattice(scales))), values.shape)
         codes = format.encode(snapped, scales)
         identical(format.decode(codes, scales), snapped)
         identical(format.quantize(values, scales).dequantize(), snapped)
@@ -539,7 +539,7 @@ def test_mx_scale_rules():
         (lambda: KVCache(clip_k=0), "clip_k=0"),
         (lambda: KVCache(group_size=-2), "group_size=-2"),
         (lambda: Scheme(weight=NVFP4(role="activation")), "weight.role=activation"),
-        (lambda: Scheme(overrides={"down_proj": {"activation": None}}), "down_proj.activation"),
+        (lambda: Scheme(overrides={(0, "down_proj"): {"activation": None}}), "activation is not a part"),
         (lambda: NVFP4().fake(torch.zeros(2, 40)), "does not divide the width 40"),
     ],
 )
@@ -578,9 +578,10 @@ def test_cache_groups():
 
 def test_overrides_replace_one_part():
     eight = Integer(bits=8, granularity="token", role="activation")
-    overrides = {"down_proj": {"act": eight}, "lm_head": {"weight": None}}
+    overrides = {(1, "mlp.down_proj"): {"act": eight}, (0, "mlp.up_proj"): {"weight": None}}
     scheme = Scheme("w4a4", FORMATS["nvfp4"], FORMATS["nvfp4_token"], overrides=overrides)
-    assert scheme.part("act", "down_proj") is eight
-    assert scheme.part("weight", "down_proj") is scheme.weight
-    assert scheme.part("weight", "lm_head") is None
-    assert scheme.part("act", "q_proj") is scheme.act
+    assert scheme.part("act", 1, "mlp.down_proj") is eight
+    assert scheme.part("act", 0, "mlp.down_proj") is scheme.act
+    assert scheme.part("weight", 1, "mlp.down_proj") is scheme.weight
+    assert scheme.weights(0, ["mlp.up_proj", "mlp.down_proj"]) == {"mlp.down_proj": scheme.weight}
+    assert scheme.part("weight", None, "lm_head") is None, "the head is quantized by an override only"

@@ -11,8 +11,8 @@ FLOORS = [
     {"formats", "linalg", "config"},
     {"transforms", "solvers"},
     {"models", "calibration"},
-    {"evaluation", "tracking", "report", "store"},
-    {"plan", "components", "blockwise", "hints"},
+    {"evaluation", "export", "tracking", "report", "store"},
+    {"plan", "components", "overrides", "solved", "outside", "blockwise", "hints"},
     {"pipeline"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

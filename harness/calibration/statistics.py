@@ -39,6 +39,14 @@ class Statistics:
                 hi = lo + PANEL
                 self.hessian[lo:hi, :hi].addmm_(z[:, lo:hi].T, z[:, :hi])
 
+    def observe(self, x: Tensor, act, solver) -> None:
+        """Take in encoded activations [..., n] that will be quantized by `act`, as `solver` wants its Hessian."""
+        product_of = None
+        if self.hessian is not None and solver.hessian_input == "quantized" and act is not None:
+            # a static scale is not known before the last micro-batch; each one's own range stands in for it
+            product_of = act.fake(x, global_scale=act.global_from_amax(x.abs().amax()) if act.needs_static else None)
+        self.add(x, product_of)
+
     @property
     def sample(self) -> Tensor:
         """The kept rows [s, n], float32."""

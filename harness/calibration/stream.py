@@ -81,6 +81,13 @@ class Stream:
             args, _ = arguments_at(last, lambda x=x, context=context: module(x, **(context if branch.context else {})))
             yield kept.copy_(args[0])
 
+    def advance(self, block: nn.Module) -> None:
+        """Pass a whole block as it is."""
+        for branch in self.adapter.family.branches:
+            for _ in self.exit(block, branch):
+                pass
+            self.close(block, branch)
+
     def leave(self) -> Iterator[Tensor]:
         """What the output head reads, once all blocks are passed: the final norm's output, one micro-batch at a time."""
         norm = self.adapter.model.get_submodule(self.adapter.family.final_norm)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class Format(ABC):
     role: str = "weight"
 
     signed = False  # whether codes are two's complement integers
+    slack = 0.0  # steps beyond the least and greatest lattice point that still round to it without being clamped
     needs_static = False  # whether scales need a calibrated global_scale
 
     def __post_init__(self):
@@ -95,7 +96,7 @@ class Format(ABC):
                 f"{', '.join(map(str, dividing))} (or set {field.rpartition('.')[0] or 'the format'}.pad=zero)"
             )
 
-    def _split(self, x: Tensor) -> Tensor:
+    def split(self, x: Tensor) -> Tensor:
         """x [*lead, n] -> blocks [*lead, groups, group], a view where there is nothing to pad."""
         if self.granularity == "tensor":
             return x.reshape(*[1] * x.ndim, -1)
@@ -104,8 +105,8 @@ class Format(ABC):
             x = torch.nn.functional.pad(x, (0, -x.shape[-1] % group))
         return x.reshape(*x.shape[:-1], -1, group)
 
-    def _join(self, blocks: Tensor, shape: torch.Size) -> Tensor:
-        """Inverse of _split."""
+    def join(self, blocks: Tensor, shape: torch.Size) -> Tensor:
+        """Inverse of split."""
         if self.granularity == "tensor":
             return blocks.reshape(shape)
         return blocks.flatten(-2)[..., : shape[-1]]
@@ -130,7 +131,7 @@ class Format(ABC):
             bad = int((~torch.isfinite(x)).sum())
             raise DataError(f"{bad} of {x.numel()} values of a weight are NaN or Inf; mend or exclude it before quantizing")
         global_scale = self._global(x, global_scale)
-        return self._scales(self._split(x), global_scale, dtype or x.dtype)
+        return self._scales(self.split(x), global_scale, dtype or x.dtype)
 
     def global_from_amax(self, amax: Tensor) -> Tensor | None:
         """The global scale (float32 [1], or amax's shape from one dimension on) of a tensor whose max |x| is amax."""
@@ -163,16 +164,25 @@ class Format(ABC):
     def _decode(self, codes: Tensor, *lattice: Tensor) -> Tensor:
         """Lattice point of a code, elementwise."""
 
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The least and greatest lattice point of a format without zero point, in steps."""
+        raise NotImplementedError
+
+    def rescaled(self, scales: Scales, factor: Tensor) -> Scales:
+        """Stored scales times a positive factor [*lead, groups], rounded as they are stored; the global scale stays."""
+        return replace(scales, scale=(scales.scale * factor).to(scales.scale.dtype))
+
     def encode(self, x: Tensor, scales: Scales) -> Tensor:
         """Codes [*lead, n] (int8 or uint8) of x [*lead, n]."""
         dtype = self._element(x.dtype)
         lattice = (t.unsqueeze(-1) for t in self.lattice(scales, dtype))
-        return self._join(self._encode(self._split(x).to(dtype), *lattice), x.shape)
+        return self.join(self._encode(self.split(x).to(dtype), *lattice), x.shape)
 
     def decode(self, codes: Tensor, scales: Scales, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values [*lead, n] of codes [*lead, n], in dtype."""
         lattice = (t.unsqueeze(-1) for t in self.lattice(scales, self._element(dtype)))
-        return self._join(self._decode(self._split(codes), *lattice), codes.shape).to(dtype)
+        return self.join(self._decode(self.split(codes), *lattice), codes.shape).to(dtype)
 
     def quantize(
         self,
@@ -204,14 +214,14 @@ class Format(ABC):
         return out.view(x.shape)
 
     def _fake_rows(self, x: Tensor, global_scale: Tensor | None, out: Tensor) -> Tensor:
-        blocks = self._split(x)
+        blocks = self.split(x)
         work = blocks.to(self._element(x.dtype))
         scales = self._scales(work if work.dtype == self._compute(x.dtype) else blocks, global_scale, x.dtype)
         lattice = (t.unsqueeze(-1) for t in self.lattice(scales, work.dtype))
         if work.dtype == out.dtype and work.numel() == out.numel():
-            self.snap(work, *lattice, out=self._split(out))
+            self.snap(work, *lattice, out=self.split(out))
             return out
-        return out.copy_(self._join(self.snap(work, *lattice), x.shape))
+        return out.copy_(self.join(self.snap(work, *lattice), x.shape))
 
 
 def straight_through(x: Tensor, dq: Tensor) -> Tensor:

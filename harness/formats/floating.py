@@ -44,6 +44,10 @@ class Floating(Format):
     def grid(self) -> Grid:
         return E2M1
 
+    @property
+    def reach(self) -> tuple[float, float]:
+        return -self.grid.max, self.grid.max
+
     @abstractmethod
     def _store(self, peak: Tensor, a: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Scales:
         """Stored scales of groups with greatest magnitude `peak`; a = peak / grid.max, not rounded to a storage dtype."""

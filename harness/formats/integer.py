@@ -50,6 +50,8 @@ class Integer(Format):
     scale_dtype: str = "float32"
     degenerate: str = "auto"
 
+    slack = 0.5
+
     def __post_init__(self):
         super().__post_init__()
         integer("Integer: bits", self.bits)
@@ -83,6 +85,10 @@ class Integer(Format):
     @property
     def qmax(self) -> int:
         return 2 ** (self.bits - self.signed) - 1
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        return self.qmin, self.qmax
 
     # scales
 

@@ -65,6 +65,10 @@ class MX(Floating):
         k = k.clamp(0, NAN - 1).masked_fill(peak.isnan(), NAN)
         return Scales(k.to(torch.uint8))
 
+    def rescaled(self, scales: Scales, factor: Tensor) -> Scales:
+        code = (scales.scale + factor.log2().round()).clamp(0, NAN - 1)
+        return Scales(code.to(torch.uint8).where(scales.scale != NAN, NAN))
+
     def lattice(self, scales: Scales, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         """(2^(k - 127),), a third of it for mx_scale=fpquant."""
         scale = scales.scale.view(torch.float8_e8m0fnu).to(dtype)

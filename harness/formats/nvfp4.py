@@ -91,6 +91,10 @@ class NVFP4(Floating):
         u = torch.threshold(u, 2.0**-10, 0.125)  # half the least E4M3 number, a tie, rounds to 0
         return Scales(u.clamp(max=E4M3.max).to(torch.float8_e4m3fn), None, global_scale)
 
+    def rescaled(self, scales: Scales, factor: Tensor) -> Scales:
+        scale = E4M3.decode(scales.scale.view(torch.uint8)) * factor
+        return replace(scales, scale=scale.clamp(2.0**-9, E4M3.max).to(torch.float8_e4m3fn))
+
     # elements
 
     def _element(self, dtype: torch.dtype) -> torch.dtype:

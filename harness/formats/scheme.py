@@ -1,6 +1,6 @@
 """Scheme: which formats the tensors of a model take; what a file of conf/format describes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -69,24 +69,42 @@ class KVCache:
 class Scheme:
     """Formats of weights, activations and the KV cache; None leaves a part in the model's dtype.
 
-    overrides: role (down_proj, lm_head, ...) -> {weight and/or act: Format or None}; a part not named there is inherited.
+    overrides: {(block index, block-relative name): {weight and/or act: Format or None}} for single linears; a part not named
+    there is that of all. What stands outside the blocks (None, absolute name) is quantized by an override only.
     """
 
     name: str = "none"
     weight: Format | None = None
     act: Format | None = None
     kv: KVCache | None = None
-    overrides: Mapping[str, Mapping[str, Format | None]] = field(default_factory=dict)
+    overrides: Mapping[tuple[int | None, str], Mapping[str, Format | None]] = field(default_factory=dict)
 
     def __post_init__(self):
         for where, parts in (("format", {"weight": self.weight, "act": self.act}), *self.overrides.items()):
             for part, format in parts.items():
                 if part not in ("weight", "act"):
-                    raise ConfigError(f"format.overrides.{where}.{part} is not a part; choose weight or act")
+                    raise ConfigError(f"format.overrides: {where}.{part} is not a part; choose weight or act")
                 role = {"weight": "weight", "act": "activation"}[part]
                 if format is not None and format.role != role:
                     raise ConfigError(f"{where}.{part}.role={format.role} is not legal; set {where}.{part}.role={role}")
 
-    def part(self, name: str, role: str) -> Format | None:
-        """The format of part `name` (weight | act) for the linears of a role."""
-        return self.overrides.get(role, {}).get(name, getattr(self, name))
+    def part(self, name: str, layer: int | None, linear: str) -> Format | None:
+        """The format of part `name` (weight | act) of one linear."""
+        own = self.overrides.get((layer, linear), {})
+        if name in own:
+            return own[name]
+        return None if layer is None else getattr(self, name)
+
+    def weights(self, layer: int | None, linears: Iterable[str]) -> dict[str, Format]:
+        """{name: weight format} of those linears of a block that are quantized."""
+        formats = {name: self.part("weight", layer, name) for name in linears}
+        return {name: format for name, format in formats.items() if format is not None}
+
+    def any(self, name: str) -> bool:
+        """Whether part `name` (weight | act) of any linear is quantized."""
+        return any(part is not None for part in (getattr(self, name), *(x.get(name) for x in self.overrides.values())))
+
+    @property
+    def outside(self) -> bool:
+        """Whether anything outside the blocks is quantized."""
+        return any(part is not None for (layer, _), own in self.overrides.items() if layer is None for part in own.values())

@@ -31,6 +31,14 @@ def swap(adapter: Adapter) -> None:
                 block.set_submodule(name, _quant_linear(linear, shared))
 
 
+def swap_head(adapter: Adapter) -> QuantLinear:
+    """The same for the output head, untied first; found in place it is only returned."""
+    untie(adapter.model)
+    if not isinstance(adapter.head, QuantLinear):
+        adapter.model.set_submodule(adapter.family.head, _quant_linear(adapter.head, SiteInput(1)))
+    return adapter.head
+
+
 @torch.no_grad()
 def fuse_norms(adapter: Adapter) -> dict[tuple[int | None, str], Tensor]:
     """Untie the head, merge every norm's gamma into its readers in float64, and set it to one.
@@ -57,8 +65,8 @@ def place(adapter: Adapter, placement: Placement) -> None:
     head = placement.encoder(None, HEAD_SITE)
     if placement.residual is not None or head is not None:
         untie(adapter.model)
-    if head is not None and not isinstance(adapter.head, QuantLinear):
-        adapter.model.set_submodule(adapter.family.head, _quant_linear(adapter.head, SiteInput(1)))
+    if head is not None:
+        swap_head(adapter)
     attached = set()
     for name, role in adapter.roles.items():
         module = adapter.model.get_submodule(name)

@@ -1,7 +1,10 @@
 """Solvers turn transformed weights into QTensors. A new one is one file here and one in conf/solver."""
 
-from harness.solvers.base import Problem, Solution, Solver
+from harness.solvers.adascale import AdaScale
+from harness.solvers.awq import AWQ
+from harness.solvers.base import Block, Problem, Solution, Solver
 from harness.solvers.gptq import GPTQ
+from harness.solvers.minmax import MinMax
 from harness.solvers.rtn import RTN
 
-__all__ = ["GPTQ", "RTN", "Problem", "Solution", "Solver"]
+__all__ = ["AWQ", "GPTQ", "RTN", "AdaScale", "Block", "MinMax", "Problem", "Solution", "Solver"]

@@ -6,10 +6,10 @@ report of plain numbers (damping used, retries, fallbacks) and the pipeline tell
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -21,11 +21,13 @@ from harness.formats import Format, QTensor, Scales
 @dataclass(frozen=True)
 class Problem:
     """One site: `weights` {name: [out, in]} in model dtype, already transformed; `formats` {name: weight format};
-    `hessian` [in, in] float32 of what these weights read, or None when the solver did not ask for it."""
+    `hessian` [in, in] float32 of what these weights read, or None when the solver did not ask for it; `scales` {name: Scales}
+    where they are decided already."""
 
     weights: Mapping[str, Tensor]
     formats: Mapping[str, Format]
     hessian: Tensor | None = None
+    scales: Mapping[str, Scales] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,49 @@ class Solution:
     report: dict
 
 
+class Block(Protocol):
+    """One decoder block with the calibration activations before it, for solvers that look beyond one site. A micro-batch of
+    hidden states is [B, L, hidden]; `quantized[i]` came through the solved blocks, `original[i]` through untouched ones."""
+
+    weights: Mapping[str, Tensor]  # {name: [out, in]} of all linears, model dtype
+    formats: Mapping[str, Format]  # {name: weight format} of those to be quantized
+    sites: Mapping[str, tuple[str, ...]]  # {site: its linears} in the order of the forward
+    quantized: Sequence[Tensor]
+    original: Sequence[Tensor]
+    targets: Sequence[Tensor]  # what the untouched block makes of `original`
+    generator: torch.Generator  # for draws, seeded by the run and the block
+
+    def forward(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """The block's output for the hidden states of micro-batch `index`, with some weights replaced; differentiable."""
+
+    def inputs(self, site: str) -> Tensor:
+        """What a site reads of the first micro-batches, [tokens, n], in the unquantized block."""
+
+    def parent(self, site: str, weights: Mapping[str, Tensor], scale: Tensor | None = None) -> Tensor:
+        """What the module around a site (attention, MLP, or the last linear itself) makes of these inputs, with some weights
+        replaced; with a scale s [n], the site's activation is read as Q_a(x / s) s."""
+
+    def merge(self, site: str, scale: Tensor) -> None:
+        """Divide a site's activation by s [n] for good: 1/s into what feeds it, s into what reads it."""
+
+    def scalable(self, site: str) -> str:
+        """`free`: every feature may have a scale of its own; `shared`: query heads share those of their value head; `fixed`:
+        what feeds the site cannot take a scale."""
+
+    def share(self, site: str, values: Tensor) -> Tensor:
+        """values [n] averaged over the features that must share a scale."""
+
+    def stage(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
+        """A progress bar; yields `advance(note="")`."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Solver(ABC):
+class Solver:
     """(weights, statistics, format) -> QTensors. `needs` names the statistics wanted beyond the sample: {"hessian"}.
+
+    scope: `site` = `solve` sees one site at a time; `block` = `solve_block` sees a whole block. prepares: whether `prepare` is
+    to be called with each block before its sites are solved. encodings: the folder of the run that gets the integer weights'
+    encodings.
 
     sequencing: `sites` = later sites of a block see earlier ones quantized (true-sequential); `block` = one pass a block.
     hessian_input: `fp` = X E, `quantized` = Q(X E), the input as it will be read; `auto` = quantized where a trained decoder
@@ -47,6 +89,9 @@ class Solver(ABC):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    scope: ClassVar[str] = "site"
+    prepares: ClassVar[bool] = False
+    encodings: ClassVar[str | None] = None
 
     sequencing: str = "sites"
     hessian_input: str = "auto"
@@ -61,16 +106,39 @@ class Solver(ABC):
         """Refuse a weight format this solver cannot solve for (ConfigError); returns warnings."""
         return []
 
-    @abstractmethod
+    @property
+    def windows(self) -> int | None:
+        """Calibration windows in a micro-batch; None leaves that to the stream."""
+        return None
+
+    @property
+    def outside(self) -> Solver:
+        """Who solves the output head, which belongs to no block."""
+        return self
+
     def solve(self, problem: Problem) -> Solution:
         """The quantized weights of one site."""
+        raise NotImplementedError
+
+    def solve_block(self, block: Block) -> Solution:
+        """The quantized weights of one block."""
+        raise NotImplementedError
+
+    def prepare(self, block: Block) -> dict:
+        """Change a block, by `block.merge`, before its sites are solved; returns a report of plain numbers."""
+        raise NotImplementedError
 
     def static_scales(self, problem: Problem) -> dict[str, Scales]:
-        """Each weight's scales by its format's observer, from the weights as they are."""
+        """Each weight's scales by its format's observer, from the weights as they are, unless they are decided already.
+
+        A global scale is shared by the weights of the site whose format is the same."""
+        if problem.scales is not None:
+            return dict(problem.scales)
         scales = {}
         for name, weight in problem.weights.items():
             format = problem.formats[name]
-            peers = problem.weights.values() if self.fuse_global_scale else [weight]
+            alike = [problem.weights[other] for other, its in problem.formats.items() if its == format]
+            peers = alike if self.fuse_global_scale else [weight]
             amax = torch.stack([peer.abs().amax() for peer in peers]).amax()
             scales[name] = format.scales(weight, global_scale=format.global_from_amax(amax))
         return scales

@@ -82,7 +82,7 @@ class GPTQ(Solver):
         unit, damp = self._factor(hessian, dead, order)
         if unit is None:
             qtensors = {n: problem.formats[n].quantize(w, scales=scales[n]) for n, w in problem.weights.items()}
-            return Solution(qtensors, {"damp": None, "fallback": "rtn", "dead_columns": int(dead.sum())})
+            return Solution(qtensors, {"damp": None, "redamped": False, "fallback": "rtn", "dead_columns": int(dead.sum())})
 
         work = torch.cat([problem.weights[n] for n in names]).to(self._dtype).T.contiguous()
         work = work[order]
@@ -102,7 +102,8 @@ class GPTQ(Solver):
         for name, part in zip(names, solved.T.split(rows)):
             weight = problem.weights[name]
             qtensors[name] = problem.formats[name].quantize(part.to(weight.dtype).contiguous(), scales=lattice.stored(name))
-        return Solution(qtensors, {"damp": damp, "fallback": None, "dead_columns": int(dead.sum())})
+        report = {"damp": damp, "redamped": damp > self.damp, "fallback": None, "dead_columns": int(dead.sum())}
+        return Solution(qtensors, report)
 
     def _factor(self, hessian: Tensor, dead: Tensor, order: Tensor) -> tuple[Tensor | None, float | None]:
         """U of the damped, ordered Hessian with rows scaled to unit diagonal, and the damping that it took."""

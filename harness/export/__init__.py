@@ -1,0 +1,1 @@
+"""What leaves a run: encodings of its weights."""

@@ -1,0 +1,38 @@
+"""Encodings: every quantized weight's ranges and steps as plain JSON, one file a block.
+
+    [{"name", "bits", "symmetric", "axis", "group_size", "scale": [...], "offset": [...], "min": [...], "max": [...]}, ..]
+
+x = scale (q + offset), q from 0 to 2^bits - 1, so min = scale offset and max = scale (2^bits - 1 + offset). Values are listed
+channel after channel (axis 0; group after group inside a channel; axis null: one for the tensor). Integer formats only; a
+static activation range is not among them. Source: the fields of AIMET's encodings files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harness.formats import Integer, QTensor
+from harness.store import write_json
+
+
+def encoding(name: str, tensor: QTensor) -> dict:
+    """The encoding of one integer QTensor."""
+    format: Integer = tensor.format
+    scale = tensor.scales.scale.float()
+    zero = -float(format.qmin) if tensor.scales.zero is None else tensor.scales.zero - format.qmin
+    offset = -zero + 0 * scale
+    if format.zp == "float_offset":
+        offset = tensor.scales.zero / scale
+    low, high = scale * offset, scale * (2**format.bits - 1 + offset)
+    values = {"scale": scale, "offset": offset, "min": low, "max": high}
+    return {
+        "name": name, "bits": format.bits, "symmetric": format.symmetric, "axis": None if format.granularity == "tensor" else 0,
+        "group_size": format.group_size, **{key: value.flatten().tolist() for key, value in values.items()},
+    }
+
+
+def save_encodings(folder: Path, index: int, qtensors: dict[str, QTensor]) -> None:
+    """Write the encodings of one block's integer weights {name: QTensor} to folder/NNNN.json; nothing where there are none."""
+    found = [encoding(name, q) for name, q in qtensors.items() if isinstance(q.format, Integer)]
+    if found:
+        write_json(folder / f"{index:04d}.json", found)

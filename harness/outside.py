@@ -1,0 +1,93 @@
+"""What stands outside the blocks, where `format.overrides` quantizes it: the embedding to nearest, before anything else, and
+the output head by the solver, after the last block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from harness.calibration.statistics import Statistics
+from harness.calibration.stream import Stream
+from harness.formats import QTensor, Scheme
+from harness.models.families import Adapter
+from harness.models.load import untie
+from harness.models.prepare import swap_head
+from harness.models.quant_linear import QuantLinear
+from harness.solved import decibel, relative, stored, swap_in
+from harness.solvers import Problem, Solver
+from harness.store import Run
+from harness.transforms.placement import HEAD_SITE
+
+
+class Outside:
+    """The embedding and the head, where `format.overrides` quantizes them: one more block, after the last."""
+
+    def __init__(self, adapter: Adapter, scheme: Scheme, solver: Solver | None):
+        self.adapter, self.quantizes = adapter, scheme.outside
+        self.solver = None if solver is None else solver.outside
+        family = adapter.family
+        self.table = None if solver is None else scheme.part("weight", None, family.embedding)
+        self.weight = None if solver is None else scheme.part("weight", None, family.head)
+        self.act = scheme.part("act", None, family.head)
+        self.tensors: dict[str, Tensor] = {}
+        self.layers: list[dict] = []
+
+    def embed(self, run: Run) -> None:
+        """Untie, and round the embedding to nearest; it is the first thing a token meets."""
+        if not self.quantizes:
+            return
+        untie(self.adapter.model)
+        self.found = run.load_block(len(self.adapter.blocks))
+        if self.table is not None:
+            name = self.adapter.family.embedding
+            weight = self.adapter.model.get_submodule(name).weight
+            if self.found is not None:
+                quantized = stored(self.found[0], name, self.table, weight)
+            else:
+                quantized = self.table.quantize(weight.detach())
+                self.tensors |= {f"{name}.{key}": value for key, value in quantized.state().items()}
+                noise = relative(quantized.dequantize(), weight)
+                self.layers.append({"name": name, "sqnr_db": decibel(noise), "bits": quantized.bits(),
+                                    "weights": weight.numel(), "rel_error": noise})
+            weight.copy_(quantized.dequantize())
+
+    def finish(self, stream: Stream | None, run: Run) -> list[dict]:
+        """Solve the head, or install what was found; returns the report."""
+        name = self.adapter.family.head
+        if self.weight is not None or self.act is not None:
+            linear = swap_head(self.adapter)
+            if self.found is None:
+                qtensors, report, statistics = self._solve(linear, stream)
+                amax = statistics.amax
+            else:
+                amax = self.found[0][f"{HEAD_SITE}.amax"]
+                if self.weight is not None:
+                    linear.load(stored(self.found[0], name, self.weight, linear.weight).dequantize())
+            self.tensors[f"{HEAD_SITE}.amax"] = amax.reshape(1)
+            if self.act is not None and self.act.needs_static:
+                linear.site.global_scale = self.act.global_from_amax(amax.to(linear.weight).reshape(1))
+            if self.found is None:
+                read = self.act, linear.site.global_scale
+                reports = swap_in({name: linear}, {name: name}, qtensors, statistics, *read, counts=True)
+                self.layers.append(reports[name] | report)
+                for key, value in (qtensors[name].state() if qtensors else {}).items():
+                    self.tensors[f"{name}.{key}"] = value
+            linear.site.format = self.act
+        if self.found is not None:
+            return self.found[1]["layers"]
+        run.save_block(len(self.adapter.blocks), self.tensors, {"layers": self.layers})
+        return self.layers
+
+    def _solve(self, linear: QuantLinear, stream: Stream) -> tuple[dict[str, QTensor], Mapping, Statistics]:
+        needed = self.weight is not None and "hessian" in self.solver.needs
+        statistics = Statistics(linear.in_features, stream.tokens, linear.weight.device, needed)
+        for x in stream.leave():
+            statistics.observe(linear.site.encode(x), self.act, self.solver)
+        statistics.finish()
+        if self.weight is None:
+            return {}, {}, statistics
+        name = self.adapter.family.head
+        solution = self.solver.solve(Problem({name: linear.weight}, {name: self.weight}, statistics.hessian))
+        return solution.qtensors, solution.report, statistics

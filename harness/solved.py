@@ -1,0 +1,70 @@
+"""Solved weights: out of a block's file, into the model, and what they cost its output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from harness.calibration.statistics import Statistics
+from harness.formats import Format, QTensor, Scheme
+from harness.models.families import Adapter
+from harness.models.quant_linear import QuantLinear
+from harness.store import Run
+
+
+def swap_in(linears: Mapping[str, QuantLinear], names: Mapping[str, str], qtensors: Mapping[str, QTensor],
+            statistics: Statistics, act: Format | None, global_scale: Tensor | None, counts: bool) -> dict[str, dict]:
+    """Load the dequantized weights of one site; returns {linear: report} with the relative output error on the sample.
+
+    counts: report bits and weights of linears that stay float too.
+    """
+    sample, reports = statistics.sample, {}
+    read = sample if act is None else act.fake(sample, global_scale=global_scale)
+    for name, linear in linears.items():
+        report = reports[name] = {"name": names[name], "sqnr_db": None}
+        wanted = sample @ linear.weight.float().T
+        if name in qtensors:
+            values = qtensors[name].dequantize()
+            report["sqnr_db"] = decibel(relative(values, linear.weight))
+            linear.load(values)
+        if counts:
+            stored = qtensors[name].bits() if name in qtensors else 8 * linear.weight.element_size() * linear.weight.numel()
+            report |= {"bits": stored, "weights": linear.weight.numel()}
+        report["rel_error"] = relative(read @ linear.weight.float().T, wanted)
+    return reports
+
+
+def stored(tensors: Mapping[str, Tensor], name: str, format: Format, weight: Tensor) -> QTensor:
+    """The QTensor of one weight among a block's tensors, where the weight is."""
+    prefix = f"{name}."
+    state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    return QTensor.from_state(format, state, weight.shape, weight.dtype).to(weight.device)
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    """|got - wanted|^2 / |wanted|^2, a plain ratio."""
+    wanted = wanted.float()
+    return float((got.float() - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30))
+
+
+def decibel(noise: float) -> float | None:
+    """Signal to noise of a relative error; None where it has no finite value."""
+    return -10 * math.log10(noise) if 0 < noise < math.inf else None
+
+
+def solved(adapter: Adapter, scheme: Scheme, run: Run, index: int) -> dict[str, QTensor]:
+    """{absolute name: QTensor} of a solved block, or, one after the last, of what stands outside the blocks."""
+    found = run.load_block(index)
+    count, family = len(adapter.blocks), adapter.family
+    if found is None:
+        return {}
+    layer = index if index < count else None
+    names = [n for site in family.sites for n in site.linears] if layer is not None else [family.embedding, family.head]
+    qtensors = {}
+    for name, format in scheme.weights(layer, names).items():
+        absolute = name if layer is None else adapter.name(index, name)
+        if any(key.startswith(f"{name}.codes") for key in found[0]):
+            qtensors[absolute] = stored(found[0], name, format, adapter.model.get_submodule(absolute).weight)
+    return qtensors

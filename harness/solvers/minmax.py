@@ -1,0 +1,36 @@
+"""minmax: round to nearest on AIMET's symmetric grid, the baseline that AdaScale is measured against.
+
+    delta = max(M / Q, -m / (Q + 1)),     W <- delta clamp(RNE(W / delta), -Q - 1, Q)
+
+m, M: least and greatest weight of a channel (or group); positive and negative extremes are scaled separately, 8:7 at four bits.
+That is rtn with observer=minmax and, for symmetric integers, int_scale=aimet; other formats have one rule, which stays.
+Source: AIMET (qualcomm/aimet), its `tf`/min-max calibration of symmetric weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from harness.formats import Format, Integer
+from harness.solvers.base import Problem, Solution, Solver
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinMax(Solver):
+    """No statistics of the activations, and no search."""
+
+    encodings: ClassVar[str] = "min_max_encodings"
+
+    def solve(self, problem: Problem) -> Solution:
+        problem = replace(problem, formats={name: minmax(format) for name, format in problem.formats.items()})
+        scales = self.static_scales(problem)
+        qtensors = {n: problem.formats[n].quantize(w, scales=scales[n]) for n, w in problem.weights.items()}
+        return Solution(qtensors, report={})
+
+
+def minmax(format: Format) -> Format:
+    """The same grid, with scales from the extremes."""
+    if isinstance(format, Integer) and format.symmetric:
+        return replace(format, observer="minmax", int_scale="aimet")
+    return replace(format, observer="minmax")
