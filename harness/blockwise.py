@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,26 +32,30 @@ from harness.transforms import generator
 @torch.no_grad()
 def quantize(adapter: Adapter, scheme: Scheme, solver: Solver | None, windows: Tensor, run: Run,
              done: Callable[[int, list[dict]], None], seed: int = 0,
-             stage: Callable[[str, int], AbstractContextManager] = quiet) -> None:
+             stage: Callable[[str, int], AbstractContextManager] = quiet, folder: Path | None = None) -> None:
     """Solve every block of a placed model and switch its activation quantizers on.
 
     windows: calibration token ids [N, L]; solver None: only activation scales are taken. Solved blocks go to `run` and
     come from it when they are there. `done(index, layers)` is called after each block, and after what stands outside of them
-    where that is quantized, with the per-linear report. stage shows the progress inside a block.
+    where that is quantized, with the per-linear report. stage shows the progress inside a block. folder: where activations lie;
+    None: in memory.
     """
     count, outside = len(adapter.blocks), Outside(adapter, scheme, solver)
     missing = any(run.load_block(i) is None for i in range(count + outside.quantizes))
     outside.embed(run)
-    batch = {} if solver is None or solver.windows is None else {"tokens_at_once": solver.windows * windows.shape[1]}
-    stream = Stream(adapter, windows, **batch) if missing else None
-    original = Stream(adapter, windows, **batch) if missing and solver is not None and solver.scope == "block" else None
+    options = {"folder": folder}
+    if solver is not None and solver.windows is not None:
+        options["tokens_at_once"] = solver.windows * windows.shape[1]
+    stream = Stream(adapter, windows, **options) if missing else None
+    original = Stream(adapter, windows, **options) if missing and solver is not None and solver.scope == "block" else None
     for index in range(count):
         solved = _Block(adapter, scheme, solver, index, run.load_block(index))
-        if stream is not None:
-            view = BlockView(adapter, scheme, index, stream, generator(seed, "solver", index), stage)
-            solved.walk(stream, original, view)
-        else:
-            solved.install()
+        with adapter.open(index, write=True):
+            if stream is not None:
+                view = BlockView(adapter, scheme, index, stream, generator(seed, "solver", index), stage)
+                solved.walk(stream, original, view)
+            else:
+                solved.install()
         if solved.found is None:
             run.save_block(index, solved.tensors, {"layers": solved.layers})
         done(index, solved.layers)

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import math
 import resource
+import shutil
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -64,6 +65,7 @@ class _Execution:
 
     def __init__(self, plan: Plan, parts, store: Store, run: Run, reporter: Reporter):
         self.plan, self.parts, self.store, self.run, self.reporter = plan, parts, store, run, reporter
+        self.shelf, self.scratch = None, run.path / "scratch"
         if plan.settings["force"]:
             run.forget()
         self.metrics = {
@@ -88,6 +90,7 @@ class _Execution:
             if not isinstance(failure, Exception) or isinstance(failure, ConfigError | DataError):
                 raise
         finally:
+            shutil.rmtree(self.scratch, ignore_errors=True)
             self.metrics["peak_memory_mb"] = _peak_memory()
             self.run.save_metrics(self.metrics)
             self.run.set_status(status=self.metrics["status"])
@@ -110,7 +113,8 @@ class _Execution:
         with self._stage("load"):
             model, tokenizer = plan.model.load(device)
             assert_finite(model)
-            adapter = Adapter(model)
+            self.shelf = plan.model.shelf(model, self.scratch)
+            adapter = Adapter(model, self.shelf)
             chosen = plan.calibration
             text = plan.calibration_corpus.text("calibration")
             calibration = windows(tokenize(tokenizer, text), chosen.length, chosen.count, chosen.order, plan.settings["seed"])
@@ -217,7 +221,9 @@ class _Execution:
                 self.tracker.log(points, step=index)
                 advance(note)
 
-            blockwise.quantize(adapter, parts.scheme, parts.solver, calibration, self.run, done, plan.settings["seed"])
+            on_disk = plan.settings["data"]["calibration"]["activations"] == "disk"
+            blockwise.quantize(adapter, parts.scheme, parts.solver, calibration, self.run, done, plan.settings["seed"],
+                               folder=self.scratch if on_disk else None)
             if parts.solver is not None and parts.solver.encodings is not None:
                 for index in range(len(adapter.blocks) + outside):
                     qtensors = solved(adapter, parts.scheme, self.run, index)
@@ -247,13 +253,14 @@ class _Execution:
         self.metrics["stages"]["baseline"], self.metrics["seconds"]["baseline"] = known["stage"], known["seconds"]
 
     def _evaluate(self, stage: str, adapter) -> None:
-        from harness.evaluation.perplexity import perplexity, window_losses
+        from harness.evaluation.perplexity import perplexity, steps, window_losses
 
         result = {"ppl": {}, "tokens": 0}
-        total = sum(len(text) for text in self.texts.values())
+        streaming = self.plan.settings["eval"]["streaming"] or self.shelf is not None
+        total = sum(steps(adapter, text, streaming) for text in self.texts.values())
         with self._stage(stage), self.reporter.stage(f"evaluate {stage}", total) as advance:
             for corpus, text in self.texts.items():
-                losses = window_losses(adapter, text, self.amp, advance)
+                losses = window_losses(adapter, text, self.amp, advance, streaming)
                 result["ppl"][corpus] = perplexity(losses, text.shape[1])
                 result["tokens"] += text.numel()
         self.metrics["stages"][stage] = result

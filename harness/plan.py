@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.calibration.corpus import Corpus, Samples, TextFolder
-from harness.checks import integer, known_keys, one_of
+from harness.checks import boolean, integer, known_keys, one_of
 from harness.config import build, fingerprint, option
 from harness.errors import ConfigError, DataError
 
@@ -104,9 +104,11 @@ def make_plan(settings: dict, choices: Mapping[str, str | None]) -> Plan:
     """Build the torch-free parts of a run. Raises ConfigError or DataError."""
     data, chosen = settings["data"], settings["data"]["calibration"]
     known_keys("export.", settings["export"], ("name",))
-    known_keys("eval.", settings["eval"], ("name", "perplexity"))
+    known_keys("eval.", settings["eval"], ("name", "perplexity", "streaming"))
+    boolean("eval.streaming", settings["eval"]["streaming"])
     known_keys("format.", settings["format"], ("name", "weight", "act", "kv", "overrides"))
-    known_keys("data.calibration.", chosen, ("windows", "length", "order", "path"))
+    known_keys("data.calibration.", chosen, ("windows", "length", "order", "path", "activations"))
+    one_of("data.calibration.activations", chosen["activations"], ("memory", "disk"))
     corpus = _corpus(data)
     calibration = Windows(
         integer("data.calibration.windows", chosen["windows"]),

@@ -37,10 +37,10 @@ def swap_in(linears: Mapping[str, QuantLinear], names: Mapping[str, str], qtenso
 
 
 def stored(tensors: Mapping[str, Tensor], name: str, format: Format, weight: Tensor) -> QTensor:
-    """The QTensor of one weight among a block's tensors, where the weight is."""
+    """The QTensor of one weight among a block's tensors, where the weight is (on the CPU while that is not in memory)."""
     prefix = f"{name}."
     state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    return QTensor.from_state(format, state, weight.shape, weight.dtype).to(weight.device)
+    return QTensor.from_state(format, state, weight.shape, weight.dtype).to("cpu" if weight.is_meta else weight.device)
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
@@ -66,5 +66,6 @@ def solved(adapter: Adapter, scheme: Scheme, run: Run, index: int) -> dict[str, 
     for name, format in scheme.weights(layer, names).items():
         absolute = name if layer is None else adapter.name(index, name)
         if any(key.startswith(f"{name}.codes") for key in found[0]):
-            qtensors[absolute] = stored(found[0], name, format, adapter.model.get_submodule(absolute).weight)
+            weight = adapter.model.get_submodule(absolute).weight
+            qtensors[absolute] = stored(found[0], name, format, weight)
     return qtensors

@@ -9,8 +9,11 @@ the intermediate activations).
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from harness.models.families import Adapter, Branch
@@ -43,12 +46,13 @@ def arguments_at(module: nn.Module, run) -> tuple[tuple, dict]:
 class Stream:
     """Hidden states of all calibration windows [N, L, hidden], walked in micro-batches of at most `tokens_at_once` tokens.
 
-    What outlives a micro-batch lies in one allocation each, so that the temporaries between reuse the same memory.
+    What outlives a micro-batch lies in one allocation each, so that the temporaries between reuse the same memory; with a
+    `folder`, in files there, whose pages the system may drop and read again.
     """
 
-    def __init__(self, adapter: Adapter, windows: Tensor, tokens_at_once: int = 2048):
+    def __init__(self, adapter: Adapter, windows: Tensor, tokens_at_once: int = 2048, folder: Path | None = None):
         """windows: token ids [N, L]. Runs the embedding (and the rotary table) once."""
-        self.adapter = adapter
+        self.adapter, self._folder = adapter, folder
         self.tokens = windows.numel()
         self._batch = max(1, tokens_at_once // windows.shape[1])
         self.context: list[dict] = []
@@ -58,9 +62,17 @@ class Stream:
             kwargs = dict(kwargs)
             embedded = args[0] if args else kwargs.pop("hidden_states")
             if index == 0:
-                self._hidden = embedded.new_empty(*windows.shape, embedded.shape[-1])
+                self._hidden = self._room(embedded, embedded.shape[-1], windows.shape)
             self.hidden[index].copy_(embedded)
             self.context.append(kwargs)
+
+    def _room(self, like: Tensor, width: int, shape: torch.Size) -> Tensor:
+        """An empty [N, L, width] of like's dtype, in memory beside it or in a file."""
+        if self._folder is None or like.device.type != "cpu":
+            return like.new_empty(*shape, width)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self._folder) as file:  # mapped, it lives as long as the tensor and has no name
+            return torch.from_file(file.name, shared=True, size=shape.numel() * width, dtype=like.dtype).view(*shape, width)
 
     @property
     def hidden(self) -> tuple[Tensor, ...]:
@@ -76,7 +88,7 @@ class Stream:
     def exit(self, block: nn.Module, branch: Branch) -> Iterator[Tensor]:
         """What the branch's last linear is about to read, one micro-batch at a time; kept until `close`."""
         module, last = block.get_submodule(branch.module), block.get_submodule(branch.exit.linears[0])
-        self._read = self._hidden.new_empty(*self._hidden.shape[:2], last.in_features)
+        self._read = self._room(self._hidden, last.in_features, self._hidden.shape[:2])
         for context, x, kept in zip(self.context, self.entry(block, branch), self._read.split(self._batch)):
             args, _ = arguments_at(last, lambda x=x, context=context: module(x, **(context if branch.context else {})))
             yield kept.copy_(args[0])

@@ -36,7 +36,8 @@ class ModelSubject:
         self.train, self.held = (windows[:-held], windows[-held:]) if len(windows) > 1 else (windows, windows)
 
     def weight(self, layer: int, linear: str) -> Tensor:
-        return self.adapter.blocks[layer].get_submodule(linear).weight
+        with self.adapter.open(layer):
+            return self.adapter.blocks[layer].get_submodule(linear).weight
 
     @torch.no_grad()
     def observe(self, collector: Callable, sites: Iterable[str], title: str) -> dict:
@@ -44,15 +45,16 @@ class ModelSubject:
         stream = Stream(self.adapter, self.windows)
         with self.stage(title, len(self.adapter.blocks)) as advance:
             for layer, block in enumerate(self.adapter.blocks):
-                for branch in self.adapter.family.branches:
-                    for site, activations in ((branch.entry, stream.entry), (branch.exit, stream.exit)):
-                        kept = collector(layer, site.name, self.adapter.width(site)) if site.name in sites else None
-                        for x in activations(block, branch) if kept or site is branch.exit else ():
+                with self.adapter.open(layer):
+                    for branch in self.adapter.family.branches:
+                        for site, activations in ((branch.entry, stream.entry), (branch.exit, stream.exit)):
+                            kept = collector(layer, site.name, self.adapter.width(site)) if site.name in sites else None
+                            for x in activations(block, branch) if kept or site is branch.exit else ():
+                                if kept:
+                                    kept.add(x)
                             if kept:
-                                kept.add(x)
-                        if kept:
-                            found[layer, site.name] = kept.finish()
-                    stream.close(block, branch)
+                                found[layer, site.name] = kept.finish()
+                        stream.close(block, branch)
                 advance()
         if HEAD_SITE in sites:
             kept = collector(None, HEAD_SITE, self.adapter.head.weight.shape[1])

@@ -4,41 +4,67 @@
 
 Each window starts afresh, its first token is never a target, the tail that fills no window is dropped before (windows.py).
 Softmax in float32. Source: the GPTQ / QuaRot / SpinQuant / FP-Quant protocol.
+
+Streaming turns the loops around, all windows through one block before the next: the same arithmetic, with one block in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from harness.calibration.stream import Stream
 from harness.models.families import Adapter
 
 LOGITS_AT_ONCE = 256  # tokens whose logits are held at a time; a vocabulary of 150,000 makes that 150 MB
 
 
 @torch.no_grad()
-def window_losses(adapter: Adapter, windows: Tensor, amp: torch.dtype | None = None,
-                  advance: Callable[[], None] = lambda: None) -> Tensor:
+def window_losses(adapter: Adapter, windows: Tensor, amp: torch.dtype | None = None, advance: Callable[[], None] = lambda: None,
+                  streaming: bool = False) -> Tensor:
     """Summed next-token loss of each window, float64 [W], in nats.
 
-    windows: token ids [W, L]; amp: autocast dtype of the forward; advance: called after each window.
+    windows: token ids [W, L]; amp: autocast dtype of the forward; advance: called `steps` times; streaming: block by block.
     """
     device = adapter.device
-    losses = []
-    for window in windows:
-        ids = window.to(device)[None]
-        with torch.autocast(device.type, dtype=amp) if amp is not None else nullcontext():
-            hidden = adapter.backbone(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+    with torch.autocast(device.type, dtype=amp) if amp is not None else nullcontext():
+        passed = _by_block(adapter, windows, advance) if streaming else _by_window(adapter, windows, advance)
+        losses = []
+        for hidden, window in zip(passed, windows):
+            ids = window.to(device)
             loss = torch.zeros((), dtype=torch.float64, device=device)
-            for states, targets in zip(hidden.split(LOGITS_AT_ONCE), ids[0, 1:].split(LOGITS_AT_ONCE)):
+            for states, targets in zip(hidden[:-1].split(LOGITS_AT_ONCE), ids[1:].split(LOGITS_AT_ONCE)):
                 logits = adapter.head(states).float()
                 loss += nn.functional.cross_entropy(logits, targets, reduction="none").double().sum()
-        losses.append(loss.cpu())
-        advance()
+            losses.append(loss.cpu())
     return torch.stack(losses)
+
+
+def steps(adapter: Adapter, windows: Tensor, streaming: bool) -> int:
+    """How often `window_losses` calls advance."""
+    return len(adapter.blocks) if streaming else len(windows)
+
+
+def _by_window(adapter: Adapter, windows: Tensor, advance: Callable[[], None]) -> Iterator[Tensor]:
+    """Final hidden states [L, hidden], window by window."""
+    for window in windows:
+        yield adapter.backbone(input_ids=window.to(adapter.device)[None], use_cache=False).last_hidden_state[0]
+        advance()
+
+
+def _by_block(adapter: Adapter, windows: Tensor, advance: Callable[[], None]) -> Iterator[Tensor]:
+    """The same, all windows through one block before the next."""
+    stream = Stream(adapter, windows, tokens_at_once=windows.shape[1])
+    for index, block in enumerate(adapter.blocks):
+        with adapter.open(index):
+            for hidden, context in zip(stream.hidden, stream.context):
+                hidden.copy_(block(hidden, **context))
+        advance()
+    for hidden in stream.leave():
+        yield hidden[0]
 
 
 def perplexity(losses: Tensor, length: int) -> float:

@@ -8,6 +8,7 @@ linear of the branch). Nothing else of the project knows a module name.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -141,8 +142,9 @@ def family_of(kind: str | None) -> Family:
 class Adapter:
     """A loaded model seen through its family: blocks, branches, sites and the linears at them."""
 
-    def __init__(self, model):
-        self.model = model
+    def __init__(self, model, shelf=None):
+        """shelf: where the blocks are while they are not in use (models/shelf.py); None: all are in memory."""
+        self.model, self.shelf = model, shelf
         self.family = family_of(model.config.model_type)
         self.roles = self.family.roles(model.config.to_dict())
 
@@ -165,6 +167,10 @@ class Adapter:
     def head(self):
         """The output projection: hidden states -> logits."""
         return self.model.get_submodule(self.family.head)
+
+    def open(self, layer: int | None, write: bool = False) -> AbstractContextManager:
+        """Within it the weights of block `layer` are in memory; write: changes to them last. None is outside the blocks."""
+        return nullcontext() if self.shelf is None or layer is None else self.shelf.open(layer, write)
 
     def name(self, index: int, linear: str) -> str:
         """The absolute name of a block-relative module."""

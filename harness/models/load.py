@@ -59,6 +59,11 @@ class ModelSource:
         """(model, tokenizer): evaluation mode, `use_cache=False`, the dtype asked for, on `device`."""
         raise NotImplementedError
 
+    def shelf(self, model, scratch: Path):
+        """Where the blocks of a loaded model are while they are not in use; None: in memory. scratch: folder for changed
+        ones."""
+        return None
+
     def fingerprint(self) -> str:
         """A short string that names the weights. The dtype is a setting and is not part of it."""
         raise NotImplementedError
@@ -73,15 +78,19 @@ class ModelSource:
 class Hub(ModelSource):
     """A hub repository or a local folder in the same layout (config.json, tokenizer files, *.safetensors).
 
-    A repository that is already in the local cache is used from there, without asking the hub.
+    A repository that is already in the local cache is used from there, without asking the hub. weights: memory, or disk = each
+    block is read when it is used and dropped again.
     """
 
     path: str | None = None
     revision: str | None = None
+    weights: str = "memory"
 
     def __post_init__(self):
         super().__post_init__()
         self.name = self.name or Path(self.path or "hf").name
+        if self.weights not in ("memory", "disk"):
+            raise ConfigError(f"model.weights={self.weights}: choose memory or disk")
 
     def check(self) -> None:
         if self._folder is not None:
@@ -107,12 +116,43 @@ class Hub(ModelSource):
         dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
         with self._explained():
             tokenizer = AutoTokenizer.from_pretrained(**self._origin())
+            if self.weights == "disk":
+                return self._skeleton(device), tokenizer
             model, report = AutoModelForCausalLM.from_pretrained(
                 dtype=dtype, use_safetensors=True, output_loading_info=True, **self._origin()
             )
         if report["missing_keys"]:  # transformers would go on with random numbers in their place
             raise DataError(f"model.path={self.path} lacks the weights {', '.join(sorted(report['missing_keys'])[:4])}")
         return self.ready(model, device), tokenizer
+
+    def _skeleton(self, device):
+        import torch
+        from transformers import AutoConfig
+
+        from harness.models.shelf import shards, skeleton
+
+        config = AutoConfig.from_pretrained(**self._origin())
+        dtype = (config.dtype or torch.float32) if self.dtype == "auto" else getattr(torch, self.dtype)
+        config.use_cache = False
+        return skeleton(config, shards(self._files()), dtype, device).eval()
+
+    def shelf(self, model, scratch: Path):
+        from harness.models.families import Adapter
+        from harness.models.shelf import Shelf, shards
+
+        if self.weights == "memory":
+            return None
+        adapter = Adapter(model)
+        return Shelf(adapter.blocks, adapter.family.blocks, shards(self._files()), scratch, model.dtype, adapter.device)
+
+    def _files(self) -> Path:
+        """The folder with the weight files."""
+        from huggingface_hub import snapshot_download
+
+        if self._folder is not None:
+            return self._folder
+        wanted = ["*.safetensors", "*.safetensors.index.json"]
+        return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=wanted))
 
     def fingerprint(self) -> str:
         if self._folder is None:
@@ -231,11 +271,17 @@ def untie(model) -> bool:
 
 
 def assert_finite(model) -> None:
-    """Raise DataError naming the first parameter or buffer that holds NaN or an infinity."""
+    """Raise DataError naming the first parameter or buffer in memory that holds NaN or an infinity."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            count = int((~tensor.isfinite()).sum())
-            raise DataError(f"the model's weight {name} holds {count} values that are NaN or infinite; the file is damaged")
+        if not tensor.is_meta:
+            refuse_nonfinite(name, tensor)
+
+
+def refuse_nonfinite(name: str, tensor) -> None:
+    """Raise DataError if a model's tensor holds NaN or an infinity."""
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        count = int((~tensor.isfinite()).sum())
+        raise DataError(f"the model's weight {name} holds {count} values that are NaN or infinite; the file is damaged")
 
 
 def _first_line(error: Exception) -> str:

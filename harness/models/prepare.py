@@ -10,6 +10,9 @@ Source: QuaRot (arXiv 2404.00456) section 4, without its LayerNorm leftover.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +20,7 @@ from harness.models.attention import attach
 from harness.models.families import Adapter
 from harness.models.load import untie
 from harness.models.quant_linear import QuantLinear, SiteInput
-from harness.transforms import Chain, Codec, Placement, fold
+from harness.transforms import Chain, Codec, Placement, Role, fold
 from harness.transforms.placement import HEAD_SITE
 
 
@@ -47,15 +50,17 @@ def fuse_norms(adapter: Adapter) -> dict[tuple[int | None, str], Tensor]:
     """
     untie(adapter.model)
     gains = {}
-    for name, role in adapter.roles.items():
-        if role.kind == "norm":
-            gamma = adapter.model.get_submodule(name).weight
-            gains[role.layer, role.writes] = gamma.detach().double().clone()
-            for reader, other in adapter.roles.items():
-                if other.reads == role.writes and other.layer == role.layer:
-                    weight = adapter.model.get_submodule(reader).weight
-                    weight.copy_(weight.double() * gamma.double())
-            gamma.fill_(1)
+    for layer, roles in _by_layer(adapter):
+        with adapter.open(layer, write=True):
+            for name, role in roles.items():
+                if role.kind == "norm":
+                    gamma = adapter.model.get_submodule(name).weight
+                    gains[role.layer, role.writes] = gamma.detach().double().clone()
+                    for reader, other in roles.items():
+                        if other.reads == role.writes:
+                            weight = adapter.model.get_submodule(reader).weight
+                            weight.copy_(weight.double() * gamma.double())
+                    gamma.fill_(1)
     return gains
 
 
@@ -67,15 +72,18 @@ def place(adapter: Adapter, placement: Placement) -> None:
         untie(adapter.model)
     if head is not None:
         swap_head(adapter)
+    for layer, roles in _by_layer(adapter):
+        changed = [name for name, role in roles.items() if placement.reading(role) or placement.writing(role)]
+        with adapter.open(layer, write=True) if changed else nullcontext():
+            for name in changed:
+                for part in ("weight", "bias"):
+                    tensor = getattr(adapter.model.get_submodule(name), part, None)
+                    if tensor is not None:
+                        key = f"{name}.{part}"
+                        tensor.copy_(fold({key: tensor.double()}, placement, roles)[key])
     attached = set()
     for name, role in adapter.roles.items():
         module = adapter.model.get_submodule(name)
-        if placement.reading(role) is not None or placement.writing(role) is not None:
-            for part in ("weight", "bias"):
-                tensor = getattr(module, part, None)
-                if tensor is not None:
-                    key = f"{name}.{part}"
-                    tensor.copy_(fold({key: tensor.double()}, placement, adapter.roles)[key])
         codec = placement.encoder(role.layer, role.reads) if role.kind == "linear" else None
         if codec is not None and module.site not in attached:
             attached.add(module.site)
@@ -85,6 +93,14 @@ def place(adapter: Adapter, placement: Placement) -> None:
         codec = _ready(placement.query_key, adapter)
         for heads in attach(adapter):
             heads.codec = codec
+
+
+def _by_layer(adapter: Adapter) -> Iterator[tuple[int | None, dict[str, Role]]]:
+    """(block or None, {name: role} of what stands there)."""
+    layers: dict[int | None, dict[str, Role]] = {}
+    for name, role in adapter.roles.items():
+        layers.setdefault(role.layer, {})[name] = role
+    yield from layers.items()
 
 
 def _ready(codec: Codec, adapter: Adapter) -> Codec:

@@ -1,0 +1,143 @@
+"""Models larger than memory: the decoder blocks stay in their safetensors files, and only those in use are in memory.
+
+`skeleton` builds a model whose blocks have no storage; embedding, norms outside the blocks and head are read. A `Shelf` takes a
+block down while it is `open` (a forward of the block opens it by itself) and drops its tensors afterwards. Changed blocks
+(merged transforms, quantized weights) are written to a scratch folder first and read from there the next time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from harness.errors import DataError
+from harness.models.load import refuse_nonfinite
+
+
+def shards(folder: Path) -> dict[str, Path]:
+    """{tensor name: file} of a folder of safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {name: folder / file for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
+def read(names: Mapping[str, Path], dtype: torch.dtype, device) -> dict[str, Tensor]:
+    """Those tensors in memory of their own, so that no file stays mapped. Raises DataError for one that is not finite."""
+    tensors = {}
+    for path in dict.fromkeys(names.values()):
+        with safe_open(path, "pt") as file:
+            for name, where in names.items():
+                if where == path:
+                    tensor = file.get_tensor(name)
+                    tensors[name] = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+                    refuse_nonfinite(name, tensors[name])
+    return tensors
+
+
+def skeleton(config, files: Mapping[str, Path], dtype: torch.dtype, device) -> nn.Module:
+    """A model of that config with everything but its blocks' weights read. Raises DataError for a missing tensor."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    blocks = f"{model.base_model_prefix}.layers."
+    for name, module in list(model.named_modules()):  # what is computed from the config, not stored: the rotary table
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            model.set_submodule(name, type(module)(config=config).to(device))
+    tied = config.tie_word_embeddings
+    wanted = {name for name, _ in model.named_parameters() if not name.startswith(blocks)}
+    missing = [name for name, _ in model.named_parameters() if name not in files]
+    if missing:
+        raise DataError(f"the model's files lack the weights {', '.join(sorted(missing)[:4])}")
+    for name, tensor in read({name: files[name] for name in wanted}, dtype, device).items():
+        assign(model, name, tensor)
+    if tied:
+        model.tie_weights()
+    return model
+
+
+def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in place of a parameter or buffer."""
+    owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+class Shelf:
+    """The blocks of a skeleton. files: {absolute name: file}; prefix: of the blocks' names; scratch: folder for changed ones,
+    emptied at once and by `close`."""
+
+    def __init__(self, blocks: nn.ModuleList, prefix: str, files: Mapping[str, Path], scratch: Path, dtype: torch.dtype, device):
+        self.blocks, self.scratch, self.dtype, self.device = blocks, scratch, dtype, device
+        self.files = []
+        for index in range(len(blocks)):
+            start = f"{prefix}.{index}."
+            self.files.append({name: path for name, path in files.items() if name.startswith(start)})
+        self.prefix = prefix
+        self._users = [0] * len(blocks)
+        self.close()
+        for index, block in enumerate(blocks):
+            block.register_forward_pre_hook(lambda *_, index=index: self._take(index))
+            block.register_forward_hook(lambda *_, index=index: self._put_back(index), always_call=True)
+
+    def close(self) -> None:
+        """Remove the scratch folder."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    @contextmanager
+    def open(self, index: int, write: bool = False) -> Iterator[None]:
+        """Within it block `index` is in memory; write: keep what was changed."""
+        self._take(index)
+        try:
+            yield
+            if write:
+                self._save(index)
+        finally:
+            self._put_back(index)
+
+    def _take(self, index: int) -> None:
+        self._users[index] += 1
+        if self._users[index] > 1:
+            return
+        start, changed = f"{self.prefix}.{index}.", self._changed(index)
+        files = dict.fromkeys(self.files[index], changed) if changed.is_file() else self.files[index]
+        for name, tensor in read(files, self.dtype, self.device).items():
+            assign(self.blocks[index], name.removeprefix(start), tensor)
+
+    def _put_back(self, index: int) -> None:
+        self._users[index] -= 1
+        if self._users[index] == 0:
+            for name, tensor in self._tensors(index).items():
+                assign(self.blocks[index], name, tensor.to("meta"))
+
+    def _save(self, index: int) -> None:
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        start = f"{self.prefix}.{index}."
+        save_file({start + name: tensor.contiguous() for name, tensor in self._tensors(index).items()}, self._changed(index))
+
+    def _tensors(self, index: int) -> dict[str, Tensor]:
+        """{block-relative name: tensor} of what the files hold, as it is now."""
+        found = {}
+        for absolute in self.files[index]:
+            name = absolute.removeprefix(f"{self.prefix}.{index}.")
+            owner, _, leaf = name.rpartition(".")
+            found[name] = getattr(self.blocks[index].get_submodule(owner), leaf).detach()
+        return found
+
+    def _changed(self, index: int) -> Path:
+        return self.scratch / f"{index:04d}.safetensors"
