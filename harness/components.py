@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from harness.allocation import auto_of
 from harness.checks import known_keys, names, one_of
 from harness.config import build
 from harness.errors import ConfigError
@@ -27,9 +28,10 @@ from harness.transforms.smoothquant import NORM_SITES, PRODUCT_SITES, SmoothQuan
 @dataclass(frozen=True)
 class Components:
     """What works on weights: formats, the transforms to place one after the other, solver (None: weights stay); the tracker;
-    what their combination warns of."""
+    what their combination warns of. auto: how the weights' formats are to be allocated, if at all."""
 
     scheme: object
+    auto: object
     transforms: list
     solver: object
     context: object
@@ -45,6 +47,10 @@ def components(plan: Plan) -> Components:
     family = family_of(facts.get("model_type"))
     parts = {part: build(settings["format"][part], f"format.{part}") for part in ("weight", "act", "kv")}
     scheme = Scheme(**parts, overrides=resolve(settings["format"], family, facts["num_hidden_layers"]))
+    auto = auto_of(settings["format"]["auto"])
+    if auto is not None and scheme.weight is None:
+        raise ConfigError("format.auto with format.weight.bits=16: there is nothing to allocate; set format.weight, or "
+                          "format.auto=null.")
     solver = build(unnamed(settings["solver"]), "solver") if settings["solver"]["_target_"] else None
     transforms = transforms_of(settings["transform"])
     learned = [t for t in transforms if t.learned]
@@ -72,6 +78,9 @@ def components(plan: Plan) -> Components:
             part = getattr(scheme, role)
             if part is not None:
                 part.check(width, f"format.{role}.group_size", site)
+    for name, format in ({} if auto is None else auto.candidates).items():
+        for site, width in widths.items():
+            format.check(width, f"format.auto.candidates.{name}.group_size", site)
     readers = {name: site.name for site in family.sites for name in site.linears}
     for (layer, name), own in scheme.overrides.items():
         width = facts["hidden_size"] if layer is None else widths[readers[name]]
@@ -84,7 +93,8 @@ def components(plan: Plan) -> Components:
     warnings = [warning for transform in transforms for warning in transform.check(context)]
     _check_file(settings["transform"], learned, context, plan)
     if solver is not None:
-        formats = [scheme.weight, *(own.get("weight") for own in scheme.overrides.values())]
+        candidates = [] if auto is None else auto.candidates.values()
+        formats = [scheme.weight, *candidates, *(own.get("weight") for own in scheme.overrides.values())]
         for format in {format for format in formats if format is not None}:
             warnings += solver.check(format)
         if solver.hessian_input == "auto":
@@ -95,7 +105,7 @@ def components(plan: Plan) -> Components:
                 f"solver.hessian_input=quantized with solver={name} and format.act.bits={settings['format']['act']['bits']}: "
                 "there is no Hessian of quantized activations; set solver.hessian_input=fp."
             )
-    return Components(scheme, transforms, solver, context, build(settings["tracking"], "tracking"), warnings)
+    return Components(scheme, auto, transforms, solver, context, build(settings["tracking"], "tracking"), warnings)
 
 
 def transforms_of(section: Mapping) -> list:

@@ -16,7 +16,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import store as records
@@ -133,6 +133,8 @@ class _Execution:
         if inexact or (changed and not plan.quantizes):
             self._evaluate("transformed", adapter)
         if plan.quantizes:
+            if parts.auto is not None:
+                parts = self.parts = replace(parts, scheme=self._allocate(adapter, calibration))
             if parts.scheme.any("weight") or parts.scheme.any("act"):
                 self._quantize(blockwise, adapter, calibration)
             if parts.scheme.kv is not None:
@@ -197,6 +199,28 @@ class _Execution:
         if section["save"] is not None:
             file.save(Path(section["save"]), placement, facts)
         return placement
+
+    def _allocate(self, adapter, calibration):
+        """The scheme with every linear's weight format chosen by measured sensitivity; what it chose stands in the notes."""
+        from harness.allocation import allocate, sensitivities
+
+        auto, scheme = self.parts.auto, self.parts.scheme
+        path = self.store.shared("sensitivities", self.plan.allocation_id())
+        with self._stage("allocate"), records.locked(path.with_suffix(".lock"), wait=True):
+            rows = None if self.plan.settings["force"] else records.read_json(path)
+            if rows is None:
+                with self.reporter.stage("sensitivities", len(adapter.blocks)) as advance:
+                    rows = sensitivities(adapter, auto, calibration, advance)
+                records.write_json(path, rows)
+        overrides = {where: dict(own) for where, own in scheme.overrides.items()}
+        rows = [row for row in rows if "weight" not in overrides.get((row["layer"], row["name"]), {})]  # those are decided
+        chosen = allocate(rows, auto.bits_per_weight)
+        for row, name in zip(rows, chosen):
+            overrides.setdefault((row["layer"], row["name"]), {})["weight"] = auto.candidates[name]
+        self.metrics["notes"]["allocation"] = {name: chosen.count(name) for name in auto.candidates}
+        table = [{"name": adapter.name(row["layer"], row["name"]), "format": name} for row, name in zip(rows, chosen)]
+        self.tracker.table("allocation", table)
+        return replace(scheme, overrides=overrides)
 
     def _quantize(self, blockwise, adapter, calibration) -> None:
         from harness.export.encodings import save_encodings

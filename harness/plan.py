@@ -74,6 +74,13 @@ class Plan:
         own = {key: value for key, value in self._transform().items() if key != "name"}
         return fingerprint(model, own, part, formats, text, chosen["seed"])
 
+    def allocation_id(self) -> str:
+        """The key of what format=auto chooses; the solver never changes it."""
+        chosen = self.settings
+        model = [self.model.fingerprint(), chosen["model"]["dtype"], _device_kind(chosen["device"])]
+        text = [self.calibration_corpus.fingerprint("calibration"), vars(self.calibration)]
+        return fingerprint(model, self._transform(), chosen["format"], text, chosen["seed"])
+
     def _transform(self) -> dict:
         """The transform's settings as far as they change a number: not where its matrices go, and what is in a file read."""
         chosen = {key: value for key, value in self.settings["transform"].items() if key != "save"}
@@ -106,7 +113,7 @@ def make_plan(settings: dict, choices: Mapping[str, str | None]) -> Plan:
     known_keys("export.", settings["export"], ("name",))
     known_keys("eval.", settings["eval"], ("name", "perplexity", "streaming"))
     boolean("eval.streaming", settings["eval"]["streaming"])
-    known_keys("format.", settings["format"], ("name", "weight", "act", "kv", "overrides"))
+    known_keys("format.", settings["format"], ("name", "weight", "act", "kv", "overrides", "auto"))
     known_keys("data.calibration.", chosen, ("windows", "length", "order", "path", "activations"))
     one_of("data.calibration.activations", chosen["activations"], ("memory", "disk"))
     corpus = _corpus(data)

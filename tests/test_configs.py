@@ -31,7 +31,7 @@ def test_option_builds(group, name):
     if (group, name) == ("solver", "none"):
         assert settings == {"_target_": None}
     elif group == "format":
-        parts = build(settings, group)
+        parts = {part: build(settings[part], group) for part in ("weight", "act", "kv")}
         on = {part for part, format in parts.items() if format}
         assert on == (set() if name == "none" else {"weight", "act", *(["kv"] if "kv" in name else [])})
     elif group == "transform":

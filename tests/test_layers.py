@@ -12,7 +12,7 @@ FLOORS = [
     {"transforms", "solvers"},
     {"models", "calibration"},
     {"evaluation", "export", "tracking", "report", "store"},
-    {"plan", "components", "overrides", "solved", "outside", "blockwise", "hints"},
+    {"plan", "components", "allocation", "overrides", "solved", "outside", "blockwise", "hints"},
     {"pipeline"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

@@ -48,8 +48,9 @@ def test_the_same_numbers_from_disk(tmp_path, folder, transform):
 def test_calibration_activations_on_disk(tmp_path):
     outcomes = []
     for place in ("memory", "disk"):
-        cfg, choices = small(tmp_path / place, "solver=adascale", "solver.iterations=2",
-        f"data.calibration.activations={place}") outcomes.append(execute(cfg, choices))
+        settings = ["solver=adascale", "solver.iterations=2", f"data.calibration.activations={place}"]
+        cfg, choices = small(tmp_path / place, *settings)
+        outcomes.append(execute(cfg, choices))
     assert outcomes[0].metrics["stages"] == outcomes[1].metrics["stages"]
     assert outcomes[0].metrics["run_id"] == outcomes[1].metrics["run_id"]
     assert not (outcomes[1].run.path / "scratch").exists()

@@ -82,7 +82,8 @@ class Shelf:
     """The blocks of a skeleton. files: {absolute name: file}; prefix: of the blocks' names; scratch: folder for changed ones,
     emptied at once and by `close`."""
 
-    def __init__(self, blocks: nn.ModuleList, prefix: str, files: Mapping[str, Path], scratch: Path, dtype: torch.dtype, device):
+    def __init__(self, blocks: nn.ModuleList, prefix: str, files: Mapping[str, Path], scratch: Path, dtype: torch.dtype,
+                 device: torch.device):
         self.blocks, self.scratch, self.dtype, self.device = blocks, scratch, dtype, device
         self.files = []
         for index in range(len(blocks)):

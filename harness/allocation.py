@@ -1,0 +1,112 @@
+"""format=auto: each linear of the blocks takes one of the candidate formats, with the least sum of errors a budget allows.
+
+    min sum_l e_l(f_l)   s.t.  sum_l bits_l(f_l) <= budget sum_l weights_l
+    e_l(f) = tr((W - Q_f(W)) H (W - Q_f(W))^T) / tr(W H W^T)
+
+H: the Hessian of what linear l reads in the unquantized (but transformed) model; e is its relative output error under round to
+nearest. Bits count codes, scales, zero points. A sum of relative errors is what perplexity follows to first order (HIGGS,
+arXiv 2411.17525, with all coefficients one). The integer program has one choice a linear and one budget; HiGHS solves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.calibration.statistics import Statistics
+from harness.calibration.stream import Stream
+from harness.checks import known_keys, number
+from harness.config import build, option
+from harness.errors import ConfigError
+from harness.formats import Format
+from harness.models.families import Adapter
+
+
+@dataclass(frozen=True)
+class Auto:
+    """bits_per_weight: the budget, scales and zero points counted, over the quantized linears of the blocks; candidates: {name:
+    weight format}."""
+
+    bits_per_weight: float
+    candidates: Mapping[str, Format]
+
+
+def auto_of(section: Mapping | None) -> Auto | None:
+    """From `format.auto`; None where it is off. A candidate is an option of conf/format, or intN: that of int4 with N bits."""
+    if section is None:
+        return None
+    known_keys("format.auto.", section, ("bits_per_weight", "candidates"))
+    names = section["candidates"]
+    if not isinstance(names, list) or len(names) < 2 or len(set(names)) != len(names):
+        raise ConfigError(f"format.auto.candidates={names}: needs a list of at least two formats, each once.")
+    candidates = {}
+    for name in names:
+        stem, bits = str(name)[:3], str(name)[3:]
+        if stem == "int" and bits.isdigit():
+            chosen = option("format", "int4")["weight"] | {"bits": int(bits)}
+        else:
+            chosen = option("format", name)["weight"]
+        candidates[name] = build(chosen, f"format.auto.candidates.{name}")
+        if candidates[name] is None:
+            raise ConfigError(f"format.auto.candidates: {name} quantizes no weights; leave it out.")
+    return Auto(number("format.auto.bits_per_weight", section["bits_per_weight"], 1, 16), candidates)
+
+
+@torch.no_grad()
+def sensitivities(adapter: Adapter, auto: Auto, windows: Tensor, advance: Callable[[], None]) -> list[dict]:
+    """[{"layer", "name", "weights", "errors": {candidate: e}, "bits": {candidate: stored bits}}], block after block.
+
+    windows: calibration token ids [N, L]; advance: called after each block.
+    """
+    rows, stream = [], Stream(adapter, windows)
+    for layer, block in enumerate(adapter.blocks):
+        with adapter.open(layer):
+            for branch in adapter.family.branches:
+                for site, activations in ((branch.entry, stream.entry), (branch.exit, stream.exit)):
+                    shared = block.get_submodule(site.linears[0]).site
+                    statistics = Statistics(adapter.width(site, layer), stream.tokens, adapter.device, hessian=True)
+                    for x in activations(block, branch):
+                        statistics.add(shared.encode(x))
+                    statistics.finish()
+                    for name in site.linears:
+                        weight = block.get_submodule(name).weight
+                        rows.append({"layer": layer, "name": name, "weights": weight.numel(),
+                                     **_candidates(weight, auto.candidates, statistics.hessian)})
+                stream.close(block, branch)
+        advance()
+    return rows
+
+
+def _candidates(weight: Tensor, candidates: Mapping[str, Format], hessian: Tensor) -> dict:
+    energy = float(((weight.float() @ hessian) * weight).sum().clamp_min(1e-30))
+    errors, bits = {}, {}
+    for name, format in candidates.items():
+        quantized = format.quantize(weight)
+        noise = quantized.dequantize().float() - weight.float()
+        errors[name], bits[name] = float(((noise @ hessian) * noise).sum()) / energy, quantized.bits()
+    return {"errors": errors, "bits": bits}
+
+
+def allocate(rows: Sequence[Mapping], bits_per_weight: float) -> list[str]:
+    """The candidate each row takes. Raises ConfigError where the cheapest of all is beyond the budget."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    names = list(rows[0]["errors"])
+    errors = np.array([[row["errors"][name] for name in names] for row in rows])
+    bits = np.array([[row["bits"][name] for name in names] for row in rows], dtype=float)
+    weights = float(sum(row["weights"] for row in rows))
+    least = bits.min(1).sum() / weights
+    if least > bits_per_weight:
+        raise ConfigError(f"format.auto.bits_per_weight={bits_per_weight}: the candidates need at least {least:.3f}; raise it, "
+                          "or add a smaller candidate.")
+    one_each = np.kron(np.eye(len(rows)), np.ones(len(names)))
+    budget = LinearConstraint(bits.reshape(1, -1) / weights, -np.inf, bits_per_weight * (1 + 1e-9))
+    solution = milp(errors.ravel(), constraints=[LinearConstraint(one_each, 1, 1), budget], bounds=Bounds(0, 1),
+                    integrality=np.ones(errors.size), options={"mip_rel_gap": 1e-6})
+    if solution.x is None:
+        raise RuntimeError(f"format=auto: the allocation was not found ({solution.message})")
+    return [names[index] for index in solution.x.reshape(errors.shape).argmax(1)]
