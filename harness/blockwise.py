@@ -107,7 +107,7 @@ class _Block:
                     if statistics:
                         self._observe(site, statistics, x)
                 if statistics and whole:
-                    self._calibrate(site, statistics.amax)
+                    self._calibrate(site, statistics.range)
                 elif statistics:
                     statistics.finish()
                     self._settle(site, statistics, *self._solved(site, statistics), shared)
@@ -120,7 +120,7 @@ class _Block:
             if f"{site.name}.merged" in self.tensors:
                 view.merge(site.name, self.tensors[f"{site.name}.merged"].to(self.adapter.device))
         for site in self.adapter.family.sites:
-            self._calibrate(site, self.tensors[f"{site.name}.amax"])
+            self._calibrate(site, self.tensors[f"{site.name}.range"])
             formats = {} if self.solver is None else self.scheme.weights(self.index, site.linears)
             for name, format in formats.items():
                 linear: QuantLinear = self.block.get_submodule(name)
@@ -175,7 +175,7 @@ class _Block:
                 shared: Mapping) -> None:
         """Swap a site's solved weights in and report on them; shared: what the solver said of the whole block."""
         linears = {n: self.block.get_submodule(n) for n in site.linears}
-        self._calibrate(site, statistics.amax)
+        self._calibrate(site, statistics.range)
         names = {n: self.adapter.name(self.index, n) for n in site.linears}
         read = self.acts[site.name], self.inputs[site.name].global_scale
         reports = swap_in(linears, names, qtensors, statistics, *read, counts=self.solver is not None)
@@ -184,10 +184,10 @@ class _Block:
             self.tensors |= {f"{name}.{key}": value for key, value in qtensors[name].state().items()}
         self.layers += reports.values()
 
-    def _calibrate(self, site: Site, amax: Tensor) -> None:
-        """Give the site the activation scale that follows from the greatest magnitude it saw, and keep that."""
-        self.tensors[f"{site.name}.amax"] = amax.reshape(1)
+    def _calibrate(self, site: Site, seen: Tensor) -> None:
+        """Give the site the activation scale that follows from the range [2] it saw, and keep that."""
+        self.tensors[f"{site.name}.range"] = seen
         act = self.acts[site.name]
         if act is not None and act.needs_static:
             weight = self.block.get_submodule(site.linears[0]).weight
-            self.inputs[site.name].global_scale = act.global_from_amax(amax.to(weight).reshape(1))
+            self.inputs[site.name].global_scale = act.calibrated(*seen.to(weight))

@@ -60,14 +60,14 @@ class Outside:
             linear = swap_head(self.adapter)
             if self.found is None:
                 qtensors, report, statistics = self._solve(linear, stream)
-                amax = statistics.amax
+                seen = statistics.range
             else:
-                amax = self.found[0][f"{HEAD_SITE}.amax"]
+                seen = self.found[0][f"{HEAD_SITE}.range"]
                 if self.weight is not None:
                     linear.load(stored(self.found[0], name, self.weight, linear.weight).dequantize())
-            self.tensors[f"{HEAD_SITE}.amax"] = amax.reshape(1)
+            self.tensors[f"{HEAD_SITE}.range"] = seen
             if self.act is not None and self.act.needs_static:
-                linear.site.global_scale = self.act.global_from_amax(amax.to(linear.weight).reshape(1))
+                linear.site.global_scale = self.act.calibrated(*seen.to(linear.weight))
             if self.found is None:
                 read = self.act, linear.site.global_scale
                 reports = swap_in({name: linear}, {name: name}, qtensors, statistics, *read, counts=True)

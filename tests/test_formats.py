@@ -585,3 +585,22 @@ def test_overrides_replace_one_part():
     assert scheme.part("weight", 1, "mlp.down_proj") is scheme.weight
     assert scheme.weights(0, ["mlp.up_proj", "mlp.down_proj"]) == {"mlp.down_proj": scheme.weight}
     assert scheme.part("weight", None, "lm_head") is None, "the head is quantized by an override only"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_static_range_is_the_calibrated_one(symmetric):
+    """Values quantized on the grid of the range seen, whatever they are themselves; beyond it they are clamped."""
+    static = Integer(bits=8, granularity="tensor", symmetric=symmetric, role="activation", range="static")
+    seen = data(64, 48)
+    g = static.calibrated(*torch.aminmax(seen))
+    assert g.tolist() == [seen.min(), seen.max()]
+    assert torch.equal(static.fake(seen, global_scale=g), static.dynamic().fake(seen))
+    half = static.fake(seen / 2, global_scale=g)
+    assert not torch.equal(half, static.dynamic().fake(seen / 2))
+    step = seen.abs().max() / 127 if symmetric else (seen.max() - seen.min()) / 255
+    assert (half - seen / 2).abs().max() <= step / 2 * 1.001
+    assert static.fake(seen * 9, global_scale=g).abs().max() <= seen.abs().max() + step
+    with pytest.raises(ConfigError, match="range=static needs a calibrated range"):
+        static.fake(seen)
+    with pytest.raises(ConfigError, match="range=dynamic"):
+        Integer(range="static")

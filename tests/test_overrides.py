@@ -93,7 +93,7 @@ def test_a_mixed_run_stores_and_reports_what_it_says(tmp_path, solver):
     mean = sum(layer["bits"] for layer in layers.values()) / sum(layer["weights"] for layer in layers.values())
     assert outcome.metrics["bits_per_weight"] == pytest.approx(mean)
     with safe_open(outcome.run.block(2), "pt") as file:
-        assert {"lm_head.codes", "model.embed_tokens.codes", "head_in.amax"} <= set(file.keys())
+        assert {"lm_head.codes", "model.embed_tokens.codes", "head_in.range"} <= set(file.keys())
     (outcome.run.path / "status.json").unlink()  # again, from the stored blocks
     again = execute(cfg, choices)
     assert again.metrics["stages"] == outcome.metrics["stages"]

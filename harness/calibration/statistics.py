@@ -12,13 +12,14 @@ SAMPLE_ROWS = 256
 class Statistics:
     """Running statistics of one site over the calibration tokens.
 
-    hessian: [n, n] float32, `2/N sum x^T x` once `finish()` was called (None unless needed); amax: [] float32;
-    sample: every k-th token's row [s, n] float32, at least 256 where there are so many, for measuring output errors.
+    hessian: [n, n] float32, `2/N sum x^T x` once `finish()` was called (None unless needed); range: [2] float32, least and
+    greatest value (with 0); sample: every k-th token's row [s, n] float32, at least 256 where there are so many, for measuring
+    output errors.
     """
 
     def __init__(self, width: int, tokens: int, device, hessian: bool):
         self.hessian = torch.zeros(width, width, device=device) if hessian else None
-        self.amax = torch.zeros((), device=device)
+        self.range = torch.zeros(2, device=device)
         self.tokens = 0
         self._stride = max(1, tokens // SAMPLE_ROWS)
         self._sample = torch.empty(-(-tokens // self._stride), width, device=device)
@@ -27,7 +28,7 @@ class Statistics:
         """Take in activations [..., n]; the Hessian sees `product_of` instead when the quantized input is asked for."""
         x = x.reshape(-1, x.shape[-1])
         low, high = torch.aminmax(x)
-        self.amax = torch.maximum(self.amax, torch.maximum(-low, high).float())
+        self.range = torch.stack([torch.minimum(self.range[0], low), torch.maximum(self.range[1], high)]).float()
         first = -(-self.tokens // self._stride)
         rows = x[first * self._stride - self.tokens :: self._stride]
         self._sample[first : first + len(rows)] = rows
@@ -44,7 +45,7 @@ class Statistics:
         product_of = None
         if self.hessian is not None and solver.hessian_input == "quantized" and act is not None:
             # a static scale is not known before the last micro-batch; each one's own range stands in for it
-            product_of = act.fake(x, global_scale=act.global_from_amax(x.abs().amax()) if act.needs_static else None)
+            product_of = act.fake(x, global_scale=act.calibrated(*torch.aminmax(x)) if act.needs_static else None)
         self.add(x, product_of)
 
     @property

@@ -137,6 +137,11 @@ class Format(ABC):
         """The global scale (float32 [1], or amax's shape from one dimension on) of a tensor whose max |x| is amax."""
         return None
 
+    def calibrated(self, low: Tensor, high: Tensor) -> Tensor | None:
+        """What `fake` takes as global_scale where activations were seen from `low` to `high` ([] each); None: nothing is
+        static."""
+        return self.global_from_amax(torch.maximum(-low, high))
+
     def dynamic(self) -> Format:
         """This format with scales that follow from each tensor alone: what stands in for it before anything is calibrated."""
         return self

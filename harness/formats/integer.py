@@ -10,7 +10,7 @@ FP-Quant (half_range, add_then_round, incl0=never, one), AIMET (aimet).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ class Integer(Format):
     q = RNE((x - m) / s), dq = q * s + m). scale_dtype: float32 | bf16 | fp16 | input, rounded before codes are computed.
     degenerate: auto (weights: A or M - m is at least 1e-5; activations: s = 1 where A = 0; a zero range becomes [-1, 1];
     float_offset: M - m is at least 1e-5) | eps (s = 0 becomes the dtype's epsilon, z = 0) | one (s = 0 becomes 1, and
-    z = NaN if asymmetric, as FP-Quant has it).
+    z = NaN if asymmetric, as FP-Quant has it). range: dynamic (of each tensor) | static (calibrated; activations with
+    granularity=tensor).
     """
 
     granularity: str = "channel"
@@ -49,6 +50,7 @@ class Integer(Format):
     zp: str = "rounded"
     scale_dtype: str = "float32"
     degenerate: str = "auto"
+    range: str = "dynamic"
 
     slack = 0.5
 
@@ -65,6 +67,10 @@ class Integer(Format):
         self._choose("zp", "rounded", "float_offset")
         self._choose("scale_dtype", *SCALE_DTYPES, "input")
         self._choose("degenerate", "auto", "eps", "one")
+        self._choose("range", "dynamic", "static")
+        if self.range == "static" and (self.role, self.granularity) != ("activation", "tensor"):
+            raise ConfigError(f"Integer: range=static with role={self.role} and granularity={self.granularity}: only an "
+                              "activation with granularity=tensor has a calibrated range; set range=dynamic.")
         if self.symmetric and self.zp == "float_offset":
             raise ConfigError("Integer: zp=float_offset needs symmetric=false; a symmetric grid has no offset.")
 
@@ -90,10 +96,29 @@ class Integer(Format):
     def reach(self) -> tuple[float, float]:
         return self.qmin, self.qmax
 
+    @property
+    def needs_static(self) -> bool:
+        return self.range == "static"
+
+    def calibrated(self, low: Tensor, high: Tensor) -> Tensor | None:
+        """The range itself, [2]."""
+        return torch.stack([low, high]) if self.needs_static else None
+
+    def dynamic(self) -> Format:
+        return replace(self, range="dynamic")
+
     # scales
 
-    def _extremes(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """The range (lo, hi) of each group after clip, incl0 and the rules for degenerate groups."""
+    def _global(self, x: Tensor, given: Tensor | None) -> Tensor | None:
+        if self.needs_static and given is None:
+            raise ConfigError("Integer: range=static needs a calibrated range and got none; calibrate activations, or set "
+                              "range=dynamic.")
+        return given if self.needs_static else None
+
+    def _extremes(self, blocks: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The range (lo, hi) of each group, or the one `seen` [2], after clip, incl0 and the rules for degenerate groups."""
+        if seen is not None:
+            blocks = seen.to(blocks).expand(*blocks.shape[:-1], 2)
         if self.symmetric and self.int_scale != "aimet":
             hi = absmax(blocks) * self.clip
             lo = -hi
@@ -142,7 +167,7 @@ class Integer(Format):
     def _scales(self, blocks: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Scales:
         blocks = blocks.to(self._compute(dtype))
         storage = dtype if self.scale_dtype == "input" else SCALE_DTYPES[self.scale_dtype]
-        lo, hi = self._extremes(blocks)
+        lo, hi = self._extremes(blocks, global_scale)
         s = self._step(lo, hi)
         floored = self.zp == "float_offset" or (self.degenerate == "auto" and self.role == "weight" and not self.symmetric)
         if floored:
