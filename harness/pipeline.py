@@ -112,6 +112,7 @@ class _Execution:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if chosen == "auto" else chosen)
         with self._stage("load"):
             model, tokenizer = plan.model.load(device)
+            self.tokenizer = tokenizer
             assert_finite(model)
             self.shelf = plan.model.shelf(model, self.scratch)
             adapter = Adapter(model, self.shelf)
@@ -287,6 +288,15 @@ class _Execution:
                 losses = window_losses(adapter, text, self.amp, advance, streaming)
                 result["ppl"][corpus] = perplexity(losses, text.shape[1])
                 result["tokens"] += text.numel()
+            if self.plan.zeroshot is not None:
+                from harness.evaluation.zeroshot import zeroshot
+
+                result["zeroshot"], samples = zeroshot(adapter.model, self.tokenizer, self.plan.zeroshot, self.amp)
+                folder = self.run.path / "samples" / stage
+                if stage == "baseline":  # other runs find it there
+                    folder = self.store.shared("baselines", self.plan.baseline_id).with_suffix("")
+                for task, documents in samples.items():
+                    records.write_json(folder / f"{task}.json", documents)
         self.metrics["stages"][stage] = result
         lost = [corpus for corpus, x in result["ppl"].items() if not math.isfinite(x)]
         if lost:
@@ -312,6 +322,9 @@ class _Execution:
     def _mirror(self) -> None:
         """Send the final numbers to the trackers."""
         summary = {f"ppl/{stage}/{corpus}": x for stage, s in self.metrics["stages"].items() for corpus, x in s["ppl"].items()}
+        for stage, result in self.metrics["stages"].items():
+            for task, figures in result.get("zeroshot", {}).items():
+                summary |= {f"zeroshot/{stage}/{task}/{metric}": value for metric, value in figures.items()}
         summary |= {k: self.metrics[k] for k in ("bits_per_weight", "peak_memory_mb", "status")}
         summary |= {f"seconds/{stage}": s for stage, s in self.metrics["seconds"].items()}
         if self.metrics["layers"]:

@@ -15,6 +15,7 @@ from harness.calibration.corpus import Corpus, Samples, TextFolder
 from harness.checks import boolean, integer, known_keys, one_of
 from harness.config import build, fingerprint, option
 from harness.errors import ConfigError, DataError
+from harness.evaluation.zeroshot import ZeroShot
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Plan:
     calibration: Windows
     corpora: tuple[Corpus, ...]
     evaluation: Windows
+    zeroshot: ZeroShot | None = None
     quant_id: str = field(init=False)
     run_id: str = field(init=False)
     baseline_id: str = field(init=False)
@@ -45,6 +47,8 @@ class Plan:
         chosen = self.settings
         model = [self.model.fingerprint(), chosen["model"]["dtype"], _device_kind(chosen["device"])]
         tested = [[c.fingerprint("evaluation") for c in self.corpora], vars(self.evaluation), chosen["model"]["amp"]]
+        if self.zeroshot is not None:
+            tested.append(self.zeroshot.fingerprint())
         made = [model, chosen["format"], self._transform(), chosen["solver"], chosen["seed"]]
         if self.calibrates:
             made += [self.calibration_corpus.fingerprint("calibration"), vars(self.calibration)]
@@ -111,7 +115,7 @@ def make_plan(settings: dict, choices: Mapping[str, str | None]) -> Plan:
     """Build the torch-free parts of a run. Raises ConfigError or DataError."""
     data, chosen = settings["data"], settings["data"]["calibration"]
     known_keys("export.", settings["export"], ("name",))
-    known_keys("eval.", settings["eval"], ("name", "perplexity", "streaming"))
+    known_keys("eval.", settings["eval"], ("name", "perplexity", "streaming", "zeroshot"))
     boolean("eval.streaming", settings["eval"]["streaming"])
     known_keys("format.", settings["format"], ("name", "weight", "act", "kv", "overrides", "auto"))
     known_keys("data.calibration.", chosen, ("windows", "length", "order", "path", "activations"))
@@ -137,7 +141,8 @@ def make_plan(settings: dict, choices: Mapping[str, str | None]) -> Plan:
             raise ConfigError(f"eval.perplexity.corpora: two different texts are called {each.name}; set data.name to another.")
         corpora.setdefault(mark, each)
     calibration_corpus = corpus if chosen["path"] is None else Samples(chosen["path"])
-    return Plan(settings, dict(choices), model, calibration_corpus, calibration, tuple(corpora.values()), evaluation)
+    return Plan(settings, dict(choices), model, calibration_corpus, calibration, tuple(corpora.values()), evaluation,
+                ZeroShot.of(settings["eval"]["zeroshot"]))
 
 
 def _long_enough(field: str, windows: Windows, text: str | list[str]) -> None:

@@ -17,12 +17,13 @@ def record(sweep: Path, job: int, row: dict) -> None:
 
 
 def summary(metrics: dict) -> dict:
-    """What the sweep's table shows of a run: status, perplexities of its last stage, of the untouched model and, where a
-    transform changed the function, of the float model with its codecs; bits per weight; warnings."""
+    """What the sweep's table shows of a run: status, perplexities and accuracies of its last stage, those of the untouched
+    model and, where a transform changed the function, of the float model with its codecs; bits per weight; warnings."""
     stages = metrics["stages"]
-    *_, last = [stage["ppl"] for stage in stages.values()] or [{}]
+    *_, last = list(stages.values()) or [{"ppl": {}}]
+    last = last if metrics["status"] == "done" else {"ppl": {}}
     return {
-        "status": metrics["status"], "ppl": last if metrics["status"] == "done" else {},
+        "status": metrics["status"], "ppl": last["ppl"], "zeroshot": last.get("zeroshot", {}),
         "baseline": stages.get("baseline", {}).get("ppl", {}), "transformed": stages.get("transformed", {}).get("ppl", {}),
         "bits_per_weight": metrics["bits_per_weight"], "warnings": metrics["warnings"],
     }

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from harness.evaluation.zeroshot import shown
+
 LOST = 100  # a perplexity no working language model has
 CHECKLIST = (
     "a perplexity above 100 usually means one of: norm weights not fused before a rotation; an output head still tied to a "
@@ -26,6 +28,15 @@ def _console() -> Console:
 
 def _number(value, digits: int = 4) -> str:
     return "" if value is None else f"{value:.{digits}f}" if math.isfinite(value) else str(value)
+
+
+def _accuracy(figures: dict | None) -> str:
+    """`acc_norm 41.2 ± 3.5` in percent: the metric by which a task is shown, with its standard error."""
+    best = None if figures is None else shown(figures)
+    if best is None:
+        return ""
+    error = figures.get(f"{best[0]}_stderr")
+    return f"{best[0]} {100 * best[1]:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def _short(value) -> str:
@@ -45,6 +56,9 @@ def run_table(metrics: dict, directory: Path, console: Console | None = None) ->
     for corpus in corpora:
         table.add_column(Text(f"ppl {corpus}"), justify="right", no_wrap=True, min_width=9)
         table.add_column("Δ", justify="right", no_wrap=True)
+    tasks = list(dict.fromkeys(task for stage in stages.values() for task in stage.get("zeroshot", {})))
+    for task in tasks:
+        table.add_column(Text(task), justify="right")
     for column in ("bits/weight", "seconds", "peak MB"):
         table.add_column(column, justify="right")
     for name, stage in stages.items():
@@ -52,6 +66,7 @@ def run_table(metrics: dict, directory: Path, console: Console | None = None) ->
         for corpus in corpora:
             ppl, base = stage["ppl"].get(corpus), baseline.get(corpus)
             cells += [_number(ppl), "" if name == "baseline" or None in (ppl, base) else f"{ppl - base:+.4f}"]
+        cells += [_accuracy(stage.get("zeroshot", {}).get(task)) for task in tasks]
         bits = metrics["bits_per_weight"] if name in ("quantized", "exported") else None
         peak = metrics["peak_memory_mb"] if name == list(stages)[-1] else None
         table.add_row(*cells, _number(bits, 2), _number(metrics["seconds"].get(name), 1), _number(peak, 0))
@@ -87,14 +102,19 @@ def sweep_table(rows: list[dict], console: Console | None = None) -> None:
         table.add_column(Text(f"ppl {corpus}"), justify="right", no_wrap=True, min_width=9)
     for corpus in changed:
         table.add_column(Text(f"float {corpus}"), justify="right", no_wrap=True, min_width=9)
+    tasks = list(dict.fromkeys(task for row in rows for task in row.get("zeroshot", {})))
+    for task in tasks:
+        table.add_column(Text(task), justify="right")
     table.add_column("bits/weight", justify="right")
     table.add_column("run", overflow="fold")
     for base in {tuple(row.get("baseline", {}).items()): row for row in rows if row.get("baseline")}:
-        table.add_row("", "untouched model", "", *[_number(dict(base).get(c)) for c in corpora], *[""] * len(changed), "", "")
+        missing = [""] * (len(changed) + len(tasks) + 2)
+        table.add_row("", "untouched model", "", *[_number(dict(base).get(c)) for c in corpora], *missing)
     for row in rows:
         status = "stored" if row.get("stored") and row["status"] == "done" else row["status"]
         ppl = [_number(row.get("ppl", {}).get(corpus)) for corpus in corpora]
         ppl += [_number(row.get("transformed", {}).get(corpus)) for corpus in changed]
+        ppl += [_accuracy(row.get("zeroshot", {}).get(task)) for task in tasks]
         own = " ".join(override for override in row["overrides"] if override not in shared)
         style = "red" if row["status"] != "done" else None
         bits, run = _number(row.get("bits_per_weight"), 2), Text(row.get("run_id") or "")

@@ -1,0 +1,188 @@
+"""Zero-shot accuracy through lm-eval, on the model object itself.
+
+A task is `agreement` (shipped, agreement.py), a .jsonl file of eval.zeroshot.data_path, or a task of lm-eval by name (of
+include_path, else its own, which need the hub). A file holds one of
+
+    {"query", "choices", "gold"}     which continuation is likeliest; acc by log-likelihood, acc_norm by that over its bytes
+    {"context", "continuation"}      whether the continuation is what greedy decoding gives (LAMBADA), and its perplexity
+
+lm-eval seeds the global generators unless told not to, and it is told not to; what it draws is undone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+
+from harness.checks import integer, known_keys
+from harness.errors import ConfigError, DataError
+from harness.evaluation.agreement import NAME, documents
+
+METRICS = ("acc_norm", "acc", "exact_match", "mc2", "mc1")  # the first that a task has is the one shown
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """tasks: names; data_path: a folder of .jsonl files; include_path: a folder of lm-eval task files; limit: documents a task;
+    shots: examples before each document, one number or {task: number}, null: as the task says; batch_size: of requests."""
+
+    tasks: tuple[str, ...]
+    data_path: str | None = None
+    include_path: str | None = None
+    limit: int | None = None
+    shots: int | Mapping[str, int] | None = None
+    batch_size: int = 8
+
+    @classmethod
+    def of(cls, section: Mapping | None) -> ZeroShot | None:
+        """From `eval.zeroshot`; None where it is off. Raises ConfigError."""
+        if section is None:
+            return None
+        known_keys("eval.zeroshot.", section, cls.__dataclass_fields__)
+        tasks = section.get("tasks")
+        listed = isinstance(tasks, list) and tasks and all(isinstance(task, str) for task in tasks)
+        if not listed or len(set(tasks)) < len(tasks):
+            raise ConfigError(f"eval.zeroshot.tasks={tasks}: needs a list of tasks, each once, e.g. [agreement].")
+        integer("eval.zeroshot.limit", section.get("limit"), optional=True)
+        integer("eval.zeroshot.batch_size", section.get("batch_size", 8))
+        shots = section.get("shots")
+        for task, count in (shots if isinstance(shots, Mapping) else {"shots": shots}).items():
+            integer(f"eval.zeroshot.{task}", count, low=0, optional=True)
+        for field in ("data_path", "include_path"):
+            if section.get(field) is not None and not Path(str(section[field])).is_dir():
+                raise DataError(f"eval.zeroshot.{field}={section[field]}: is no folder.")
+        chosen = cls(**{**section, "tasks": tuple(tasks)})
+        for name in tasks:
+            chosen._check(name)
+        return chosen
+
+    def file(self, name: str) -> Path | None:
+        """The file that holds a task, if one does."""
+        path = None if self.data_path is None else Path(self.data_path) / f"{name}.jsonl"
+        return path if path is not None and path.is_file() else None
+
+    def fingerprint(self) -> list:
+        """What decides its numbers, as plain values."""
+        shots = dict(self.shots) if isinstance(self.shots, Mapping) else self.shots
+        texts = {name: path and hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name in self.tasks
+                 for path in [self.file(name)]}
+        return [texts, self.limit, shots]
+
+    def _check(self, name: str) -> None:
+        path = self.file(name)
+        if path is not None:
+            _read(path)
+
+
+def tasks_for_lm_eval(chosen: ZeroShot) -> list:
+    """Every task as lm-eval takes it: a configuration with its documents, or a name."""
+    return [_configured(chosen, name) for name in chosen.tasks]
+
+
+def zeroshot(model, tokenizer, chosen: ZeroShot, amp=None) -> tuple[dict, dict]:
+    """({task: {metric: value, metric_stderr: value, "n": documents}}, {task: [one dict a document]}).
+
+    model: a causal language model; amp: autocast dtype of its forward.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    tasks = tasks_for_lm_eval(chosen)
+    named = any(isinstance(task, str) for task in tasks)
+    manager = TaskManager(include_path=chosen.include_path, include_defaults=named and chosen.include_path is None)
+    shots = chosen.shots if isinstance(chosen.shots, Mapping) else dict.fromkeys(chosen.tasks, chosen.shots)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=chosen.batch_size, mixed_precision_dtype=amp)
+    figures, samples = {}, {}
+    for name, task in zip(chosen.tasks, tasks):
+        with _undisturbed():
+            found = simple_evaluate(
+                wrapped, tasks=[task], num_fewshot=shots.get(name), limit=chosen.limit, task_manager=manager, log_samples=True,
+                random_seed=None, numpy_random_seed=None, torch_random_seed=None, bootstrap_iters=100,
+            )
+        for key, result in found["results"].items():
+            figures[key] = _figures(result, found["n-samples"].get(key, {}).get("effective"))
+        for key, kept in found.get("samples", {}).items():
+            samples[key] = [_sample(one) for one in kept]
+    return figures, samples
+
+
+def shown(figures: Mapping) -> tuple[str, float] | None:
+    """(metric, value) by which a task is shown: acc_norm where it is defined, else acc."""
+    return next(((metric, figures[metric]) for metric in METRICS if metric in figures), None)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """lm-eval warns of every task that brings its own documents, and draws from the global generators: both as before after
+    it."""
+    logger = logging.getLogger("lm_eval")
+    level, drawn, arrays = logger.level, random.getstate(), numpy.random.get_state()
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        random.setstate(drawn)
+        numpy.random.set_state(arrays)
+
+
+def _configured(chosen: ZeroShot, name: str):
+    from datasets import Dataset, DatasetDict
+
+    path = chosen.file(name)
+    if path is None and name != NAME:
+        return name
+    rows = documents() if path is None else _read(path)
+    load = lambda **_: DatasetDict({"test": Dataset.from_list(rows)})  # noqa: E731
+    common = {"task": name, "custom_dataset": load, "test_split": "test", "metadata": {"version": 1}}
+    if "context" in rows[0]:
+        metrics = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+                   {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}]
+        texts = {"doc_to_text": "{{context}}", "doc_to_target": "{{' ' + continuation}}", "target_delimiter": ""}
+        return common | texts | {"output_type": "loglikelihood", "metric_list": metrics}
+    own = name == NAME and path is None  # both answers are of one length, but not in bytes
+    metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")[: 1 if own else 2]]
+    text = "{{query}}" if own else "{{query.rstrip() + '\\nAnswer:'}}"
+    return common | {"output_type": "multiple_choice", "doc_to_text": text, "doc_to_choice": "choices", "doc_to_target": "gold",
+                     "metric_list": metrics}
+
+
+def _read(path: Path) -> list[dict]:
+    """The documents of a file. Raises DataError naming the line."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise DataError(f"eval.zeroshot: {path} line {number} is not JSON.") from None
+        choice = isinstance(row, dict) and {"query", "choices", "gold"} <= set(row)
+        if not choice and not (isinstance(row, dict) and {"context", "continuation"} <= set(row)):
+            raise DataError(f"eval.zeroshot: {path} line {number} has neither query, choices, gold nor context, continuation.")
+        rows.append(row)
+    if not rows or any(("context" in row) != ("context" in rows[0]) for row in rows):
+        raise DataError(f"eval.zeroshot: {path} is empty or mixes two kinds of documents.")
+    return rows
+
+
+def _figures(result: Mapping, count: int | None) -> dict:
+    """lm-eval's {"acc,none": .., "acc_stderr,none": ..} without filters' names (the last filter of a metric stands)."""
+    figures = {key.partition(",")[0]: value for key, value in result.items() if isinstance(value, float)}
+    return figures | {"n": count}
+
+
+def _sample(kept: Mapping) -> dict:
+    """What stays of one document: which one, its metrics, the log-likelihood of every answer."""
+    scores = [answer[0] if isinstance(answer, tuple | list) else answer for answer in kept["filtered_resps"]]
+    own = {key: kept[key] for key in METRICS if isinstance(kept.get(key), int | float)}
+    return {"doc": kept["doc_id"], **own, "scores": [score for score in scores if isinstance(score, int | float)]}
