@@ -36,6 +36,7 @@ class BlockView:
         self.original: Sequence[Tensor] = ()
         self.targets: Sequence[Tensor] = ()
         self.merged: dict[str, Tensor] = {}
+        self._kept: tuple[str, list[tuple[int, Tensor]]] = ("", [])
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -69,6 +70,7 @@ class BlockView:
         own = scale if self.scalable(site) == "free" else self._per_head(site, scale)[:, 0].flatten()
         place(self.adapter, Placement(merged={(self.index, site): Diagonal(own.double())}))
         self.merged[site] = scale
+        self._kept = ("", [])
 
     def scalable(self, site: str) -> str:
         _, end = self._find(site)
@@ -95,8 +97,14 @@ class BlockView:
     def _find(self, name: str) -> tuple[Branch, Site]:
         return next((b, s) for b in self.adapter.family.branches for s in (b.entry, b.exit) if s.name == name)
 
-    def _read(self, site: str) -> Iterator[tuple[int, Tensor]]:
-        """(micro-batch, what the site reads before any encoder) of the unquantized block, PROBE tokens in all."""
+    def _read(self, site: str) -> list[tuple[int, Tensor]]:
+        """(micro-batch, what the site reads before any encoder) of the unquantized block, PROBE tokens in all; the last site's
+        are kept, for a search asks again and again."""
+        if self._kept[0] != site:
+            self._kept = (site, list(self._arriving(site)))
+        return self._kept[1]
+
+    def _arriving(self, site: str) -> Iterator[tuple[int, Tensor]]:
         _, end = self._find(site)
         reader = self.block.get_submodule(end.linears[0])
         left = PROBE
