@@ -35,8 +35,12 @@ class Auto:
     candidates: Mapping[str, Format]
 
 
-def auto_of(section: Mapping | None) -> Auto | None:
-    """From `format.auto`; None where it is off. A candidate is an option of conf/format, or intN: that of int4 with N bits."""
+SHARED = ("observer", "mse", "compute_dtype", "pad")  # what candidates take from format.weight
+
+
+def auto_of(section: Mapping | None, weight: Mapping) -> Auto | None:
+    """From `format.auto` and `format.weight`; None where it is off. A candidate is an option of conf/format, or intN: that of
+    int4 with N bits; the observer and the arithmetic are those of format.weight."""
     if section is None:
         return None
     known_keys("format.auto.", section, ("bits_per_weight", "candidates"))
@@ -50,6 +54,8 @@ def auto_of(section: Mapping | None) -> Auto | None:
             chosen = option("format", "int4")["weight"] | {"bits": int(bits)}
         else:
             chosen = option("format", name)["weight"]
+        if "_target_" in chosen:
+            chosen = chosen | {key: weight[key] for key in SHARED if key in weight}
         candidates[name] = build(chosen, f"format.auto.candidates.{name}")
         if candidates[name] is None:
             raise ConfigError(f"format.auto.candidates: {name} quantizes no weights; leave it out.")

@@ -42,12 +42,12 @@ def quantize(adapter: Adapter, scheme: Scheme, solver: Solver | None, windows: T
     """
     count, outside = len(adapter.blocks), Outside(adapter, scheme, solver)
     missing = any(run.load_block(i) is None for i in range(count + outside.quantizes))
-    outside.embed(run)
     options = {"folder": folder}
     if solver is not None and solver.windows is not None:
         options["tokens_at_once"] = solver.windows * windows.shape[1]
-    stream = Stream(adapter, windows, **options) if missing else None
     original = Stream(adapter, windows, **options) if missing and solver is not None and solver.scope == "block" else None
+    outside.embed(run)
+    stream = Stream(adapter, windows, **options) if missing else None
     for index in range(count):
         solved = _Block(adapter, scheme, solver, index, run.load_block(index))
         with adapter.open(index, write=True):

@@ -47,65 +47,105 @@ def components(plan: Plan) -> Components:
     family = family_of(facts.get("model_type"))
     parts = {part: build(settings["format"][part], f"format.{part}") for part in ("weight", "act", "kv")}
     scheme = Scheme(**parts, overrides=resolve(settings["format"], family, facts["num_hidden_layers"]))
-    auto = auto_of(settings["format"]["auto"])
+    auto = auto_of(settings["format"]["auto"], settings["format"]["weight"])
     if auto is not None and scheme.weight is None:
         raise ConfigError("format.auto with format.weight.bits=16: there is nothing to allocate; set format.weight, or "
                           "format.auto=null.")
     solver = build(unnamed(settings["solver"]), "solver") if settings["solver"]["_target_"] else None
     transforms = transforms_of(settings["transform"])
     learned = [t for t in transforms if t.learned]
-    name = plan.choices.get("solver", "solver")
+    solver_name = plan.choices.get("solver", "solver")
     if solver is None and scheme.any("weight"):
         bits = "format.overrides" if scheme.weight is None else f"format.weight.bits={scheme.weight.bits}"
         raise ConfigError(f"{bits} with solver=none: nothing would quantize the weights; use solver=rtn or gptq, or "
                           "format.weight.bits=16.")
     if solver is not None and not scheme.any("weight"):
-        raise ConfigError(f"format.weight.bits=16 with solver={name}: no weight is quantized; set solver=none or a format.")
+        raise ConfigError(f"format.weight.bits=16 with solver={solver_name}: no weight is quantized; set solver=none or a "
+                          "format.")
 
-    widths = family.widths(facts)
-    kinds, reach = set(facts.get("layer_types") or ()), facts.get("sliding_window")
-    if len(kinds) > 1 and reach and plan.quantizes and plan.calibration.length > reach:
-        raise ConfigError(
-            f"data.calibration.length={plan.calibration.length} with a model whose layers mix {' and '.join(sorted(kinds))} "
-            f"(window {reach}): calibration streams one mask through all blocks; use at most {reach}."
-        )
+    _check_lengths(plan, facts)
+    _check_widths(scheme, auto, family, facts)
+    context = context_of(facts, scheme, settings["seed"], solver_name if solver is not None else None)
+    if scheme.kv is not None:
+        scheme.kv.check(context.head_dim, "format.kv.group_size", "the key/value heads")
+    warnings = [warning for transform in transforms for warning in transform.check(context)]
+    _check_file(settings["transform"], learned, context, plan)
+    if solver is not None:
+        _check_auto(auto, scheme, family, facts)
+        warnings += _check_solver(solver, solver_name, scheme, auto, transforms)
+        if solver.hessian_input == "auto":
+            seen = scheme.any("act") and "hessian" in solver.needs and any(t.free_decoder for t in transforms)
+            solver = replace(solver, hessian_input="quantized" if seen else "fp")
+    if learned and settings["model"].get("weights") == "disk" and any("act" in t.sees for t in learned):
+        name = settings["transform"]["name"]
+        warnings.append(f"transform={name} with model.weights=disk: learning end to end holds the whole model")
+    return Components(scheme, auto, transforms, solver, context, build(settings["tracking"], "tracking"), warnings)
+
+
+def _check_lengths(plan: Plan, facts: Mapping) -> None:
+    """Refuse windows that the model's positions or a streamed mask cannot hold."""
+    settings, kinds, reach = plan.settings, set(facts.get("layer_types") or ()), facts.get("sliding_window")
+    streamed = {"data.calibration": plan.calibration} if plan.calibrates else {}
+    if settings["eval"]["streaming"] or settings["model"].get("weights") == "disk":
+        streamed["eval.perplexity"] = plan.evaluation
+    for where, windows in streamed.items():
+        if len(kinds) > 1 and reach and windows.length > reach:
+            raise ConfigError(
+                f"{where}.length={windows.length} with a model whose layers mix {' and '.join(sorted(kinds))} (window "
+                f"{reach}): one mask is streamed through all blocks; use at most {reach}."
+            )
     longest = facts.get("max_position_embeddings")
     for where, windows in (("data.calibration", plan.calibration), ("eval.perplexity", plan.evaluation)):
         if longest and windows.length > longest:
             raise ConfigError(f"{where}.length={windows.length} is more than the model's {longest} positions; lower it.")
-    for site, width in widths.items():
-        for role in ("weight", "act"):
-            part = getattr(scheme, role)
-            if part is not None:
-                part.check(width, f"format.{role}.group_size", site)
-    for name, format in ({} if auto is None else auto.candidates).items():
+
+
+def _check_widths(scheme: Scheme, auto, family, facts: Mapping) -> None:
+    """Refuse a group that does not divide the width of what it is for."""
+    widths = family.widths(facts)
+    candidates = {} if auto is None else {f"auto.candidates.{name}": format for name, format in auto.candidates.items()}
+    for field, part in {"weight": scheme.weight, "act": scheme.act, **candidates}.items():
         for site, width in widths.items():
-            format.check(width, f"format.auto.candidates.{name}.group_size", site)
+            if part is not None:
+                part.check(width, f"format.{field}.group_size", site)
     readers = {name: site.name for site in family.sites for name in site.linears}
     for (layer, name), own in scheme.overrides.items():
         width = facts["hidden_size"] if layer is None else widths[readers[name]]
         for role, part in own.items():
             if part is not None:
                 part.check(width, f"format.overrides: {role}.group_size", name)
-    context = context_of(facts, scheme, settings["seed"], name if solver is not None else None)
-    if scheme.kv is not None:
-        scheme.kv.check(context.head_dim, "format.kv.group_size", "the key/value heads")
-    warnings = [warning for transform in transforms for warning in transform.check(context)]
-    _check_file(settings["transform"], learned, context, plan)
-    if solver is not None:
-        candidates = [] if auto is None else auto.candidates.values()
-        formats = [scheme.weight, *candidates, *(own.get("weight") for own in scheme.overrides.values())]
-        for format in {format for format in formats if format is not None}:
-            warnings += solver.check(format)
-        if solver.hessian_input == "auto":
-            seen = scheme.any("act") and "hessian" in solver.needs and any(t.free_decoder for t in transforms)
-            solver = replace(solver, hessian_input="quantized" if seen else "fp")
-        if solver.hessian_input == "quantized" and (not scheme.any("act") or "hessian" not in solver.needs):
-            raise ConfigError(
-                f"solver.hessian_input=quantized with solver={name} and format.act.bits={settings['format']['act']['bits']}: "
-                "there is no Hessian of quantized activations; set solver.hessian_input=fp."
-            )
-    return Components(scheme, auto, transforms, solver, context, build(settings["tracking"], "tracking"), warnings)
+
+
+def _check_auto(auto, scheme: Scheme, family, facts: Mapping) -> None:
+    """Refuse a budget below every candidate, and an allocation of nothing."""
+    if auto is None:
+        return
+    least = min(format.bits for format in auto.candidates.values())
+    if least > auto.bits_per_weight:
+        raise ConfigError(f"format.auto.bits_per_weight={auto.bits_per_weight}: the smallest candidate has {least} bits; raise "
+                          "it, or add a smaller candidate.")
+    linears = sum(len(site.linears) for site in family.sites) * facts["num_hidden_layers"]
+    if sum(layer is not None and "weight" in own for (layer, _), own in scheme.overrides.items()) == linears:
+        raise ConfigError("format.auto with format.overrides of every linear: nothing is left to allocate; drop one of them.")
+
+
+def _check_solver(solver, name: str, scheme: Scheme, auto, transforms: list) -> list[str]:
+    """Refuse what the solver cannot do with these formats and transforms; returns warnings."""
+    candidates = [] if auto is None else auto.candidates.values()
+    formats = [scheme.weight, *candidates, *(own.get("weight") for own in scheme.overrides.values())]
+    formats = list(dict.fromkeys(format for format in formats if format is not None))
+    warnings = list(dict.fromkeys(warning for format in formats for warning in solver.check(format)))
+    solver.check_together(formats)
+    if solver.prepares and any(isinstance(transform, SmoothQuant) for transform in transforms):
+        raise ConfigError(f"solver={name} with smoothquant (transform or transform.smooth): both scale the same channels; use "
+                          "one of them.")
+    if solver.hessian_input == "quantized" and (not scheme.any("act") or "hessian" not in solver.needs):
+        bits = 16 if scheme.act is None else scheme.act.bits
+        raise ConfigError(
+            f"solver.hessian_input=quantized with solver={name} and format.act.bits={bits}: there is no Hessian of quantized "
+            "activations; set solver.hessian_input=fp."
+        )
+    return warnings
 
 
 def transforms_of(section: Mapping) -> list:

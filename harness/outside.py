@@ -1,5 +1,5 @@
 """What stands outside the blocks, where `format.overrides` quantizes it: the embedding to nearest, before anything else, and
-output head by the solver, after the last block.
+the output head by the solver, after the last block.
 """
 
 from __future__ import annotations

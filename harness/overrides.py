@@ -39,7 +39,7 @@ def resolve(chosen: Mapping, family: Family, layers: int) -> dict[tuple[int | No
             raise ConfigError(f"{field} and {other[0]} both name block {where[0]}; let the ranges not meet.")
         ranked[where][rank] = (field, parts)
 
-    overrides = chosen["overrides"] or {}
+    overrides = {} if chosen["overrides"] is None else chosen["overrides"]
     if not isinstance(overrides, Mapping):
         raise ConfigError(f"format.overrides={overrides}: needs a mapping such as {{down_proj: 8, lm_head: 8}}, or null.")
     for key, value in overrides.items():
@@ -70,7 +70,7 @@ def resolve(chosen: Mapping, family: Family, layers: int) -> dict[tuple[int | No
 
 def _within(field: str, value, chosen: Mapping, linears: Mapping[str, str]) -> Iterator[tuple[int, str, str, dict]]:
     """(rank, linear, field, parts) of what one range of blocks says."""
-    if isinstance(value, Mapping) and not set(value) & set(PARTS):
+    if isinstance(value, Mapping) and value and not set(value) & set(PARTS):
         for key, own in value.items():
             if key not in linears:
                 raise ConfigError(f"{field}.{key}: no such linear.{nearest(key, linears)} Legal: {', '.join(linears)}, weight, "

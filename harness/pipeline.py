@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import store as records
-from harness.config import settings
+from harness.config import fingerprint, settings
 from harness.errors import ConfigError, DataError
 from harness.plan import Plan, make_plan
 from harness.report.progress import Reporter
@@ -206,7 +206,7 @@ class _Execution:
         from harness.allocation import allocate, sensitivities
 
         auto, scheme = self.parts.auto, self.parts.scheme
-        path = self.store.shared("sensitivities", self.plan.allocation_id())
+        path = self.store.shared("sensitivities", fingerprint(self.plan.allocation_id(), self.run.placement))
         with self._stage("allocate"), records.locked(path.with_suffix(".lock"), wait=True):
             rows = None if self.plan.settings["force"] else records.read_json(path)
             if rows is None:
@@ -218,6 +218,7 @@ class _Execution:
         chosen = allocate(rows, auto.bits_per_weight)
         for row, name in zip(rows, chosen):
             overrides.setdefault((row["layer"], row["name"]), {})["weight"] = auto.candidates[name]
+        self.run.placement += fingerprint(chosen)
         self.metrics["notes"]["allocation"] = {name: chosen.count(name) for name in auto.candidates}
         table = [{"name": adapter.name(row["layer"], row["name"]), "format": name} for row, name in zip(rows, chosen)]
         self.tracker.table("allocation", table)

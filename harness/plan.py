@@ -13,7 +13,7 @@ from pathlib import Path
 
 from harness.calibration.corpus import Corpus, Samples, TextFolder
 from harness.checks import boolean, integer, known_keys, one_of
-from harness.config import build, fingerprint, option
+from harness.config import ROOT, build, fingerprint, option
 from harness.errors import ConfigError, DataError
 from harness.evaluation.zeroshot import ZeroShot
 
@@ -49,7 +49,7 @@ class Plan:
         tested = [[c.fingerprint("evaluation") for c in self.corpora], vars(self.evaluation), chosen["model"]["amp"]]
         if self.zeroshot is not None:
             tested.append(self.zeroshot.fingerprint())
-        made = [model, chosen["format"], self._transform(), chosen["solver"], chosen["seed"]]
+        made = [model, self._format(), self._transform(), chosen["solver"], chosen["seed"]]
         if self.calibrates:
             made += [self.calibration_corpus.fingerprint("calibration"), vars(self.calibration)]
         labels = "-".join(str(self.choices.get(group) or group) for group in ("model", "format", "transform", "solver"))
@@ -83,7 +83,14 @@ class Plan:
         chosen = self.settings
         model = [self.model.fingerprint(), chosen["model"]["dtype"], _device_kind(chosen["device"])]
         text = [self.calibration_corpus.fingerprint("calibration"), vars(self.calibration)]
-        return fingerprint(model, self._transform(), chosen["format"], text, chosen["seed"])
+        return fingerprint(model, self._transform(), self._format(), text, chosen["seed"])
+
+    def _format(self) -> dict:
+        """The format's settings, with what stands behind the options that overrides and candidates name."""
+        chosen = self.settings["format"]
+        names = {f"int4:{name}" if name[3:].isdigit() else name for name in _strings([chosen["overrides"], chosen["auto"]])}
+        found = {name: option("format", name.partition(":")[0]) for name in sorted(names) if _is_option(name.partition(":")[0])}
+        return {**chosen, "named": found} if found else chosen
 
     def _transform(self) -> dict:
         """The transform's settings as far as they change a number: not where its matrices go, and what is in a file read."""
@@ -96,6 +103,8 @@ class Plan:
     def check(self) -> None:
         """Texts and model are there and the texts long enough (ConfigError, DataError). Loads no weight."""
         self.calibration_corpus.check()
+        if self.zeroshot is not None:
+            self.zeroshot.check()
         for corpus in self.corpora:
             corpus.check()
         self.model.check()
@@ -175,6 +184,20 @@ def _other(field: str, name: str) -> Corpus:
 def _device_kind(name: str) -> str:
     """cpu or cuda; numbers depend on that and on nothing finer. Looks for a device file, so that torch stays out."""
     return ("cuda" if Path("/dev/nvidia0").exists() else "cpu") if name == "auto" else name.partition(":")[0]
+
+
+def _strings(value) -> list[str]:
+    """All strings among the values of nested settings."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, str):
+        return [value]
+    return [found for item in value for found in _strings(item)] if isinstance(value, list) else []
+
+
+def _is_option(name: str) -> bool:
+    """Whether conf/format has it; what it has not is refused when the format is built."""
+    return (ROOT / "conf" / "format" / f"{name}.yaml").is_file()
 
 
 def _corpus(data: Mapping) -> Corpus:

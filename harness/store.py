@@ -103,7 +103,7 @@ class Run:
 
     def __init__(self, path: Path):
         self.path = path
-        self.placement = ""  # digest of the learned matrices under which this run's blocks are solved
+        self.placement = ""  # digest of the learned matrices and of the allocation under which this run's blocks are solved
 
     @property
     def status(self) -> dict:

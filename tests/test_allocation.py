@@ -99,4 +99,4 @@ def test_what_is_named_by_hand_stays(tmp_path):
 ], ids=str)
 def test_bad_candidates_are_refused(section, words):
     with pytest.raises(ConfigError, match=words):
-        auto_of(section)
+        auto_of(section, {})

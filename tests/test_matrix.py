@@ -53,6 +53,18 @@ def test_every_transform_with_every_format_and_solver(tmp_path, transform, forma
     assert learned in ([], ["learned", "store"]), "another solver reuses what was learned"
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("transform", ["identity", "quarot"])
+@pytest.mark.parametrize("solver", ["adascale", "awq", "minmax"])
+def test_solvers_that_see_more_than_a_site(tmp_path, solver, transform, bits):
+    quick = {"adascale": ["solver.iterations=2"], "awq": ["solver.grid=3"]}.get(solver, [])
+    int4 = ["format=int4", "format.weight.group_size=32", f"format.kv.bits={bits}"]
+    outcome = run(tmp_path, transform, f"solver={solver}", *int4, *quick)
+    assert outcome.status == "done", outcome.error
+    stages = outcome.metrics["stages"]
+    assert stages["quantized"]["ppl"]["pydoc"] == pytest.approx(stages["baseline"]["ppl"]["pydoc"], rel=0.3)
+
+
 @pytest.mark.parametrize("transform", ["identity", "hadamard", "pca", *ROTATED, "adacodec"])
 def test_every_kind_of_transform_with_a_quantized_cache(tmp_path, transform):
     ppl = {}
@@ -231,6 +243,14 @@ REFUSED = [
     ("jointquant", ["transform.r2.steps_per_epoch=0"], ["transform.r2.steps_per_epoch=0"]),
     ("jointquant", ["+transform.r2.rate=1"], ["transform.r2.rate"]),
     ("identity", ["format=int4", "format.weight.group_size=null"], ["group_size", "granularity"]),
+    ("smoothquant", ["solver=awq"], ["solver=awq", "smoothquant"]),
+    ("quarot", ["solver=awq", "transform.smooth={alpha: 0.5}"], ["solver=awq", "smoothquant"]),
+    ("identity", ["solver=adascale", "format=fouroversix"], ["solver=adascale", "FourOverSix"]),
+    ("identity", ["solver.scales=dynamic", "format.overrides={down_proj: mxfp8}"], ["solver.scales=dynamic", "static"]),
+    ("identity", ["format=auto", "format.auto.bits_per_weight=1.5"], ["format.auto.bits_per_weight=1.5", "2 bits"]),
+    ("identity", ["format=auto", "format.overrides={decoder: mxfp4}"], ["format.auto", "format.overrides"]),
+    ("identity", ["solver=adascale", "solver.lwc=false", "solver.flexround=false"], ["solver.lwc", "solver.flexround"]),
+    ("identity", ["format=int4", "format.act.range=static"], ["range=static", "granularity=token"]),
 ]
 
 
@@ -262,6 +282,8 @@ def test_a_rotation_of_another_model_is_refused(tmp_path):
 WARNED = [
     ("identity", ["format=int4", "format.weight.group_size=32"], "outlier channels"),
     ("hadamard", ["solver=rtn"], "worse than identity"),
+    ("hadamard", ["solver=rtn", "format.overrides={lm_head: mxfp8}"], "worse than identity"),
+    ("identity", ["solver=minmax"], "this is rtn"),
     ("pca", ["format=int4", "format.weight.group_size=32"], "post_hadamard"),
     ("pca", ["format=mxfp4"], "MXFP4"),
     *[(transform, [], "NVFP4") for transform in ROTATED],

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy
 
-from harness.checks import integer, known_keys
+from harness.checks import integer, known_keys, nearest
 from harness.errors import ConfigError, DataError
 from harness.evaluation.agreement import NAME, documents
 
@@ -61,7 +61,8 @@ class ZeroShot:
                 raise DataError(f"eval.zeroshot.{field}={section[field]}: is no folder.")
         chosen = cls(**{**section, "tasks": tuple(tasks)})
         for name in tasks:
-            chosen._check(name)
+            if chosen.file(name) is not None:
+                _read(chosen.file(name))
         return chosen
 
     def file(self, name: str) -> Path | None:
@@ -74,12 +75,22 @@ class ZeroShot:
         shots = dict(self.shots) if isinstance(self.shots, Mapping) else self.shots
         texts = {name: path and hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name in self.tasks
                  for path in [self.file(name)]}
-        return [texts, self.limit, shots]
+        files = [] if self.include_path is None else [p for p in sorted(Path(self.include_path).rglob("*")) if p.is_file()]
+        included = hashlib.sha256(b"".join(str(path).encode() + path.read_bytes() for path in files)).hexdigest()[:16]
+        return [texts, included if files else None, self.limit, shots]
 
-    def _check(self, name: str) -> None:
-        path = self.file(name)
-        if path is not None:
-            _read(path)
+    def check(self) -> None:
+        """Raise ConfigError for a task that is neither a file, nor shipped, nor known to lm-eval. Reading its list takes
+        seconds."""
+        named = [name for name in self.tasks if self.file(name) is None and name != NAME]
+        if named:
+            from lm_eval.tasks import TaskManager
+
+            known = TaskManager(include_path=self.include_path, include_defaults=self.include_path is None).all_tasks
+            for name in named:
+                if name not in known:
+                    raise ConfigError(f"eval.zeroshot.tasks: there is no task {name}.{nearest(name, [*known, NAME])} Tasks are "
+                                      "files of eval.zeroshot.data_path, agreement, and those of lm-eval.")
 
 
 def tasks_for_lm_eval(chosen: ZeroShot) -> list:

@@ -2,7 +2,8 @@
 
     [{"name", "bits", "symmetric", "axis", "group_size", "scale": [...], "offset": [...], "min": [...], "max": [...]}, ..]
 
-x = scale (q + offset), q from 0 to 2^bits - 1, so min = scale offset and max = scale (2^bits - 1 + offset). Values are listed
+x = scale (q + offset), q from 0 to 2^bits - 1 (one less for int_range=narrow), so min = scale offset and max the same with the
+greatest q. Values are listed
 channel after channel (axis 0; group after group inside a channel; axis null: one for the tensor). Integer formats only; a
 static activation range is not among them. Source: the fields of AIMET's encodings files.
 """
@@ -23,7 +24,7 @@ def encoding(name: str, tensor: QTensor) -> dict:
     offset = -zero + 0 * scale
     if format.zp == "float_offset":
         offset = tensor.scales.zero / scale
-    low, high = scale * offset, scale * (2**format.bits - 1 + offset)
+    low, high = scale * offset, scale * (format.qmax - format.qmin + offset)
     values = {"scale": scale, "offset": offset, "min": low, "max": high}
     return {
         "name": name, "bits": format.bits, "symmetric": format.symmetric, "axis": None if format.granularity == "tensor" else 0,

@@ -151,8 +151,10 @@ class Hub(ModelSource):
 
         if self._folder is not None:
             return self._folder
-        wanted = ["*.safetensors", "*.safetensors.index.json"]
-        return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=wanted))
+        wanted = ["model*.safetensors", "model.safetensors.index.json"]
+        here = self._cached()
+        with self._explained():
+            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=wanted, local_files_only=here))
 
     def fingerprint(self) -> str:
         if self._folder is None:

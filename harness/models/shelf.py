@@ -28,7 +28,7 @@ def shards(folder: Path) -> dict[str, Path]:
     if index.is_file():
         return {name: folder / file for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, "pt") as file:
             found |= dict.fromkeys(file.keys(), path)
     return found
@@ -86,9 +86,9 @@ class Shelf:
                  device: torch.device):
         self.blocks, self.scratch, self.dtype, self.device = blocks, scratch, dtype, device
         self.files = []
-        for index in range(len(blocks)):
-            start = f"{prefix}.{index}."
-            self.files.append({name: path for name, path in files.items() if name.startswith(start)})
+        for index, block in enumerate(blocks):
+            own = [f"{prefix}.{index}.{name}" for name in block.state_dict()]  # a file may hold more, such as old rotary tables
+            self.files.append({name: files[name] for name in own if name in files})
         self.prefix = prefix
         self._users = [0] * len(blocks)
         self.close()

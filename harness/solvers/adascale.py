@@ -204,7 +204,7 @@ class _Round(torch.autograd.Function):
         divided = _divided(weight, s2, s3, format)
         step = format.lattice(format.rescaled(start, factor))[0].unsqueeze(-1)
         blocks = format.split(divided)
-        value = format.snap(blocks.clone(), step)
+        value = format.snap(blocks, step)
         ctx.format, ctx.shape = format, weight.shape
         ctx.save_for_backward(blocks, value, step, format.lattice(start)[0])
         return format.join(value, weight.shape).to(weight.dtype)

@@ -106,6 +106,9 @@ class Solver:
         """Refuse a weight format this solver cannot solve for (ConfigError); returns warnings."""
         return []
 
+    def check_together(self, formats: Sequence[Format]) -> None:
+        """Refuse weight formats of one model that this solver cannot have side by side (ConfigError)."""
+
     @property
     def windows(self) -> int | None:
         """Calibration windows in a micro-batch; None leaves that to the stream."""

@@ -22,6 +22,10 @@ class MinMax(Solver):
 
     encodings: ClassVar[str] = "min_max_encodings"
 
+    def check(self, format: Format) -> list[str]:
+        named = isinstance(format, Integer)
+        return [] if named else [f"solver=minmax with {type(format).__name__}: its rule is for integers, so this is rtn"]
+
     def solve(self, problem: Problem) -> Solution:
         problem = replace(problem, formats={name: minmax(format) for name, format in problem.formats.items()})
         scales = self.static_scales(problem)
