@@ -46,26 +46,36 @@ def test_a_budget_below_everything_is_refused():
         allocate(rows(3, 0), 1.5)
 
 
-@torch.no_grad()
-def test_sensitivity_is_the_relative_output_error():
+def test_sensitivity_is_the_output_error_weighed_by_squared_gradients():
     adapter = Adapter(Tiny().load()[0])
     swap(adapter)
-    ids = torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(0))
-    read = {}
-    for name in ("self_attn.k_proj", "mlp.down_proj"):
-        linear = adapter.blocks[1].get_submodule(name)
-        linear.register_forward_pre_hook(lambda _, args, name=name: read.update({name: args[0].reshape(-1, args[0].shape[-1])}))
-    adapter.model(ids)
+    ids = torch.randint(256, (3, 24), generator=torch.Generator().manual_seed(0))
     candidates = {"a": NVFP4(), "b": Integer(bits=3, granularity="group", group_size=64)}
     table = sensitivities(adapter, Auto(4.5, candidates), ids, lambda: None)
     assert len(table) == 14
-    for name, x in read.items():
+    read, wrote = {}, {}
+
+    def keep(name):
+        def hook(_, args, y):
+            read[name].append(args[0].detach()[0])
+            wrote[name].append(y.requires_grad_() if y.is_leaf else y)
+            wrote[name][-1].retain_grad()
+        return hook
+
+    names = ("self_attn.k_proj", "mlp.down_proj")
+    for name in names:
+        read[name], wrote[name] = [], []
+        adapter.blocks[1].get_submodule(name).register_forward_hook(keep(name))
+    for row in ids:
+        logits = adapter.model(row[None]).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").backward()
+    for name in names:
         row = next(row for row in table if (row["layer"], row["name"]) == (1, name))
         weight = adapter.blocks[1].get_submodule(name).weight
+        fisher = torch.stack([y.grad[0].square().sum(0) for y in wrote[name]]).sum(0)
         for key, format in candidates.items():
-            noise = x @ (format.quantize(weight).dequantize() - weight).T
-            want = float(noise.square().sum() / (x @ weight.T).square().sum())
-            assert row["errors"][key] == pytest.approx(want, rel=1e-3)
+            noise = torch.cat(read[name]) @ (format.quantize(weight).dequantize() - weight).T
+            assert row["errors"][key] == pytest.approx(float(2 * noise.square().mean(0) @ fisher), rel=1e-3)
             assert row["bits"][key] == format.quantize(weight).bits()
 
 
