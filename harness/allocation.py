@@ -91,7 +91,7 @@ def sensitivities(adapter: Adapter, auto: Auto, windows: Tensor, advance: Callab
 
 
 def importance(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], Tensor]:
-    """{(layer, linear): F [out]}, the squared gradients of the summed next-token loss at every linear's output, over all windows
+    """{(layer, linear): F [out]}, the squared gradients of the summed next-token loss at every linear's output, over windows
     [N, L]."""
     found, handles = {}, []
     for layer, block in enumerate(adapter.blocks):
@@ -103,7 +103,8 @@ def importance(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], Tenso
                 def keep(gradient: Tensor, where=(layer, name)) -> None:
                     found[where] += gradient.float().square().flatten(0, -2).sum(0)
 
-                handles.append(linear.register_forward_hook(lambda _, args, y, keep=keep: y.register_hook(keep) and None))
+                hook = lambda _, args, y, keep=keep: y.register_hook(keep) and None  # noqa: E731
+                handles.append(linear.register_forward_hook(hook))
     embedding = adapter.model.get_input_embeddings()
     handles.append(embedding.register_forward_hook(lambda _, args, y: y.requires_grad_()))
     with torch.enable_grad():

@@ -249,7 +249,7 @@ class _Execution:
 
             on_disk = plan.settings["data"]["calibration"]["activations"] == "disk"
             blockwise.quantize(adapter, parts.scheme, parts.solver, calibration, self.run, done, plan.settings["seed"],
-                               folder=self.scratch if on_disk else None)
+                               stage=self.reporter.stage, folder=self.scratch if on_disk else None)
             if parts.solver is not None and parts.solver.encodings is not None:
                 for index in range(len(adapter.blocks) + outside):
                     qtensors = solved(adapter, parts.scheme, self.run, index)

@@ -15,6 +15,8 @@ class Reporter:
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(stderr=True)
+        self._progress: Progress | None = None  # the bars on the terminal while a stage runs
+        self._depth = 0
 
     def say(self, message: str) -> None:
         """One line."""
@@ -22,20 +24,48 @@ class Reporter:
 
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Callable[..., None]]:
-        """Yields `advance(note="")`, to be called once for each of `total` steps."""
-        if self.console.is_terminal:
+        """Yields `advance(note="")`, to be called once for each of `total` steps. A stage within a stage has a bar below the
+        outer one's while it runs; without a terminal it is silent."""
+        self._depth += 1
+        try:
+            with self._bar(title, total) if self.console.is_terminal else self._lines(title, total) as advance:
+                yield advance
+        finally:
+            self._depth -= 1
+
+    @contextmanager
+    def _bar(self, title: str, total: int) -> Iterator[Callable[..., None]]:
+        if self._progress is None:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                        TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-            with Progress(*columns, console=self.console) as progress:
-                task = progress.add_task(title, total=total, note="")
-                yield lambda note="": progress.update(task, advance=1, note=note)
+            with Progress(*columns, console=self.console) as self._progress:
+                try:
+                    with self._task(self._progress, title, total) as advance:
+                        yield advance
+                finally:
+                    self._progress = None
             return
-        start, done = time.monotonic(), 0
-        self.say(f"{title}: {total} steps")
+        with self._task(self._progress, title, total) as advance:
+            yield advance
+
+    @contextmanager
+    def _task(self, progress: Progress, title: str, total: int) -> Iterator[Callable[..., None]]:
+        task = progress.add_task(title, total=total, note="")
+        yield lambda note="": progress.update(task, advance=1, note=note)
+        if self._depth > 1:
+            progress.remove_task(task)
+
+    @contextmanager
+    def _lines(self, title: str, total: int) -> Iterator[Callable[..., None]]:
+        start, done, shown = time.monotonic(), 0, self._depth == 1
+        if shown:
+            self.say(f"{title}: {total} steps")
 
         def advance(note: str = "") -> None:
             nonlocal done
             done += 1
+            if not shown:
+                return
             if done == total or done * 10 // total > (done - 1) * 10 // total:
                 self.say(f"{title}: {done}/{total} after {time.monotonic() - start:.0f} s{'; ' + note if note else ''}")
 
