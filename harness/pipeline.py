@@ -1,4 +1,4 @@
-"""The order of a run's stages; the only file that knows every part.
+"""The order of a run's stages, and the record of them; stages.py says what each does to the model.
 
     plan -> stored already? show it -> build and check -> load -> baseline -> transform, fold, gate
          -> blocks: statistics, solve, swap, save -> evaluate -> metrics, trackers, table
@@ -9,7 +9,6 @@ A run that was killed goes on from its last finished block; a finished one is sh
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import resource
 import shutil
@@ -20,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import store as records
-from harness.config import fingerprint, settings
+from harness.config import settings
 from harness.errors import ConfigError, DataError
 from harness.plan import Plan, make_plan
 from harness.report.progress import Reporter
@@ -57,11 +56,14 @@ def execute(cfg, choices: Mapping[str, str | None], sweep: str | None = None, re
 
     parts = components(plan)
     with records.locked(run.path / "lock"):
-        return _Execution(plan, parts, store, run, reporter).outcome(sweep)
+        return Job(plan, parts, store, run, reporter).outcome(sweep)
 
 
-class _Execution:
-    """One run while it is computed: metrics that grow stage by stage, and the parts that fill them."""
+class Job:
+    """One run while it is computed: metrics that grow stage by stage, and the parts that fill them.
+
+    plan, parts (components.py), store, run, reporter, tracker; scratch: a folder that goes away at the end.
+    """
 
     def __init__(self, plan: Plan, parts, store: Store, run: Run, reporter: Reporter):
         self.plan, self.parts, self.store, self.run, self.reporter = plan, parts, store, run, reporter
@@ -101,7 +103,7 @@ class _Execution:
     def _compute(self) -> None:
         import torch
 
-        from harness import blockwise
+        from harness import stages
         from harness.calibration.windows import tokenize, windows
         from harness.models.attention import attach
         from harness.models.families import Adapter
@@ -110,7 +112,7 @@ class _Execution:
         plan, parts = self.plan, self.parts
         chosen = plan.settings["device"]
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if chosen == "auto" else chosen)
-        with self._stage("load"):
+        with self.stage("load"):
             model, tokenizer = plan.model.load(device)
             self.tokenizer = tokenizer
             assert_finite(model)
@@ -129,141 +131,21 @@ class _Execution:
         self._baseline(adapter)
 
         probe = calibration[: PROBE[0], : PROBE[1]].to(device)
-        changed = self._transform(adapter, calibration, probe)
+        changed = stages.transform(self, adapter, calibration, probe)
         inexact = not all(transform.exact for transform in parts.transforms)
         if inexact or (changed and not plan.quantizes):
             self._evaluate("transformed", adapter)
         if plan.quantizes:
             if parts.auto is not None:
-                parts = self.parts = replace(parts, scheme=self._allocate(adapter, calibration))
+                parts = self.parts = replace(parts, scheme=stages.allocation(self, adapter, calibration))
             if parts.scheme.any("weight") or parts.scheme.any("act"):
-                self._quantize(blockwise, adapter, calibration)
+                stages.quantize(self, adapter, calibration)
             if parts.scheme.kv is not None:
                 for heads in attach(adapter):
                     heads.format = parts.scheme.kv
             self._evaluate("quantized", adapter)
         if self.metrics["bits_per_weight"] is None:
             self.metrics["bits_per_weight"] = float(torch.finfo(model.dtype).bits)
-
-    def _transform(self, adapter, calibration, probe) -> bool:
-        """Fit (or find) and place every transform, and hold exact ones to the gate. Whether anything changed."""
-        import torch
-
-        from harness.calibration.subject import ModelSubject
-        from harness.evaluation.gate import gate
-        from harness.models import prepare
-
-        transforms, changed = self.parts.transforms, False
-        with self._stage("fit"):
-            with torch.no_grad():
-                before = adapter.model(probe, use_cache=False).logits
-            prepare.swap(adapter)
-            gains = prepare.fuse_norms(adapter) if any(transform.residual for transform in transforms) else None
-            for parameter in adapter.model.parameters():
-                parameter.requires_grad_(False)
-            subject = ModelSubject(adapter, calibration, self.reporter.stage, gains)
-            for part, transform in enumerate(transforms):
-                placement = self._placement(part, transform, subject)
-                changed = changed or not placement.empty
-                self.metrics["notes"] |= dict(placement.notes)
-                prepare.place(adapter, placement)
-            if all(transform.exact for transform in transforms):
-                with torch.no_grad():
-                    after = adapter.model(probe, use_cache=False).logits
-                exact, name = adapter.model.dtype == torch.float32, self.plan.settings["transform"]["name"]
-                self.metrics["notes"]["gate"] = gate(before, after, exact, name)
-        return changed
-
-    def _placement(self, part: int, transform, subject):
-        """What a transform fits; what it has learned before is taken from the store, or from `transform.load`."""
-        from harness.components import placement_facts
-        from harness.transforms import file
-
-        if not transform.learned:
-            return transform.fit(self.parts.context, subject)
-        section, context, facts = self.plan.settings["transform"], self.parts.context, placement_facts(self.plan)
-        if section["load"] is not None:
-            path = Path(section["load"])
-            self.run.event("placement", source=str(path))
-            placement = file.load(path, transform, context)
-        else:
-            path = self.store.shared("placements", self.plan.fit_id(part, transform.sees)).with_suffix(".safetensors")
-            with records.locked(path.with_suffix(".lock"), wait=True):
-                placement = None if self.plan.settings["force"] else file.found(path, transform, context)
-                self.run.event("placement", source="learned" if placement is None else "store", key=path.stem)
-                if placement is None:
-                    file.save(path, transform.fit(context, subject), facts)
-                    placement = file.load(path, transform, context)
-                else:
-                    self.reporter.say("transform: learned before, from the store")
-        self.run.placement = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        if section["save"] is not None:
-            file.save(Path(section["save"]), placement, facts)
-        return placement
-
-    def _allocate(self, adapter, calibration):
-        """The scheme with every linear's weight format chosen by measured sensitivity; what it chose stands in the notes."""
-        from harness.allocation import allocate, sensitivities
-
-        auto, scheme = self.parts.auto, self.parts.scheme
-        path = self.store.shared("sensitivities", fingerprint(self.plan.allocation_id(), self.run.placement))
-        with self._stage("allocate"), records.locked(path.with_suffix(".lock"), wait=True):
-            rows = None if self.plan.settings["force"] else records.read_json(path)
-            if rows is None:
-                with self.reporter.stage("sensitivities", len(adapter.blocks)) as advance:
-                    rows = sensitivities(adapter, auto, calibration, advance)
-                records.write_json(path, rows)
-        overrides = {where: dict(own) for where, own in scheme.overrides.items()}
-        rows = [row for row in rows if "weight" not in overrides.get((row["layer"], row["name"]), {})]  # those are decided
-        chosen = allocate(rows, auto.bits_per_weight)
-        for row, name in zip(rows, chosen):
-            overrides.setdefault((row["layer"], row["name"]), {})["weight"] = auto.candidates[name]
-        self.run.placement += fingerprint(chosen)
-        self.metrics["notes"]["allocation"] = {name: chosen.count(name) for name in auto.candidates}
-        table = [{"name": adapter.name(row["layer"], row["name"]), "format": name} for row, name in zip(rows, chosen)]
-        self.tracker.table("allocation", table)
-        return replace(scheme, overrides=overrides)
-
-    def _quantize(self, blockwise, adapter, calibration) -> None:
-        from harness.export.encodings import save_encodings
-        from harness.solved import solved
-
-        plan, parts = self.plan, self.parts
-        found = 0 if plan.settings["force"] else self.store.adopt_blocks(self.run, plan.quant_id)
-        if found:
-            self.reporter.say(f"quantize: {found} of {len(adapter.blocks)} blocks are in the store")
-        outside = parts.scheme.outside
-        with self._stage("solve"), self.reporter.stage("quantize", len(adapter.blocks) + outside) as advance:
-
-            def done(index: int, layers: list[dict]) -> None:
-                self.metrics["layers"] += layers
-                errors = [math.nan if layer["rel_error"] is None else layer["rel_error"] for layer in layers]
-                mean = sum(errors) / len(errors)
-                note = f"relative output error {mean:.4f}"
-                points = {"block/rel_error": mean, "block/worst_rel_error": max(errors)}
-                if "loss_after" in layers[0]:
-                    points |= {f"block/{key}": layers[0][key] for key in ("loss_before", "loss_after")}
-                    note += f", loss {layers[0]['loss_before']:.4g} to {layers[0]['loss_after']:.4g}"
-                self.tracker.log(points, step=index)
-                advance(note)
-
-            on_disk = plan.settings["data"]["calibration"]["activations"] == "disk"
-            blockwise.quantize(adapter, parts.scheme, parts.solver, calibration, self.run, done, plan.settings["seed"],
-                               stage=self.reporter.stage, folder=self.scratch if on_disk else None)
-            if parts.solver is not None and parts.solver.encodings is not None:
-                for index in range(len(adapter.blocks) + outside):
-                    qtensors = solved(adapter, parts.scheme, self.run, index)
-                    save_encodings(self.run.path / parts.solver.encodings, index, qtensors)
-        layers = self.metrics["layers"]
-        fallbacks = [layer["name"] for layer in layers if layer.get("fallback")]
-        if fallbacks:
-            self.metrics["warnings"].append(f"{len(fallbacks)} linears fell back to RTN (singular H): {', '.join(fallbacks)}")
-        damped = [layer["name"] for layer in layers if layer.get("redamped")]
-        if damped:
-            self.metrics["warnings"].append(f"{len(damped)} linears needed more damping than solver.damp: {', '.join(damped)}")
-        weights = sum(layer.get("weights", 0) for layer in layers)
-        bits = sum(layer.get("bits", 0) for layer in layers) / weights if weights else None
-        self.metrics["bits_per_weight"] = bits
 
     def _baseline(self, adapter) -> None:
         """The untouched model's perplexity, computed once for all runs of the same model and texts."""
@@ -284,7 +166,7 @@ class _Execution:
         result = {"ppl": {}, "tokens": 0}
         streaming = self.plan.settings["eval"]["streaming"] or self.shelf is not None
         total = sum(steps(adapter, text, streaming) for text in self.texts.values())
-        with self._stage(stage), self.reporter.stage(f"evaluate {stage}", total) as advance:
+        with self.stage(stage), self.reporter.stage(f"evaluate {stage}", total) as advance:
             for corpus, text in self.texts.items():
                 losses = window_losses(adapter, text, self.amp, advance, streaming)
                 result["ppl"][corpus] = perplexity(losses, text.shape[1])
@@ -304,7 +186,8 @@ class _Execution:
             raise FloatingPointError(f"the {stage} model's perplexity on {', '.join(lost)} is not finite")
 
     @contextlib.contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage and note in the store that it runs."""
         self.run.set_status(stage=name)
         self.run.event("stage", stage=name)
         start = time.perf_counter()

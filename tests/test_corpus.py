@@ -144,7 +144,7 @@ def test_hub_text_is_read_from_the_local_cache(monkeypatch, tmp_path):
 
 def test_fingerprints_need_no_torch():
     code = (
-        "import sys; from harness.calibration.corpus import Pydoc, HubText; from harness.models.load import Hub; "
+        "import sys; from harness.calibration.corpus import Pydoc, HubText; from harness.models.hub import Hub; "
         "from harness.models.tiny import Tiny; Pydoc().fingerprint('evaluation'), Tiny().fingerprint(); "
         "HubText('a/b', 'c', 'test').fingerprint('evaluation'), Hub(path='a/b').fingerprint(); "
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"

@@ -13,7 +13,7 @@ FLOORS = [
     {"models", "calibration"},
     {"evaluation", "export", "tracking", "report", "store"},
     {"plan", "components", "allocation", "overrides", "solved", "outside", "blockwise", "hints"},
-    {"pipeline"},
+    {"pipeline", "stages"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 

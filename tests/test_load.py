@@ -11,7 +11,8 @@ from transformers import AutoConfig
 
 from harness.errors import ConfigError, DataError
 from harness.models.families import Adapter
-from harness.models.load import Hub, assert_finite, untie
+from harness.models.hub import Hub
+from harness.models.load import assert_finite, untie
 from harness.models.tiny import FAMILIES, Tiny, byte_tokenizer
 from harness.models.wheel import Wheel
 

@@ -1,0 +1,137 @@
+"""What happens to a model between the baseline and the last evaluation: transforms fitted and placed, formats allocated,
+weights solved. Each function takes the job (pipeline.Job): its plan, parts, run, reporter, tracker, metrics.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from harness import blockwise
+from harness import store as records
+from harness.allocation import allocate, sensitivities
+from harness.calibration.subject import ModelSubject
+from harness.components import placement_facts
+from harness.config import fingerprint
+from harness.evaluation.gate import gate
+from harness.export.encodings import save_encodings
+from harness.formats import Scheme
+from harness.models import prepare
+from harness.models.families import Adapter
+from harness.solved import solved
+from harness.transforms import Placement, file
+
+
+def transform(job, adapter: Adapter, calibration: Tensor, probe: Tensor) -> bool:
+    """Fit (or find) and place every transform, and hold exact ones to the gate. Whether anything changed."""
+    transforms, changed = job.parts.transforms, False
+    with job.stage("fit"):
+        with torch.no_grad():
+            before = adapter.model(probe, use_cache=False).logits
+        prepare.swap(adapter)
+        gains = prepare.fuse_norms(adapter) if any(transform.residual for transform in transforms) else None
+        for parameter in adapter.model.parameters():
+            parameter.requires_grad_(False)
+        subject = ModelSubject(adapter, calibration, job.reporter.stage, gains)
+        for part, transform in enumerate(transforms):
+            placement = fitted(job, part, transform, subject)
+            changed = changed or not placement.empty
+            job.metrics["notes"] |= dict(placement.notes)
+            prepare.place(adapter, placement)
+        if all(transform.exact for transform in transforms):
+            with torch.no_grad():
+                after = adapter.model(probe, use_cache=False).logits
+            exact, name = adapter.model.dtype == torch.float32, job.plan.settings["transform"]["name"]
+            job.metrics["notes"]["gate"] = gate(before, after, exact, name)
+    return changed
+
+
+def fitted(job, part: int, transform, subject: ModelSubject) -> Placement:
+    """What a transform fits; what it has learned before is taken from the store, or from `transform.load`."""
+    if not transform.learned:
+        return transform.fit(job.parts.context, subject)
+    section, context, facts = job.plan.settings["transform"], job.parts.context, placement_facts(job.plan)
+    if section["load"] is not None:
+        path = Path(section["load"])
+        job.run.event("placement", source=str(path))
+        placement = file.load(path, transform, context)
+    else:
+        path = job.store.shared("placements", job.plan.fit_id(part, transform.sees)).with_suffix(".safetensors")
+        with records.locked(path.with_suffix(".lock"), wait=True):
+            placement = None if job.plan.settings["force"] else file.found(path, transform, context)
+            job.run.event("placement", source="learned" if placement is None else "store", key=path.stem)
+            if placement is None:
+                file.save(path, transform.fit(context, subject), facts)
+                placement = file.load(path, transform, context)
+            else:
+                job.reporter.say("transform: learned before, from the store")
+    job.run.placement = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    if section["save"] is not None:
+        file.save(Path(section["save"]), placement, facts)
+    return placement
+
+
+def allocation(job, adapter: Adapter, calibration: Tensor) -> Scheme:
+    """The scheme with every linear's weight format chosen by measured sensitivity; what it chose stands in the notes."""
+    auto, scheme = job.parts.auto, job.parts.scheme
+    path = job.store.shared("sensitivities", fingerprint(job.plan.allocation_id(), job.run.placement))
+    with job.stage("allocate"), records.locked(path.with_suffix(".lock"), wait=True):
+        rows = None if job.plan.settings["force"] else records.read_json(path)
+        if rows is None:
+            with job.reporter.stage("sensitivities", len(adapter.blocks)) as advance:
+                rows = sensitivities(adapter, auto, calibration, advance)
+            records.write_json(path, rows)
+    overrides = {where: dict(own) for where, own in scheme.overrides.items()}
+    rows = [row for row in rows if "weight" not in overrides.get((row["layer"], row["name"]), {})]  # those are decided
+    chosen = allocate(rows, auto.bits_per_weight)
+    for row, name in zip(rows, chosen):
+        overrides.setdefault((row["layer"], row["name"]), {})["weight"] = auto.candidates[name]
+    job.run.placement += fingerprint(chosen)
+    job.metrics["notes"]["allocation"] = {name: chosen.count(name) for name in auto.candidates}
+    table = [{"name": adapter.name(row["layer"], row["name"]), "format": name} for row, name in zip(rows, chosen)]
+    job.tracker.table("allocation", table)
+    return replace(scheme, overrides=overrides)
+
+
+def quantize(job, adapter: Adapter, calibration: Tensor) -> None:
+    """Solve the weights block by block, going on from what the store has; reports, encodings and bits per weight."""
+    plan, parts = job.plan, job.parts
+    found = 0 if plan.settings["force"] else job.store.adopt_blocks(job.run, plan.quant_id)
+    if found:
+        job.reporter.say(f"quantize: {found} of {len(adapter.blocks)} blocks are in the store")
+    outside = parts.scheme.outside
+    with job.stage("solve"), job.reporter.stage("quantize", len(adapter.blocks) + outside) as advance:
+
+        def done(index: int, layers: list[dict]) -> None:
+            job.metrics["layers"] += layers
+            errors = [math.nan if layer["rel_error"] is None else layer["rel_error"] for layer in layers]
+            mean = sum(errors) / len(errors)
+            note = f"relative output error {mean:.4f}"
+            points = {"block/rel_error": mean, "block/worst_rel_error": max(errors)}
+            if "loss_after" in layers[0]:
+                points |= {f"block/{key}": layers[0][key] for key in ("loss_before", "loss_after")}
+                note += f", loss {layers[0]['loss_before']:.4g} to {layers[0]['loss_after']:.4g}"
+            job.tracker.log(points, step=index)
+            advance(note)
+
+        on_disk = plan.settings["data"]["calibration"]["activations"] == "disk"
+        blockwise.quantize(adapter, parts.scheme, parts.solver, calibration, job.run, done, plan.settings["seed"],
+                           stage=job.reporter.stage, folder=job.scratch if on_disk else None)
+        if parts.solver is not None and parts.solver.encodings is not None:
+            for index in range(len(adapter.blocks) + outside):
+                qtensors = solved(adapter, parts.scheme, job.run, index)
+                save_encodings(job.run.path / parts.solver.encodings, index, qtensors)
+    layers = job.metrics["layers"]
+    fallbacks = [layer["name"] for layer in layers if layer.get("fallback")]
+    if fallbacks:
+        job.metrics["warnings"].append(f"{len(fallbacks)} linears fell back to RTN (singular H): {', '.join(fallbacks)}")
+    damped = [layer["name"] for layer in layers if layer.get("redamped")]
+    if damped:
+        job.metrics["warnings"].append(f"{len(damped)} linears needed more damping than solver.damp: {', '.join(damped)}")
+    weights = sum(layer.get("weights", 0) for layer in layers)
+    job.metrics["bits_per_weight"] = sum(layer.get("bits", 0) for layer in layers) / weights if weights else None
