@@ -217,15 +217,15 @@ def large() -> None:
 
 
 def held(facts: dict, windows: int = 8, length: int = 512) -> float:
-    """MB of bf16 embedding, head and one block twice (read, changed), activations and, for the widest site, four float32
-    squares (H, its damped copy, the factor, its inverse) and the stacked weights three times in float32; 450 MB of
-    libraries."""
+    """MB of bf16 embedding, head and one block twice (read, changed), activations and, for the widest site, six float32 squares
+    (H, its damped copy before and after ordering, the factor, its inverse, that in order) and the stacked weights three times
+    in float32; 450 MB of libraries."""
     hidden, wide = facts["hidden_size"], facts["intermediate_size"]
     heads = hidden // facts["num_attention_heads"] * facts["num_key_value_heads"]
     block = 2 * (2 * hidden * hidden + 2 * hidden * heads + 3 * hidden * wide)
     outside = 2 * 2 * facts["vocab_size"] * hidden
     activations = 2 * windows * length * (hidden + wide)
-    solving = max(4 * 4 * wide * wide + 3 * 4 * wide * hidden, 4 * 4 * hidden * hidden + 3 * 4 * 2 * wide * hidden)
+    solving = 4 * max(6 * wide * wide + 3 * wide * hidden, 6 * hidden * hidden + 3 * 2 * wide * hidden)
     return 450 + (outside + 2 * block + activations + solving) / 2**20
 
 

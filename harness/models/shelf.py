@@ -7,10 +7,11 @@ block down while it is `open` (a forward of the block opens it by itself) and dr
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -125,6 +126,7 @@ class Shelf:
         if self._users[index] == 0:
             for name, tensor in self._tensors(index).items():
                 assign(self.blocks[index], name, tensor.to("meta"))
+            _trim()
 
     def _save(self, index: int) -> None:
         self.scratch.mkdir(parents=True, exist_ok=True)
@@ -142,3 +144,10 @@ class Shelf:
 
     def _changed(self, index: int) -> Path:
         return self.scratch / f"{index:04d}.safetensors"
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library can (glibc): the holes that blocks leave in its heap would add
+    up to a gigabyte over 20 blocks."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
