@@ -119,10 +119,11 @@ def adascale() -> None:
     model, tokens = load()
     adapter = Adapter(model)
     swap(adapter)
-    stream = Stream(adapter, windows(tokens["calibration"], 2048, 1))
-    block, hidden, context = adapter.blocks[0], stream.hidden[0].detach(), stream.context[0]
+    with torch.no_grad():
+        stream = Stream(adapter, windows(tokens["calibration"], 2048, 1))
+        block, hidden, context = adapter.blocks[0], stream.hidden[0], stream.context[0]
+        target = block(hidden, **context)
     linears = {name: block.get_submodule(name) for site in adapter.family.sites for name in site.linears}
-    target = block(hidden, **context).detach()
     plain = {name: torch.nn.Parameter(linear.weight.clone()) for name, linear in linears.items()}
     format = minmax(Integer(bits=4, granularity="channel"))
     learned = {name: Rounding(linear.weight, format, format.scales(linear.weight)) for name, linear in linears.items()}
