@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.errors import DataError
+from harness.models.families import family_of
 from harness.models.load import refuse_nonfinite
 
 
@@ -36,7 +37,7 @@ def shards(folder: Path) -> dict[str, Path]:
 
 
 def read(names: Mapping[str, Path], dtype: torch.dtype, device) -> dict[str, Tensor]:
-    """Those tensors in memory of their own, so that no file stays mapped. Raises DataError for one that is not finite."""
+    """Those tensors in memory of their own, so that no file stays mapped."""
     tensors = {}
     for path in dict.fromkeys(names.values()):
         with safe_open(path, "pt") as file:
@@ -44,17 +45,17 @@ def read(names: Mapping[str, Path], dtype: torch.dtype, device) -> dict[str, Ten
                 if where == path:
                     tensor = file.get_tensor(name)
                     tensors[name] = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-                    refuse_nonfinite(name, tensors[name])
     return tensors
 
 
 def skeleton(config, files: Mapping[str, Path], dtype: torch.dtype, device) -> nn.Module:
-    """A model of that config with everything but its blocks' weights read. Raises DataError for a missing tensor."""
+    """A model of that config with everything but its blocks' weights read. Raises DataError for a tensor that is missing or not
+    finite."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    blocks = f"{model.base_model_prefix}.layers."
+    blocks = f"{family_of(config.model_type).blocks}."
     for name, module in list(model.named_modules()):  # what is computed from the config, not stored: the rotary table
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             model.set_submodule(name, type(module)(config=config).to(device))
@@ -64,6 +65,7 @@ def skeleton(config, files: Mapping[str, Path], dtype: torch.dtype, device) -> n
     if missing:
         raise DataError(f"the model's files lack the weights {', '.join(sorted(missing)[:4])}")
     for name, tensor in read({name: files[name] for name in wanted}, dtype, device).items():
+        refuse_nonfinite(name, tensor)
         assign(model, name, tensor)
     if tied:
         model.tie_weights()
@@ -117,8 +119,11 @@ class Shelf:
         if self._users[index] > 1:
             return
         start, changed = f"{self.prefix}.{index}.", self._changed(index)
-        files = dict.fromkeys(self.files[index], changed) if changed.is_file() else self.files[index]
+        original = not changed.is_file()
+        files = self.files[index] if original else dict.fromkeys(self.files[index], changed)
         for name, tensor in read(files, self.dtype, self.device).items():
+            if original:
+                refuse_nonfinite(name, tensor)
             assign(self.blocks[index], name.removeprefix(start), tensor)
 
     def _put_back(self, index: int) -> None:
