@@ -88,7 +88,8 @@ class Plan:
     def _format(self) -> dict:
         """The format's settings, with what stands behind the options that overrides and candidates name."""
         chosen = self.settings["format"]
-        names = {f"int4:{name}" if name[3:].isdigit() else name for name in _strings([chosen["overrides"], chosen["auto"]])}
+        candidates = {f"int4:{name}" if name[3:].isdigit() else name for name in _strings(chosen["auto"])}  # intN is int4's
+        names = candidates | set(_strings(chosen["overrides"]))
         found = {name: option("format", name.partition(":")[0]) for name in sorted(names) if _is_option(name.partition(":")[0])}
         return {**chosen, "named": found} if found else chosen
 

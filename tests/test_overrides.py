@@ -7,13 +7,14 @@ import torch
 from composed import small
 from safetensors import safe_open
 
-from harness.config import build, option
+from harness.config import build, option, settings
 from harness.errors import ConfigError
 from harness.export.encodings import encoding
 from harness.formats import MX, Integer
 from harness.models.families import FAMILIES
 from harness.overrides import resolve
 from harness.pipeline import execute
+from harness.plan import make_plan
 
 FAMILY, LAYERS = FAMILIES["llama"], 6
 DOWN, UP, Q = "mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"
@@ -69,6 +70,18 @@ def test_what_means_nothing_is_refused(overrides, words):
     with pytest.raises(ConfigError) as refusal:
         resolved(overrides)
     assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+@pytest.mark.parametrize(("overrides", "behind"), [
+    ([], None),
+    (["format.overrides={down_proj: int8}"], {"int8": "int8"}),
+    (["format.overrides={first_1: {up_proj: {weight: mxfp8}}}"], {"mxfp8": "mxfp8"}),
+], ids=str)
+def test_what_stands_behind_an_option_is_part_of_the_run(tmp_path, overrides, behind):
+    """An edited option is another run: its settings, not its name, are hashed."""
+    cfg, choices = small(tmp_path, "format=int4", *overrides)
+    named = make_plan(settings(cfg), choices)._format().get("named")
+    assert named == (behind and {name: option("format", own) for name, own in behind.items()})
 
 
 def test_float_formats_name_the_way_out():

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from harness.formats import Format, Integer
-from harness.solvers.base import Problem, Solution, Solver
+from harness.solvers.base import Problem, Solution
+from harness.solvers.rtn import RTN
 
 
 @dataclass(frozen=True, kw_only=True)
-class MinMax(Solver):
+class MinMax(RTN):
     """No statistics of the activations, and no search."""
 
     encodings: ClassVar[str] = "min_max_encodings"
@@ -27,10 +28,7 @@ class MinMax(Solver):
         return [] if named else [f"solver=minmax with {type(format).__name__}: its rule is for integers, so this is rtn"]
 
     def solve(self, problem: Problem) -> Solution:
-        problem = replace(problem, formats={name: minmax(format) for name, format in problem.formats.items()})
-        scales = self.static_scales(problem)
-        qtensors = {n: problem.formats[n].quantize(w, scales=scales[n]) for n, w in problem.weights.items()}
-        return Solution(qtensors, report={})
+        return super().solve(replace(problem, formats={name: minmax(format) for name, format in problem.formats.items()}))
 
 
 def minmax(format: Format) -> Format:
