@@ -23,7 +23,7 @@ from harness.formats import QTensor, Scheme
 from harness.models.families import Adapter, Site
 from harness.models.quant_linear import QuantLinear, SiteInput
 from harness.outside import Outside
-from harness.solved import stored, swap_in
+from harness.solved import decibel, relative, stored, swap_in
 from harness.solvers import Problem, Solver
 from harness.store import Run
 from harness.transforms import generator
@@ -31,14 +31,14 @@ from harness.transforms import generator
 
 @torch.no_grad()
 def quantize(adapter: Adapter, scheme: Scheme, solver: Solver | None, windows: Tensor, run: Run,
-             done: Callable[[int, list[dict]], None], seed: int = 0,
+             done: Callable[[int, list[dict], dict], None], seed: int = 0,
              stage: Callable[[str, int], AbstractContextManager] = quiet, folder: Path | None = None) -> None:
     """Solve every block of a placed model and switch its activation quantizers on.
 
     windows: calibration token ids [N, L]; solver None: only activation scales are taken. Solved blocks go to `run` and
-    come from it when they are there. `done(index, layers)` is called after each block, and after what stands outside of them
-    where that is quantized, with the per-linear report. stage shows the progress inside a block. folder: where activations lie;
-    None: in memory.
+    come from it when they are there. `done(index, layers, output)` is called after each block, and after what stands outside of
+    them where that is quantized, with the report of every linear and of the block's output. stage shows the progress inside a
+    block. folder: where activations lie; None: in memory.
     """
     count, outside = len(adapter.blocks), Outside(adapter, scheme, solver)
     missing = any(run.load_block(i) is None for i in range(count + outside.quantizes))
@@ -52,18 +52,44 @@ def quantize(adapter: Adapter, scheme: Scheme, solver: Solver | None, windows: T
         solved = _Block(adapter, scheme, solver, index, run.load_block(index))
         with adapter.open(index, write=True):
             if stream is not None:
+                error = OutputError(adapter, scheme, index, stream) if solved.found is None else None
                 view = BlockView(adapter, scheme, index, stream, generator(seed, "solver", index), stage)
                 solved.walk(stream, original, view)
+                solved.output = solved.output if error is None else error.measure()
             else:
                 solved.install()
         if solved.found is None:
-            run.save_block(index, solved.tensors, {"layers": solved.layers})
-        done(index, solved.layers)
+            run.save_block(index, solved.tensors, {"layers": solved.layers, "output": solved.output})
+        done(index, solved.layers, solved.output)
     if outside.quantizes:
-        done(count, outside.finish(stream, run))
+        done(count, outside.finish(stream, run), {})
     for index in range(count):
-        for site in adapter.family.sites:
-            _input(adapter, index, site).format = scheme.part("act", index, site.linears[0])
+        _activations(adapter, scheme, index, on=True)
+
+
+def _activations(adapter: Adapter, scheme: Scheme, index: int, on: bool) -> None:
+    """Switch the activation quantizers of a block on or off."""
+    for site in adapter.family.sites:
+        _input(adapter, index, site).format = scheme.part("act", index, site.linears[0]) if on else None
+
+
+class OutputError:
+    """What quantizing one block, weights and activations, costs its output on the first calibration window: the stream's
+    input goes through the block before and after, so errors of earlier blocks do not count."""
+
+    def __init__(self, adapter: Adapter, scheme: Scheme, index: int, stream: Stream):
+        """To be made before the block is changed."""
+        self._switch = lambda on: _activations(adapter, scheme, index, on)
+        self._hidden, context = stream.window()
+        self._forward = lambda: adapter.blocks[index](self._hidden, **context)
+        self._wanted = self._forward()
+
+    def measure(self) -> dict:
+        """{"output_error": |y' - y|^2 / |y|^2, "sqnr_db"}, once the block is quantized."""
+        self._switch(True)
+        noise = relative(self._forward(), self._wanted)
+        self._switch(False)
+        return {"output_error": noise, "sqnr_db": decibel(noise)}
 
 
 def _input(adapter: Adapter, index: int, site: Site) -> SiteInput:
@@ -81,8 +107,9 @@ class _Block:
         self.acts = {site.name: scheme.part("act", index, site.linears[0]) for site in adapter.family.sites}
         self.tensors: dict[str, Tensor] = {}
         self.layers: list[dict] = []
+        self.output: dict = {}
         if found is not None:
-            self.tensors, self.layers = found[0], found[1]["layers"]
+            self.tensors, self.layers, self.output = found[0], found[1]["layers"], found[1].get("output", {})
 
     def walk(self, stream: Stream, original: Stream | None, view: BlockView) -> None:
         """Pass the stream through, solving each site on the way (or all of them first, for whoever works on whole blocks)."""

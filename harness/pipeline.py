@@ -9,7 +9,6 @@ A run that was killed goes on from its last finished block; a finished one is sh
 from __future__ import annotations
 
 import contextlib
-import math
 import resource
 import shutil
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from harness import store as records
 from harness.config import settings
 from harness.errors import ConfigError, DataError
+from harness.marks import marks
 from harness.plan import Plan, make_plan
 from harness.report.progress import Reporter
 from harness.store import Run, Store
@@ -39,9 +39,10 @@ class Outcome:
     error: str | None = None
 
 
-def execute(cfg, choices: Mapping[str, str | None], sweep: str | None = None, reporter: Reporter | None = None) -> Outcome:
+def execute(cfg, choices: Mapping[str, str | None], sweep: str | None = None, reporter: Reporter | None = None,
+            command: str | None = None) -> Outcome:
     """Run what `cfg` describes, or find it done. Raises ConfigError or DataError before anything is written when it cannot
-    begin; an error after that is recorded in the run directory and returned."""
+    begin; an error after that is recorded in the run directory and returned. command: the line that runs it again."""
     reporter = reporter or Reporter()
     plan = make_plan(settings(cfg), choices)
     store = Store(plan.settings["run_root"])
@@ -56,7 +57,7 @@ def execute(cfg, choices: Mapping[str, str | None], sweep: str | None = None, re
 
     parts = components(plan)
     with records.locked(run.path / "lock"):
-        return Job(plan, parts, store, run, reporter).outcome(sweep)
+        return Job(plan, parts, store, run, reporter, command).outcome(sweep)
 
 
 class Job:
@@ -65,21 +66,22 @@ class Job:
     plan, parts (components.py), store, run, reporter, tracker; scratch: a folder that goes away at the end.
     """
 
-    def __init__(self, plan: Plan, parts, store: Store, run: Run, reporter: Reporter):
+    def __init__(self, plan: Plan, parts, store: Store, run: Run, reporter: Reporter, command: str | None = None):
         self.plan, self.parts, self.store, self.run, self.reporter = plan, parts, store, run, reporter
         self.shelf, self.scratch = None, run.path / "scratch"
         if plan.settings["force"]:
             run.forget()
         self.metrics = {
-            "run_id": plan.run_id, "quant_id": plan.quant_id, "status": "running", "choices": plan.choices,
-            "stages": {}, "bits_per_weight": None, "seconds": {}, "peak_memory_mb": None, "layers": [],
-            "warnings": parts.warnings, "notes": {},
+            "run_id": plan.run_id, "quant_id": plan.quant_id, "baseline_id": plan.baseline_id, "status": "running",
+            "choices": plan.choices, "command": command, "marks": {}, "stages": {}, "bits_per_weight": None, "seconds": {},
+            "peak_memory_mb": None, "layers": [], "warnings": parts.warnings, "notes": {},
         }
 
     def outcome(self, sweep: str | None) -> Outcome:
         """Compute; whatever happens, the store knows how it ended."""
         _reset_peak_memory()
-        self.run.start(self.plan.settings, {"quant_id": self.plan.quant_id})
+        known = {"quant_id": self.plan.quant_id, "sweep": sweep, "command": self.metrics["command"]}
+        self.run.start(self.plan.settings, known)
         self.tracker = self._start_tracker(sweep)
         error = None
         try:
@@ -101,17 +103,21 @@ class Job:
         return Outcome(self.metrics["status"], False, self.metrics, self.run, error)
 
     def _compute(self) -> None:
+        from harness.devices import device
+
+        with device(self.plan.settings["device"], self.store.root / "_shared" / "devices") as found:
+            self._compute_on(found)
+
+    def _compute_on(self, device) -> None:
         import torch
 
-        from harness import stages
-        from harness.calibration.windows import tokenize, windows
+        from harness import measure, stages
+        from harness.calibration.windows import windows
         from harness.models.attention import attach
         from harness.models.families import Adapter
         from harness.models.load import assert_finite
 
         plan, parts = self.plan, self.parts
-        chosen = plan.settings["device"]
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if chosen == "auto" else chosen)
         with self.stage("load"):
             model, tokenizer = plan.model.load(device)
             self.tokenizer = tokenizer
@@ -119,71 +125,37 @@ class Job:
             self.shelf = plan.model.shelf(model, self.scratch)
             adapter = Adapter(model, self.shelf)
             chosen = plan.calibration
-            text = plan.calibration_corpus.text("calibration")
-            calibration = windows(tokenize(tokenizer, text), chosen.length, chosen.count, chosen.order, plan.settings["seed"])
-            chosen = plan.evaluation
-            self.texts = {
-                c.name: windows(tokenize(tokenizer, c.text("evaluation")), chosen.length, chosen.count, field="eval.perplexity")
-                for c in plan.corpora
-            }
+            ids = measure.tokens(self, plan.calibration_corpus, "calibration")
+            calibration = windows(ids, chosen.length, chosen.count, chosen.order, plan.settings["seed"])
+            chosen, read = plan.evaluation, {c.name: measure.tokens(self, c, "evaluation") for c in plan.corpora}
+            self.texts = {name: windows(x, chosen.length, chosen.count, field="eval.perplexity") for name, x in read.items()}
+            self.metrics["marks"] = marks(
+                plan.calibration_corpus.name if plan.calibrates else None, any(t.learned for t in parts.transforms),
+                {name: (len(self.texts[name]), len(ids) // chosen.length) for name, ids in read.items()},
+                {} if plan.zeroshot is None else dict.fromkeys(plan.zeroshot.tasks, plan.zeroshot.limit),
+            )
         amp = plan.settings["model"]["amp"]
         self.amp = None if amp is None else getattr(torch, amp)
-        self._baseline(adapter)
+        measure.baseline(self, adapter)
 
         probe = calibration[: PROBE[0], : PROBE[1]].to(device)
         changed = stages.transform(self, adapter, calibration, probe)
         inexact = not all(transform.exact for transform in parts.transforms)
         if inexact or (changed and not plan.quantizes):
-            self._evaluate("transformed", adapter)
+            measure.evaluate(self, "transformed", adapter)
         if plan.quantizes:
             if parts.auto is not None:
                 parts = self.parts = replace(parts, scheme=stages.allocation(self, adapter, calibration))
             if parts.scheme.any("weight") or parts.scheme.any("act"):
-                stages.quantize(self, adapter, calibration)
+                solving = self.store.shared("solving", plan.quant_id).with_suffix(".lock")
+                with records.locked(solving, wait=True):  # several evaluations of one quantized model solve it once
+                    stages.quantize(self, adapter, calibration)
             if parts.scheme.kv is not None:
                 for heads in attach(adapter):
                     heads.format = parts.scheme.kv
-            self._evaluate("quantized", adapter)
+            measure.evaluate(self, "quantized", adapter)
         if self.metrics["bits_per_weight"] is None:
             self.metrics["bits_per_weight"] = float(torch.finfo(model.dtype).bits)
-
-    def _baseline(self, adapter) -> None:
-        """The untouched model's perplexity, computed once for all runs of the same model and texts."""
-        path = self.store.shared("baselines", self.plan.baseline_id)
-        with records.locked(path.with_suffix(".lock"), wait=True):
-            known = records.read_json(path)
-            if known is None or self.plan.settings["force"]:
-                self._evaluate("baseline", adapter)
-                known = {"stage": self.metrics["stages"]["baseline"], "seconds": self.metrics["seconds"]["baseline"]}
-                records.write_json(path, known)
-            else:
-                self.reporter.say("baseline: from the store")
-        self.metrics["stages"]["baseline"], self.metrics["seconds"]["baseline"] = known["stage"], known["seconds"]
-
-    def _evaluate(self, stage: str, adapter) -> None:
-        from harness.evaluation.perplexity import perplexity, steps, window_losses
-
-        result = {"ppl": {}, "tokens": 0}
-        streaming = self.plan.settings["eval"]["streaming"] or self.shelf is not None
-        total = sum(steps(adapter, text, streaming) for text in self.texts.values())
-        with self.stage(stage), self.reporter.stage(f"evaluate {stage}", total) as advance:
-            for corpus, text in self.texts.items():
-                losses = window_losses(adapter, text, self.amp, advance, streaming)
-                result["ppl"][corpus] = perplexity(losses, text.shape[1])
-                result["tokens"] += text.numel()
-            if self.plan.zeroshot is not None:
-                from harness.evaluation.zeroshot import zeroshot
-
-                result["zeroshot"], samples = zeroshot(adapter.model, self.tokenizer, self.plan.zeroshot, self.amp)
-                folder = self.run.path / "samples" / stage
-                if stage == "baseline":  # other runs find it there
-                    folder = self.store.shared("baselines", self.plan.baseline_id).with_suffix("")
-                for task, documents in samples.items():
-                    records.write_json(folder / f"{task}.json", documents)
-        self.metrics["stages"][stage] = result
-        lost = [corpus for corpus, x in result["ppl"].items() if not math.isfinite(x)]
-        if lost:
-            raise FloatingPointError(f"the {stage} model's perplexity on {', '.join(lost)} is not finite")
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -207,8 +179,9 @@ class Job:
         """Send the final numbers to the trackers."""
         summary = {f"ppl/{stage}/{corpus}": x for stage, s in self.metrics["stages"].items() for corpus, x in s["ppl"].items()}
         for stage, result in self.metrics["stages"].items():
-            for task, figures in result.get("zeroshot", {}).items():
-                summary |= {f"zeroshot/{stage}/{task}/{metric}": value for metric, value in figures.items()}
+            for family in ("zeroshot", "divergence"):
+                for name, figures in result.get(family, {}).items():
+                    summary |= {f"{family}/{stage}/{name}/{metric}": value for metric, value in figures.items()}
         summary |= {k: self.metrics[k] for k in ("bits_per_weight", "peak_memory_mb", "status")}
         summary |= {f"seconds/{stage}": s for stage, s in self.metrics["seconds"].items()}
         if self.metrics["layers"]:

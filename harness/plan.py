@@ -202,7 +202,7 @@ def _is_option(name: str) -> bool:
 
 
 def _corpus(data: Mapping) -> Corpus:
-    return build({k: v for k, v in data.items() if k != "calibration"}, "data")
+    return build({k: v for k, v in data.items() if k not in ("calibration", "beside")}, "data")
 
 
 def unnamed(section: Mapping) -> dict:

@@ -15,6 +15,7 @@ from torch import Tensor
 from harness import blockwise
 from harness import store as records
 from harness.allocation import allocate, sensitivities
+from harness.calibration.outliers import outliers, profiles
 from harness.calibration.subject import ModelSubject
 from harness.components import placement_facts
 from harness.config import fingerprint
@@ -34,6 +35,7 @@ def transform(job, adapter: Adapter, calibration: Tensor, probe: Tensor) -> bool
         with torch.no_grad():
             before = adapter.model(probe, use_cache=False).logits
         prepare.swap(adapter)
+        untouched = profiles(adapter, calibration) if job.plan.calibrates else {}
         gains = prepare.fuse_norms(adapter) if any(transform.residual for transform in transforms) else None
         for parameter in adapter.model.parameters():
             parameter.requires_grad_(False)
@@ -48,7 +50,17 @@ def transform(job, adapter: Adapter, calibration: Tensor, probe: Tensor) -> bool
                 after = adapter.model(probe, use_cache=False).logits
             exact, name = adapter.model.dtype == torch.float32, job.plan.settings["transform"]["name"]
             job.metrics["notes"]["gate"] = gate(before, after, exact, name)
+        if job.plan.calibrates:
+            found = outliers(untouched, profiles(adapter, calibration) if changed else untouched)
+            records.write_json(job.run.path / "outliers.json", found)
+            job.tracker.table("outliers", [_flat(row) for row in found["rows"]])
     return changed
+
+
+def _flat(row: dict) -> dict:
+    """{"before": {"kurtosis"}} -> {"before_kurtosis"}, for tables."""
+    nested = {f"{key}_{name}": x for key, value in row.items() if isinstance(value, dict) for name, x in value.items()}
+    return {key: value for key, value in row.items() if not isinstance(value, dict)} | nested
 
 
 def fitted(job, part: int, transform, subject: ModelSubject) -> Placement:
@@ -107,12 +119,13 @@ def quantize(job, adapter: Adapter, calibration: Tensor) -> None:
     outside = parts.scheme.outside
     with job.stage("solve"), job.reporter.stage("quantize", len(adapter.blocks) + outside) as advance:
 
-        def done(index: int, layers: list[dict]) -> None:
+        def done(index: int, layers: list[dict], output: dict) -> None:
             job.metrics["layers"] += layers
             errors = [math.nan if layer["rel_error"] is None else layer["rel_error"] for layer in layers]
             mean = sum(errors) / len(errors)
             note = f"relative output error {mean:.4f}"
             points = {"block/rel_error": mean, "block/worst_rel_error": max(errors)}
+            points |= {f"block/{key}": value for key, value in output.items() if value is not None}
             if "loss_after" in layers[0]:
                 points |= {f"block/{key}": layers[0][key] for key in ("loss_before", "loss_after")}
                 note += f", loss {layers[0]['loss_before']:.4g} to {layers[0]['loss_after']:.4g}"

@@ -45,15 +45,22 @@ class RunLocked(RuntimeError):
     """Another process is writing this run."""
 
 
-def write(path: Path, content: str) -> None:
-    """Replace `path` by `content` in one step: readers see the old file or the new one, a kill leaves either."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a name to write to, which then becomes `path` in one step: readers see the old file or the new one, a kill leaves
+    either."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
+    yield temporary
+    with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write(path: Path, content: str) -> None:
+    """Replace `path` by `content` in one step."""
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
 
 
 def write_json(path: Path, value) -> None:
@@ -146,13 +153,8 @@ class Run:
         """Write a solved block's tensors and its report in one step."""
         from safetensors.torch import save_file
 
-        path = self.block(index)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, temporary, metadata={"report": json.dumps(_finite({**report, "placement": self.placement}))})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(self.block(index)) as temporary:
+            save_file(tensors, temporary, metadata={"report": json.dumps(_finite({**report, "placement": self.placement}))})
         self.event("block", index=index)
 
     def load_block(self, index: int) -> tuple[dict, dict] | None:

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from harness.blockwise import quantize
-from harness.calibration.corpus import Pydoc
+from harness.calibration.shipped import Pydoc
 from harness.calibration.windows import tokenize
 from harness.config import build, option
 from harness.formats import Scheme

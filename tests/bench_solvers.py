@@ -14,7 +14,7 @@ import torch
 from bench_models import CALIBRATION, load, nvfp4, quantized, row
 from torch.func import functional_call
 
-from harness.calibration.corpus import Pydoc
+from harness.calibration.shipped import Pydoc
 from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
 from harness.calibration.windows import tokenize, windows

@@ -6,7 +6,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
-from harness.calibration.corpus import Pydoc
+from harness.calibration.shipped import Pydoc
 
 ROOT = Path(__file__).parent.parent
 GROUPS = ("model", "data", "format", "transform", "solver", "eval", "export", "tracking", "experiment", "sweeps")

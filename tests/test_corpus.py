@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from harness.calibration.corpus import PARTS, HubText, Pydoc, Samples, TextFolder
+from harness.calibration.corpus import PARTS, HubText, Samples, TextFolder
+from harness.calibration.shipped import Pydoc, Stdlib
 from harness.calibration.windows import tokenize, windows
 from harness.errors import ConfigError, DataError
 from harness.models.tiny import byte_tokenizer
@@ -142,9 +143,17 @@ def test_hub_text_is_read_from_the_local_cache(monkeypatch, tmp_path):
     assert HubText("someone/prose", "small", "test", documents=2).text("evaluation") == "c\n\nd"
 
 
+def test_the_sources_of_the_library_are_there_whole():
+    corpus = Stdlib()
+    calibration, evaluation = (corpus.text(part) for part in PARTS)
+    assert len(evaluation) > 300_000 and 2 < len(calibration) / len(evaluation) < 4
+    assert "class ArgumentParser" in calibration and "class ZipFile" in evaluation
+
+
 def test_fingerprints_need_no_torch():
     code = (
-        "import sys; from harness.calibration.corpus import Pydoc, HubText; from harness.models.hub import Hub; "
+        "import sys; from harness.calibration.corpus import HubText; from harness.calibration.shipped import Pydoc; "
+        "from harness.models.hub import Hub; "
         "from harness.models.tiny import Tiny; Pydoc().fingerprint('evaluation'), Tiny().fingerprint(); "
         "HubText('a/b', 'c', 'test').fingerprint('evaluation'), Hub(path='a/b').fingerprint(); "
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"

@@ -12,8 +12,8 @@ FLOORS = [
     {"transforms", "solvers"},
     {"models", "calibration"},
     {"evaluation", "export", "tracking", "report", "store"},
-    {"plan", "components", "allocation", "overrides", "solved", "outside", "blockwise", "hints"},
-    {"pipeline", "stages"},
+    {"plan", "marks", "components", "allocation", "overrides", "solved", "outside", "blockwise", "hints"},
+    {"pipeline", "stages", "measure", "devices"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 

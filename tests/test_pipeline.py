@@ -9,7 +9,7 @@ import torch
 from composed import ROOT, small
 
 from harness import blockwise
-from harness.calibration.corpus import Pydoc
+from harness.calibration.shipped import Pydoc
 from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
 from harness.calibration.windows import tokenize, windows

@@ -8,7 +8,7 @@ A corpus answers
     fingerprint(part)   what a stored result is keyed by: a hash of local text, the id and revision of a hub data set
     source(part)        where that text comes from, for people: "pydoc[first 76 %]"
 
-`Pydoc` is the default because it needs no network and no file: the language reference that ships with every Python.
+Texts that need no network and no file are in shipped.py; one of them is the default.
 Hub data sets are read through the `datasets` library. Nothing here imports torch, transformers or datasets before it has
 to: a finished run is found by its fingerprint in a process that must answer at once.
 """
@@ -30,40 +30,6 @@ class Corpus:
     def fingerprint(self, part: str) -> str:
         """A hash of that part's text, whatever it is called, so that another text never replays a stored number."""
         return hashlib.sha256(json.dumps(self.text(part)).encode()).hexdigest()[:16]
-
-
-class Pydoc(Corpus):
-    """The topics of the Python language reference (`pydoc_data.topics`, about 465 kB of English and code).
-
-    Topics are joined in sorted order with blank lines and cut at the topic boundary nearest to three quarters: the first part
-    calibrates, the last evaluates. The text differs between Python versions; the fingerprint tells them apart.
-    """
-
-    calibration_share = 0.75
-
-    def __init__(self, name: str = "pydoc"):
-        self.name = name
-
-    def check(self) -> None:
-        self._split()
-
-    def text(self, part: str) -> str:
-        return "\n\n".join(self._split()[_index(part)])
-
-    def source(self, part: str) -> str:
-        sizes = [sum(map(len, topics)) for topics in self._split()]
-        side = "first" if part == "calibration" else "last"
-        return f"{self.name}[{side} {100 * sizes[_index(part)] / sum(sizes):.0f} %]"
-
-    def _split(self) -> tuple[list[str], list[str]]:
-        try:
-            from pydoc_data.topics import topics
-        except ImportError as error:
-            raise DataError("data=pydoc: this Python comes without pydoc_data; use data=text data.path=DIR") from error
-        pages = [topics[key] for key in sorted(topics)]
-        target = self.calibration_share * sum(map(len, pages))
-        cut = min(range(1, len(pages)), key=lambda i: abs(sum(map(len, pages[:i])) - target))
-        return pages[:cut], pages[cut:]
 
 
 class TextFolder(Corpus):

@@ -79,6 +79,13 @@ class Stream:
         """The residual stream, a view a micro-batch."""
         return self._hidden.split(self._batch)
 
+    def window(self) -> tuple[Tensor, dict]:
+        """A copy of the first window's hidden states [1, L, hidden], and the context a block takes with it."""
+        rows = self.hidden[0].shape[0]
+        alone = {key: value[:1] if isinstance(value, Tensor) and value.shape[0] == rows else value
+                 for key, value in self.context[0].items()}
+        return self.hidden[0][:1].clone(), alone
+
     def entry(self, block: nn.Module, branch: Branch) -> Iterator[Tensor]:
         """The branch's entry activations, one micro-batch at a time."""
         norm = block.get_submodule(branch.entry.norm)

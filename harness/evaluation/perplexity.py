@@ -20,25 +20,29 @@ from harness.calibration.stream import Stream
 from harness.models.families import Adapter
 
 LOGITS_AT_ONCE = 256  # tokens whose logits are held at a time; a vocabulary of 150,000 makes that 150 MB
+Watch = Callable[[int, int, Tensor, Tensor], None]
 
 
 @torch.no_grad()
 def window_losses(adapter: Adapter, windows: Tensor, amp: torch.dtype | None = None, advance: Callable[[], None] = lambda: None,
-                  streaming: bool = False) -> Tensor:
+                  streaming: bool = False, watch: Watch | None = None) -> Tensor:
     """Summed next-token loss of each window, float64 [W], in nats.
 
-    windows: token ids [W, L]; amp: autocast dtype of the forward; advance: called `steps` times; streaming: block by block.
+    windows: token ids [W, L]; amp: autocast dtype of the forward; advance: called `steps` times; streaming: block by block;
+    watch(window, position, states [T, hidden], logits [T, vocabulary] float32) sees what the losses come from, piece by piece.
     """
     device = adapter.device
     with torch.autocast(device.type, dtype=amp) if amp is not None else nullcontext():
         passed = _by_block(adapter, windows, advance) if streaming else _by_window(adapter, windows, advance)
         losses = []
-        for hidden, window in zip(passed, windows):
+        for index, (hidden, window) in enumerate(zip(passed, windows)):
             ids = window.to(device)
             loss = torch.zeros((), dtype=torch.float64, device=device)
-            for states, targets in zip(hidden[:-1].split(LOGITS_AT_ONCE), ids[1:].split(LOGITS_AT_ONCE)):
+            for part, (states, targets) in enumerate(zip(hidden[:-1].split(LOGITS_AT_ONCE), ids[1:].split(LOGITS_AT_ONCE))):
                 logits = adapter.head(states).float()
                 loss += nn.functional.cross_entropy(logits, targets, reduction="none").double().sum()
+                if watch is not None:
+                    watch(index, part * LOGITS_AT_ONCE, states, logits)
             losses.append(loss.cpu())
     return torch.stack(losses)
 

@@ -12,11 +12,12 @@ lm-eval seeds the global generators unless told not to, and it is told not to; w
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,10 +99,10 @@ def tasks_for_lm_eval(chosen: ZeroShot) -> list:
     return [_configured(chosen, name) for name in chosen.tasks]
 
 
-def zeroshot(model, tokenizer, chosen: ZeroShot, amp=None) -> tuple[dict, dict]:
+def zeroshot(model, tokenizer, chosen: ZeroShot, amp=None, advance: Callable[[], None] = lambda: None) -> tuple[dict, dict]:
     """({task: {metric: value, metric_stderr: value, "n": documents}}, {task: [one dict a document]}).
 
-    model: a causal language model; amp: autocast dtype of its forward.
+    model: a causal language model; amp: autocast dtype of its forward; advance: called after each task.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -123,6 +124,7 @@ def zeroshot(model, tokenizer, chosen: ZeroShot, amp=None) -> tuple[dict, dict]:
             figures[key] = _figures(result, found["n-samples"].get(key, {}).get("effective"))
         for key, kept in found.get("samples", {}).items():
             samples[key] = [_sample(one) for one in kept]
+        advance()
     return figures, samples
 
 
@@ -133,13 +135,14 @@ def shown(figures: Mapping) -> tuple[str, float] | None:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """lm-eval warns of every task that brings its own documents, and draws from the global generators: both as before after
-    it."""
+    """lm-eval warns of every task that brings its own documents, draws from the global generators and shows bars of its own:
+    all as before after it."""
     logger = logging.getLogger("lm_eval")
     level, drawn, arrays = logger.level, random.getstate(), numpy.random.get_state()
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logger.setLevel(level)
         random.setstate(drawn)

@@ -1,0 +1,66 @@
+"""Two texts that every Python carries, so that nothing has to be fetched: its language reference and its standard library.
+
+Both are lists of pages, joined by blank lines and cut at the page boundary nearest to three quarters: the first part
+calibrates, the last evaluates. They differ between Python versions; their fingerprints tell them apart.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from harness.calibration.corpus import PARTS, Corpus
+from harness.errors import DataError
+
+MODULES = (
+    "argparse", "ast", "calendar", "collections", "configparser", "csv", "datetime", "difflib", "dis", "doctest", "fractions",
+    "ftplib", "gettext", "heapq", "inspect", "logging", "mailbox", "nntplib", "optparse", "pathlib", "pickle", "random",
+    "shutil", "smtplib", "statistics", "string", "subprocess", "tarfile", "textwrap", "threading", "typing", "uuid", "zipfile",
+)
+
+
+class Pydoc(Corpus):
+    """The topics of the Python language reference (`pydoc_data.topics`, about 465 kB of English and code), sorted."""
+
+    calibration_share = 0.75
+
+    def __init__(self, name: str = "pydoc"):
+        self.name = name
+
+    def check(self) -> None:
+        self._split()
+
+    def text(self, part: str) -> str:
+        return "\n\n".join(self._split()[PARTS.index(part)])
+
+    def source(self, part: str) -> str:
+        sizes = [sum(map(len, pages)) for pages in self._split()]
+        side = "first" if part == "calibration" else "last"
+        return f"{self.name}[{side} {100 * sizes[PARTS.index(part)] / sum(sizes):.0f} %]"
+
+    def pages(self) -> list[str]:
+        """The whole text. Raises DataError where this Python comes without it."""
+        try:
+            from pydoc_data.topics import topics
+        except ImportError as error:
+            raise DataError("data=pydoc: this Python comes without pydoc_data; use data=text data.path=DIR") from error
+        return [topics[key] for key in sorted(topics)]
+
+    def _split(self) -> tuple[list[str], list[str]]:
+        pages = self.pages()
+        target = self.calibration_share * sum(map(len, pages))
+        cut = min(range(1, len(pages)), key=lambda i: abs(sum(map(len, pages[:i])) - target))
+        return pages[:cut], pages[cut:]
+
+
+class Stdlib(Pydoc):
+    """Source code of the standard library (about 1.4 MB of Python): the modules of MODULES that this version has."""
+
+    def __init__(self, name: str = "stdlib"):
+        super().__init__(name)
+
+    def pages(self) -> list[str]:
+        specs = [find_spec(name) for name in MODULES]
+        sources = [spec.loader.get_source(spec.name) for spec in specs if spec is not None]
+        if not all(sources) or len(sources) < 2:
+            raise DataError("data=stdlib: this Python comes without the sources of its library; use data=text data.path=DIR")
+        return sources

@@ -1,0 +1,32 @@
+"""Honesty marks: what must be said beside a number so that it is not read as more than it is.
+
+    same corpus as calibration    the text that calibrated is another part of the one that is evaluated
+    adapted                       a learned transform was trained on it, so a gain may be adaptation of the float model
+    first N of M windows          a subset; the same of documents of a task
+    only corpus                   nothing shows whether a gain holds elsewhere
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+def marks(calibrated: str | None, learned: bool, measured: Mapping[str, tuple[int, int]],
+          tasks: Mapping[str, int | None]) -> dict[str, list[str]]:
+    """{corpus or task: [marks]}.
+
+    calibrated: name of the corpus that calibrated, if any did; learned: whether a transform learned from it; measured:
+    {corpus: (windows evaluated, windows there are)}; tasks: {task: limit of its documents or None}.
+    """
+    found = {}
+    for corpus, (windows, whole) in measured.items():
+        own = found[corpus] = []
+        if corpus == calibrated:
+            own.append("same corpus as calibration")
+            if learned:
+                own.append("adapted")
+        if windows < whole:
+            own.append(f"first {windows} of {whole} windows")
+        if len(measured) == 1:
+            own.append("only corpus")
+    return found | {task: [] if limit is None else [f"first {limit} documents"] for task, limit in tasks.items()}

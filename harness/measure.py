@@ -1,0 +1,91 @@
+"""What is measured of a model at each stage: perplexity, divergence from the untouched model, zero-shot accuracy. Each function
+takes the job (pipeline.Job): its plan, store, run, reporter, metrics.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from harness import store as records
+from harness.calibration.corpus import Corpus
+from harness.calibration.windows import tokenize
+from harness.config import fingerprint
+from harness.evaluation.divergence import Reference
+from harness.evaluation.perplexity import perplexity, steps, window_losses
+from harness.models.families import Adapter
+
+
+def tokens(job, corpus: Corpus, part: str) -> Tensor:
+    """Token ids [N] of a text, tokenized once for all runs of the same model."""
+    key = fingerprint(job.plan.model.fingerprint(), corpus.fingerprint(part))
+    path = job.store.shared("tokens", key).with_suffix(".safetensors")
+    with records.locked(path.with_suffix(".lock"), wait=True):
+        try:
+            with safe_open(path, "pt") as file:
+                return file.get_tensor("tokens")
+        except (OSError, SafetensorError):
+            ids = tokenize(job.tokenizer, corpus.text(part))
+            with records.replacing(path) as temporary:
+                save_file({"tokens": ids}, temporary)
+            return ids
+
+
+def baseline(job, adapter: Adapter) -> None:
+    """The untouched model's figures, measured once for all runs of the same model and texts."""
+    path = job.store.shared("baselines", job.plan.baseline_id)
+    job.reference, hidden = Reference(adapter), path.with_suffix(".safetensors")
+    with records.locked(path.with_suffix(".lock"), wait=True):
+        known = records.read_json(path) if hidden.is_file() and not job.plan.settings["force"] else None
+        job.run.event("baseline", source="computed" if known is None else "store")
+        if known is None:
+            evaluate(job, "baseline", adapter)
+            job.reference.save(hidden)
+            known = {"stage": job.metrics["stages"]["baseline"], "seconds": job.metrics["seconds"]["baseline"]}
+            records.write_json(path, known)
+        else:
+            job.reporter.say("baseline: from the store")
+    job.metrics["stages"]["baseline"], job.metrics["seconds"]["baseline"] = known["stage"], known["seconds"]
+
+
+def evaluate(job, stage: str, adapter: Adapter) -> None:
+    """All figures of the model as it is now, into job.metrics. Raises FloatingPointError for a perplexity that is none."""
+    shared = job.store.shared("baselines", job.plan.baseline_id)
+    result = {"ppl": {}, "losses": {}, "tokens": 0} | ({} if stage == "baseline" else {"divergence": {}})
+    streaming = job.plan.settings["eval"]["streaming"] or job.shelf is not None
+    total = sum(steps(adapter, text, streaming) for text in job.texts.values())
+    with job.stage(stage), job.reporter.stage(f"evaluate {stage}", total) as advance:
+        for corpus, text in job.texts.items():
+            length = text.shape[1]
+            if stage == "baseline":
+                watch = job.reference.recorder(corpus)
+            else:
+                watch = job.reference.compare(corpus, shared.with_suffix(".safetensors"), length)
+            losses = window_losses(adapter, text, job.amp, advance, streaming, watch)
+            result["ppl"][corpus] = perplexity(losses, length)
+            result["losses"][corpus] = (losses / (length - 1)).tolist()
+            result["tokens"] += text.numel()
+            if stage != "baseline":
+                result["divergence"][corpus] = watch.figures
+        if job.plan.zeroshot is not None:
+            folder = shared.with_suffix("") if stage == "baseline" else job.run.path / "samples" / stage
+            result["zeroshot"] = _zeroshot(job, stage, adapter, folder)
+    job.metrics["stages"][stage] = result
+    lost = [corpus for corpus, x in result["ppl"].items() if not math.isfinite(x)]
+    if lost:
+        raise FloatingPointError(f"the {stage} model's perplexity on {', '.join(lost)} is not finite")
+
+
+def _zeroshot(job, stage: str, adapter: Adapter, folder: Path) -> dict:
+    """Accuracies; what every document got goes to `folder`."""
+    from harness.evaluation.zeroshot import zeroshot
+
+    with job.reporter.stage(f"zero-shot {stage}", len(job.plan.zeroshot.tasks)) as advance:
+        figures, samples = zeroshot(adapter.model, job.tokenizer, job.plan.zeroshot, job.amp, advance)
+    for task, documents in samples.items():
+        records.write_json(folder / f"{task}.json", documents)
+    return figures
