@@ -5,6 +5,7 @@ Imports no torch: help, completion and stored results answer at once.
 """
 
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -24,18 +25,19 @@ def job(cfg) -> None:
     """One run, or one job of a sweep; a sweep's job never raises, so that the others finish."""
     from harness.errors import ConfigError, DataError
     from harness.pipeline import execute
-    from harness.report.sweep import record, summary
+    from harness.report.sweep import record, reporter, summary
     from harness.report.table import run_table
     from harness.store import RunLocked
 
     hydra_cfg = HydraConfig.get()
     choices = {group: hydra_cfg.runtime.choices.get(group) for group in GROUPS}
     sweep = Path(hydra_cfg.sweep.dir) if hydra_cfg.mode == RunMode.MULTIRUN else None
+    command = replay(hydra_cfg.overrides.task, alone=bool(choices["sweeps"] or choices["experiment"]))
     if sweep is None:
-        if choices["sweeps"]:
+        if choices["sweeps"] and "hydra.mode=RUN" not in sys.argv:  # as `replay` writes it
             sys.exit(refuse(f"sweeps={choices['sweeps']}: a sweep needs -m, e.g. python run.py -m sweeps={choices['sweeps']}"))
         try:
-            outcome = execute(cfg, choices)
+            outcome = execute(cfg, choices, command=command)
         except (ConfigError, DataError) as error:  # here, for Hydra would announce the exception on its way out
             sys.exit(refuse(error))
         except RunLocked as error:
@@ -50,13 +52,18 @@ def job(cfg) -> None:
         return
     row = {"overrides": list(hydra_cfg.overrides.task)}
     try:
-        outcome = execute(cfg, choices, sweep=sweep.name)
+        outcome = execute(cfg, choices, sweep.name, reporter(sweep, hydra_cfg.job.num), command)
         row |= summary(outcome.metrics) | {"stored": outcome.stored, "run_id": outcome.run.path.name, "error": outcome.error}
     except (ConfigError, DataError) as error:
         row |= {"status": "failed", "error": str(error)}
     except Exception as error:
         row |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
     record(sweep, hydra_cfg.job.num, row)
+
+
+def replay(overrides: list[str], alone: bool) -> str:
+    """The command that runs a job again; alone: out of an option that would start a sweep."""
+    return shlex.join(["python", "run.py", *overrides, *(["hydra.mode=RUN"] if alone else [])])
 
 
 def refuse(message: object) -> int:

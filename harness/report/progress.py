@@ -1,7 +1,9 @@
-"""A progress bar per stage on a terminal; elsewhere one plain line when a stage starts, at each tenth, and when it ends."""
+"""A progress bar per stage on a terminal; elsewhere one plain line when a stage starts, at each tenth, and when it ends. In a
+sweep its own bar, or line, stands above with the time gone and the time to expect."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,12 +13,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Reporter:
-    """Talks to a person on stderr, so that stdout stays free for the result table."""
+    """Talks to a person on stderr, so that stdout stays free for the result table.
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console(stderr=True)
+    sweep: (jobs done, jobs, when the sweep began in seconds since the epoch) where this run is one of several.
+    """
+
+    def __init__(self, console: Console | None = None, sweep: tuple[int, int, float] | None = None):
+        self.console = console or Console(file=sys.stderr)
+        self._sweep = sweep
         self._progress: Progress | None = None  # the bars on the terminal while a stage runs
         self._depth = 0
+        if sweep is not None and not self.console.is_terminal:
+            self.say(f"job {sweep[0] + 1} of {sweep[1]}{self._expected()}")
 
     def say(self, message: str) -> None:
         """One line."""
@@ -24,8 +32,8 @@ class Reporter:
 
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Callable[..., None]]:
-        """Yields `advance(note="")`, to be called once for each of `total` steps. A stage within a stage has a bar below the
-        outer one's while it runs; without a terminal it is silent."""
+        """Yields `advance(note="", steps=1)`, to be called for each of `total` steps. A stage within a stage has a bar below
+        the outer one's while it runs; without a terminal it is silent."""
         self._depth += 1
         try:
             with self._bar(title, total) if self.console.is_terminal else self._lines(title, total) as advance:
@@ -39,6 +47,9 @@ class Reporter:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                        TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
             with Progress(*columns, console=self.console) as self._progress:
+                if self._sweep is not None:
+                    done, jobs, _ = self._sweep
+                    self._progress.add_task("sweep", total=jobs, completed=done, note=self._expected())
                 try:
                     with self._task(self._progress, title, total) as advance:
                         yield advance
@@ -51,7 +62,7 @@ class Reporter:
     @contextmanager
     def _task(self, progress: Progress, title: str, total: int) -> Iterator[Callable[..., None]]:
         task = progress.add_task(title, total=total, note="")
-        yield lambda note="": progress.update(task, advance=1, note=note)
+        yield lambda note="", steps=1: progress.update(task, advance=steps, note=note)
         if self._depth > 1:
             progress.remove_task(task)
 
@@ -61,12 +72,25 @@ class Reporter:
         if shown:
             self.say(f"{title}: {total} steps")
 
-        def advance(note: str = "") -> None:
+        def advance(note: str = "", steps: int = 1) -> None:
             nonlocal done
-            done += 1
-            if not shown:
+            done += steps
+            if not shown or not steps:
                 return
             if done == total or done * 10 // total > (done - 1) * 10 // total:
                 self.say(f"{title}: {done}/{total} after {time.monotonic() - start:.0f} s{'; ' + note if note else ''}")
 
         yield advance
+
+    def _expected(self) -> str:
+        """How long the sweep has run, and how much longer it takes if the other jobs are like those before."""
+        done, jobs, began = self._sweep
+        gone = time.time() - began
+        return f", {clock(gone)} gone, about {clock(gone / done * (jobs - done))} to go" if done else ""
+
+
+def clock(seconds: float) -> str:
+    """75 -> 1:15, 3700 -> 1:01:40."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,14 +1,32 @@
-"""The end of a multirun: one table of all jobs, failed ones included, and the exit status that `on_error` asks for."""
+"""A multirun from its start to its end: how many jobs, how far they are, one table and one page of all of them, failed ones
+included, and the exit status that `on_error` asks for.
+
+    _sweeps/<sweep>/sweep.json     {"jobs", "started", "pid": of the process that launches}
+    _sweeps/<sweep>/NNNNN.json     a finished job's row;  NNNNN.log what it said, where jobs run in other processes
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
+import time
 from pathlib import Path
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
+from omegaconf import OmegaConf, flag_override
+from rich.console import Console
 
+from harness.config import build
+from harness.report.page import write_page
+from harness.report.progress import Reporter
 from harness.report.table import sweep_table
 from harness.store import read_json, write_json
+from harness.tracking import RunInfo
+
+PERIOD = 0.5  # seconds between looks at jobs in other processes
 
 
 def record(sweep: Path, job: int, row: dict) -> None:
@@ -16,28 +34,93 @@ def record(sweep: Path, job: int, row: dict) -> None:
     write_json(sweep / f"{job:05d}.json", {"job": job, **row})
 
 
+def records(sweep: Path) -> list[dict]:
+    """The rows kept so far."""
+    return [row for row in map(read_json, sorted(sweep.glob("[0-9]*.json"))) if row]
+
+
 def summary(metrics: dict) -> dict:
-    """What the sweep's table shows of a run: status, perplexities and accuracies of its last stage, those of the untouched
-    model and, where a transform changed the function, of the float model with its codecs; bits per weight; warnings."""
+    """What the sweep's table shows of a run: status, perplexities, divergences and accuracies of its last stage, those of the
+    untouched model and, where a transform changed the function, of the float model with its codecs; bits per weight; marks;
+    warnings."""
     stages = metrics["stages"]
     *_, last = list(stages.values()) or [{"ppl": {}}]
     last = last if metrics["status"] == "done" else {"ppl": {}}
     return {
         "status": metrics["status"], "ppl": last["ppl"], "zeroshot": last.get("zeroshot", {}),
+        "divergence": last.get("divergence", {}), "marks": metrics.get("marks", {}),
         "baseline": stages.get("baseline", {}).get("ppl", {}), "transformed": stages.get("transformed", {}).get("ppl", {}),
+        "accuracy": stages.get("baseline", {}).get("zeroshot", {}),
         "bits_per_weight": metrics["bits_per_weight"], "warnings": metrics["warnings"],
     }
 
 
+def reporter(sweep: Path, job: int) -> Reporter:
+    """Who tells of a job: with the sweep's bar above its own in the process that launches, else a file beside its row."""
+    begun = read_json(sweep / "sweep.json") or {"pid": os.getpid(), "jobs": job + 1, "started": time.time()}
+    if begun["pid"] == os.getpid():
+        return Reporter(sweep=(len(records(sweep)), begun["jobs"], begun["started"]))
+    return Reporter(Console(file=open(sweep / f"{job:05d}.log", "w", buffering=1, encoding="utf-8"), width=140))
+
+
 class SweepTable(Callback):
-    """Hydra calls this once all jobs have ended."""
+    """Hydra calls this before the first job and once all have ended."""
+
+    def __getstate__(self) -> dict:
+        """Nothing: launchers send it along with every job, and a thread cannot travel."""
+        return {}
+
+    def on_multirun_start(self, config, **kwargs) -> None:
+        """Let a setting of the command line replace the one that an option sweeps over, and count the jobs."""
+        given = config.hydra.overrides.task
+        named = {override.partition("=")[0].lstrip("+") for override in given}
+        swept = {key: value for key, value in (config.hydra.sweeper.get("params") or {}).items() if key not in named}
+        with flag_override(config, "readonly", False):
+            config.hydra.sweeper.params = swept or None
+        parsed = OverridesParser.create().parse_overrides([*(f"{key}={value}" for key, value in swept.items()), *given])
+        jobs = len(BasicSweeper.split_arguments(parsed, max_batch_size=None)[0])
+        self._folder, self._ended, self._watcher = Path(config.hydra.sweep.dir), threading.Event(), None
+        write_json(self._folder / "sweep.json", {"jobs": jobs, "started": time.time(), "pid": os.getpid()})
+        if not config.hydra.launcher._target_.endswith("BasicLauncher"):
+            self._watcher = threading.Thread(target=self._watch, args=(jobs,), daemon=True)
+            self._watcher.start()
 
     def on_multirun_end(self, config, **kwargs) -> None:
-        """Print the table; exit with status 1 when a job failed and `on_error=raise`."""
-        records = (read_json(path) for path in sorted(Path(config.hydra.sweep.dir).glob("[0-9]*.json")))
-        rows = [row for row in records if row]
+        """Print the table, write the page; exit with status 1 when a job failed and `on_error=raise`."""
+        if self._watcher is not None:
+            self._ended.set()
+            self._watcher.join()
+        rows = records(self._folder)
         try:
             sweep_table(rows)
+            self._write_page(config, {row["run_id"] for row in rows if row.get("run_id")})
         finally:  # Hydra turns an exception of a callback into a warning; the exit status must not depend on a table
             if config.on_error != "record" and any(row["status"] != "done" for row in rows):
                 sys.exit(1)
+
+    def _write_page(self, config, runs: set[str]) -> None:
+        """One page of the sweep's runs; W&B gets it as the artifact of a run of its own in the sweep's group."""
+        path, name = write_page(Path(config.run_root), self._folder / "report.html", runs), self._folder.name
+        print(f"page: {path}")
+        tracker = build(OmegaConf.to_container(config.tracking, resolve=True), "tracking")
+        tracker.start({}, RunInfo(name, None, self._folder, group=name, job_type="sweep"))
+        tracker.page(path)
+        tracker.finish({"runs": len(runs)})
+
+    def _watch(self, jobs: int) -> None:
+        """Show how far jobs in other processes are: the sweep's bar, and the last line of each that runs."""
+        with Reporter().stage("sweep", jobs) as advance:
+            done = 0
+            while not self._ended.wait(PERIOD):
+                finished = {row["job"] for row in records(self._folder)}
+                logs = {int(path.stem): path for path in self._folder.glob("[0-9]*.log")}
+                lines = [f"job {job}: {_last_line(path)}" for job, path in sorted(logs.items()) if job not in finished]
+                for _ in range(len(finished) - done):
+                    advance()
+                done = len(finished)
+                advance(" | ".join(lines), steps=0)
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8").strip().splitlines()
+    return lines[-1] if lines else "begins"

@@ -1,0 +1,41 @@
+"""Where a run computes. Runs of one machine that leave the choice open (device=auto) each take a GPU that no other holds."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from harness.store import RunLocked, locked
+
+
+@contextmanager
+def device(chosen: str, folder: Path) -> Iterator[torch.device]:
+    """The device that a setting (auto | cpu | cuda | cuda:N) means, until the run ends; folder: where runs' locks lie."""
+    if chosen != "auto":
+        yield torch.device(chosen)
+    elif not torch.cuda.is_available():
+        yield torch.device("cpu")
+    else:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+        with free(folder, names) as index:
+            yield torch.device("cuda", index)
+
+
+@contextmanager
+def free(folder: Path, names: Sequence[str]) -> Iterator[int]:
+    """The index of the first of this machine's GPUs `names` that nobody holds; with all of them held, one is shared."""
+    with ExitStack() as held:
+        for index, name in enumerate(names):
+            try:
+                held.enter_context(locked(folder / f"{socket.gethostname()}-{name.strip()}.lock"))
+            except RunLocked:
+                continue
+            yield index
+            return
+        yield os.getpid() % len(names)
