@@ -35,22 +35,31 @@ def run(tmp_path) -> RunInfo:
 
 @pytest.fixture
 def nowhere(monkeypatch, tmp_path):
+    return without_login(monkeypatch, tmp_path)
+
+
+def without_login(monkeypatch, home: Path):
     """W&B with no login and none of its variables set."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(home / "no-netrc"))
+    monkeypatch.setenv("HOME", str(home))
     return monkeypatch
 
 
-def play(tracker: Tracker, run: RunInfo, status: str = "done") -> None:
-    tracker.start(CONFIG, run)
+def play(tracker: Tracker, run: RunInfo, status: str = "done", config: dict = CONFIG) -> None:
+    tracker.start(config, run)
     for step in range(40):
         tracker.log({"train/loss": 1.0 / (step + 1)}, step)
     for block in range(3):
-        tracker.log({"block/error": torch.tensor(0.5 * block), "block/attn/sqnr": 30.0 + block}, block)
+        points = {"block/rel_error": torch.tensor(0.5 * block), "block/sqnr_db": 20.0 - block, "block/attn/sqnr": 30.0 + block}
+        tracker.log(points, block)
     tracker.log({"seconds": 2.5}, 7)
     tracker.table("layers", [{"name": "q_proj", "error": 0.1}, {"name": "k_proj", "damping": None}, {"name": 3, "error": 1}])
+    page = run.directory / "report.html"
+    page.parent.mkdir(exist_ok=True)
+    page.write_text("<p>r1</p>")
+    tracker.page(page)
     tracker.finish({"ppl": {"wikitext": 5.25}, "path": Path("here")}, status)
 
 
@@ -76,11 +85,13 @@ def test_secrets_are_dropped_at_every_depth():
 def test_local_files(run):
     play(Local(), run)
     directory = run.directory / "tracking"
-    assert sorted(path.name for path in directory.iterdir()) == ["curves.jsonl", "layers.jsonl", "summary.json"]
+    assert sorted(path.name for path in directory.iterdir()) == ["curves.jsonl", "layers.jsonl", "run.json", "summary.json"]
+    who = {"run_id": "r1", "quant_id": "q1", "group": "bits", "tags": ["fast"], "job_type": "quantize"}
+    assert json.loads((directory / "run.json").read_text()) == who
     curves = lines(directory / "curves.jsonl")
     assert len(curves) == 44
     assert curves[0] == {"step": 0, "train/loss": 1.0}
-    assert curves[42] == {"step": 2, "block/error": 1.0, "block/attn/sqnr": 32.0}
+    assert curves[42] == {"step": 2, "block/rel_error": 1.0, "block/sqnr_db": 18.0, "block/attn/sqnr": 32.0}
     assert lines(directory / "layers.jsonl")[1] == {"name": "k_proj", "damping": None}
     summary = json.loads((directory / "summary.json").read_text())
     assert summary == {"status": "done", "ppl": {"wikitext": 5.25}, "path": "here"}
@@ -129,11 +140,14 @@ class Broken(Tracker):
     def table(self, name, rows):
         self._reached("table")
 
+    def page(self, path):
+        self._reached("page")
+
     def finish(self, summary, status="done"):
         self._reached("finish")
 
 
-@pytest.mark.parametrize("call", ["start", "log", "table", "finish"])
+@pytest.mark.parametrize("call", ["start", "log", "table", "page", "finish"])
 def test_a_failing_tracker_is_left_out_and_the_others_go_on(run, call):
     warnings, broken = [], Broken(call)
     play(Several([broken, Local()], warn=warnings.append), run)
@@ -175,14 +189,27 @@ def test_wandb_offline_run_read_back(run, nowhere, capfd):
     assert axes == {"block/*": "block/index", "train/*": "train/index"}
 
     history = [record["item"] for record in found["history"]]
-    blocks = [(item["block/index"], item["block/error"], item["block/attn/sqnr"]) for item in history if "block/error" in item]
-    assert blocks == [(0, 0.0, 30), (1, 0.5, 31), (2, 1.0, 32)]
+    keys = ("block/index", "block/rel_error", "block/sqnr_db", "block/attn/sqnr")
+    blocks = [tuple(item[key] for key in keys) for item in history if "block/index" in item]
+    assert blocks == [(0, 0.0, 20, 30), (1, 0.5, 19, 31), (2, 1.0, 18, 32)]
     assert [item["train/index"] for item in history if "train/loss" in item] == list(range(40))
     assert [item["index"] for item in history if "seconds" in item] == [7]
 
     (table,) = run.directory.glob("wandb/offline-run-*/files/media/table/layers_*.table.json")
     assert json.loads(table.read_text())["columns"] == ["name", "error", "damping"]
     assert json.loads(table.read_text())["data"] == [["q_proj", 0.1, None], ["k_proj", None, None], [3, 1, None]]
+
+    drawn = {item: history[-1][f"figures/{item}.path"] for item in ("rel_error", "sqnr_db")}
+    for item, values in {"rel_error": [0.0, 0.5, 1.0], "sqnr_db": [20.0, 19.0, 18.0]}.items():
+        (figure,) = run.directory.glob(f"wandb/offline-run-*/files/{drawn[item]}")
+        (curve,) = json.loads(figure.read_text())["data"]
+        assert (curve["type"], curve["x"], curve["y"]) == ("scatter", [0, 1, 2], values)
+
+    (artifact,) = [artifact for artifact in found["artifact"] if artifact["type"] == "report"]
+    (entry,) = artifact["manifest"]["contents"]
+    assert (artifact["name"], entry["path"]) == ("r1", "report.html")
+    assert Path(entry["local_path"]).read_text() == "<p>r1</p>"
+    assert Path(entry["local_path"]).is_relative_to(run.directory / "wandb")
 
     summary = {}
     for record in found["summary"]:

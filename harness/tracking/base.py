@@ -1,4 +1,4 @@
-"""What a tracker is. Four calls; a null tracker instead of `if tracking`; and a failure in one never fails the run.
+"""What a tracker is. Five calls; a null tracker instead of `if tracking`; and a failure in one never fails the run.
 
 The store on disk is the truth and a tracker only its mirror, so losing one costs a curve and never a result.
 """
@@ -15,10 +15,11 @@ SECRET = re.compile(r"secret|passw|credential|api[_-]?key|token(?!iz|s($|_))", r
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Who a run is. quant_id is shared by runs that only evaluate the same quantized model; group is the sweep, if any."""
+    """Who a run is. quant_id is shared by runs that only evaluate the same quantized model, None where nothing is quantized;
+    group is the sweep, if any."""
 
     run_id: str
-    quant_id: str
+    quant_id: str | None
     directory: Path
     group: str | None = None
     tags: tuple[str, ...] = ()
@@ -36,6 +37,9 @@ class Tracker:
 
     def table(self, name: str, rows: list[dict]) -> None:
         """A whole table, one dict a row. The same name again replaces it."""
+
+    def page(self, path: Path) -> None:
+        """The report of the run, one HTML file that needs no other."""
 
     def finish(self, summary: dict, status: str = "done") -> None:
         """Close the run with its final numbers, nested; status is `done` or says how it ended instead."""
@@ -56,6 +60,9 @@ class Several(Tracker):
 
     def table(self, name: str, rows: list[dict]) -> None:
         self._each("table", name, rows)
+
+    def page(self, path: Path) -> None:
+        self._each("page", path)
 
     def finish(self, summary: dict, status: str = "done") -> None:
         self._each("finish", summary, status)

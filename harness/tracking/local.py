@@ -1,9 +1,11 @@
 """Curves, tables and summary as files under `<run directory>/tracking`, readable without any service.
 
+    run.json         who the run is: run_id, quant_id, group, tags, job_type
     curves.jsonl     one line a log call: {"step": 3, "block/error": 0.1, ...}; appended
     <table>.jsonl    one line a row; replaced as a whole
     summary.json     {"status": "done", ...}; replaced as a whole
 
+With config.yaml beside them they are all that a tracker is told, so replay.py can tell another one later.
 What is replaced is written beside and renamed, so a reader or a kill never meets half a file. A resumed run appends to its
 curves, and a step logged again appears again: the last line counts.
 """
@@ -21,6 +23,8 @@ class Local(Tracker):
     def start(self, config: dict, run: RunInfo) -> None:
         self._directory = Path(run.directory) / "tracking"
         self._directory.mkdir(parents=True, exist_ok=True)
+        who = {"run_id": run.run_id, "quant_id": run.quant_id, "group": run.group, "tags": run.tags, "job_type": run.job_type}
+        _replace(self._directory / "run.json", json.dumps(plain(who), indent=2) + "\n")
         self._curves = self._directory / "curves.jsonl"
         if self._curves.exists():
             # A kill can leave half a line; what is appended next must not be glued to it.

@@ -6,11 +6,17 @@ WANDB_DIR, ...) decide. Without a login, or when the server cannot be reached, t
 
 W&B's global step may never fall, and blocks, optimizer steps and evaluations all count from zero: a shared step would drop
 every family but the longest. So each family of curves `family/*` is drawn over its own `family/index`.
+
+At the end the curves over the blocks are logged once more as figures (`figures/rel_error`, ...), for W&B reports and galleries;
+the page of a run becomes the artifact of type `report` that bears the run's id.
 """
 
 import logging
 import os
+import re
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from harness.errors import ConfigError
 from harness.tracking.base import RunInfo, Tracker, plain, without_secrets
@@ -18,6 +24,7 @@ from harness.tracking.base import RunInfo, Tracker, plain, without_secrets
 log = logging.getLogger(__name__)
 MODES = ("online", "offline", "shared", "disabled")
 PROJECT = "low-bit"
+FIGURES = {"block/rel_error": "relative output error", "block/sqnr_db": "SQNR [dB]"}  # curve: label of its axis
 INIT_TIMEOUT = "30"  # seconds to reach the server before the run goes offline
 FINISH_TIMEOUT = "60"  # seconds an upload may hold up the end of a run; the files stay on disk
 
@@ -25,6 +32,7 @@ FINISH_TIMEOUT = "60"  # seconds an upload may hold up the end of a run; the fil
 class Wandb(Tracker):
     """One W&B run. project, entity, name, mode: null leaves them to the environment; tags are added to the run's own.
 
+    resume: what W&B does where it has a run of this id: `allow` goes on with it, None starts it anew.
     Raises ConfigError for an unknown mode. `warn` is told when a wished-for online run is written offline.
     """
 
@@ -35,13 +43,15 @@ class Wandb(Tracker):
         name: str | None = None,
         mode: str | None = None,
         tags: Sequence[str] = (),
+        resume: str | None = "allow",
         warn: Callable[[str], None] = log.warning,
     ):
         if mode is not None and mode not in MODES:
             raise ConfigError(f"tracking.mode={mode!r} is unknown; choose from {', '.join(MODES)}, or null to let W&B decide")
         self._project, self._entity, self._name, self._mode = project, entity, name, mode
-        self._tags, self._warn = tuple(tags), warn
+        self._tags, self._resume, self._warn = tuple(tags), resume, warn
         self._axes: set[str] = set()
+        self._points: dict[str, dict[int, float]] = {}
 
     def start(self, config: dict, run: RunInfo) -> None:
         import wandb
@@ -50,7 +60,7 @@ class Wandb(Tracker):
         run.directory.mkdir(parents=True, exist_ok=True)
         settings = {
             "id": run.run_id,
-            "resume": "allow",
+            "resume": self._resume,
             "reinit": "create_new",
             "project": self._project or environment("WANDB_PROJECT", PROJECT),
             "entity": self._entity or environment("WANDB_ENTITY"),
@@ -75,8 +85,13 @@ class Wandb(Tracker):
             self._run = wandb.init(mode="offline", **settings)
             self._warn(f"tracking: W&B did not start ({error}); the run is written offline, `wandb sync` sends it later")
 
+    @property
+    def address(self) -> str:
+        """Where the started run is: its address, or the folder that `wandb sync` sends."""
+        return str(self._run.sync_dir if self._run.offline else self._run.url)
+
     def log(self, values: dict, step: int) -> None:
-        axes = {}
+        values, axes = plain(values), {}
         for key in values:
             family, slash, _ = key.partition("/")
             axis, curves = (f"{family}/index", f"{family}/*") if slash else ("index", key)
@@ -85,7 +100,9 @@ class Wandb(Tracker):
                 self._run.define_metric(axis, hidden=True)
                 self._run.define_metric(curves, step_metric=axis)
             axes[axis] = step
-        self._run.log({**axes, **plain(values)})
+            if key in FIGURES:
+                self._points.setdefault(key, {})[step] = values[key]
+        self._run.log({**axes, **values})
 
     def table(self, name: str, rows: list[dict]) -> None:
         import wandb
@@ -94,9 +111,31 @@ class Wandb(Tracker):
         data = [[plain(row.get(column)) for column in columns] for row in rows]
         self._run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
 
+    def page(self, path: Path) -> None:
+        import wandb
+
+        # W&B would copy the file to the home directory; here the copy travels with the run and outlives a new page.
+        copy = shutil.copy(path, self._run.dir)
+        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "_", self._run.id, flags=re.ASCII), type="report")
+        artifact.add_file(copy, policy="immutable")
+        self._run.log_artifact(artifact)
+
     def finish(self, summary: dict, status: str = "done") -> None:
+        if self._points:
+            self._run.log(self._figures())
         self._run.summary.update({**plain(summary), "status": status})
         self._run.finish(exit_code=0 if status == "done" else 1)
+
+    def _figures(self) -> dict:
+        """A figure for every curve of FIGURES that was logged, over the block."""
+        from plotly.graph_objects import Figure, Scatter
+
+        figures = {}
+        for key, points in self._points.items():
+            blocks = sorted(points)
+            figure = Figure(Scatter(x=blocks, y=[points[block] for block in blocks], mode="lines+markers"))
+            figures[f"figures/{key.rpartition('/')[2]}"] = figure.update_layout(xaxis_title="block", yaxis_title=FIGURES[key])
+        return figures
 
     def _reachable_mode(self, wandb) -> str:
         """The mode asked for, or `offline` where only a login is missing: W&B itself would stop and ask for one."""
