@@ -5,7 +5,7 @@ PY := .venv/bin/python
 KEEP := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 ARGS ?=
 
-.PHONY: help run test lint bench clean
+.PHONY: help run report test lint bench clean
 
 help:   ## what can be made
 	@grep -E '^[a-z]+: .*##|^[a-z]+:   ##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -17,7 +17,10 @@ help:   ## what can be made
 	touch $@
 
 run: .venv/installed   ## quantize the embedded model to NVFP4 with GPTQ (ARGS="format=mxfp4 solver=rtn" for another choice)
-	$(KEEP) $(PY) run.py $(ARGS)
+	$(KEEP) $(PY) run.py eval=zeroshot $(ARGS)
+
+report: .venv/installed   ## one HTML page of all runs, runs/report.html (ARGS=DIR for another run root)
+	$(PY) -m harness.report page $(ARGS)
 
 test: .venv/installed   ## all tests
 	$(PY) -m pytest $(ARGS)

@@ -1,0 +1,193 @@
+"""The report page: one HTML file with everything inside, so that it opens from a disk or a mail without any network.
+
+The parts lie in assets/. Embedded are the figures of every run, not its layers; what many runs share is stored once: a
+histogram, a setting, the bin edges.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import yaml
+
+from harness.evaluation.zeroshot import shown
+from harness.report.marks import letter
+from harness.report.rows import last, outliers, row
+from harness.store import Run, Store, write
+from harness.tracking.base import without_secrets
+
+ASSETS = Path(__file__).parent / "assets"
+SCRIPTS = ("data.js", "table.js", "plots.js", "page.js")
+GROUPS = ("model", "data", "format", "transform", "solver")
+SIDES = ("before", "after")
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where PyYAML was built with it
+
+
+def write_page(root: Path, path: Path, run_ids: Collection[str] | None = None) -> Path:
+    """Write the page of the runs below `root` (only those in `run_ids`, if given) to `path`, in one step; returns `path`."""
+    from plotly.offline import get_plotlyjs
+
+    parts = {
+        "style": (ASSETS / "page.css").read_text(encoding="utf-8"),
+        "script": "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS),
+        # In JSON "<" occurs only inside strings: escaped, no text of a run can end the element it stands in.
+        "data": json.dumps(_data(Path(root), run_ids), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+        "plotly": get_plotlyjs().replace("</script", "<\\/script"),
+    }
+    template = (ASSETS / "page.html").read_text(encoding="utf-8")
+    write(Path(path), re.sub(r"{{(\w+)}}", lambda field: parts[field[1]], template))
+    return Path(path)
+
+
+class Pool:
+    """Distinct values in order of appearance; a run names one by its index."""
+
+    def __init__(self):
+        self.values: list = []
+        self._index: dict[str, int] = {}
+
+    def add(self, value) -> int:
+        """The index of `value`, stored now or before."""
+        key = json.dumps(value)
+        if key not in self._index:
+            self._index[key] = len(self.values)
+            self.values.append(value)
+        return self._index[key]
+
+
+def _data(root: Path, run_ids: Collection[str] | None) -> dict:
+    """What the page knows: {"runs", newest first, and what they share: "settings", "base", "histograms", "edges", "marks"}.
+
+    A run's `config` lists the settings by which it differs from `base`, those that most runs have: indices to add where `base`
+    lacks them, to take away where it has them.
+    """
+    settings, histograms, edges, marks = Pool(), Pool(), Pool(), Pool()
+    runs = []
+    for run in Store(root).runs():
+        if run_ids is None or run.path.name in run_ids:
+            figures = row(run)
+            config = _config(run)
+            chosen = {group: _name((figures["choices"] or {}).get(group), config.get(group)) for group in GROUPS}
+            runs.append(_run(figures) | {
+                **chosen,
+                "marks": {k: [marks.add(text) for text in texts] for k, texts in (figures["marks"] or {}).items()},
+                "curves": _curves(run.path / "tracking" / "curves.jsonl"),
+                "activations": _activations(outliers(figures) or {}, histograms, edges),
+                "config": {settings.add(pair) for pair in _flat(config)},
+            })
+    runs.sort(key=lambda run: (run["started"] or "", run["id"]), reverse=True)
+    shares = Counter(index for run in runs for index in run["config"])
+    base = {index for index, count in shares.items() if 2 * count > len(runs)}
+    for run in runs:
+        run["config"] = sorted(run["config"] ^ base) if run["config"] else None
+    return {
+        "runs": [{key: value for key, value in run.items() if value not in (None, {}, "")} for run in runs],
+        "settings": settings.values, "base": sorted(base), "histograms": histograms.values, "edges": edges.values,
+        "marks": [[letter(text), text] for text in marks.values],
+    }
+
+
+def _run(row: dict) -> dict:
+    """The figures of a row by which the page judges it, rounded; nothing where the run did not get so far."""
+    final, baseline = last(row), row["stages"].get("baseline") or {}
+    divergence = final.get("divergence") or {}
+    lines = str(row["error"] or "").strip().splitlines() or [""]
+    return {
+        "id": row["run_id"], "status": row["status"], "stage": row["stage"], "sweep": row["sweep"], "error": lines[-1][:500],
+        "started": row["started"], "updated": row["updated"], "command": row["command"],
+        "ppl": _rounded(final.get("ppl"), 6), "baseline": _rounded(baseline.get("ppl"), 6),
+        "kl": _rounded({corpus: figures.get("kl") for corpus, figures in divergence.items()}),
+        "top1": _rounded({corpus: figures.get("top1") for corpus, figures in divergence.items()}),
+        "accuracy": {task: _accuracy(figures) for task, figures in (final.get("zeroshot") or {}).items() if shown(figures)},
+        "bits": _number(row["bits_per_weight"], 6), "seconds": sum(_rounded(row["seconds"], 6).values()) or None,
+        "peak": _number(row["peak_memory_mb"], 6),
+    }
+
+
+def _accuracy(figures: dict) -> list:
+    """[metric, value, standard error, documents], fractions."""
+    metric, value = shown(figures)
+    return [metric, _number(value), _number(figures.get(f"{metric}_stderr")), figures.get("n")]
+
+
+def _number(value, digits: int = 4) -> float | None:
+    """`value` to so many significant digits; None for what is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    short = float(f"{value:.{digits}g}")
+    return int(short) if short == int(short) else short
+
+
+def _rounded(values: dict | None, digits: int = 4) -> dict:
+    numbers = {key: _number(value, digits) for key, value in (values or {}).items()}
+    return {key: number for key, number in numbers.items() if number is not None}
+
+
+def _curves(path: Path) -> dict[str, list]:
+    """{"block/rel_error": [steps, values]} of the points logged a block; a step logged again counts once, as logged last."""
+    points: dict[str, dict[int, float]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        try:
+            point = json.loads(line)
+        except ValueError:
+            continue  # a kill can leave half a line
+        step = point.get("step") if isinstance(point, dict) else None
+        if isinstance(step, int):
+            for name, value in _rounded(point).items():
+                if name.startswith("block/"):
+                    points.setdefault(name, {})[step] = value
+    return {name: [sorted(values), [values[step] for step in sorted(values)]] for name, values in points.items()}
+
+
+def _activations(found: dict, histograms: Pool, edges: Pool) -> dict:
+    """{"edges": index, "sites": {site: {"before": index, "after": index, "worst": {"before": {statistic: [value, layer]}}}}},
+    empty where none were measured."""
+    sites = {}
+    for site, counts in found.get("sites", {}).items():
+        sides = {side: histograms.add([_number(n) or 0 for n in counts[side]]) for side in SIDES if side in counts}
+        layers = [layer for layer in found.get("rows", []) if layer.get("site") == site]
+        sites[site] = {**sides, "worst": {side: _worst(layers, side) for side in sides}}
+    return {"edges": edges.add([_number(edge) for edge in found["edges"]]), "sites": sites} if sites else {}
+
+
+def _worst(layers: list[dict], side: str) -> dict[str, list]:
+    """{statistic: [value, layer]} of the layer in which the statistic is largest."""
+    worst = {}
+    for layer in layers:
+        for name, value in _rounded(layer.get(side)).items():
+            if name not in worst or value > worst[name][0]:
+                worst[name] = [value, layer.get("layer")]
+    return worst
+
+
+def _config(run: Run) -> dict:
+    """config.yaml without what is secret or says only where the run lies; empty where there is none."""
+    try:
+        config = yaml.load((run.path / "config.yaml").read_text(encoding="utf-8"), LOADER)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    kept = config if isinstance(config, dict) else {}
+    return without_secrets({key: value for key, value in kept.items() if key != "run_root"})
+
+
+def _name(option: str | None, settings) -> str | None:
+    """The option chosen for a group; a run that failed early only has the name in its settings."""
+    return option or (settings.get("name") if isinstance(settings, dict) else None)
+
+
+def _flat(value, key: str = "") -> Iterable[list[str]]:
+    """[key, value] of every leaf, keys joined by dots, values as they would be typed."""
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            yield from _flat(item, f"{key}.{name}" if key else str(name))
+    elif key:
+        yield [key, value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)]

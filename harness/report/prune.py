@@ -1,0 +1,46 @@
+"""What can be removed of a run root, how much that frees, and the removal itself."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from harness.report.rows import last
+from harness.store import Run, RunLocked, locked
+
+
+def doomed(row: dict, blocks: bool) -> Path | None:
+    """What `prune` would remove of a run. Nothing that lies behind a link, and no run whose figures are complete."""
+    path = Path(row["path"])
+    if row["status"] in ("failed", "interrupted") and (Run(path).metrics or {}).get("status") != "done":
+        target = path
+    elif blocks and row["status"] == "done" and last(row)["ppl"]:
+        target = path / "blocks"
+    else:
+        return None
+    return target if target.is_dir() and not any(p.is_symlink() for p in (path, target, path / "lock")) else None
+
+
+def freed(targets: list[Path]) -> list[int]:
+    """Bytes that removing all targets frees, each one's part: a file that other hard links keep frees none."""
+    files = [[path.lstat() for path in target.rglob("*") if not path.is_dir()] for target in targets]
+    links = Counter((s.st_dev, s.st_ino) for own in files for s in own)
+    return [sum(s.st_size // s.st_nlink for s in own if links[s.st_dev, s.st_ino] == s.st_nlink) for own in files]
+
+
+def remove(row: dict, target: Path) -> bool:
+    """Remove `target` unless the run went on since `row` was read. It is moved aside first: a process that starts the run
+    meanwhile finds it whole or gone."""
+    run = Run(Path(row["path"]))
+    try:
+        with locked(run.path / "lock"):
+            if any(run.status.get(key) != row[key] for key in ("started", "updated")):
+                return False
+            aside = Path(tempfile.mkdtemp(prefix="_pruned-", dir=run.path.parent))
+            target.rename(aside / target.name)
+    except RunLocked:
+        return False
+    shutil.rmtree(aside)
+    return True

@@ -1,0 +1,73 @@
+"""Runs as rows, read from the store: what tables, the terminal and the page show of each."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from harness.store import Run, RunLocked, Store, locked, read_json
+
+LABELS = ("model", "format", "transform", "solver")  # what a run id begins with
+
+
+def rows(root: str | Path) -> list[dict]:
+    """Every run below `root`, oldest first."""
+    return sorted((row(run) for run in Store(root).runs()), key=lambda row: (row["started"] or "", row["run_id"]))
+
+
+def row(run: Run) -> dict:
+    """metrics.json with what status.json adds: `status` done | failed | running | interrupted (nobody writes it any more) |
+    broken (cannot be read), `stage`, `error`, `started`, `updated` (ISO 8601), `sweep`, and `path`, the run directory. Fields a
+    run never reached, or that are not what they should be, are empty."""
+    try:
+        status, metrics = dict(run.status), dict(run.metrics or {})
+        state = status.get("status", "interrupted")
+        if state == "running" and not _written(run):
+            state = "interrupted"
+    except (TypeError, ValueError, OSError) as error:
+        status, metrics, state = {"error": f"cannot be read: {error}"}, {}, "broken"
+    empty = {"quant_id": status.get("quant_id"), "baseline_id": None, "choices": {}, "stages": {}, "bits_per_weight": None,
+             "seconds": {}, "peak_memory_mb": None, "layers": [], "warnings": [], "marks": {}, "notes": {},
+             "command": status.get("command")}
+    sound = {key: value for key, value in metrics.items()
+             if empty.get(key) is None or isinstance(value, type(empty[key]))}
+    kept = {key: status.get(key) for key in ("stage", "error", "started", "updated", "sweep")}
+    found = empty | sound | kept | {"run_id": run.path.name, "status": state, "path": str(run.path)}
+    found["choices"] = dict(zip(LABELS, run.path.name.rsplit("-", 4))) | found["choices"]
+    stages = {name: stage for name, stage in found["stages"].items() if isinstance(stage, dict)}
+    found["stages"] = {name: stage | {"ppl": _with_nan(stage.get("ppl") or {})} for name, stage in stages.items()}
+    return found
+
+
+def last(row: dict) -> dict:
+    """The stage whose figures a row is judged by: the last one of a finished run, else nothing."""
+    stages = list(row["stages"].values()) if row["status"] == "done" else []
+    return stages[-1] if stages else {"ppl": {}}
+
+
+def outliers(row: dict) -> dict | None:
+    """The run's outliers.json: activations before and after the transform."""
+    return read_json(Path(row["path"]) / "outliers.json")
+
+
+def samples(row: dict, task: str) -> list[dict] | None:
+    """What every document of a task got in the stage the run is judged by; None where that was not kept."""
+    stage = next(reversed(row["stages"]), None)
+    folder = Path(row["path"]) / "samples" / str(stage)
+    if stage == "baseline":  # shared by all runs of the model
+        folder = Store(Path(row["path"]).parent).shared("baselines", str(row["baseline_id"])).with_suffix("")
+    return read_json(folder / f"{task}.json")
+
+
+def _with_nan(figures: dict) -> dict:
+    """JSON has no NaN: what was not finite is stored as null."""
+    return {name: math.nan if value is None else value for name, value in figures.items()}
+
+
+def _written(run: Run) -> bool:
+    """Whether a process holds the run."""
+    try:
+        with locked(run.path / "lock"):
+            return False
+    except RunLocked:
+        return True

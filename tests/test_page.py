@@ -1,0 +1,296 @@
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from harness.report.page import write_page
+
+CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync")
+DRAWN = "return ['scatter', 'heat', 'curves', 'activations'].every(id => document.querySelector(`#${id} .main-svg`))"
+INK = "return getComputedStyle(document.querySelector('#scatter .xtick text')).fill"
+HOSTILE = "Traceback\n  line 3\nValueError: </script><img src=x onerror=\"document.title='owned'\"> & <b>"
+MARKS = {"wikitext-2": ["same corpus as calibration", "first 8 of 145 windows"], "arc_easy": ["first 200 documents"]}
+BITS = {"nvfp4": 4.5, "int4": 4.25, "mxfp4": 4.25, "fouroversix": 4.5, "int8": 8.25, "mxfp6": 6.25}
+GAIN = {"identity": 1.0, "hadamard": 0.8, "quarot": 0.7, "rht": 0.75, "dst": 0.9, "kronecker": 0.6, "smoothquant": 1.1}
+EDGES = [2.0 ** (i / 2 - 20) for i in range(65)]
+
+
+def put(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+
+
+def store_run(root: Path, index: int, status: str = "done", error: str | None = None) -> str:
+    """A run as the store keeps it; the same index gives the same figures. Returns its id."""
+    draw = random.Random(index)
+    form, transform, solver = draw.choice(list(BITS)), draw.choice(list(GAIN)), draw.choice(["rtn", "gptq"])
+    run_id = f"smollm2_135m-{form}-{transform}-{solver}-{index:010x}"
+    run = root / run_id
+    started = f"2026-01-{1 + index // 1440:02d}T{index // 60 % 24:02d}:{index % 60:02d}:00+0000"
+    put(run / "status.json", {"status": status, "started": started, "updated": started, "stage": "quantized", "error": error})
+    put(run / "config.yaml", f"""
+seed: {index % 3}
+run_root: {root}
+model: {{name: smollm2_135m, hf_token: hidden}}
+format:
+  name: {form}
+  weight: {{bits: {int(BITS[form])}, clip: [0.5, 1]}}
+transform: {{name: {transform}}}
+solver: {{name: {solver}}}
+""")
+    if status == "failed":
+        return run_id
+    worse = 14 * GAIN[transform] * 2 ** (4.25 - BITS[form]) * (0.4 if solver == "gptq" else 1) * draw.uniform(0.8, 1.2)
+    kl = worse / 25
+    put(run / "metrics.json", {
+        "run_id": run_id, "status": status, "command": f"python run.py format={form} transform={transform} solver={solver}",
+        "choices": {"model": "smollm2_135m", "data": "text", "format": form, "transform": transform, "solver": solver},
+        "stages": {
+            "baseline": {"ppl": {"wikitext-2": 22.75, "pydoc": 14.12}},
+            "quantized": {
+                "ppl": {"wikitext-2": 22.75 + worse, "pydoc": 14.12 + worse / 2},
+                "divergence": {"wikitext-2": {"kl": kl, "top1": 1 - kl / 2}},
+                "zeroshot": {"arc_easy": {"acc": 0.5, "acc_norm": 0.44 - kl / 8, "acc_norm_stderr": 0.035, "n": 200}},
+            },
+        },
+        "bits_per_weight": BITS[form] + draw.uniform(0, 0.1), "seconds": {"load": 3.0, "quantized": draw.uniform(20, 90)},
+        "peak_memory_mb": draw.uniform(900, 1500), "marks": MARKS, "layers": [{"name": "layer that is not embedded"}],
+    })
+    noise = [worse * (1 + i) * draw.uniform(0.8, 1) / 1e3 for i in range(30)]
+    points = [{"step": i, "block/rel_error": noise[i], "block/sqnr_db": 20 - i / 4} for i in range(30)]
+    put(run / "tracking" / "curves.jsonl", "".join(json.dumps(point) + "\n" for point in points) + '{"step": 30, "blo')
+    spread = 1 if transform == "identity" else 3
+    sites = {}
+    for n, site in enumerate(("attn_in", "o_in", "mlp_in", "down_in")):
+        counts = [[int(1e6 * 2 ** (-((abs(i - 38) / 3) ** 1.5) / s)) for i in range(64)] for s in (3.0 + n, (3.0 + n) / spread)]
+        sites[site] = {"before": counts[0], "after": counts[1]}
+    worst = [{"layer": i, "site": site, "before": {"max_over_median": 300.0 + i, "kurtosis": 88.0 - i},
+              "after": {"max_over_median": 12.0 + i, "kurtosis": 4.0}} for i in range(30) for site in sites]
+    put(run / "outliers.json", {"edges": EDGES, "sites": sites, "rows": worst})
+    return run_id
+
+
+def embedded(page: Path) -> dict:
+    """The data a browser would parse: up to the first end tag."""
+    return json.loads(page.read_text("utf-8").split('<script id="data" type="application/json">')[1].split("</script>")[0])
+
+
+def settings(data: dict, run: dict) -> dict[str, str]:
+    return dict(data["settings"][i] for i in {*data["base"]} ^ {*run["config"]})
+
+
+def test_figures_are_embedded_and_what_runs_share_is_stored_once(tmp_path):
+    ids = [store_run(tmp_path / "runs", index) for index in range(12)]
+    page = write_page(tmp_path / "runs", tmp_path / "out" / "page.html")
+    assert page == tmp_path / "out" / "page.html" and [path.name for path in page.parent.iterdir()] == ["page.html"]
+    data = embedded(page)
+    assert [run["id"] for run in data["runs"]] == ids[::-1]  # newest first
+    run, stored = data["runs"][-1], json.loads((tmp_path / "runs" / ids[0] / "metrics.json").read_text())
+    final = stored["stages"]["quantized"]
+    assert run["ppl"]["pydoc"] == pytest.approx(final["ppl"]["pydoc"], rel=1e-5) and run["baseline"]["pydoc"] == 14.12
+    metric, value, error, n = run["accuracy"]["arc_easy"]
+    assert (metric, error, n) == ("acc_norm", 0.035, 200)
+    assert value == pytest.approx(final["zeroshot"]["arc_easy"]["acc_norm"], rel=1e-3)
+    assert run["kl"]["wikitext-2"] == pytest.approx(final["divergence"]["wikitext-2"]["kl"], rel=1e-3)
+    assert [data["marks"][i] for i in run["marks"]["wikitext-2"]] == [list(mark) for mark in zip("cs", MARKS["wikitext-2"])]
+    steps, errors = run["curves"]["block/rel_error"]
+    assert steps == list(range(30)) and all(error == float(f"{error:.4g}") for error in errors)
+    attention = run["activations"]["sites"]["attn_in"]
+    assert attention["worst"]["before"] == {"max_over_median": [329, 29], "kurtosis": [88, 0]}
+    assert {run["activations"]["sites"]["attn_in"]["before"] for run in data["runs"]} == {attention["before"]}
+    assert "not embedded" not in page.read_text("utf-8")
+    for run in data["runs"]:  # base and differences give every setting back
+        held = settings(data, run)
+        assert held["format.name"] == run["format"] and held["format.weight.clip"] == "[0.5, 1]"
+        assert not {"run_root", "model.hf_token"} & {*held}
+
+
+def test_only_the_runs_asked_for(tmp_path):
+    ids = [store_run(tmp_path, index) for index in range(4)]
+    assert {run["id"] for run in embedded(write_page(tmp_path, tmp_path / "page.html", ids[1:3]))["runs"]} == {*ids[1:3]}
+
+
+def test_unfinished_and_damaged_runs_are_shown_as_far_as_they_got(tmp_path):
+    failed = store_run(tmp_path, 0, "failed", HOSTILE)
+    damaged = store_run(tmp_path, 1)
+    put(tmp_path / damaged / "config.yaml", "a: [")
+    put(tmp_path / damaged / "outliers.json", "{")
+    again = '{"step": 0, "block/rel_error": 2}\n{"step": 0, "block/rel_error": 1}\n{"step": 1, "block/rel_error": NaN}\n7\n'
+    put(tmp_path / damaged / "tracking" / "curves.jsonl", again)
+    put(tmp_path / "empty" / "status.json", "{}")
+    page = write_page(tmp_path, tmp_path / "page.html")
+    runs = {run["id"]: run for run in embedded(page)["runs"]}
+    assert runs["empty"] == {"id": "empty", "status": "interrupted", "model": "empty"}
+    assert runs[failed]["error"] == HOSTILE.splitlines()[-1] and "ppl" not in runs[failed]
+    assert runs[failed]["format"] in BITS  # from its settings: it never wrote its choices
+    assert runs[damaged]["curves"] == {"block/rel_error": [[0], [1]]} and "activations" not in runs[damaged]
+
+
+def test_nothing_is_loaded_from_elsewhere(tmp_path):
+    from plotly.offline import get_plotlyjs
+
+    store_run(tmp_path, 0, "failed", HOSTILE)
+    text = write_page(tmp_path, tmp_path / "page.html").read_text("utf-8")
+    own = text.replace(get_plotlyjs(), "")
+    assert len(own) < len(text) / 10
+    assert not re.search(r"https?://|@import|\burl\(|\bfetch\(|XMLHttpRequest", own)
+    assert "default-src 'none'" in own
+    assert "<img src=x" not in text and own.count("</script>") == 3
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """A headless Chromium of its own, with a log of its requests."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    if not (Path(CHROMIUM).exists() and Path(DRIVER).exists()):
+        pytest.skip(f"no Chromium here: {CHROMIUM} and {DRIVER} are needed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    driver.set_window_size(1400, 2400)
+    driver.get("about:blank")
+    driver.get_log("performance")  # what the browser's own first tab asked for
+    yield driver
+    driver.quit()
+
+
+def wait(browser, script: str) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 60).until(lambda b: b.execute_script(script))
+
+
+def opened(browser, page: Path) -> None:
+    """Open the page and wait until its plots are drawn."""
+    browser.get(page.as_uri())
+    wait(browser, DRAWN)
+
+
+def silent(browser) -> None:
+    """No error on the console, and nothing was asked for but the page itself and what it carries inside."""
+    assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    assert len(asked) and all(url.startswith(("file:", "data:", "blob:")) for url in asked)
+
+
+def column(browser, name: str) -> list[str]:
+    """The shown texts of a column, marks left out, top to bottom."""
+    return browser.execute_script("""
+        const titles = [...document.querySelectorAll("#runs thead tr:last-child > *")].map(cell => cell.textContent);
+        const rows = [...document.querySelectorAll("#runs tbody tr:not(.failed)")];
+        return rows.map(row => row.cells[titles.indexOf(arguments[0])].firstChild.textContent);""", name)
+
+
+@pytest.mark.browser
+def test_the_page_in_a_browser(tmp_path, browser):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import Select
+
+    def find(selector):
+        return browser.find_element(By.CSS_SELECTOR, selector)
+
+    def seen(selector):
+        return [found.text for found in browser.find_elements(By.CSS_SELECTOR, selector)]
+
+    for index in range(40):
+        store_run(tmp_path / "runs", index)
+    failed = store_run(tmp_path / "runs", 40, "failed", HOSTILE)
+    page = write_page(tmp_path / "runs", tmp_path / "page.html")
+    opened(browser, page)
+    assert browser.title == "Runs" and find("tr.failed .said").text == HOSTILE.splitlines()[-1]
+
+    # sorting: by click and by Enter, numbers as numbers, runs without a figure last
+    header = browser.find_element(By.XPATH, "//thead//button[text()='ppl']")
+    header.click()
+    rising = [float(text) for text in column(browser, "ppl")]
+    assert rising == sorted(rising) and len(rising) == 40
+    assert header.find_element(By.XPATH, "..").get_attribute("aria-sort") == "ascending"
+    assert find("#runs tbody tr:last-child").get_attribute("class") == "failed"
+    header.send_keys(Keys.ENTER)
+    falling = [float(text) for text in column(browser, "ppl")]
+    assert falling == rising[::-1] and header.find_element(By.XPATH, "..").get_attribute("aria-sort") == "descending"
+
+    # filtering: words, a group, a state; the best figure is that of the rows left
+    Select(find("#filters label:nth-child(4) select")).select_by_value("nvfp4")
+    left = [float(text) for text in column(browser, "ppl")]
+    assert set(column(browser, "format")) == {"nvfp4"} and 0 < len(left) < 40
+    assert f"{min(left):.2f}" in [text.rstrip("cs\n") for text in seen("#runs .best")]
+    find("#filters input").send_keys("gptq quarot")
+    assert set(column(browser, "transform")) <= {"quarot"} and set(column(browser, "solver")) <= {"gptq"}
+    find("#filters input").clear()
+    find("#filters input").send_keys(failed[-10:])
+    Select(find("#filters label:nth-child(4) select")).select_by_value("")
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#runs tbody tr")) == 1
+    find("#filters input").send_keys(Keys.CONTROL, "a", Keys.DELETE)
+
+    # what differs: only for two runs, only the settings that differ
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#runs tbody tr")) == 41
+    find("#chosen button").click()
+    boxes = browser.find_elements(By.CSS_SELECTOR, "#runs tbody tr:not(.failed) input")
+    boxes[0].click()
+    wait(browser, "return !document.querySelector('#diff .empty').hidden")
+    boxes[1].send_keys(Keys.SPACE)
+    wait(browser, "return document.querySelectorAll('#diff tbody tr').length > 0")
+    ids = browser.execute_script("return [...document.querySelectorAll('#runs tbody tr:has(:checked) code')].map(c => c.title)")
+    data = embedded(page)
+    one, other = (settings(data, run) for run in data["runs"] if run["id"] in ids)
+    differing = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+    assert seen("#diff tbody th") == differing
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#curves .scatterlayer .trace")) == 2
+
+    # the command, through the clipboard, with and without the clipboard's own interface
+    for without in (False, True):
+        if without:
+            browser.execute_script("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+        row = find(f"#runs tbody tr:not(.failed):nth-of-type({2 + without})")
+        row.find_element(By.CSS_SELECTOR, ".copy").click()
+        wait(browser, "return document.getElementById('said').textContent === 'command copied'")
+        find("#filters input").send_keys(Keys.CONTROL, "a")
+        find("#filters input").send_keys(Keys.CONTROL, "v")
+        pasted = find("#filters input").get_property("value")
+        assert pasted.startswith("python run.py format=") and pasted in {run.get("command") for run in data["runs"]}
+        assert len(column(browser, "run")) >= 1
+        find("#filters input").send_keys(Keys.CONTROL, "a", Keys.DELETE)
+        browser.execute_script("document.getElementById('said').textContent = ''")
+
+    # the other colours: the plots follow
+    before = browser.execute_script(INK)
+    find("#theme").click()
+    wait(browser, f"return ({INK[7:]}) !== {json.dumps(before)}")
+    silent(browser)
+
+
+@pytest.mark.browser
+def test_a_page_without_figures(tmp_path, browser):
+    store_run(tmp_path / "runs", 0, "failed", HOSTILE)
+    for ids in ([], None):
+        browser.get(write_page(tmp_path / "runs", tmp_path / "page.html", ids).as_uri())
+        wait(browser, "return [...document.querySelectorAll('.empty')].every(note => !note.hidden && note.textContent)")
+        silent(browser)
+
+
+@pytest.mark.browser
+def test_a_thousand_runs_open_quickly(tmp_path, browser):
+    for index in range(1000):
+        store_run(tmp_path / "runs", index)
+    page = write_page(tmp_path / "runs", tmp_path / "page.html")
+    shown = []
+    for _ in range(2):
+        opened(browser, page)
+        shown.append(browser.execute_script("return performance.getEntriesByName('table shown')[0].startTime"))
+    assert len(embedded(page)["runs"]) == 1000 and 0 < min(shown) < 2000
+    count = "return document.querySelectorAll('#runs tbody tr').length"
+    first = browser.execute_script(count)
+    assert 20 < first < 200  # the others are made as they are scrolled to
+    browser.execute_script("document.getElementById('scroller').scrollTop = 1e6")
+    wait(browser, f"{count} > {first}")
+    silent(browser)
