@@ -75,6 +75,7 @@ def refuse(message: object) -> int:
 def main() -> int:
     """The exit status of a command line."""
     os.environ["HARNESS_ROOT"] = str(ROOT)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # for jobs' processes
     os.environ.setdefault("HARNESS_SWEEP", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the message below is ours
     try:

@@ -1,0 +1,97 @@
+"""Sweeps in several processes: no work lost or done twice, whoever dies; and what a row says about itself."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+from composed import ROOT, SMALL
+from test_cli import command
+
+from harness.devices import free
+
+GRID = ["format=nvfp4,int4", "transform=hadamard,dartquant", "solver=rtn,gptq", "data.calibration.windows=16"]
+
+
+def events(root):
+    """[(run, event)] of all runs."""
+    return [(path.parent.name, json.loads(line)) for path in sorted(root.glob("[!_]*/events.jsonl"))
+            for line in path.read_text().splitlines()]
+
+
+def done(root):
+    return {path.parent.name: path for path in root.glob("[!_]*/status.json")
+            if json.loads(path.read_text())["status"] == "done"}
+
+
+def seen(root):
+    """{finished run: (when its status was last written, how many events it has)}."""
+    counts = Counter(run for run, _ in events(root))
+    return {run: (path.stat().st_mtime_ns, counts[run]) for run, path in done(root).items()}
+
+
+def test_a_killed_pool_goes_on_and_repeats_nothing(tmp_path):
+    line = ["-m", *SMALL, *GRID, "hydra/launcher=local_pool", "run_root=runs"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pool = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *line], cwd=tmp_path, env=env, start_new_session=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    root = tmp_path / "runs"
+    while pool.poll() is None and len(done(root)) < 3:
+        time.sleep(0.02)
+    os.killpg(pool.pid, signal.SIGKILL)
+    assert pool.wait() == -signal.SIGKILL, "it was still running"
+    finished = seen(root)
+    assert 3 <= len(finished) < 8
+    again = command(tmp_path, *line)
+    assert again.returncode == 0, again.stderr
+    assert "8 jobs, 0 failed" in again.stdout
+    assert again.stdout.count(" stored ") == len(finished)
+    assert len(done(root)) == 8
+    assert {run: facts for run, facts in seen(root).items() if run in finished} == finished
+    solved = Counter((run, event["index"]) for run, event in events(root) if event["event"] == "block")
+    assert len(solved) == 16
+    assert set(solved.values()) == {1}
+    sources = [event for _, event in events(root) if event["event"] in ("baseline", "placement")]
+    computed = Counter(event.get("key", "baseline") for event in sources if event["source"] in ("computed", "learned"))
+    assert len(computed) == 2, "one baseline, and one R1 for all formats and solvers"
+    assert set(computed.values()) == {1}
+    (page,) = (root / "_sweeps").glob("*/report.html")
+    assert all(run in page.read_text() for run in done(root))
+
+
+def test_a_row_is_run_again_by_its_command(tmp_path):
+    """Out of an experiment whose option would start a sweep; and the command line replaces what the option sweeps over."""
+    swept = command(tmp_path, "-m", *SMALL, "experiment=adascale_qsim", "solver=rtn", "run_root=runs")
+    assert swept.returncode == 0, swept.stderr
+    assert "1 jobs, 0 failed" in swept.stdout
+    (path,) = (tmp_path / "runs").glob("[!_]*/metrics.json")
+    words = json.loads(path.read_text())["command"]
+    again = subprocess.run(f"{sys.executable} {ROOT}/run.py {words.removeprefix('python run.py ')}", shell=True, cwd=tmp_path,
+                           capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert "stored result" in again.stderr
+    assert str(path.parent.relative_to(tmp_path)) in again.stdout
+
+
+def test_submitit_runs_a_sweep(tmp_path):
+    pytest.importorskip("submitit")
+    got = command(tmp_path, "-m", *SMALL, "format=nvfp4", "solver=rtn,gptq", "hydra/launcher=submitit_local", "run_root=runs")
+    assert got.returncode == 0, got.stderr
+    assert "2 jobs, 0 failed" in got.stdout
+
+
+def test_every_job_takes_a_gpu_of_its_own(tmp_path):
+    names = ["0", "1", " 2"]
+    with free(tmp_path, names) as a, free(tmp_path, names) as b:
+        assert (a, b) == (0, 1)
+        with free(tmp_path, names) as c, free(tmp_path, names) as shared:
+            assert c == 2
+            assert shared in range(3)
+        with free(tmp_path, names) as again:
+            assert again == 2
+    with free(tmp_path, names) as first:
+        assert first == 0
