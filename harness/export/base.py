@@ -1,0 +1,119 @@
+"""What leaves the harness: a model exactly as it was evaluated, and the folder it is written to.
+
+An exporter says what it cannot hold, which tensors it writes under which names, and what config.json must say about them. The
+folder is written under another name, loaded back, compared, and only then gets its own: no half checkpoint is ever found there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from harness.formats import QTensor, Scheme
+from harness.models.families import Adapter
+from harness.store import write_json
+from harness.transforms import Context, Placement, Transform
+
+SHARD = 4_000_000_000  # bytes of tensors a file
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model as it was evaluated.
+
+    adapter: placed, its weights solved (dequantized values in QuantLinear), activation quantizers on; tokenizer; scheme: the
+    formats of all parts, overrides resolved; placements in the order in which they were placed; qtensors: {absolute module
+    name: QTensor} of every quantized weight; settings, choices: of the run; metrics: its results so far.
+    """
+
+    adapter: Adapter
+    tokenizer: object
+    scheme: Scheme
+    placements: Sequence[Placement]
+    qtensors: Mapping[str, QTensor]
+    settings: Mapping
+    choices: Mapping[str, str | None]
+    metrics: Mapping = field(default_factory=dict)
+
+
+class Exporter(ABC):
+    """One layout of checkpoints. name: as `export=` calls it; tolerance: relative perplexity difference that loading back may
+    show, None where logits must be equal in every bit."""
+
+    name: str
+    tolerance: float | None = None
+
+    @abstractmethod
+    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context) -> list[str]:
+        """Refuse (ConfigError, naming both fields and a way out) what the layout cannot hold, before any weight is loaded;
+        returns warnings."""
+
+    @abstractmethod
+    def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
+        """(name in the file, tensor), in the order of the model."""
+
+    @abstractmethod
+    def config(self, snapshot: Snapshot) -> dict:
+        """What config.json says beside the model's own fields."""
+
+    def extras(self, snapshot: Snapshot, folder: Path) -> None:  # noqa: B027  most layouts have none
+        """Write further files of the layout into the folder."""
+
+
+def write_checkpoint(exporter: Exporter, snapshot: Snapshot, folder: Path) -> None:
+    """Write weights (sharded, with an index where there are several files), config.json, generation_config.json, tokenizer and
+    the layout's own files into an empty folder."""
+    folder.mkdir(parents=True)
+    shards = _save(exporter.tensors(snapshot), folder)
+    if len(shards) > 1:
+        total = sum(size for _, size in shards.values())
+        names = {tensor: file for tensor, (file, _) in shards.items()}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
+    model = snapshot.adapter.model
+    own = model.config.to_dict() | exporter.config(snapshot)
+    write_json(folder / "config.json", {key: value for key, value in own.items() if not key.startswith("_")})
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    snapshot.tokenizer.save_pretrained(folder)
+    exporter.extras(snapshot, folder)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """{file: sha256} of everything in a folder, except the record of the digests itself."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != "digests.json":
+            with open(path, "rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _save(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> dict[str, tuple[str, int]]:
+    """Write shards of at most SHARD bytes, one in memory at a time; {tensor: (file, bytes)}."""
+    shards: list[dict[str, int]] = []
+    part: dict[str, Tensor] = {}
+
+    def close() -> None:
+        save_file(part, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append({name: tensor.nbytes for name, tensor in part.items()})
+        part.clear()
+
+    for name, tensor in tensors:
+        tensor = tensor.detach().cpu().contiguous()
+        if part and sum(kept.nbytes for kept in part.values()) + tensor.nbytes > SHARD:
+            close()
+        part[name] = tensor
+    close()
+    placed = {}
+    for index, sizes in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{index}.part").rename(folder / file)
+        placed |= {name: (file, size) for name, size in sizes.items()}
+    return placed
