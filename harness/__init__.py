@@ -1,1 +1,8 @@
 """Quantize a language model with any method x format, and measure what it cost."""
+
+from importlib import import_module
+
+
+def load(path, device="cpu", dtype=None, packed=False):
+    """(model, tokenizer) of a checkpoint that `export=harness` wrote: see harness/models/checkpoint.py."""
+    return import_module("harness.models.checkpoint").load(path, device, dtype, packed)

@@ -16,12 +16,15 @@ from harness.allocation import auto_of
 from harness.checks import known_keys, names, one_of
 from harness.config import build
 from harness.errors import ConfigError
+from harness.export.base import check_destination
+from harness.export.names import Name
 from harness.formats import Scheme
 from harness.models.families import context_of, family_of
 from harness.overrides import resolve
 from harness.plan import Plan, unnamed
 from harness.store import writable
 from harness.transforms import file
+from harness.transforms.identity import Identity
 from harness.transforms.smoothquant import NORM_SITES, PRODUCT_SITES, SmoothQuant
 
 
@@ -36,6 +39,7 @@ class Components:
     solver: object
     context: object
     tracker: object
+    exporter: object
     warnings: list[str]
 
 
@@ -55,6 +59,9 @@ def components(plan: Plan) -> Components:
     transforms = transforms_of(settings["transform"])
     learned = [t for t in transforms if t.learned]
     solver_name = plan.choices.get("solver", "solver")
+    if plan.model.quantized and (plan.quantizes or not isinstance(transforms[-1], Identity) or len(transforms) > 1):
+        raise ConfigError(f"model={plan.choices['model']} with a format or a transform: a checkpoint is measured as it is; set "
+                          "format=none transform=identity solver=none.")
     if solver is None and scheme.any("weight"):
         bits = "format.overrides" if scheme.weight is None else f"format.weight.bits={scheme.weight.bits}"
         raise ConfigError(f"{bits} with solver=none: nothing would quantize the weights; use solver=rtn or gptq, or "
@@ -79,7 +86,26 @@ def components(plan: Plan) -> Components:
     if learned and settings["model"].get("weights") == "disk" and any("act" in t.sees for t in learned):
         name = settings["transform"]["name"]
         warnings.append(f"transform={name} with model.weights=disk: learning end to end holds the whole model")
-    return Components(scheme, auto, transforms, solver, context, build(settings["tracking"], "tracking"), warnings)
+    exporter = _exporter(plan, scheme, family)
+    if exporter is not None:
+        candidates = [] if auto is None else [replace(scheme, weight=format) for format in auto.candidates.values()]
+        told = [warning for each in (scheme, *candidates) for warning in exporter.check(each, transforms, context)]
+        warnings += dict.fromkeys(told)
+    return Components(scheme, auto, transforms, solver, context, build(settings["tracking"], "tracking"), exporter, warnings)
+
+
+def _exporter(plan: Plan, scheme: Scheme, family):
+    """What writes the checkpoint, if one is asked for."""
+    section = plan.settings["export"]
+    target = section.get("_target_")
+    if target is None:
+        return None
+    if not plan.quantizes:
+        raise ConfigError(f"export={section['name']} with format=none: nothing is quantized; choose a format, or export=none.")
+    exporter = build({"_target_": target}, "export")
+    check_destination(section)
+    Name.of(plan.settings, plan.choices, scheme, family.head)
+    return exporter
 
 
 def _check_lengths(plan: Plan, facts: Mapping) -> None:

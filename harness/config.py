@@ -65,7 +65,7 @@ def option(group: str, name: str) -> dict:
         raise ConfigError(f"{group}={name}: no such option.{nearest(name, known)} Options: {', '.join(known)}.")
     own = OmegaConf.load(path)
     inherited = [option(group, other) for other in own.pop("defaults", []) if isinstance(other, str) and other != "_self_"]
-    return OmegaConf.to_container(OmegaConf.merge(*inherited, own))
+    return OmegaConf.to_container(OmegaConf.merge(*inherited, own), resolve=True)
 
 
 def settings(cfg) -> dict:

@@ -49,6 +49,8 @@ def execute(cfg, choices: Mapping[str, str | None], sweep: str | None = None, re
     run = store.run(plan.run_id)
     kept = plan.settings["transform"].get("save")
     unsaved = isinstance(kept, str) and not Path(kept).is_file()
+    left = (run.metrics or {}).get("export")
+    unsaved = unsaved or (left is not None and not Path(left["path"]).is_dir())
     if run.status.get("status") == "done" and run.metrics and not plan.settings["force"] and not unsaved:
         return Outcome("done", True, run.metrics, run)
     store.check()
@@ -68,7 +70,7 @@ class Job:
 
     def __init__(self, plan: Plan, parts, store: Store, run: Run, reporter: Reporter, command: str | None = None):
         self.plan, self.parts, self.store, self.run, self.reporter = plan, parts, store, run, reporter
-        self.shelf, self.scratch = None, run.path / "scratch"
+        self.shelf, self.scratch, self.placements = None, run.path / "scratch", []
         if plan.settings["force"]:
             run.forget()
         self.metrics = {
@@ -111,7 +113,7 @@ class Job:
     def _compute_on(self, device) -> None:
         import torch
 
-        from harness import measure, stages
+        from harness import exported, measure, stages
         from harness.calibration.windows import windows
         from harness.models.attention import attach
         from harness.models.families import Adapter
@@ -154,6 +156,8 @@ class Job:
                 for heads in attach(adapter):
                     heads.format = parts.scheme.kv
             measure.evaluate(self, "quantized", adapter)
+        if parts.exporter is not None:
+            exported.export(self, adapter)
         if self.metrics["bits_per_weight"] is None:
             self.metrics["bits_per_weight"] = float(torch.finfo(model.dtype).bits)
 
@@ -186,6 +190,10 @@ class Job:
         summary |= {f"seconds/{stage}": s for stage, s in self.metrics["seconds"].items()}
         if self.metrics["layers"]:
             self.tracker.table("layers", self.metrics["layers"])
+        answers = [{"stage": stage, "task": task, **figures} for stage, result in self.metrics["stages"].items()
+                   for task, figures in result.get("zeroshot", {}).items()]
+        if answers:
+            self.tracker.table("zeroshot", answers)
         self.tracker.finish(summary, self.metrics["status"])
 
 

@@ -17,6 +17,8 @@ from harness.config import ROOT, build, fingerprint, option
 from harness.errors import ConfigError, DataError
 from harness.evaluation.zeroshot import ZeroShot
 
+EXPORT = ("name", "_target_", "path", "base", "dataset", "training", "peft", "push_to", "scale_dtype")
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -124,7 +126,7 @@ class Plan:
 def make_plan(settings: dict, choices: Mapping[str, str | None]) -> Plan:
     """Build the torch-free parts of a run. Raises ConfigError or DataError."""
     data, chosen = settings["data"], settings["data"]["calibration"]
-    known_keys("export.", settings["export"], ("name",))
+    known_keys("export.", settings["export"], EXPORT)
     known_keys("eval.", settings["eval"], ("name", "perplexity", "streaming", "zeroshot"))
     boolean("eval.streaming", settings["eval"]["streaming"])
     known_keys("format.", settings["format"], ("name", "weight", "act", "kv", "overrides", "auto"))

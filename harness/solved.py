@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
@@ -52,6 +52,27 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 def decibel(noise: float) -> float | None:
     """Signal to noise of a relative error; None where it has no finite value."""
     return -10 * math.log10(noise) if 0 < noise < math.inf else None
+
+
+class Solved(Mapping):
+    """{absolute name: QTensor} of all quantized weights of a run, read block by block as they are asked for."""
+
+    def __init__(self, adapter: Adapter, scheme: Scheme, run: Run):
+        self._block = lambda index: solved(adapter, scheme, run, index)
+        self._where = {name: index for index in range(len(adapter.blocks) + scheme.outside) for name in self._block(index)}
+        self._kept: tuple[int, dict[str, QTensor]] = (-1, {})
+
+    def __getitem__(self, name: str) -> QTensor:
+        index = self._where[name]
+        if self._kept[0] != index:
+            self._kept = (index, self._block(index))
+        return self._kept[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
 
 
 def solved(adapter: Adapter, scheme: Scheme, run: Run, index: int) -> dict[str, QTensor]:

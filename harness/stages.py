@@ -45,6 +45,7 @@ def transform(job, adapter: Adapter, calibration: Tensor, probe: Tensor) -> bool
             changed = changed or not placement.empty
             job.metrics["notes"] |= dict(placement.notes)
             prepare.place(adapter, placement)
+            job.placements.append(placement)
         if all(transform.exact for transform in transforms):
             with torch.no_grad():
                 after = adapter.model(probe, use_cache=False).logits

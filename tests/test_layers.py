@@ -13,7 +13,7 @@ FLOORS = [
     {"models", "calibration"},
     {"evaluation", "export", "tracking", "report", "store"},
     {"plan", "marks", "components", "allocation", "overrides", "solved", "outside", "blockwise", "hints"},
-    {"pipeline", "stages", "measure", "devices"},
+    {"pipeline", "stages", "measure", "exported", "devices"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 

@@ -86,7 +86,8 @@ def test_exact_transforms_pass_the_gate_on_every_family(tmp_path, transform, fam
     assert outcome.metrics["notes"]["gate"]["max"] < 1e-4
 
 
-@pytest.mark.parametrize("options", [[], ["transform.placement=site"], ["transform.init=hadamard"], ["transform.init=pca"],
+@pytest.mark.parametrize("options", [[], ["transform.placement=site"], ["transform.placement=merged"],
+                                     ["transform.init=hadamard"], ["transform.init=pca"],
                                      ["transform.placement=site", "transform.objective=layer"],
                                      ["transform.placement=site", "transform.decoder=ridge"],
                                      ["transform.placement=site", "transform.init=pca"], ["transform.objective=lm"],

@@ -8,7 +8,6 @@ import sys
 import time
 from collections import Counter
 
-import pytest
 from composed import ROOT, SMALL
 from test_cli import command
 
@@ -77,11 +76,24 @@ def test_a_row_is_run_again_by_its_command(tmp_path):
     assert str(path.parent.relative_to(tmp_path)) in again.stdout
 
 
-def test_submitit_runs_a_sweep(tmp_path):
-    pytest.importorskip("submitit")
-    got = command(tmp_path, "-m", *SMALL, "format=nvfp4", "solver=rtn,gptq", "hydra/launcher=submitit_local", "run_root=runs")
-    assert got.returncode == 0, got.stderr
-    assert "2 jobs, 0 failed" in got.stdout
+def test_a_preempted_job_of_a_queue_goes_on(tmp_path):
+    """submitit's local executor sends and handles the signal that SLURM sends before it takes a machine away."""
+    line = ["-m", *SMALL, "data.calibration.windows=64", "data.calibration.length=256", "solver=gptq,rtn", "run_root=runs",
+            "hydra/launcher=submitit_local"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    queue = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *line], cwd=tmp_path, env=env, stdout=subprocess.PIPE,
+                             stderr=subprocess.DEVNULL, text=True)
+    root = tmp_path / "runs"
+    while queue.poll() is None and not list(root.glob("*gptq*/blocks/0000.safetensors")):
+        time.sleep(0.005)
+    (status,) = root.glob("*gptq*/status.json")
+    os.kill(json.loads(status.read_text())["pid"], signal.SIGUSR2)
+    told, _ = queue.communicate(timeout=120)
+    assert queue.returncode == 0, told
+    assert "2 jobs, 0 failed" in told
+    own = [event for run, event in events(root) if "gptq" in run]
+    assert [event["event"] for event in own].count("start") == 2
+    assert sorted(event["index"] for event in own if event["event"] == "block") == [0, 1]
 
 
 def test_every_job_takes_a_gpu_of_its_own(tmp_path):

@@ -12,12 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from harness.errors import ConfigError
 from harness.formats import QTensor, Scheme
 from harness.models.families import Adapter
-from harness.store import write_json
+from harness.store import writable, write_json
 from harness.transforms import Context, Placement, Transform
 
 SHARD = 4_000_000_000  # bytes of tensors a file
@@ -45,10 +47,11 @@ class Snapshot:
 
 class Exporter(ABC):
     """One layout of checkpoints. name: as `export=` calls it; tolerance: relative perplexity difference that loading back may
-    show, None where logits must be equal in every bit."""
+    show, None where it must be the same."""
 
     name: str
     tolerance: float | None = None
+    stored: torch.dtype | None = None  # of weights and biases in the file; None: as they were evaluated
 
     @abstractmethod
     def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context) -> list[str]:
@@ -63,8 +66,33 @@ class Exporter(ABC):
     def config(self, snapshot: Snapshot) -> dict:
         """What config.json says beside the model's own fields."""
 
+    @abstractmethod
+    def load(self, folder: Path, device: torch.device, dtype: torch.dtype):
+        """The model as a user of the checkpoint gets it who computes in dtype, in evaluation mode, without KV cache."""
+
+    @abstractmethod
+    def weight(self, model, name: str) -> Tensor:
+        """The weight [out, in] with which module `name` of a loaded model computes."""
+
     def extras(self, snapshot: Snapshot, folder: Path) -> None:  # noqa: B027  most layouts have none
         """Write further files of the layout into the folder."""
+
+
+def check_destination(section: Mapping) -> None:
+    """Refuse what would fail only after hours: a folder that is none, a hub that cannot be used. Raises ConfigError."""
+    if not isinstance(section["path"], str) or Path(section["path"]).is_file():
+        raise ConfigError(f"export.path={section['path']}: needs a folder.")
+    writable("export.path", Path(section["path"]))
+    if section["push_to"] is None:
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().whoami()
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"export.push_to={section['push_to']}: the hub cannot be used ({reason}); set HF_TOKEN, or "
+                          "export.push_to=null.") from None
 
 
 def write_checkpoint(exporter: Exporter, snapshot: Snapshot, folder: Path) -> None:

@@ -13,6 +13,7 @@ Hub repositories and folders are in hub.py, the model in a Python package in whe
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from harness.errors import ConfigError, DataError
 
@@ -32,6 +33,7 @@ class ModelSource:
     dtype: str = "float32"
     amp: str | None = None
     trust_remote_code: bool = False
+    quantized: ClassVar[bool] = False  # whether it is to be measured as it is, for quantizing it again would mean nothing
 
     def __post_init__(self):
         if self.dtype not in DTYPES:

@@ -25,10 +25,11 @@ from harness.transforms.placement import HEAD_SITE
 
 
 def swap(adapter: Adapter) -> None:
-    """Put a QuantLinear with the same weight in place of every linear of the blocks; nothing is computed differently."""
+    """Put a QuantLinear with the same weight in place of every linear of the blocks; nothing is computed differently. What is
+    swapped already, in a model from a checkpoint, stays as it is."""
     for index, block in enumerate(adapter.blocks):
         for site in adapter.family.sites:
-            linears = adapter.linears(index, site)
+            linears = {n: linear for n, linear in adapter.linears(index, site).items() if not isinstance(linear, QuantLinear)}
             shared = SiteInput(len(linears))
             for name, linear in linears.items():
                 block.set_submodule(name, _quant_linear(linear, shared))
@@ -81,6 +82,12 @@ def place(adapter: Adapter, placement: Placement) -> None:
                     if tensor is not None:
                         key = f"{name}.{part}"
                         tensor.copy_(fold({key: tensor.double()}, placement, roles)[key])
+    attach_online(adapter, placement)
+
+
+def attach_online(adapter: Adapter, placement: Placement) -> None:
+    """Attach what of a placement stays online: behind what is there at its site, before the activation quantizer; R3 on queries
+    and keys. What reads it is swapped, and its weights are as they are merged."""
     attached = set()
     for name, role in adapter.roles.items():
         module = adapter.model.get_submodule(name)

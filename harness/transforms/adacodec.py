@@ -11,8 +11,9 @@ reported instead, on every corpus, and a gain there is adaptation to the trainin
 
 objective: lm (as published), kd (distillation, ours), layer (relative output error, site by site; ours; placement site).
 decoder: free | tied (R2 = R1^T: a learned rotation, and the function stays) | ridge (R1 as it starts, the least-squares D of X
-from Q(X R1); placement site). Source: AdaCodec's code, on SpinQuant's trainer (preset adacodec_paper). Differences: grouped
-queries and biases work, no embedding mean is subtracted, the loop quantizes as the evaluation does, o reads the decoder of v.
+from Q(X R1); placement site). placement merged: stream without the codec of down's input, so that nothing stays online.
+Source: AdaCodec's code, on SpinQuant's trainer (preset adacodec_paper). Differences: grouped queries and biases work, no
+embedding mean is subtracted, the loop quantizes as the evaluation does, o reads the decoder of v.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ FLOOR = 1e-5  # least magnitude of a norm weight that is divided by
 
 
 class AdaCodec(Transform):
-    """placement: stream | site. objective: lm | kd | layer. decoder: free | tied | ridge. init: hadamard | identity | pca.
-    block_size: auto (the largest of 128, 64, 32, 16 that divides every width; a head caps that of values) or a number. The
-    rest: learn.Descent, for `layer` with rows in place of windows (512 a window)."""
+    """placement: stream | merged | site. objective: lm | kd | layer. decoder: free | tied | ridge. init: hadamard | identity |
+    pca. block_size: auto (the largest of 128, 64, 32, 16 that divides every width; a head caps that of values) or a number.
+    The rest: learn.Descent, for `layer` with rows in place of windows (512 a window)."""
 
     learned = True
     sees = ("act",)  # as published: learned with a float KV cache, whatever it is evaluated with
@@ -52,19 +53,23 @@ class AdaCodec(Transform):
     def __init__(self, placement: str, objective: str, decoder: str, init: str, steps: int, batch: int, lr: float,
                  max_angle: float | None = None, optimizer: str = "cayley", cap: str = "tensor",
                  block_size: int | str = "auto"):
-        self.place = one_of("transform.placement", placement, ("stream", "site"))
+        self.place = one_of("transform.placement", placement, ("stream", "merged", "site"))
         self.objective = one_of("transform.objective", objective, ("lm", "kd", "layer"))
         self.decoder = one_of("transform.decoder", decoder, ("free", "tied", "ridge"))
         self.init = one_of("transform.init", init, ("hadamard", "identity", "pca"))
         self.descent = Descent(steps, batch, lr, optimizer, max_angle, cap)
         self.block_size = block_size
         for field, value, only in (("objective", objective, "layer"), ("decoder", decoder, "ridge")):
-            if value == only and placement == "stream":
-                raise ConfigError(f"transform.{field}={only} with transform.placement=stream: it works site by site, and the "
-                                  "stream's encoder is shared by all; set transform.placement=site.")
+            if value == only and placement != "site":
+                raise ConfigError(f"transform.{field}={only} with transform.placement={placement}: it works site by site, and "
+                                  "the stream's encoder is shared by all; set transform.placement=site.")
         self.exact = decoder == "tied"
         self.free_decoder = decoder != "tied"
-        self.residual = placement == "stream"
+        self.residual = placement != "site"
+
+    def leaves(self, context: Context) -> tuple[str, ...]:
+        sites = {"site": tuple(context.widths), "stream": ("down_in",), "merged": ()}[self.place]
+        return tuple(f"an encoder at {site}" for site in sites)
 
     def check(self, context: Context) -> list[str]:
         if context.scheme.act is None:
@@ -92,7 +97,7 @@ class AdaCodec(Transform):
 
     def _value_block(self, context: Context) -> int:
         g = min(self._block(context), context.head_dim)
-        if self.place == "stream" and context.head_dim % g:
+        if self.place != "site" and context.head_dim % g:
             raise ConfigError(f"transform.block_size={g} does not divide head_dim {context.head_dim}, as the values' codec "
                               "must; take a divisor of it.")
         return g
@@ -120,13 +125,14 @@ class AdaCodec(Transform):
     def build(self, context: Context, subject: Subject, matrices: Mapping[str, Tensor]) -> Placement:
         """Where such matrices go."""
         linears = [[r for r in subject.roles.values() if r.layer == i and r.kind == "linear"] for i in range(context.layers)]
-        return self._stream(subject, matrices, linears) if self.place == "stream" else self._sites(matrices, linears)
+        return self._sites(matrices, linears) if self.place == "site" else self._stream(subject, matrices, linears)
 
     def _encoders(self, context: Context, subject: Subject) -> dict[str, Tensor]:
         """The encoders to begin with: stream {R1 [nb, g, g], R2 and RM [L, nb, g, g]}, site {site: [L, nb, g, g]}."""
         g, gv = self._block(context), self._value_block(context)
-        if self.place == "stream":
-            shapes = {"R1": (g, ["attn_in", "mlp_in"]), "R2": (gv, ["o_in"]), "RM": (g, ["down_in"])}
+        if self.place != "site":
+            shapes = {"R1": (g, ["attn_in", "mlp_in"]), "R2": (gv, ["o_in"])}
+            shapes |= {"RM": (g, ["down_in"])} if self.place == "stream" else {}
         else:
             shapes = {site: (g, [site]) for site in context.widths}
         if self.init == "pca":
@@ -159,9 +165,8 @@ class AdaCodec(Transform):
             copies = {f"{site}^": e[:, None].expand(-1, count[site], *e.shape[1:]).clone() for site, e in start.items()}
         else:
             count = sum(r.reads_residual or r.writes == "residual" for r in linears)
-            layers = len(start["RM"])
-            copies = {"R1^": start["R1"].expand(layers, count, *start["R1"].shape).clone(),
-                      "R2^": start["R2"].clone(), "RM^": start["RM"].clone()}
+            copies = {"R1^": start["R1"].expand(len(start["R2"]), count, *start["R1"].shape).clone()}
+            copies |= {f"{name}^": start[name].clone() for name in ("R2", "RM") if name in start}
         return {**start, **copies}
 
     def _stream(self, subject: Subject, matrices: Mapping[str, Tensor], linears: list[list[Role]]) -> Placement:
@@ -169,9 +174,11 @@ class AdaCodec(Transform):
         encoders, decoders, merged, online = {}, {}, {}, {}
         # unbound at once: a gradient of single slices would be a tensor of all layers, thirty times over
         copies = matrices["R1^"].unbind(0) if free else [None] * len(linears)
-        hats = [matrices[f"{n}^"].mT.unbind(0) if free else [None] * len(linears) for n in ("R2", "RM")]
-        for i, (value, middle) in enumerate(zip(matrices["R2"].unbind(0), matrices["RM"].unbind(0))):
-            merged[i, "o_in"], online[i, "down_in"] = Blocks(value, hats[0][i]), Blocks(middle, hats[1][i])
+        for name, places, site in (("R2", merged, "o_in"), ("RM", online, "down_in")):
+            hats = matrices[f"{name}^"].mT.unbind(0) if f"{name}^" in matrices else [None] * len(linears)
+            for i, (encoder, hat) in enumerate(zip(matrices[name].unbind(0) if name in matrices else (), hats)):
+                places[i, site] = Blocks(encoder, hat)
+        for i in range(len(linears)):
             sites = {r.reads for r in linears[i] if r.reads_residual}
             scales = {site: s.to(shared) for site in sites if (s := self._scale(subject, i, site)) is not None}
             merged |= {(i, site): Diagonal(s) for site, s in scales.items()}

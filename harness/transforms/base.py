@@ -85,6 +85,10 @@ class Transform(ABC):
         """Refuse what cannot work (ConfigError), before any weight is loaded; returns warnings for the result table."""
         return []
 
+    def leaves(self, context: Context) -> tuple[str, ...]:
+        """What cannot be merged and stays online, in words; a checkpoint for others cannot hold it."""
+        return ()
+
     def complete(self, context: Context, placement: Placement) -> Placement:
         """A stored placement with what this run wants beside the learned matrices (R3 and R4 of the rotations)."""
         return placement

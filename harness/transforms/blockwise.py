@@ -47,6 +47,9 @@ class BlockDiagonal(Transform):
             self.refuse(order)
         return orders
 
+    def leaves(self, context: Context) -> tuple[str, ...]:
+        return tuple(f"a matrix at {site}" for site in context.widths)
+
     def check(self, context: Context) -> list[str]:
         smallest = min(self.orders(context.widths).values())
         parts = (context.scheme.weight, context.scheme.act)

@@ -33,18 +33,31 @@ R2_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.R2")
 def save(path: Path, placement: Placement, facts: Mapping) -> None:
     """Write a placement in one step; `facts` (JSON) say what it belongs to and are checked on loading."""
     tensors: dict[str, Tensor] = {}
-    spec: dict = {"facts": dict(facts), "notes": dict(placement.notes)}
-    for name in ("residual", "query_key"):
-        spec[name] = _pack(getattr(placement, name), name, tensors)
-    for name in KEYED:
-        placed = getattr(placement, name).items()
-        spec[name] = [[*where, _pack(codec, f"{name}.{where[0]}.{where[1]}", tensors)] for where, codec in placed]
+    spec = {"facts": dict(facts), **pack(placement, tensors)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(tensors, temporary, metadata={"placement": json.dumps(spec)})
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def pack(placement: Placement, tensors: dict[str, Tensor], start: str = "") -> dict:
+    """A placement as JSON; its matrices go into `tensors`, under names that begin with `start`."""
+    spec: dict = {"notes": dict(placement.notes)}
+    for name in ("residual", "query_key"):
+        spec[name] = _pack(getattr(placement, name), f"{start}{name}", tensors)
+    for name in KEYED:
+        placed = getattr(placement, name).items()
+        spec[name] = [[*where, _pack(codec, f"{start}{name}.{where[0]}.{where[1]}", tensors)] for where, codec in placed]
+    return spec
+
+
+def unpack(spec: Mapping, tensors: Mapping[str, Tensor]) -> Placement:
+    """Inverse of `pack`."""
+    keyed = {name: {(a, b): _unpack(c, tensors) for a, b, c in spec[name]} for name in KEYED}
+    single = {name: _unpack(spec[name], tensors) for name in ("residual", "query_key")}
+    return Placement(**single, **keyed, notes=spec["notes"])
 
 
 def found(path: Path, transform: Transform, context: Context) -> Placement | None:
@@ -71,10 +84,7 @@ def load(path: Path, transform: Transform, context: Context) -> Placement:
         blocks = {name: Blocks(project(matrix.double())) for name, matrix in tensors.items()}
         r2 = {(int(R2_NAME.fullmatch(name)[1]), "o_in"): codec for name, codec in blocks.items() if name != "R1"}
         return transform.complete(context, Placement(blocks["R1"], dict(sorted(r2.items()))))
-    spec = json.loads(header["placement"])
-    keyed = {name: {(a, b): _unpack(c, tensors) for a, b, c in spec[name]} for name in KEYED}
-    single = {name: _unpack(spec[name], tensors) for name in ("residual", "query_key")}
-    return transform.complete(context, Placement(**single, **keyed, notes=spec["notes"]))
+    return transform.complete(context, unpack(json.loads(header["placement"]), tensors))
 
 
 def check(path: str, transform: Transform, context: Context, facts: Mapping) -> None:

@@ -41,6 +41,9 @@ class PCA(Transform):
         self.post_hadamard = boolean("transform.post_hadamard", post_hadamard)
         self.head = boolean("transform.head", head)
 
+    def leaves(self, context: Context) -> tuple[str, ...]:
+        return tuple(f"a dense matrix at {site}" for site in (*context.widths, *([HEAD_SITE] if self.head else [])))
+
     def check(self, context: Context) -> list[str]:
         for site, width in context.widths.items():
             if self.block is not None and width % self.block:

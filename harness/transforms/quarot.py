@@ -37,6 +37,9 @@ class QuaRot(Rotations):
         if self.r1 not in ("hadamard", "random", "off") and (isinstance(r1, bool) or not isinstance(r1, int) or r1 < 1):
             raise ConfigError(f"transform.r1={r1}: choose hadamard, random, off, or a block size.")
 
+    def leaves(self, context: Context) -> tuple[str, ...]:
+        return (*super().leaves(context), *(["a mix of heads (transform.online_heads=false)"] if self.online_heads else []))
+
     def check(self, context: Context) -> list[str]:
         if self.r1 == "hadamard":
             reachable("transform.r1=hadamard", context.hidden, "transform.r1=random")

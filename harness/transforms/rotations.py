@@ -56,6 +56,10 @@ class Rotations(Transform):
         notes = {name: note for name, note in placement.notes.items() if name != "rotations"}
         return self.placement(context, placement.residual, r2, notes)
 
+    def leaves(self, context: Context) -> tuple[str, ...]:
+        online = (("R3 (transform.r3=off)", self.wants_r3(context)), ("R4 (transform.r4=off)", self.wants_r4(context)))
+        return tuple(name for name, on in online if on)
+
     def wants_r3(self, context: Context) -> bool:
         """Whether R3 is placed."""
         return self.r3 == "on" or (self.r3 == "auto" and context.scheme.kv is not None)

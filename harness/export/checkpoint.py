@@ -1,0 +1,110 @@
+"""Writes the project's own checkpoint, which holds every transform x format x KV cache; models/checkpoint.py says how.
+
+Nothing is computed anew: codes and scales are those that were solved, all else is taken from the model as it was evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from harness.export.base import Exporter, Snapshot
+from harness.formats import Format, Scheme
+from harness.models.checkpoint import PLACEMENT, load, sites, spec
+from harness.models.checkpoint_source import RECORD, VERSION
+from harness.models.families import Adapter
+from harness.models.quant_linear import SiteInput
+from harness.store import write_json
+from harness.transforms import Codec, Context, Placement, Transform
+from harness.transforms.file import pack
+
+
+class Checkpoint(Exporter):
+    """Codes, online matrices and formats of the evaluated model; its logits come back in every bit."""
+
+    name = "harness"
+
+    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context) -> list[str]:
+        return []
+
+    def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
+        adapter, quantized = snapshot.adapter, snapshot.qtensors
+        head, embedding = adapter.family.head, adapter.family.embedding
+        tied = adapter.head.weight is adapter.model.get_submodule(embedding).weight
+        modules = ((name, module) for name, module in adapter.model.named_modules() if not isinstance(module, SiteInput))
+        for layer, within in groupby(modules, key=lambda item: _layer(adapter, item[0])):
+            with adapter.open(layer):
+                for name, module in within:
+                    own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+                    for part, tensor in own.items():
+                        if part == "weight" and name in quantized:
+                            yield from ((f"{name}.{key}", value) for key, value in quantized[name].state().items())
+                        elif not (tied and (name, part) == (head, "weight")):
+                            yield f"{name}.{part}", tensor
+        for name, site in sites(adapter):
+            if site.global_scale is not None:
+                yield f"{name}.global_scale", site.global_scale
+
+    def config(self, snapshot: Snapshot) -> dict:
+        """A run evaluates without a cache; who loads the checkpoint wants one."""
+        return {"use_cache": True, "dtype": _dtype(snapshot.adapter)}
+
+    def extras(self, snapshot: Snapshot, folder: Path) -> None:
+        """The online matrices and the formats. The digests are the caller's, who knows when the folder is complete."""
+        adapter = snapshot.adapter
+        specs, tensors = [], {}
+        for index, placement in enumerate(snapshot.placements):
+            specs.append(pack(_online(placement, adapter), tensors, f"{index}."))
+        save_file(tensors, folder / PLACEMENT, metadata={"placements": json.dumps(specs)})
+        kv = snapshot.scheme.kv
+        inputs = {name: site.format for name, site in sites(adapter) if site.format is not None}
+        write_json(folder / RECORD, {
+            "version": VERSION,
+            "dtype": _dtype(adapter),
+            "weights": _grouped((name, quantized.format) for name, quantized in snapshot.qtensors.items()),
+            "activations": _grouped(inputs.items()),
+            "kv": None if kv is None else spec(kv),
+        })
+
+    def load(self, folder: Path, device: torch.device, dtype: torch.dtype):
+        model, _ = load(folder, device, dtype)
+        model.config.use_cache = False
+        return model
+
+    def weight(self, model, name: str) -> Tensor:
+        return model.get_submodule(name).weight
+
+
+def _dtype(adapter: Adapter) -> str:
+    return str(adapter.model.dtype).removeprefix("torch.")
+
+
+def _layer(adapter: Adapter, name: str) -> int | None:
+    """The block that a module stands in; None outside of them."""
+    start, _, rest = name.partition(f"{adapter.family.blocks}.")
+    return int(rest.partition(".")[0]) if rest and not start else None
+
+
+def _online(placement: Placement, adapter: Adapter) -> Placement:
+    """What of a placement stays online, in the dtype it is computed in; the rest is merged into the weights."""
+    dtype = torch.promote_types(adapter.model.dtype, torch.float32)
+
+    def ready(codec: Codec | None) -> Codec | None:
+        return None if codec is None else codec.to(torch.device("cpu"), dtype)
+
+    codecs: Mapping = {where: ready(codec) for where, codec in placement.online.items()}
+    return Placement(online=codecs, query_key=ready(placement.query_key))
+
+
+def _grouped(formats: Iterable[tuple[str, Format]]) -> list[dict]:
+    """[{"format": spec, "names": [..]}], a format once."""
+    names: dict[Format, list[str]] = {}
+    for name, format in formats:
+        names.setdefault(format, []).append(name)
+    return [{"format": spec(format), "names": own} for format, own in names.items()]

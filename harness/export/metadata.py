@@ -1,0 +1,141 @@
+"""What a checkpoint is, as plain values: quantization_metadata.json, from which the model card is written too.
+
+    {"name", "base_model", "revision", "method": {"transform", "solver"}, "seed", "calibration": {"corpus", "windows", "length",
+     "order"}, "bits": {"weights", "activations", "kv", "head": {"format", "bits", "group_size", "granularity", "symmetric"}},
+     "quantized": "210/211", "formats": {format: tensors}, "layers": [{"name", "format", "bits", "group_size", "shape",
+     "weights", "stored_bits"}], "sizes": {..}, "kv_cache": {..}, "evaluation": {stage: {"ppl", "divergence", "zeroshot",
+     "tokens"}}, "marks", "run_id", "command", "harness"}
+
+`bits` is what holds for all linears, `layers` what each one has. sizes, in bytes: "before" are all parameters of the untouched
+model at 2 bytes, tied ones once; "after" are the safetensors written; "files" is everything in the folder; "weights" are codes,
+scales and zero points of what is quantized. kv_cache, in bytes a token: at "fp16", and "quantized" as a packed cache would
+take, scales and zero points included.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tomllib
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from harness.config import ROOT, build
+from harness.export.base import Snapshot
+from harness.export.names import base_of, word
+from harness.formats import Format, KVCache
+from harness.models.families import Adapter, head_dim
+from harness.models.quant_linear import QuantLinear
+
+FIGURES = ("ppl", "divergence", "zeroshot", "tokens")
+
+
+def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
+    """What the checkpoint `name`, whose tensors lie in `folder`, is. Reads every quantized tensor once."""
+    settings, choices, scheme, metrics = snapshot.settings, snapshot.choices, snapshot.scheme, snapshot.metrics
+    adapter, section = snapshot.adapter, settings["model"]
+    path = section.get("path")
+    remote = path is not None and not Path(path).is_dir()
+    layers = [
+        {"name": module, "format": _spelled(q.format), "bits": q.format.bits, "group_size": q.format.group_size,
+         "shape": list(q.shape), "weights": q.codes.numel(), "stored_bits": q.bits()}
+        for module, q in snapshot.qtensors.items()
+    ]
+    linears = {module for module, role in adapter.roles.items() if role.kind == "linear"}
+    return {
+        "name": name,
+        "base_model": path if remote else base_of(section, choices["model"]),
+        "revision": section.get("revision") if remote else None,
+        "method": {"transform": choices["transform"], "solver": choices["solver"]},
+        "seed": settings["seed"],
+        "calibration": _calibration(settings["data"], choices["data"]),
+        "bits": {
+            "weights": _part(scheme.weight), "activations": _part(scheme.act), "kv": _cache(scheme.kv),
+            "head": _part(scheme.part("weight", None, adapter.family.head)),
+        },
+        "quantized": f"{sum(layer['name'] in linears for layer in layers)}/{len(linears)}",
+        "formats": dict(Counter(layer["format"] for layer in layers)),
+        "layers": layers,
+        "sizes": _sizes(adapter, _tied(section), sum(layer["stored_bits"] for layer in layers), folder),
+        "kv_cache": _kv_bytes(scheme.kv, adapter.model.config.to_dict()),
+        "evaluation": {
+            stage: {key: figures[key] for key in FIGURES if key in figures}
+            for stage, figures in metrics.get("stages", {}).items()
+        },
+        "marks": metrics.get("marks", {}),
+        "run_id": metrics.get("run_id"),
+        "command": metrics.get("command"),
+        "harness": _version(),
+    }
+
+
+def _spelled(format: Format) -> str:
+    found = word(format)
+    return f"int{found}" if isinstance(found, int) else found
+
+
+def _part(format: Format | None) -> dict:
+    """The format of weights or activations; 16 bits: not quantized."""
+    if format is None:
+        return {"format": "fp16", "bits": 16, "group_size": None, "granularity": None, "symmetric": None}
+    return {"format": _spelled(format), "bits": format.bits, "group_size": format.group_size, "granularity": format.granularity,
+            "symmetric": format.symmetric}
+
+
+def _cache(kv: KVCache | None) -> dict:
+    if kv is None:
+        return _part(None)
+    granularity = {None: "head", -1: "token"}.get(kv.group_size, "group")
+    size = kv.group_size if granularity == "group" else None
+    return {"format": f"int{kv.bits}", "bits": kv.bits, "group_size": size, "granularity": granularity,
+            "symmetric": kv.symmetric}
+
+
+def _calibration(data: Mapping, option: str) -> dict:
+    """Of a text of one's own the file's name only: where it lies is nobody's business."""
+    chosen = data["calibration"]
+    corpus = Path(chosen["path"]).name if chosen["path"] else data["name"] or Path(data.get("path") or option).name
+    return {"corpus": corpus, **{key: chosen[key] for key in ("windows", "length", "order")}}
+
+
+def _sizes(adapter: Adapter, tied: bool, stored_bits: int, folder: Path) -> dict:
+    """tied: whether head and embedding of the untouched model are one tensor; a transform separates them."""
+    model = adapter.model
+    parameters = list(model.parameters())
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            parameters += [tensor for tensor in (module.weight, module.bias) if tensor is not None]
+    count = sum(tensor.numel() for tensor in parameters)
+    if tied and adapter.head.weight is not model.get_input_embeddings().weight:
+        count -= adapter.head.weight.numel()
+    before, after = 2 * count, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    files = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {"before": before, "after": after, "files": files, "weights": -(-stored_bits // 8),
+            "reduction_percent": 100 * (1 - after / before)}
+
+
+def _tied(section: Mapping) -> bool:
+    """Whether the model came with one matrix for head and embedding."""
+    return bool(build(section, "model").facts().get("tie_word_embeddings"))
+
+
+def _kv_bytes(kv: KVCache | None, facts: Mapping) -> dict:
+    """Bytes of keys and values a token, from one token's vectors of one layer quantized."""
+    heads, width = facts.get("num_key_value_heads") or facts["num_attention_heads"], head_dim(facts)
+    layers = facts["num_hidden_layers"]
+    plain = 2 * layers * heads * width * 2
+    if kv is None:
+        return {"fp16": plain, "quantized": plain, "reduction_percent": 0.0}
+    token = torch.zeros(1, heads * width) if kv.group_size == -1 else torch.zeros(heads, width)
+    packed = layers * sum(kv.part(name).quantize(token).bits() for name in ("key", "value")) / 8
+    return {"fp16": plain, "quantized": packed, "reduction_percent": 100 * (1 - packed / plain)}
+
+
+def _version() -> str:
+    """The installed version, or, run from its source without being installed, what pyproject.toml says."""
+    try:
+        return importlib.metadata.version("harness")
+    except importlib.metadata.PackageNotFoundError:
+        return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]

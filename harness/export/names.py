@@ -1,0 +1,186 @@
+"""Names of checkpoints: `{base}-{dataset}_{training}_{peft}_{method}_{tag}`, absent parts left out.
+
+    Qwen3-0.6B-openmath_SFT_LoRa256_QuaRot_w4_g64_a4_kv4_headfp16
+    Qwen3-0.6B-QuaRot.GPTQ_wnvfp4_g16_anvfp4_kv16_headfp16
+
+The last hyphen ends the base, for no part behind it has one: a base may hold hyphens, dots and underscores, a dataset called
+open-math must be written otherwise (in a foreign name it would be read as part of the base). Everything behind is read from
+the right: the tag, then the method, then what came before quantization, which is told apart by its words (TRAININGS, PEFT).
+
+The tag is w<weights>_g<group>_a<activations>_kv<cache>_head<output head>. Integers are their bits, 16 is not quantized (fp16
+for the head), a floating format is its word: nvfp4, fouroversix, fp4, mxfp4, mxfp6, mxfp8 (mxfp6.e3m2, mxfp8.e5m2). mixed4:
+single linears differ from 4; auto4.5: allocated under 4.5 bits a weight. No g means one scale a channel, as in names written
+elsewhere, so that one model has one spelling; gtensor is one scale a tensor. Foreign names may leave out a and kv, which
+means 8 there, and the head, which means fp16; headw4 is read as head4.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.errors import ConfigError
+
+if TYPE_CHECKING:
+    from harness.export.base import Snapshot
+    from harness.formats import Format, Scheme
+
+BASE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+WORDS = ("dataset", "training", "peft")  # what came before quantization, in order
+WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9.]*")
+TRAININGS = ("SFT", "DPO", "ORPO", "KTO", "PPO", "GRPO", "RLHF", "CPT")
+PEFT = re.compile(r"(?:Q|rs|Ada)?(?:LoR[aA]|DoR[aA]|lora|dora)\d*|IA3")
+FORMAT = r"[1-9]\d*|[a-z]{2,}\d[a-z0-9.]*|(?:mixed)?fouroversix"
+LETTERS = {"weight": "w", "group": "g", "act": "a", "kv": "kv", "head": "head"}
+TAG = {  # from the right
+    "head": re.compile(rf"headw?({FORMAT})"),
+    "kv": re.compile(r"kv([1-9]\d*)"),
+    "act": re.compile(rf"a({FORMAT})"),
+    "group": re.compile(r"g([1-9]\d*|tensor)"),
+    "weight": re.compile(rf"w({FORMAT})"),
+}
+ELEMENTS = {"e2m1": "mxfp4", "e2m3": "mxfp6", "e4m3": "mxfp8"}
+SPELLING = {"adacodec": "AdaCodec", "adascale": "AdaScale", "awq": "AWQ", "dartquant": "DartQuant", "dct": "DCT", "dst": "DST",
+            "gptq": "GPTQ", "gsr": "GSR", "jointquant": "JointQuant", "jq": "JQ", "minmax": "MinMax", "pca": "PCA",
+            "quarot": "QuaRot", "rht": "RHT", "rtn": "RTN", "smoothquant": "SmoothQuant", "spinquant": "SpinQuant"}
+
+
+@dataclass(frozen=True)
+class Name:
+    """The parts of a name. weight, act, kv, head: bits of an integer format or the word of another; group: elements a scale,
+    "tensor", or None (channel). Raises ValueError for a part that would not be read back as it is."""
+
+    base: str
+    dataset: str | None = None
+    training: str | None = None
+    peft: str | None = None
+    method: str | None = None
+    weight: int | str = 16
+    group: int | str | None = None
+    act: int | str = 16
+    kv: int = 16
+    head: int | str = "fp16"
+
+    def __post_init__(self):
+        if not BASE.fullmatch(self.base):
+            raise ValueError(f"base={self.base}: needs letters, digits, dots, hyphens and underscores")
+        for part in (*WORDS, "method"):
+            word = getattr(self, part)
+            if word is None:
+                continue
+            if not WORD.fullmatch(word):
+                raise ValueError(f"{part}={word}: needs letters, digits and dots; hyphens and underscores stand between parts")
+            kind = _kind(word)
+            if kind != ("dataset" if part == "method" else part):
+                known = {"training": f"; known: {', '.join(TRAININGS)}", "peft": ", which is one such as LoRa256"}.get(part, "")
+                raise ValueError(f"{part}={word}: would not be read as the {part}{known}")
+        if self.dataset and not (self.training or self.peft or self.method):
+            raise ValueError(f"dataset={self.dataset}: alone it would be read as the method; name the training, too")
+        for part, pattern in TAG.items():
+            value = getattr(self, part)
+            match = pattern.fullmatch(f"{LETTERS[part]}{value}")
+            if (part, value) != ("group", None) and (match is None or _value(match[1]) != value):
+                raise ValueError(f"{part}={value}: is no such part of a name")
+
+    def __str__(self):
+        tag = [f"{letters}{getattr(self, part)}" for part, letters in LETTERS.items() if getattr(self, part) is not None]
+        return f"{self.base}-{'_'.join([*filter(None, (self.dataset, self.training, self.peft, self.method)), *tag])}"
+
+    @classmethod
+    def parse(cls, text: str) -> Name:
+        """Inverse of str. Raises ValueError naming the part that cannot be read."""
+        base, hyphen, rest = text.rpartition("-")
+        if not hyphen:
+            raise ValueError(f"{text}: no hyphen ends the base")
+        pieces, found = rest.split("_"), {"act": 8, "kv": 8}
+        for part, pattern in TAG.items():
+            match = pattern.fullmatch(pieces[-1]) if pieces else None
+            if match:
+                found[part] = _value(match[1])
+                pieces.pop()
+        if "weight" not in found:
+            last = f"'{pieces[-1]}'" if pieces else "nothing"
+            raise ValueError(f"{text}: {last} stands where the tag is, w4_g64_a4_kv4_headfp16 or wnvfp4_g16_anvfp4 ..")
+        if pieces and _kind(pieces[-1]) == "dataset":
+            found["method"] = pieces.pop()
+        for piece in pieces:
+            part = _kind(piece)
+            behind = next((other for other in WORDS[WORDS.index(part):] if other in found), None)
+            if behind:
+                raise ValueError(f"{text}: '{piece}' is read as the {part} and stands behind the {behind}")
+            found[part] = piece
+        try:
+            return cls(base, **found)
+        except ValueError as error:
+            raise ValueError(f"{text}: {error}") from None
+
+    @classmethod
+    def of(cls, settings: Mapping, choices: Mapping[str, str | None], scheme: Scheme, head: str) -> Name:
+        """The name of a run's checkpoint, before or after the run. head: the output head's module. The method is transform and
+        solver, QuaRot.GPTQ, or the one of them that there is. Raises ConfigError naming the field of `export`."""
+        section, transform = settings["export"], choices["transform"]
+        if transform == "identity" and settings["transform"].get("smooth"):
+            transform = "smoothquant"
+        absent = {None, "identity", "none"}
+        method = ".".join(spelled(option) for option in (transform, choices["solver"]) if option not in absent)
+        top, weights = scheme.part("weight", None, head), scheme.weight
+        auto = settings["format"]["auto"]
+        tensor = weights is not None and weights.granularity == "tensor"
+        try:
+            return cls(
+                str(section["base"] or base_of(settings["model"], choices["model"])),
+                *(None if section[part] is None else str(section[part]) for part in WORDS), method or None,
+                weight=f"auto{auto['bits_per_weight']:g}" if auto else _mixed(scheme, "weight"),
+                group=None if auto or weights is None else "tensor" if tensor else weights.group_size,
+                act=_mixed(scheme, "act"),
+                kv=16 if scheme.kv is None else scheme.kv.bits,
+                head="fp16" if top is None else word(top),
+            )
+        except ValueError as error:
+            raise ConfigError(f"export.{error}") from None
+
+
+def name_of(snapshot: Snapshot) -> Name:
+    """The name under which a snapshot is written."""
+    return Name.of(snapshot.settings, snapshot.choices, snapshot.scheme, snapshot.adapter.family.head)
+
+
+def base_of(model: Mapping, option: str) -> str:
+    """What names of a model begin with: the last part of its path, else its own name, else that of the option."""
+    return Path(model.get("path") or "").name or model["name"] or option
+
+
+def spelled(option: str) -> str:
+    """An option of transform or solver as its method is spelled: jq_seed is JQSeed."""
+    return "".join(SPELLING.get(part) or part.capitalize() for part in option.split("_"))
+
+
+def word(format: Format | None) -> int | str:
+    """The bits of an integer format, the word of another, 16 for none."""
+    if format is None:
+        return 16
+    kind = type(format).__name__.lower()
+    if kind == "integer":
+        return format.bits
+    if kind == "mx":
+        return ELEMENTS.get(format.element) or f"mxfp{format.bits}.{format.element}"
+    return kind if kind == "fouroversix" or kind[-1].isdigit() else f"{kind}{format.bits}"
+
+
+def _mixed(scheme: Scheme, part: str) -> int | str:
+    """The word of all linears' format; where single linears of the blocks have another one, it says so."""
+    own = [parts[part] for (layer, _), parts in scheme.overrides.items() if layer is not None and part in parts]
+    common = getattr(scheme, part)
+    return word(common) if all(format == common for format in own) else f"mixed{word(common)}"
+
+
+def _kind(piece: str) -> str:
+    """dataset | training | peft, by the word alone."""
+    return "training" if piece in TRAININGS else "peft" if PEFT.fullmatch(piece) else "dataset"
+
+
+def _value(text: str) -> int | str:
+    return int(text) if text.isdigit() else text

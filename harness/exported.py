@@ -1,0 +1,114 @@
+"""From an evaluated model to a checkpoint folder: written beside, loaded back, compared, and only then given its name.
+
+The reload gate compares what a user of the checkpoint gets, in the dtype of the evaluation, with what was evaluated: every
+quantized weight in every bit, and the perplexity of the first two windows of each corpus, within the layout's tolerance (of
+weights rounded as the file holds them).
+Whatever fails leaves no folder of that name, and an older one as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from harness.errors import DataError
+from harness.evaluation.perplexity import perplexity, window_losses
+from harness.export.base import Exporter, Snapshot, digests, write_checkpoint
+from harness.export.card import card
+from harness.export.metadata import metadata
+from harness.export.names import name_of
+from harness.models.families import Adapter
+from harness.solved import Solved
+from harness.store import read_json, write, write_json
+
+WINDOWS = 2  # of each corpus, on which the loaded model is compared
+
+
+def export(job, adapter: Adapter) -> None:
+    """Write, check and name the run's checkpoint; what it is stands in the metrics. Raises DataError where it does not come
+    back as it was evaluated."""
+    exporter, section = job.parts.exporter, job.plan.settings["export"]
+    snapshot = Snapshot(adapter, job.tokenizer, job.parts.scheme, job.placements, Solved(adapter, job.parts.scheme, job.run),
+                        job.plan.settings, job.plan.choices, job.metrics)
+    name = str(name_of(snapshot))
+    final = _free(Path(section["path"]), name, job.metrics["run_id"])
+    beside = final.with_name(f".{name}.{os.getpid()}")
+    try:
+        with job.stage("export"):
+            write_checkpoint(exporter, snapshot, beside)
+            about = metadata(snapshot, name, beside)
+            write_json(beside / "quantization_metadata.json", about)
+            write(beside / "README.md", card(about, exporter.name))
+            write_json(beside / "digests.json", digests(beside))
+            found = _gate(job, exporter, snapshot, beside)
+            _replace(final, beside)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"export.path={section['path']}: {error}; nothing was left there.") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    job.metrics["export"] = {"path": str(final), "name": name, "sizes": about["sizes"], **found}
+    job.reporter.say(f"exported: {final}")
+    if section["push_to"] is not None:
+        _push(section["push_to"], final)
+
+
+def _free(folder: Path, name: str, run_id: str) -> Path:
+    """Where the checkpoint goes: a name says less than a run's settings, so one that another run has gets this run's mark."""
+    known = read_json(folder / name / "quantization_metadata.json") or {}
+    taken = (folder / name).exists() and known.get("run_id") != run_id
+    return folder / (f"{name}.{run_id[-10:]}" if taken else name)
+
+
+def _gate(job, exporter: Exporter, snapshot: Snapshot, folder: Path) -> dict:
+    """{"weights": how many were compared, "ppl": {corpus: [as evaluated, as loaded]}}."""
+    model = exporter.load(folder, snapshot.adapter.device, snapshot.adapter.model.dtype)
+    for name, qtensor in snapshot.qtensors.items():
+        loaded = exporter.weight(model, name)
+        if not torch.equal(loaded, qtensor.dequantize().to(loaded)):
+            raise DataError(f"export={exporter.name}: {name} does not come back from the checkpoint as it was evaluated")
+    ppl, loaded, streaming = {}, Adapter(model), job.shelf is not None
+    if exporter.stored is not None:
+        _round(snapshot.adapter, exporter.stored)
+    for corpus, text in job.texts.items():
+        windows = text[:WINDOWS]
+        evaluated, got = (perplexity(window_losses(which, windows, job.amp, streaming=streaming and which is not loaded),
+                                     windows.shape[1]) for which in (snapshot.adapter, loaded))
+        ppl[corpus] = [evaluated, got]
+        if not abs(got / evaluated - 1) <= (exporter.tolerance or 1e-12):
+            raise DataError(f"export={exporter.name}: perplexity on {corpus} is {got:.6f} from the checkpoint and "
+                            f"{evaluated:.6f} as evaluated")
+    return {"weights": len(snapshot.qtensors), "ppl": ppl}
+
+
+@torch.no_grad()
+def _round(adapter: Adapter, dtype: torch.dtype) -> None:
+    """Give every weight and bias of the evaluated model, which is not needed any more, the value that the file holds. Rounding
+    moves some activations to another code, and these move others: it must not count as a fault of the file."""
+    inside = f"{adapter.family.blocks}."
+    for layer in (None, *range(len(adapter.blocks))):
+        root = adapter.model if layer is None else adapter.blocks[layer]
+        with adapter.open(layer, write=True):
+            for name, module in root.named_modules():
+                for tensor in (getattr(module, "weight", None), getattr(module, "bias", None)):
+                    if tensor is not None and not (layer is None and name.startswith(inside)):
+                        tensor.copy_(tensor.to(dtype))
+
+
+def _replace(final: Path, beside: Path) -> None:
+    """Give the folder its name, with what had it before out of the way only for the moment between two renames."""
+    aside = final.with_name(f".{final.name}.old")
+    if final.exists():
+        final.rename(aside)
+    beside.rename(final)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _push(repository: str, folder: Path) -> None:
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(repository, exist_ok=True, private=True)
+    HfApi().upload_folder(repo_id=repository, folder_path=folder)

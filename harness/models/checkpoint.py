@@ -1,0 +1,205 @@
+"""The project's own checkpoint: a folder that loads as the very model that was evaluated. export/checkpoint.py writes it.
+
+    model*.safetensors      {module}.codes, .scale, .zero, .global_scale of every quantized weight, every other parameter and
+                            buffer as it is, {block}.{site}.global_scale of activations with a calibrated scale
+    placement.safetensors   the matrices that stay online, all placements in order
+    harness.json            version, dtype, and the format of every weight, activation, and of the KV cache
+    digests.json            {file: sha256} of everything else
+    config.json, generation_config.json, tokenizer files: as transformers has them
+
+Nothing in it is code and nothing is unpickled. A file that is not as it was written is refused before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from harness import formats
+from harness.config import build
+from harness.errors import DataError
+from harness.formats import Format, KVCache, QTensor, Scales
+from harness.models.attention import attach, cache
+from harness.models.checkpoint_source import DIGESTS, RECORD, read, recorded
+from harness.models.families import Adapter
+from harness.models.prepare import attach_online, swap, swap_head
+from harness.models.quant_linear import QuantLinear, SiteInput
+from harness.models.shelf import assign, shards
+from harness.transforms.file import unpack
+from harness.transforms.placement import HEAD_SITE
+
+PLACEMENT = "placement.safetensors"
+PARTS = ("codes", *(field.name for field in fields(Scales)))  # of a quantized weight
+
+
+class PackedLinear(QuantLinear):
+    """A QuantLinear that keeps codes and scales and makes its weight [out, in] whenever it is used: little memory, slow."""
+
+    def __init__(self, linear: QuantLinear, quantized: QTensor, dtype: torch.dtype):
+        nn.Module.__init__(self)
+        for name, tensor in quantized.state().items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("bias", linear.bias)
+        self.site, self.decoder, self.encoder = linear.site, linear.decoder, linear.encoder
+        self.format, self.shape, self.stored, self.dtype = quantized.format, quantized.shape, quantized.dtype, dtype
+
+    @property
+    def weight(self) -> Tensor:
+        state = {name: getattr(self, name) for name in PARTS if name in self._buffers}
+        return QTensor.from_state(self.format, state, self.shape, self.stored).dequantize().to(self.dtype)
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[0]
+
+
+@torch.no_grad()
+def load(path, device="cpu", dtype: torch.dtype | None = None, packed: bool = False):
+    """(model, tokenizer) of a checkpoint, as evaluated: quantized weights, online matrices, activation and KV quantizers.
+
+    dtype: None = as it was quantized in, where the logits are those of the evaluated model in every bit. packed: linears keep
+    their codes, and are dequantized when they are used. Raises DataError, naming the file, where one is not as it was written.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    folder = Path(path).expanduser()
+    record = verified(folder)
+    original = getattr(torch, record["dtype"])
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or original)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.generation_config.use_cache = True  # a run that read its blocks from disk had none
+    adapter = Adapter(model)
+    weights = {name: _format(group["format"]) for group in record["weights"] for name in group["names"]}
+    inputs = {name: _format(group["format"]) for group in record["activations"] for name in group["names"]}
+    placements = _placements(folder)
+    swap(adapter)
+    if {HEAD_SITE, adapter.family.head} & {*inputs, *weights} or any(p.encoder(None, HEAD_SITE) for p in placements):
+        swap_head(adapter)
+    with ExitStack() as stack:
+        take = _tensors(folder, stack, torch.device(device))
+        _fill(model, weights, take, original, dtype, packed)
+        for name, site in sites(adapter):
+            site.format, site.global_scale = inputs.get(name), take(f"{name}.global_scale", optional=True)
+    if config.tie_word_embeddings:
+        model.tie_weights()
+    for placement in placements:
+        attach_online(adapter, placement)
+    if record["kv"] is not None:
+        for heads in attach(adapter):
+            heads.format = _format(record["kv"])
+    if record["kv"] is not None or any(placement.query_key for placement in placements):
+        adapter.backbone.register_forward_pre_hook(_QuantizedCache(adapter), with_kwargs=True)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def verified(folder: Path) -> dict:
+    """What harness.json says, once every file but the text for people is found to be as it was written. Raises DataError."""
+    record = recorded(folder)
+    wanted = {name: digest for name, digest in read(folder, DIGESTS).items() if not name.endswith(".md")}
+    needed = {"config.json", RECORD, PLACEMENT}
+    for name in (*wanted, *needed):
+        if not (folder / name).is_file():
+            raise DataError(f"{folder} lacks {name}; copy the checkpoint again.")
+    for name, digest in wanted.items():
+        with open(folder / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise DataError(f"{folder / name} is damaged or changed: its hash is not that in {DIGESTS}; copy it again.")
+    needed |= {file.name for file in shards(folder).values()}
+    if needed - set(wanted):
+        raise DataError(f"{folder / DIGESTS} says nothing of {', '.join(sorted(needed - set(wanted)))}; export it again.")
+    return record
+
+
+def sites(adapter: Adapter) -> Iterator[tuple[str, SiteInput]]:
+    """(absolute name, what is read there) of every site of a swapped model: model.layers.0.attn_in, .., head_in."""
+    for index, block in enumerate(adapter.blocks):
+        for site in adapter.family.sites:
+            yield adapter.name(index, site.name), block.get_submodule(site.linears[0]).site
+    if isinstance(adapter.head, QuantLinear):
+        yield HEAD_SITE, adapter.head.site
+
+
+def spec(format: Format | KVCache) -> dict:
+    """A format as JSON: its class and all of its fields."""
+    return {"_target_": f"harness.formats.{type(format).__name__}", **asdict(format)}
+
+
+def _format(spec: Mapping) -> Format | KVCache:
+    """Inverse of `spec`, for this package's formats and nothing else."""
+    target = str(spec["_target_"])
+    known = getattr(formats, target.removeprefix("harness.formats."), None)
+    if not (isinstance(known, type) and issubclass(known, Format | KVCache)):
+        raise DataError(f"{RECORD}: {target} is no number format of this project.")
+    return build(spec, RECORD)
+
+
+def _placements(folder: Path) -> list:
+    with safe_open(folder / PLACEMENT, "pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return [unpack(spec, tensors) for spec in json.loads(file.metadata()["placements"])]
+
+
+def _tensors(folder: Path, stack: ExitStack, device: torch.device) -> Callable[..., Tensor | None]:
+    """take(name, optional=False): that tensor in memory of its own, so that no file stays mapped."""
+    files = shards(folder)
+    opened = {path: stack.enter_context(safe_open(path, "pt")) for path in set(files.values())}
+
+    def take(name: str, optional: bool = False) -> Tensor | None:
+        if name in files:
+            return opened[files[name]].get_tensor(name).to(device, copy=True)
+        if not optional:
+            raise DataError(f"{folder}: its files lack the tensor {name}; export it again.")
+        return None
+
+    return take
+
+
+def _fill(model: nn.Module, weights: Mapping[str, Format], take: Callable[..., Tensor | None], original: torch.dtype,
+          dtype: torch.dtype | None, packed: bool) -> None:
+    """Give a swapped model without storage its tensors; dtype: of parameters, weights and biases, None as they are."""
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    for name, empty in (parameters | buffers).items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf == "weight" and owner in weights:
+            state = {part: take(f"{owner}.{part}", optional=part != "codes") for part in PARTS}
+            state = {part: tensor for part, tensor in state.items() if tensor is not None}
+            quantized = QTensor.from_state(weights[owner], state, empty.shape, original)
+            if packed and isinstance(module, QuantLinear):
+                model.set_submodule(owner, PackedLinear(module, quantized, dtype or original))
+                continue
+            tensor = quantized.dequantize()
+        else:
+            tensor = take(name)
+        computed = name in buffers and not isinstance(module, QuantLinear)  # the rotary table, which has a dtype of its own
+        assign(model, name, tensor if dtype is None or computed else tensor.to(dtype))
+
+
+class _QuantizedCache:
+    """Has the plain cache with which a generation begins store keys rotated and quantized: each token once, not at every step.
+    Any other cache is right too, but its keys and values are quantized again whenever they are read."""
+
+    def __init__(self, adapter: Adapter):
+        self.adapter = adapter
+
+    def __call__(self, backbone: nn.Module, args: tuple, kwargs: dict) -> None:
+        from transformers.cache_utils import DynamicCache
+
+        past = kwargs.get("past_key_values")
+        if type(past) is DynamicCache and past.get_seq_length() == 0 and not past.offloading:
+            past.layers = cache(self.adapter).layers

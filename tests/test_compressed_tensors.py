@@ -1,0 +1,354 @@
+"""The compressed-tensors checkpoint: plain transformers, in a process of its own, gets what was evaluated; what the layout
+cannot hold is refused with both fields and a way out."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized import pack_to_int32
+from compressed_tensors.quantization import QuantizationScheme
+from safetensors import safe_open
+from test_golden import compressed_tensors_format
+
+from harness import blockwise
+from harness.calibration.subject import ModelSubject
+from harness.errors import ConfigError, DataError
+from harness.export import layouts
+from harness.export.base import Snapshot, write_checkpoint
+from harness.export.compressed_tensors import CompressedTensors
+from harness.formats import FP4, MX, NVFP4, FourOverSix, Integer, KVCache, QTensor, Scales, Scheme
+from harness.models.attention import attach
+from harness.models.families import Adapter, context_of
+from harness.models.prepare import fuse_norms, place, swap
+from harness.models.tiny import Tiny
+from harness.solved import solved
+from harness.solvers import RTN
+from harness.store import Run
+from harness.transforms import Placement
+from harness.transforms.hadamard import HadamardBlocks
+from harness.transforms.identity import Identity
+from harness.transforms.quarot import QuaRot
+
+IDS = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
+
+
+def weight(bits=4, granularity="channel", **knobs) -> Integer:
+    return Integer(bits=bits, granularity=granularity, incl0="always", scale_dtype="bf16", **knobs)
+
+
+def token(bits=8, **knobs) -> Integer:
+    """Asymmetric, a scale a token, in the very order of compressed-tensors, so that no tie falls another way."""
+    order = {"symmetric": False, "incl0": "always", "zp_range": "signed", "zp_order": "add_then_round"}
+    return Integer(bits=bits, granularity="token", role="activation", **order | knobs)
+
+
+def mx(element: str, role: str = "weight", **knobs) -> MX:
+    bits = {"e2m1": 4, "e2m3": 6, "e3m2": 6, "e4m3": 8}[element]
+    return MX(bits=bits, element=element, role=role, **{"mx_scale": "even"} | knobs)
+
+
+NV, NV_ACT, G64 = NVFP4(), NVFP4(role="activation", scope="static"), weight(granularity="group", group_size=64)
+MIXED = {(i, "mlp.down_proj"): {"weight": weight(8), "act": token()} for i in range(2)} | {
+    (0, "self_attn.o_proj"): {"weight": None, "act": None}, (1, "mlp.up_proj"): {"weight": weight(3)},
+    (None, "lm_head"): {"weight": weight(8), "act": None},
+}
+STATIC = Integer(bits=8, granularity="tensor", role="activation", range="static", symmetric=False, scale_dtype="bf16",
+                 zp_range="signed", zp_order="add_then_round")
+SCHEMES = {  # family, formats, the layout of the linears
+    "nvfp4": ("qwen3", Scheme(weight=NV, act=NV_ACT), "nvfp4-pack-quantized"),
+    "nvfp4 weights": ("llama", Scheme(weight=NV), "nvfp4-pack-quantized"),
+    "fouroversix": ("llama", Scheme(weight=FourOverSix(), act=NV_ACT), "nvfp4-pack-quantized"),
+    "mxfp4": ("qwen2", Scheme(weight=mx("e2m1", mx_scale="floor"), act=mx("e2m1", "activation")), "mxfp4-pack-quantized"),
+    "mxfp6": ("llama", Scheme(weight=mx("e2m3"), act=mx("e2m3", "activation")), "mxfp6-pack-quantized"),
+    "mxfp8": ("llama", Scheme(weight=mx("e4m3"), act=mx("e4m3", "activation", mx_even_mbits=1)), "mxfp8-quantized"),
+    "w4a16": ("mistral", Scheme(weight=G64), "pack-quantized"),
+    "w4a16 asymmetric": ("qwen2", Scheme(weight=replace(G64, symmetric=False)), "pack-quantized"),
+    "w4a4": ("qwen2", Scheme(weight=G64, act=token(4)), "pack-quantized"),
+    "w4a8": ("qwen2", Scheme(weight=weight(), act=token()), "pack-quantized"),
+    "w4a8 asymmetric": ("llama", Scheme(weight=replace(G64, symmetric=False), act=token()), "int-quantized"),
+    "w3a16 asymmetric": ("llama", Scheme(weight=weight(3, symmetric=False)), "pack-quantized"),
+    "w8a8": ("qwen2", Scheme(weight=weight(8), act=token()), "int-quantized"),
+    "w8a8 symmetric": ("llama", Scheme(weight=weight(8), act=token(symmetric=True, int_scale="half_range")), "int-quantized"),
+    "w8a8 static": ("llama", Scheme(weight=weight(8, "tensor", symmetric=False), act=STATIC), "int-quantized"),
+    "w4a16kv4": ("llama", Scheme(weight=G64, kv=KVCache(clip_k=1.0, clip_v=1.0)), "pack-quantized"),
+    "kv4": ("llama", Scheme(kv=KVCache(clip_k=1.0, clip_v=1.0)), "dense"),
+    "mixed": ("qwen2", Scheme(weight=NV, act=NV_ACT, overrides=MIXED), "mixed-precision"),
+}
+DTYPES = {
+    "nvfp4-pack-quantized": {"U8"}, "mxfp4-pack-quantized": {"U8"}, "mxfp6-pack-quantized": {"U8"}, "dense": {"BF16"},
+    "mxfp8-quantized": {"F8_E4M3"}, "pack-quantized": {"I32"}, "int-quantized": {"I8"},
+    "mixed-precision": {"U8", "I32", "I8", "BF16"},
+}
+ROTATED = ("nvfp4", "nvfp4 weights", "mxfp4", "w4a16", "w4a16 asymmetric", "w4a8", "w8a8", "mixed")
+CASES = [(name, False) for name in SCHEMES] + [(name, True) for name in ROTATED]
+LOADER = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+
+found, asked = {}, torch.load(sys.argv[1])
+for folder, (ids, evaluated) in asked.items():
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        served = model(ids).logits
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        differ = [n for n, w in evaluated.items() if weights[n].dtype != torch.bfloat16 or not torch.equal(weights[n], w)]
+        torch.nn.Module.float(model)  # the same quantizers without the rounding of bfloat16 around them
+        found[folder] = differ, served, model(ids).logits
+assert "harness" not in sys.modules
+torch.save(found, sys.argv[2])
+"""
+
+
+@dataclass
+class Made:
+    """A written checkpoint, its snapshot, and the evaluated logits: of float32 weights, and of the same rounded to bfloat16."""
+
+    folder: object
+    snapshot: Snapshot
+    exact: torch.Tensor
+    rounded: torch.Tensor
+
+
+def rounded(model) -> None:
+    """Every weight as bfloat16 holds it."""
+    for module in model.modules():
+        for name in ("weight", "bias"):
+            if getattr(module, name, None) is not None:
+                getattr(module, name).data.copy_(getattr(module, name).data.bfloat16())
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+def make(folder, family: str, scheme: Scheme, rotate: bool, dtype=torch.float32) -> Made:
+    """Quantize the tiny model to nearest, with or without what merges of QuaRot, and write the checkpoint."""
+    model, tokenizer = Tiny(family=family).load()
+    for parameter in model.parameters():  # the rotary table stays float32
+        parameter.data = parameter.data.to(dtype)
+    adapter, placements = Adapter(model), []
+    context = context_of(model.config.to_dict(), scheme)
+    transform = QuaRot(r3="off", r4="off") if rotate else Identity()
+    CompressedTensors().check(scheme, [transform], context)
+    swap(adapter)
+    if rotate:
+        gains = fuse_norms(adapter)
+        placements = [transform.fit(context, ModelSubject(adapter, IDS, gains=gains))]
+        place(adapter, placements[0])
+    rounded(model)
+    run = Run(folder.with_name(folder.name + ".run"))
+    run.path.mkdir(parents=True)
+    if scheme.weight is not None:
+        blockwise.quantize(adapter, scheme, RTN(), IDS, run, lambda *_: None)
+    for heads in attach(adapter) if scheme.kv is not None else ():
+        heads.format = scheme.kv
+    qtensors = {name: q for i in range(2 + scheme.outside) for name, q in solved(adapter, scheme, run, i).items()}
+    snapshot = Snapshot(adapter, tokenizer, scheme, placements, qtensors, {}, {})
+    write_checkpoint(CompressedTensors(), snapshot, folder)
+    exact = logits(model)
+    rounded(model)
+    return Made(folder, snapshot, exact, logits(model))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """{case: (Made, what a fresh process found)}"""
+    root = tmp_path_factory.mktemp("checkpoints")
+    made = {case: make(root / f"{i:02d}", *SCHEMES[case[0]][:2], case[1]) for i, case in enumerate(CASES)}
+    asked = {}
+    for each in made.values():
+        model, qtensors = each.snapshot.adapter.model, each.snapshot.qtensors
+        floats = {n: t for n, t in model.state_dict().items() if n.endswith((".weight", ".bias"))}
+        quantized = {f"{name}.weight": q.dequantize() for name, q in qtensors.items()}
+        asked[str(each.folder)] = (IDS, {n: t.bfloat16() for n, t in (floats | quantized).items()})
+    torch.save(asked, root / "asked.pt")
+    (root / "loader.py").write_text(LOADER)
+    outside = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    outside |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "loader.py", "asked.pt", "found.pt"]
+    done = subprocess.run(command, cwd=root, env=outside, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(root / "found.pt")
+    return {case: (each, found[str(each.folder)]) for case, each in made.items()}
+
+
+def perplexity(x: torch.Tensor) -> float:
+    return torch.nn.functional.cross_entropy(x[:, :-1].flatten(0, 1).float(), IDS[:, 1:].flatten()).exp().item()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}{' quarot' if case[1] else ''}")
+def test_a_fresh_process_gets_what_was_evaluated(checkpoints, case):
+    made, (differ, served, exact) = checkpoints[case]
+    assert differ == [], "weights other than the evaluated ones in bfloat16"
+    torch.testing.assert_close(exact, made.rounded, rtol=0, atol=1e-4)  # one activation code that differs shows at 1e-2
+    assert perplexity(served) == pytest.approx(perplexity(made.exact), rel=0.03)  # of a random model, where codes flip often
+    if made.snapshot.scheme.act is None and made.snapshot.scheme.kv is None:
+        assert perplexity(served) == pytest.approx(perplexity(made.exact), rel=CompressedTensors.tolerance)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}{' quarot' if case[1] else ''}")
+def test_the_file_holds_codes_and_the_config_says_which(checkpoints, case):
+    made, _ = checkpoints[case]
+    config = json.loads((made.folder / "config.json").read_text())
+    quantization = config["quantization_config"]
+    assert quantization["format"] == SCHEMES[case[0]][2]
+    assert config["architectures"] == [type(made.snapshot.adapter.model).__name__]
+    with safe_open(made.folder / "model.safetensors", "pt") as file:
+        names = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    assert config["tie_word_embeddings"] is ("lm_head.weight" not in names and "lm_head.weight_packed" not in names)
+    quantized, group = set(made.snapshot.qtensors), quantization["config_groups"]
+    assert ("lm_head" in quantization["ignore"]) is ("lm_head" not in quantized)
+    for scheme in group.values():
+        own = quantized if scheme["targets"] == ["Linear"] else set(scheme["targets"]) & quantized
+        entries = BaseCompressor.get_value_from_registry(scheme["format"]).compression_param_names(QuantizationScheme(**scheme))
+        for name in own:
+            held = {n.removeprefix(f"{name}.") for n in names if n.startswith(f"{name}.weight")}
+            assert held == set(entries) - {"input_global_scale"}, name
+    packed = {dtype for name, dtype in names.items() if name.endswith(("proj.weight_packed", "proj.weight"))}
+    floats = {dtype for name, dtype in names.items() if name.endswith(("norm.weight", "bias", "embed_tokens.weight"))}
+    assert floats == {"BF16"}
+    assert packed == DTYPES[SCHEMES[case[0]][2]]
+
+
+@pytest.mark.parametrize("reference", ["nvfp4", "mxfp4", "int4_sym_group32", "int4_asym_group64", "int4_sym_channel"])
+def test_golden_entries(golden_dir, reference):
+    with safe_open(golden_dir / "packed_checkpoints.safetensors", "pt") as file:
+        keys = [key for key in file.keys() if f"/{reference}" in key]  # noqa: SIM118
+        golden = {key: file.get_tensor(key) for key in keys}
+        inputs = {case: file.get_tensor(f"{case}/x") for case in {key.split("/")[0] for key in keys}}
+    cases = {key.rpartition("/")[0] for key in keys}
+    assert cases
+    for case in cases:
+        kind = case.split("/")[1]
+        if kind == "nvfp4":
+            format, layout = NVFP4(compute_dtype="input"), "nvfp4-pack-quantized"
+        elif kind == "mxfp4":
+            format, layout = MX(mx_scale="even", compute_dtype="input"), "mxfp4-pack-quantized"
+        else:
+            parts = re.fullmatch(r"int(\d)_(sym|asym)_(group|channel)(\d*)", kind).groups()
+            format, layout = compressed_tensors_format(*parts), "pack-quantized"
+        entries = layouts.weight_entries(format.quantize(inputs[case.split("/")[0]]), layout)
+        for name, tensor in entries.items():
+            wanted = golden[f"{case}/{name}"]
+            wanted = wanted.bfloat16() if tensor.dtype == torch.bfloat16 else wanted.view(tensor.dtype)
+            assert torch.equal(tensor.float(), wanted.view(tensor.shape).float()), f"{case}/{name}"
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_words(bits):
+    low = 2 ** (bits - 1)
+    codes = torch.randint(-low, low, (5, 77), generator=torch.Generator().manual_seed(bits), dtype=torch.int8)
+    assert torch.equal(layouts.pack_words(codes, bits), pack_to_int32(codes, bits))
+    assert torch.equal(layouts.pack_words(codes.T, bits).T, pack_to_int32(codes, bits, packed_dim=0))
+
+
+def decoded(q: QTensor) -> torch.Tensor:
+    """The weight that compressed-tensors makes of a QTensor's entries."""
+    kind = layouts.layout(q.format, None, alone=True)
+    scheme = QuantizationScheme(targets=["Linear"], weights=layouts.described(q.format), format=kind)
+    return BaseCompressor.get_value_from_registry(kind).decompress(layouts.weight_entries(q, kind), scheme)["weight"]
+
+
+@pytest.mark.parametrize("element", ["e2m1", "e2m3", "e4m3"])
+def test_every_block_scale_and_every_element_is_held(element):
+    format = mx(element)
+    codes = torch.arange(2**format.bits, dtype=torch.uint8)[~format.grid.decode(torch.arange(2**format.bits)).isnan()]
+    codes = torch.nn.functional.pad(codes, (0, -len(codes) % 32)).expand(254, -1).contiguous()
+    scale = torch.arange(1, 255, dtype=torch.uint8).view(-1, 1).expand(-1, codes.shape[-1] // 32).contiguous()
+    q = QTensor(codes, Scales(scale), format, torch.bfloat16)
+    assert torch.equal(decoded(q), q.dequantize())
+
+
+def test_fouroversix_decodes_to_its_values_or_is_refused():
+    """Its own decoding rounds otherwise; what bfloat16 weights decode to often lies on a tie, which then falls either way."""
+    held = {torch.float32: 0, torch.bfloat16: 0}
+    for dtype in held:
+        for seed in range(40):
+            q = FourOverSix().quantize(torch.randn(32, 256, generator=torch.Generator().manual_seed(seed)).to(dtype))
+            try:
+                assert torch.equal(decoded(q), q.dequantize().bfloat16()), seed
+                held[dtype] += 1
+            except DataError as error:
+                assert "use export=harness" in str(error)
+    assert held[torch.float32] == 40
+    assert 20 < held[torch.bfloat16] < 40
+
+
+REFUSED = {
+    "format.act.mx_scale=floor": Scheme(weight=mx("e2m1"), act=mx("e2m1", "activation", mx_scale="floor")),
+    "format.act.mx_even_mbits=element": Scheme(weight=mx("e4m3"), act=mx("e4m3", "activation")),
+    "format.weight.element=e3m2": Scheme(weight=mx("e3m2")),
+    "format.weight.mx_scale=fpquant": Scheme(weight=mx("e2m1", mx_scale="fpquant")),
+    "format.weight=FP4": Scheme(weight=FP4()),
+    "format.act=FourOverSix": Scheme(weight=NV, act=FourOverSix(role="activation", scope="static")),
+    "format.act.scope=token": Scheme(weight=NV, act=NVFP4(role="activation", scope="token")),
+    "format.weight.scale_dtype=input": Scheme(weight=replace(G64, scale_dtype="input")),
+    "format.weight.incl0=auto": Scheme(weight=replace(G64, symmetric=False, incl0="auto")),
+    "format.act.clip=0.9": Scheme(weight=G64, act=token(clip=0.9)),
+    "format.act.int_scale=qmax": Scheme(weight=G64, act=token(symmetric=True)),
+    "format.overrides: mlp.up_proj.act.scope=tensor": Scheme(
+        weight=NV, act=NV_ACT, overrides={(1, "mlp.up_proj"): {"act": NVFP4(role="activation")}}),
+    "format.overrides: model.embed_tokens": Scheme(
+        weight=NV, overrides={(None, "model.embed_tokens"): {"weight": weight(8)}}),
+    "format.kv.bits=4 and format.kv.clip_k=0.95": Scheme(weight=G64, kv=KVCache()),
+    "format.kv.bits=8 and format.kv.symmetric=True": Scheme(weight=G64, kv=KVCache(8, symmetric=True, clip_k=1.0, clip_v=1.0)),
+}
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_formats_that_the_layout_cannot_hold(field):
+    context = context_of(Tiny().facts(), REFUSED[field])
+    with pytest.raises(ConfigError, match=f"^{re.escape(field)}.* with export=compressed_tensors: .* use export=harness"):
+        CompressedTensors().check(REFUSED[field], [Identity()], context)
+
+
+@pytest.mark.parametrize(("transform", "left"), [(HadamardBlocks(), "a matrix at attn_in"), (QuaRot(), "R4"),
+                                                 (QuaRot(r4="off", online_heads=True), "a mix of heads")])
+def test_what_stays_online_is_refused(transform, left):
+    scheme = Scheme(weight=NV, act=NV_ACT)
+    with pytest.raises(ConfigError, match=f"transform=.* with export=compressed_tensors: .*{left}.* use export=harness"):
+        CompressedTensors().check(scheme, [Identity(), transform], context_of(Tiny().facts(), scheme))
+
+
+def test_what_transformers_computes_otherwise_is_warned_of():
+    scheme = Scheme(weight=FourOverSix(), act=NV_ACT, kv=KVCache(clip_k=1.0, clip_v=1.0))
+    warned = CompressedTensors().check(scheme, [], context_of(Tiny().facts(), scheme))
+    assert [next(word for word in ("kv", "FourOverSix", "compute_dtype=input") if word in each) for each in warned] == [
+        "kv", "FourOverSix", "compute_dtype=input"]
+    assert CompressedTensors().check(Scheme(weight=NV), [], context_of(Tiny().facts(), Scheme(weight=NV))) == []
+
+
+def test_a_bfloat16_run_with_arithmetic_in_its_dtype_is_served_bit_for_bit(tmp_path):
+    scheme = Scheme(weight=NV, act=replace(NV_ACT, compute_dtype="input"))
+    made = make(tmp_path / "checkpoint", "llama", scheme, rotate=False, dtype=torch.bfloat16)
+    served = CompressedTensors().load(made.folder, torch.device("cpu"), torch.bfloat16)
+    assert torch.equal(logits(served), made.exact)
+
+
+def test_a_placement_that_stays_online_is_not_written(checkpoints):
+    made, _ = checkpoints["nvfp4", True]
+    codec = QuaRot().draw(context_of(made.snapshot.adapter.model.config.to_dict(), Scheme()), 384, "R4")
+    late = replace(made.snapshot, placements=[*made.snapshot.placements, Placement(online={(None, "down_in"): codec})])
+    with pytest.raises(ConfigError, match="online"):
+        CompressedTensors().config(late)
+    with pytest.raises(ConfigError, match="online"):
+        next(CompressedTensors().tensors(late))
+
+
+def test_load_gives_the_model_to_evaluate(checkpoints):
+    made, (_, served, exact) = checkpoints["mixed", True]
+    exporter = CompressedTensors()
+    for dtype, wanted in ((torch.bfloat16, served), (torch.float32, exact)):
+        model = exporter.load(made.folder, torch.device("cpu"), dtype)
+        assert not model.config.use_cache
+        assert torch.equal(logits(model), wanted)
+        for name, q in made.snapshot.qtensors.items():
+            assert torch.equal(exporter.weight(model, name), q.dequantize().bfloat16())

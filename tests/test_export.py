@@ -1,0 +1,161 @@
+"""Exports as a run makes them: named, described, loaded back, compared; and nothing half-written left behind."""
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from composed import small
+
+import harness
+from harness.errors import ConfigError, DataError
+from harness.export.names import Name
+from harness.exported import WINDOWS
+from harness.models.families import Adapter
+from harness.models.load import assert_finite
+from harness.pipeline import execute
+
+PLAIN = ["format=nvfp4", "solver=rtn"]
+RIGHT = {"harness": ["transform=quarot", "format.kv.bits=4"], "compressed_tensors": ["transform=quarot", "transform.r4=off"]}
+
+
+def run(tmp_path, *settings):
+    place = [f"export.path={tmp_path / 'out'}"] if any(setting.startswith("export=") for setting in settings) else []
+    cfg, choices = small(tmp_path, *PLAIN, *place, *settings)
+    return execute(cfg, choices, command="python run.py again")
+
+
+def left(tmp_path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else []
+
+
+@pytest.mark.parametrize("layout", RIGHT)
+def test_a_run_leaves_a_checkpoint_that_is_what_it_evaluated(tmp_path, layout):
+    outcome = run(tmp_path, f"export={layout}", *RIGHT[layout])
+    assert outcome.status == "done", outcome.error
+    (name,) = left(tmp_path)
+    folder, found = tmp_path / "out" / name, outcome.metrics["export"]
+    assert Name.parse(name).weight == "nvfp4"
+    assert found["path"] == str(folder)
+    assert found["weights"] == 14
+    for evaluated, loaded in found["ppl"].values():
+        assert loaded == pytest.approx(evaluated, rel=1e-12 if layout == "harness" else 5e-3)
+    about = json.loads((folder / "quantization_metadata.json").read_text())
+    assert about["quantized"] == "14/15"
+    assert about["run_id"] == outcome.metrics["run_id"]
+    card = (folder / "README.md").read_text()
+    assert "python run.py again" in card
+    assert f"{outcome.metrics['stages']['quantized']['ppl']['pydoc']:.4f}" in card
+    assert not [path for path in folder.iterdir() if path.suffix in (".py", ".bin", ".pt", ".pkl")]
+
+
+def test_a_checkpoint_is_measured_as_it_is(tmp_path):
+    outcome = run(tmp_path, "export=harness", *RIGHT["harness"])
+    cfg, choices = small(tmp_path / "again", "model=checkpoint", f"model.path={outcome.metrics['export']['path']}")
+    again = execute(cfg, choices)
+    assert again.status == "done", again.error
+    known, got = outcome.metrics["stages"]["quantized"], again.metrics["stages"]["baseline"]
+    assert got["losses"] == known["losses"]
+    cfg, choices = small(tmp_path / "again", "model=checkpoint", f"model.path={outcome.metrics['export']['path']}", *PLAIN)
+    with pytest.raises(ConfigError, match="measured as it is"):
+        execute(cfg, choices)
+
+
+def test_a_lost_checkpoint_is_written_again_without_solving(tmp_path):
+    first = run(tmp_path, "export=harness")
+    assert run(tmp_path, "export=harness").stored
+    shutil.rmtree(first.metrics["export"]["path"])
+    again = run(tmp_path, "export=harness")
+    assert not again.stored
+    assert Path(again.metrics["export"]["path"]).is_dir()
+    events = [json.loads(line)["event"] for line in (again.run.path / "events.jsonl").read_text().splitlines()]
+    assert events.count("block") == 2
+    model, _ = harness.load(first.metrics["export"]["path"])
+    assert_finite(model)
+
+
+def test_another_run_never_replaces_a_checkpoint(tmp_path):
+    for seed in (0, 1):
+        assert run(tmp_path, "export=harness", "transform=quarot", f"seed={seed}").status == "done"
+    names = left(tmp_path)
+    assert len(names) == 2
+    runs = [json.loads((tmp_path / "out" / name / "quantization_metadata.json").read_text())["seed"] for name in names]
+    assert sorted(runs) == [0, 1]
+
+
+@pytest.fixture
+def full_disk():
+    """A switch: once on, no file can grow beyond 300 kB, which the run's own records do not need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda on: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000 if on else soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("layout", RIGHT)
+def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, layout, full_disk):
+    assert run(tmp_path).status == "done"
+    full_disk(True)
+    with pytest.raises(DataError, match=f"export.path={tmp_path}/out: .*[Ff]ile too large.*nothing was left"):
+        run(tmp_path, f"export={layout}")
+    full_disk(False)
+    assert left(tmp_path) == []
+    assert run(tmp_path, f"export={layout}").status == "done"
+    assert len(left(tmp_path)) == 1
+
+
+def test_what_does_not_come_back_is_no_checkpoint(tmp_path, monkeypatch):
+    """A layout that loses the last bit of a scale is caught by the gate, and an older checkpoint of that name stays."""
+    from harness.export.compressed_tensors import CompressedTensors
+
+    good = run(tmp_path, "export=compressed_tensors")
+    weights = Path(good.metrics["export"]["path"]) / "model.safetensors"
+    before = weights.read_bytes()
+    plain = CompressedTensors.tensors
+
+    def wrong(self, snapshot):
+        for name, tensor in plain(self, snapshot):
+            if name.endswith("layers.1.mlp.up_proj.weight_packed"):
+                tensor = tensor.clone()
+                tensor[0, 0] ^= 1
+            yield name, tensor
+
+    monkeypatch.setattr(CompressedTensors, "tensors", wrong)
+    with pytest.raises(DataError, match=r"model\.layers\.1\.mlp\.up_proj does not come back"):
+        run(tmp_path, "export=compressed_tensors", "force=true")
+    assert len(left(tmp_path)) == 1
+    assert weights.read_bytes() == before
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    (["export=compressed_tensors", "transform=hadamard"], ["transform=hadamard", "export=harness"]),
+    (["export=compressed_tensors", "transform=quarot"], ["transform=quarot", "transform.r4=off"]),
+    (["export=compressed_tensors", "transform=pca"], ["transform=pca", "export=harness"]),
+    (["export=compressed_tensors", "transform=adacodec"], ["transform=adacodec", "export=harness"]),
+    (["export=compressed_tensors", "format=fp4"], ["format.weight", "export=harness"]),
+    (["export=harness", "format=none", "solver=none"], ["format=none", "export=none"]),
+    (["export=harness", "export.dataset=open-math"], ["export.dataset=open-math"]),
+    (["export=harness", "export.push_to=me/model"], ["export.push_to=me/model"]),
+], ids=str)
+def test_what_a_layout_cannot_hold_is_refused_before_any_work(tmp_path, settings, words):
+    with pytest.raises(ConfigError) as caught:
+        run(tmp_path, *settings)
+    for word in words:
+        assert word in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_generation_with_a_quantized_cache_is_the_uncached_one(tmp_path):
+    outcome = run(tmp_path, "export=harness", *RIGHT["harness"], "model.dtype=float32")
+    model, tokenizer = harness.load(outcome.metrics["export"]["path"])
+    model = model.double()
+    ids = tokenizer("The limits of the language", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        told = model.generate(ids, max_new_tokens=20, do_sample=False)
+        slow = ids
+        for _ in range(20):
+            slow = torch.cat([slow, model(slow, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(told, slow)
+    assert Adapter(model).blocks[0].self_attn.heads_input.format.bits == 4
+    assert WINDOWS == 2
