@@ -204,7 +204,8 @@ def test_a_checkpoint_as_the_model_of_a_run(snapshots, tmp_path):
     assert torch.equal(logits(model), logits(snapshot.adapter.model)), "what is swapped already stays as it is"
     cfg, choices = small(tmp_path, "format=none", "transform=identity", "solver=none")
     target = "harness.models.checkpoint_source.CheckpointModel"
-    cfg.model = {"_target_": target, "name": None, "path": str(folder), "dtype": "auto", "amp": None, "trust_remote_code": False}
+    cfg.model = {"_target_": target, "name": None, "path": str(folder), "dtype": "auto", "amp": None,
+                 "trust_remote_code": False}
     outcome = execute(cfg, choices)
     assert outcome.metrics["stages"]["baseline"]["ppl"] == snapshot.metrics["stages"]["quantized"]["ppl"]
 
