@@ -10,11 +10,17 @@ import torch
 from composed import small
 
 import harness
+from harness.calibration.subject import ModelSubject
+from harness.components import transforms_of
+from harness.config import option
 from harness.errors import ConfigError, DataError
 from harness.export.names import Name
 from harness.exported import WINDOWS
-from harness.models.families import Adapter
+from harness.formats import NVFP4, Scheme
+from harness.models.families import Adapter, context_of
 from harness.models.load import assert_finite
+from harness.models.prepare import fuse_norms, swap
+from harness.models.tiny import Tiny
 from harness.pipeline import execute
 
 PLAIN = ["format=nvfp4", "solver=rtn"]
@@ -144,6 +150,23 @@ def test_what_a_layout_cannot_hold_is_refused_before_any_work(tmp_path, settings
     for word in words:
         assert word in str(caught.value)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("settings", [{}, {"r4": "off"}, {"r3": "on", "r4": "off"}, {"r1": "random"},
+                                      {"name": "hadamard"}, {"name": "pca"}, {"name": "pca", "head": False},
+                                      {"name": "smoothquant"}, {"name": "identity"}, {"name": "adacodec", "steps": 1},
+                                      {"name": "adacodec", "steps": 1, "placement": "merged"},
+                                      {"name": "adacodec", "steps": 1, "placement": "site"}], ids=str)
+def test_what_a_transform_says_stays_online_is_what_does(settings):
+    adapter = Adapter(Tiny().load()[0])
+    swap(adapter)
+    name = settings.get("name", "quarot")
+    (transform,) = transforms_of(option("transform", name) | settings | {"name": name})
+    gains = fuse_norms(adapter) if transform.residual else None
+    tokens = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(0))
+    context = context_of(adapter.model.config.to_dict(), Scheme(act=NVFP4(role="activation")))
+    placement = transform.fit(context, ModelSubject(adapter, tokens, gains=gains))
+    assert bool(transform.leaves(context)) == bool(placement.online or placement.query_key)
 
 
 def test_generation_with_a_quantized_cache_is_the_uncached_one(tmp_path):

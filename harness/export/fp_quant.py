@@ -1,0 +1,257 @@
+"""fp_quant: FP-Quant's checkpoint, weights and inputs both NVFP4 or both MXFP4, one block matrix in front of every linear.
+
+| entry                                              | tensor                                                                  |
+|----------------------------------------------------|-------------------------------------------------------------------------|
+| qweight                                            | uint8 [out, in / 2], even codes in the low nibbles                      |
+| scales                                             | uint8 [out, in / group], E4M3 or E8M0 bits, row-major, not padded       |
+| dqweight                                           | bfloat16 [out, in], instead of both where export.pseudo=true            |
+| weight_global_scale, act_global_scale              | bfloat16 [1], g: a value is q s / g; 3 for MX scales of 2^k / 3, else 1 |
+| forward_hadamard_matrix, backward_hadamard_matrix  | bfloat16 [b, b], H: inputs are read as x H                              |
+
+H stands in the file and is read from there, so signs and any order of columns are held. Refused: a format alone, mixed ones,
+global scales that bfloat16 rounds (transformers loads them so), inputs scaled by other rules than those of the kernels. Floats
+are bfloat16, which transformers takes for this layout; 1 / sqrt(b) is exact in it for b = 16 and 64 only.
+
+Verified against fp-quant 0.3.2 and transformers 5.23 on a CPU: entries, dtypes and shapes as its FPQuantLinear takes them from
+the file; H; the pseudo-quantizing kernels, in Triton's interpreter in float32, where the model's logits are the evaluated ones.
+Not verified, for lack of such a GPU: real kernels (qutlass, Blackwell), whose packing, signs and scales are taken from its own
+reference decoding, and vLLM. So `load` decodes the file by the table above, into linears with H and a quantizer in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from harness.checks import boolean
+from harness.errors import ConfigError
+from harness.export.base import Exporter, Snapshot
+from harness.formats import MX, NVFP4, Format, QTensor, Scheme, pack_nibbles
+from harness.models.quant_linear import QuantLinear, SiteInput
+from harness.models.shelf import assign, shards
+from harness.transforms import Codec, Context, Transform
+from harness.transforms.blockwise import common_blocks
+from harness.transforms.codec import Blocks, Rotation
+from harness.transforms.gsr import SequencyBlocks
+from harness.transforms.hadamard import HadamardBlocks
+
+KINDS = {NVFP4: "nvfp4", MX: "mxfp4"}
+ORDERS = {NVFP4: (16, 32, 64, 128), MX: (32, 64, 128)}  # hadamard_group_size
+MATRIX = "forward_hadamard_matrix"
+
+
+class FPQuant(Exporter):
+    """The FP-Quant layout. pseudo: dequantized weights and emulated inputs, for GPUs without FP4 arithmetic."""
+
+    name = "fp_quant"
+    tolerance = 0.005
+    stored = torch.bfloat16
+
+    def __init__(self, pseudo: bool = False):
+        self.pseudo = boolean("export.pseudo", pseudo)
+
+    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context) -> list[str]:
+        if scheme.kv is not None:
+            refuse("format.kv.bits", scheme.kv.bits, "the layout has no KV cache", "set format.kv.bits=16")
+        for part, format in (("weight", scheme.weight), ("act", scheme.act)):
+            if type(format) not in KINDS or format.bits != 4 or type(format) is not type(scheme.weight):
+                field, value = (f"format.{part}.bits", 16) if format is None else (f"format.{part}", type(format).__name__)
+                refuse(field, value, "weights and activations are both NVFP4 or both MXFP4", "use format=nvfp4, format=mxfp4")
+            for key, legal, why in (self._weight if part == "weight" else self._input)(format):
+                if getattr(format, key) not in legal:
+                    refuse(f"format.{part}.{key}", getattr(format, key), why, f"set format.{part}.{key}={legal[0]}")
+        online = [transform for transform in transforms if transform.leaves(context)]
+        for (layer, name), own in scheme.overrides.items():
+            formats, legal = [scheme.part(part, layer, name) for part in ("weight", "act")], [[None, None]]
+            if layer is not None:
+                legal = [[scheme.weight, scheme.act]] if online else [[scheme.weight, scheme.act], *legal]
+            if formats not in legal:
+                refuse("format.overrides", f"{name}: {', '.join(own)}", "a linear of the blocks has the one format, or none "
+                       "where no matrix runs in front of it", "drop it there")
+        order = _order(online, context, type(scheme.weight))
+        warnings = ["export=fp_quant: loaded back by its documented layout; the kernels themselves need a GPU"]
+        if order in (32, 128):
+            warnings.append(f"transform.block_size={order} with export=fp_quant: 1/sqrt({order}) is rounded to bfloat16, so "
+                            "inputs come out 1e-4 smaller; blocks of 16 and 64 are exact")
+        if self.pseudo:
+            warnings.append("export.pseudo=true: fp_quant 0.3.2 adds biases twice; a model with biases in quantized linears is "
+                            "refused when it is written")
+        return warnings
+
+    def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
+        adapter, model = snapshot.adapter, snapshot.adapter.model
+        inside = f"{adapter.family.blocks}."
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+        def layer(named: tuple[str, nn.Module]) -> int | None:
+            return int(named[0].removeprefix(inside).partition(".")[0]) if named[0].startswith(inside) else None
+
+        for index, modules in groupby(model.named_modules(), layer):
+            with adapter.open(index):
+                for name, module in modules:
+                    if isinstance(module, SiteInput) or (tied and module is adapter.head):
+                        continue
+                    q = snapshot.qtensors.get(name)
+                    if q is not None:
+                        for entry, tensor in self._entries(name, module, q).items():
+                            yield f"{name}.{entry}", tensor
+                    for entry, tensor in module.state_dict(keep_vars=True).items():
+                        if "." not in entry and not (entry == "weight" and q is not None):
+                            yield f"{name}.{entry}", tensor.detach().to(torch.bfloat16, copy=True)
+
+    def config(self, snapshot: Snapshot) -> dict:
+        model = snapshot.adapter.model
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | QuantLinear)}
+        module, q = next((linears[name], q) for name, q in snapshot.qtensors.items())
+        codec = module.site.codec
+        # the file's matrix is what a loader uses; its name is for who quantizes anew
+        kind = "identity" if codec is None else "gsr" if isinstance(codec, Blocks) else "hadamard"
+        quantization = {
+            "quant_method": "fp_quant",
+            "forward_dtype": KINDS[type(q.format)],
+            "forward_method": "abs_max",
+            "backward_dtype": "bf16",
+            "store_master_weights": False,
+            "hadamard_group_size": len(_matrix(codec, q.format)),
+            "pseudoquantization": self.pseudo,
+            "transform_init": kind,
+            "modules_to_not_convert": [name for name in linears if name not in snapshot.qtensors],
+        }
+        own = {"architectures": [type(model).__name__], "dtype": "bfloat16", "use_cache": True}
+        return own | {"quantization_config": quantization}
+
+    @torch.no_grad()
+    def load(self, folder: Path, device: torch.device, dtype: torch.dtype):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(folder)
+        about = config.quantization_config
+        del config.quantization_config
+        files = {path: load_file(path) for path in set(shards(folder).values())}
+        tensors = {name: tensor for held in files.values() for name, tensor in held.items()}
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        for name, module in list(model.named_modules()):
+            if f"{name}.{MATRIX}" in tensors:
+                own = {key.removeprefix(f"{name}."): tensors[key].to(device) for key in tensors if key.startswith(f"{name}.")}
+                model.set_submodule(name, _linear(own, about, dtype))
+            elif any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # the rotary table, which is in no file
+                model.set_submodule(name, type(module)(config=config).to(device))
+        for name, _ in list(model.named_parameters()):
+            assign(model, name, tensors[name].to(device, dtype, copy=True))
+        if config.tie_word_embeddings:
+            model.tie_weights()
+        model.config.use_cache = False
+        return model.eval()
+
+    def weight(self, model, name: str) -> Tensor:
+        return model.get_submodule(name).weight.bfloat16()  # as `load` rounds it, and the gate what it compares with
+
+    def _weight(self, format: Format) -> Iterable[tuple[str, tuple, str]]:
+        """(key, what it may be, why) of a weight, whose codes and scales stand in the file."""
+        yield "pad", ("error",), "groups divide the width"
+        if isinstance(format, NVFP4) and not self.pseudo:
+            yield from _global_scale(format)
+
+    def _input(self, format: Format) -> Iterable[tuple[str, tuple, str]]:
+        """(key, what it may be, why) of an activation, which the kernels compute by rules of their own."""
+        yield "pad", ("error",), "groups divide the width"
+        yield "observer", ("minmax",), "ranges at run time are the extremes"
+        yield "compute_dtype", ("float32",), "scales at run time are computed in float32"
+        yield "fp4_ties", ("zero" if self.pseudo else "even",), f"ties go there with export.pseudo={str(self.pseudo).lower()}"
+        if isinstance(format, NVFP4):
+            yield from _global_scale(format)
+        else:
+            yield "mx_scale", ("fpquant",), "scales at run time are of that kind"
+
+    def _entries(self, name: str, module: QuantLinear, q: QTensor) -> dict[str, Tensor]:
+        """{entry: tensor} of one quantized linear, its bias apart. Raises ConfigError for a bias that would be added twice."""
+        if self.pseudo and module.bias is not None:
+            refuse("export.pseudo", "true", f"{name} has a bias, which fp_quant 0.3.2 adds twice", "set export.pseudo=false")
+        matrix = _matrix(module.site.codec, q.format).to(torch.bfloat16)
+        values = {"dqweight": q.dequantize().to(torch.bfloat16)} if self.pseudo else {
+            "qweight": pack_nibbles(q.codes), "scales": q.scales.scale.view(torch.uint8)}
+        return values | {
+            "weight_global_scale": _stored(q.format, q.scales.global_scale),
+            "act_global_scale": _stored(module.site.format, None),
+            MATRIX: matrix, "backward_hadamard_matrix": matrix.clone(),
+        }
+
+
+def refuse(field: str, value: object, why: str, way_out: str) -> None:
+    """Raise a ConfigError that names both fields and the way out."""
+    raise ConfigError(f"{field}={value} with export=fp_quant: {why}; {way_out}, or use export=harness.")
+
+
+def _global_scale(format: NVFP4) -> Iterable[tuple[str, tuple, str]]:
+    """(key, what it may be, why) of a global scale that stands in the file."""
+    yield "global_scale", ("fixed", "none"), "transformers loads a global scale as bfloat16, which rounds one of an amax"
+    g = format.global_from_amax(torch.zeros(1))
+    if format.global_scale == "fixed" and g.bfloat16() != g:
+        power = 2.0**-10 if format.role == "weight" else 2.0**-3
+        yield "fixed_decode_scale", (power,), "its reciprocal is no bfloat16 number"
+
+
+def _order(online: Sequence[Transform], context: Context, kind: type[Format]) -> int | None:
+    """The order of the blocks at run time, None where there are none. Raises ConfigError for what is no such block."""
+    for transform in online:
+        if len(online) > 1 or not isinstance(transform, HadamardBlocks | SequencyBlocks):
+            refuse("transform", transform.name, f"{', '.join(transform.leaves(context))} would have to run online, where the "
+                   "layout has one block matrix", "use transform=hadamard, transform=gsr")
+        orders = set(transform.orders(context.widths).values())
+        if len(orders) > 1 or not orders <= set(ORDERS[kind]):
+            fitting = [order for order in common_blocks(context.widths) if order in ORDERS[kind]]
+            refuse("transform.block_size", transform.block_size, f"all sites have one of the blocks {ORDERS[kind]}",
+                   f"set transform.block_size={fitting[0]}" if fitting else "none divides every site; use transform=identity")
+        return orders.pop()
+    return None
+
+
+def _matrix(codec: Codec | None, format: Format) -> Tensor:
+    """H [b, b] of a site, float32; without a codec the identity of the format's group."""
+    if codec is None:
+        return torch.eye(format.group_size)
+    if isinstance(codec, Blocks) and codec.decoder is None and codec.encoder is not None and codec.encoder.ndim == 2:
+        return codec.encoder.float()
+    if isinstance(codec, Rotation):
+        return codec.matrix.dense(torch.float32)
+    raise ConfigError(f"{type(codec).__name__} online with export=fp_quant: the layout has one block matrix; use export=harness.")
+
+
+def _stored(format: Format, global_scale: Tensor | None) -> Tensor:
+    """g, bfloat16 [1]."""
+    if isinstance(format, MX):
+        return torch.full((1,), 3.0 if format.mx_scale == "fpquant" else 1.0, dtype=torch.bfloat16)
+    return (format.global_from_amax(torch.zeros(1)) if global_scale is None else global_scale).bfloat16().reshape(1)
+
+
+# reading
+
+
+def decoded(qweight: Tensor, scales: Tensor, g: Tensor) -> Tensor:
+    """The weight [out, in], float32, of packed codes, scales' bits and the global scale."""
+    codes = torch.stack([qweight & 15, qweight >> 4], dim=-1).flatten(-2).long()
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=codes.device)
+    elements = torch.cat([grid, -grid])[codes].unflatten(-1, (scales.shape[-1], -1))
+    kind = torch.float8_e4m3fn if elements.shape[-1] == 16 else torch.float8_e8m0fnu
+    return (elements * (scales.view(kind).float() / g.float()).unsqueeze(-1)).flatten(-2)
+
+
+def _linear(own: Mapping[str, Tensor], about: Mapping, dtype: torch.dtype) -> QuantLinear:
+    """A linear with its matrix and its quantizer in front, from the file's tensors and its quantization_config."""
+    pseudo = about["pseudoquantization"]
+    weight = own["dqweight"] if pseudo else decoded(own["qweight"], own["scales"], own["weight_global_scale"])
+    knobs = {"role": "activation", "fp4_ties": "zero" if pseudo else "even"}
+    site = SiteInput(1)
+    site.codec = Blocks(own[MATRIX].float())
+    if about["forward_dtype"] == "nvfp4":
+        site.format, site.global_scale = NVFP4(scope="static", **knobs), own["act_global_scale"].float()
+    else:
+        site.format = MX(mx_scale="fpquant", **knobs)
+    bias = own["bias"].to(dtype) if "bias" in own else None
+    return QuantLinear(weight.bfloat16().to(dtype), bias, site)
