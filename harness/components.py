@@ -102,7 +102,7 @@ def _exporter(plan: Plan, scheme: Scheme, family):
         return None
     if not plan.quantizes:
         raise ConfigError(f"export={section['name']} with format=none: nothing is quantized; choose a format, or export=none.")
-    exporter = build({"_target_": target}, "export")
+    exporter = build({key: section[key] for key in ("_target_", "pseudo") if key in section}, "export")
     check_destination(section)
     Name.of(plan.settings, plan.choices, scheme, family.head)
     return exporter

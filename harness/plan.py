@@ -17,7 +17,7 @@ from harness.config import ROOT, build, fingerprint, option
 from harness.errors import ConfigError, DataError
 from harness.evaluation.zeroshot import ZeroShot
 
-EXPORT = ("name", "_target_", "path", "base", "dataset", "training", "peft", "push_to", "scale_dtype")
+EXPORT = ("name", "_target_", "path", "base", "dataset", "training", "peft", "push_to", "scale_dtype", "pseudo")
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from harness.report.figures import accuracy, number
 from harness.report.marks import legend, letters
 
 STAGES = {"baseline": "untouched model", "transformed": "float model, transformed", "quantized": "this checkpoint"}
-LIBRARY = {"compressed_tensors": "transformers", "harness": "harness"}
+LIBRARY = {"compressed_tensors": "transformers", "fp_quant": "transformers", "harness": "harness"}
 PARTS = {"weights": "weights", "activations": "activations", "kv": "KV cache", "head": "output head"}
 SPECIAL = re.compile(r"([\\`*_\[\]<>|~&#$])")
 
 
 def card(metadata: Mapping, layout: str) -> str:
-    """Markdown with YAML front matter. layout: compressed_tensors | harness."""
+    """Markdown with YAML front matter. layout: compressed_tensors | fp_quant | harness."""
     sections = [
         _front(metadata, layout), f"# {_plain(metadata['name'])}", _sentence(metadata),
         "## What it measures", _figures(metadata), _marks(metadata),
@@ -95,7 +95,8 @@ def _loading(name: str, layout: str) -> list[str]:
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", "",
              f'model = AutoModelForCausalLM.from_pretrained({path}, dtype="auto")',
              f"tokenizer = AutoTokenizer.from_pretrained({path})"]
-    return ["With transformers (and the package compressed-tensors):", _fenced("\n".join(lines), "python"), "With vLLM:",
+    package = {"compressed_tensors": "compressed-tensors", "fp_quant": "fp-quant"}[layout]
+    return [f"With transformers (and the package {package}):", _fenced("\n".join(lines), "python"), "With vLLM:",
             _fenced(f"vllm serve {shlex.quote(name)}", "sh")]
 
 

@@ -12,10 +12,13 @@ H stands in the file and is read from there, so signs and any order of columns a
 global scales that bfloat16 rounds (transformers loads them so), inputs scaled by other rules than those of the kernels. Floats
 are bfloat16, which transformers takes for this layout; 1 / sqrt(b) is exact in it for b = 16 and 64 only.
 
-Verified against fp-quant 0.3.2 and transformers 5.23 on a CPU: entries, dtypes and shapes as its FPQuantLinear takes them from
-the file; H; the pseudo-quantizing kernels, in Triton's interpreter in float32, where the model's logits are the evaluated ones.
-Not verified, for lack of such a GPU: real kernels (qutlass, Blackwell), whose packing, signs and scales are taken from its own
-reference decoding, and vLLM. So `load` decodes the file by the table above, into linears with H and a quantizer in front.
+export.pseudo=true: transformers 5.23 loads it only with ignore_mismatched_sizes=True (it takes the absent scales to be of a
+wrong size), and fp_quant 0.3.2 adds a bias twice, so models with one are refused.
+
+Verified against both on a CPU: entries, dtypes and shapes as FPQuantLinear takes them from the file; H; the emulating kernels,
+in Triton's interpreter and float32: MXFP4 to the evaluated logits, NVFP4 on tensors. Not verified, for lack of a Blackwell GPU:
+the real kernels (qutlass), whose nibbles and scales are read here as its tests read them, and vLLM. transformers wants a GPU
+for any of it, so `load` decodes the file by the table above, into linears with H and a quantizer in front.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from harness.transforms.hadamard import HadamardBlocks
 KINDS = {NVFP4: "nvfp4", MX: "mxfp4"}
 ORDERS = {NVFP4: (16, 32, 64, 128), MX: (32, 64, 128)}  # hadamard_group_size
 MATRIX = "forward_hadamard_matrix"
+ENTRIES = ("qweight", "scales", "dqweight", "weight_global_scale", "act_global_scale", MATRIX, "bias")  # what is read
 
 
 class FPQuant(Exporter):
@@ -62,7 +66,7 @@ class FPQuant(Exporter):
             if type(format) not in KINDS or format.bits != 4 or type(format) is not type(scheme.weight):
                 field, value = (f"format.{part}.bits", 16) if format is None else (f"format.{part}", type(format).__name__)
                 refuse(field, value, "weights and activations are both NVFP4 or both MXFP4", "use format=nvfp4, format=mxfp4")
-            for key, legal, why in (self._weight if part == "weight" else self._input)(format):
+            for key, legal, why in self._knobs(format):
                 if getattr(format, key) not in legal:
                     refuse(f"format.{part}.{key}", getattr(format, key), why, f"set format.{part}.{key}={legal[0]}")
         online = [transform for transform in transforms if transform.leaves(context)]
@@ -79,8 +83,8 @@ class FPQuant(Exporter):
             warnings.append(f"transform.block_size={order} with export=fp_quant: 1/sqrt({order}) is rounded to bfloat16, so "
                             "inputs come out 1e-4 smaller; blocks of 16 and 64 are exact")
         if self.pseudo:
-            warnings.append("export.pseudo=true: fp_quant 0.3.2 adds biases twice; a model with biases in quantized linears is "
-                            "refused when it is written")
+            warnings.append("export.pseudo=true: transformers loads it only with ignore_mismatched_sizes=True; quantized "
+                            "linears with biases, which fp_quant 0.3.2 adds twice, are refused when they are written")
         return warnings
 
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
@@ -132,13 +136,12 @@ class FPQuant(Exporter):
         config = AutoConfig.from_pretrained(folder)
         about = config.quantization_config
         del config.quantization_config
-        files = {path: load_file(path) for path in set(shards(folder).values())}
-        tensors = {name: tensor for held in files.values() for name, tensor in held.items()}
+        tensors = {name: tensor for path in set(shards(folder).values()) for name, tensor in load_file(path).items()}
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         for name, module in list(model.named_modules()):
             if f"{name}.{MATRIX}" in tensors:
-                own = {key.removeprefix(f"{name}."): tensors[key].to(device) for key in tensors if key.startswith(f"{name}.")}
+                own = {entry: tensors[f"{name}.{entry}"].to(device) for entry in ENTRIES if f"{name}.{entry}" in tensors}
                 model.set_submodule(name, _linear(own, about, dtype))
             elif any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # the rotary table, which is in no file
                 model.set_submodule(name, type(module)(config=config).to(device))
@@ -152,22 +155,22 @@ class FPQuant(Exporter):
     def weight(self, model, name: str) -> Tensor:
         return model.get_submodule(name).weight.bfloat16()  # as `load` rounds it, and the gate what it compares with
 
-    def _weight(self, format: Format) -> Iterable[tuple[str, tuple, str]]:
-        """(key, what it may be, why) of a weight, whose codes and scales stand in the file."""
+    def _knobs(self, format: Format) -> Iterable[tuple[str, tuple, str]]:
+        """(key, what it may be, why). A weight's codes and scales stand in the file; an activation's the kernels find."""
+        weight = format.role == "weight"
         yield "pad", ("error",), "groups divide the width"
-        if isinstance(format, NVFP4) and not self.pseudo:
-            yield from _global_scale(format)
-
-    def _input(self, format: Format) -> Iterable[tuple[str, tuple, str]]:
-        """(key, what it may be, why) of an activation, which the kernels compute by rules of their own."""
-        yield "pad", ("error",), "groups divide the width"
-        yield "observer", ("minmax",), "ranges at run time are the extremes"
-        yield "compute_dtype", ("float32",), "scales at run time are computed in float32"
-        yield "fp4_ties", ("zero" if self.pseudo else "even",), f"ties go there with export.pseudo={str(self.pseudo).lower()}"
-        if isinstance(format, NVFP4):
-            yield from _global_scale(format)
-        else:
-            yield "mx_scale", ("fpquant",), "scales at run time are of that kind"
+        if isinstance(format, NVFP4) and not (weight and self.pseudo):
+            yield "global_scale", ("fixed", "none"), "transformers loads global scales as bfloat16, which rounds one of an amax"
+            g = format.global_from_amax(torch.zeros(1))
+            if g.bfloat16() != g:
+                yield "fixed_decode_scale", (2.0**-10 if weight else 2.0**-3,), "its reciprocal is no bfloat16 number"
+        if not weight:
+            yield "observer", ("minmax",), "ranges at run time are the extremes"
+            yield "compute_dtype", ("float32",), "scales at run time are computed in float32"
+            ties = "zero" if self.pseudo else "even"
+            yield "fp4_ties", (ties,), f"ties at run time go to {ties} with export.pseudo={str(self.pseudo).lower()}"
+            if isinstance(format, MX):
+                yield "mx_scale", ("fpquant",), "scales at run time are of that kind"
 
     def _entries(self, name: str, module: QuantLinear, q: QTensor) -> dict[str, Tensor]:
         """{entry: tensor} of one quantized linear, its bias apart. Raises ConfigError for a bias that would be added twice."""
@@ -186,15 +189,6 @@ class FPQuant(Exporter):
 def refuse(field: str, value: object, why: str, way_out: str) -> None:
     """Raise a ConfigError that names both fields and the way out."""
     raise ConfigError(f"{field}={value} with export=fp_quant: {why}; {way_out}, or use export=harness.")
-
-
-def _global_scale(format: NVFP4) -> Iterable[tuple[str, tuple, str]]:
-    """(key, what it may be, why) of a global scale that stands in the file."""
-    yield "global_scale", ("fixed", "none"), "transformers loads a global scale as bfloat16, which rounds one of an amax"
-    g = format.global_from_amax(torch.zeros(1))
-    if format.global_scale == "fixed" and g.bfloat16() != g:
-        power = 2.0**-10 if format.role == "weight" else 2.0**-3
-        yield "fixed_decode_scale", (power,), "its reciprocal is no bfloat16 number"
 
 
 def _order(online: Sequence[Transform], context: Context, kind: type[Format]) -> int | None:
@@ -220,7 +214,7 @@ def _matrix(codec: Codec | None, format: Format) -> Tensor:
         return codec.encoder.float()
     if isinstance(codec, Rotation):
         return codec.matrix.dense(torch.float32)
-    raise ConfigError(f"{type(codec).__name__} online with export=fp_quant: the layout has one block matrix; use export=harness.")
+    raise ConfigError(f"{type(codec).__name__} with export=fp_quant: the layout has one block matrix; use export=harness.")
 
 
 def _stored(format: Format, global_scale: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ With E and mant the exponent field and the low 23 bits of the block's amax as a 
     ceil      k = E + (mant != 0) - emax
     even      k = exponent of (bits + 2^(22 - mb)) - emax       mb mantissa bits; the default of serving engines
     rceil     least k with 2^(k - 127) >= amax / max            NVIDIA's conversion
-    fpquant   scale 4/3 of floor's, stored as 2^(k - 127) / 3 with k = E (not exportable)
+    fpquant   scale 4/3 of floor's, stored as 2^(k - 127) / 3 with k = E (exported by fp_quant only)
 
     q = cast(clamp(x / 2^(k - 127))),    dq = q * 2^(k - 127)
 

@@ -70,8 +70,9 @@ class Tiny(ModelSource):
                     parameter.copy_(1 + 0.2 * noise)
                 else:
                     parameter.copy_((0.1 if name.endswith(".bias") else 0.05) * noise)
-        if self.dtype == "bfloat16":
-            model = model.bfloat16()
+        if self.dtype == "bfloat16":  # of weights only: the rotary table stays float32 in models that are read from files too
+            for parameter in model.parameters():
+                parameter.data = parameter.data.bfloat16()
         return self.ready(model, device), byte_tokenizer()
 
     def fingerprint(self) -> str:
