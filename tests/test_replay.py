@@ -11,7 +11,7 @@ from test_tracking import CONFIG, play, records, without_login
 from harness.store import Run, locked, write_json
 from harness.tracking import Local, RunInfo, Several, Wandb, dashboard, replay
 
-VOLATILE = ("_timestamp", "_runtime", "_wandb", "_wandb.runtime", "local_path", "artifact_path", "client_id")
+VOLATILE = ("_timestamp", "runtime", "_wandb", "local_path", "artifact_path", "client_id")
 STORED = {**CONFIG, "model": {**CONFIG["model"], "path": "somewhere"}, "tracking": {"project": "mine", "tags": ["extra"]}}
 CHOICES = {"model": "tiny", "format": "int4", "export": None, "tracking": "local"}
 
