@@ -52,7 +52,7 @@ def summary(metrics: dict) -> dict:
         "baseline": stages.get("baseline", {}).get("ppl", {}), "transformed": stages.get("transformed", {}).get("ppl", {}),
         "accuracy": stages.get("baseline", {}).get("zeroshot", {}),
         "bits_per_weight": metrics["bits_per_weight"], "warnings": metrics["warnings"],
-    }
+    } | ({"disk_mb": metrics["export"]["sizes"]["after"] / 1e6} if metrics.get("export") else {})
 
 
 def reporter(sweep: Path, job: int) -> Reporter:

@@ -83,6 +83,11 @@ def run_table(metrics: dict, directory: Path, console: Console | None = None) ->
         _line(console, f"warning: {warning}", style="yellow")
     if any(_lost(stage["ppl"], baseline) for stage in stages.values()):
         _line(console, CHECKLIST)
+    left = metrics.get("export")
+    if left:
+        after, before, share = (left["sizes"][key] for key in ("after", "before", "reduction_percent"))
+        _line(console, f"exported: {left['path']} ({after / 1e6:.1f} MB of weights, untouched in fp16 {before / 1e6:.1f}, "
+                       f"{share:.1f} % less)")
     _line(console, f"run directory: {directory}")
 
 
@@ -90,8 +95,8 @@ def sweep_table(rows: list[dict], console: Console | None = None) -> None:
     """The untouched model, then one row a job: {"job", "overrides", "status"} and what report.sweep.summary adds.
 
     `float` columns hold the perplexity of the float model under a trained codec; `kept` is the share of the untouched model's
-    accuracy, mean over tasks; `run` is the end of the run's id. Overrides that all jobs share are left out; errors and warnings
-    stand in lines of their own.
+    accuracy, mean over tasks; `disk MB` is what an exported checkpoint's weights take; `run` is the end of the run's id.
+    Overrides that all jobs share are left out; errors and warnings stand in lines of their own.
     """
     console = console or terminal()
     corpora = list(dict.fromkeys(c for row in rows for c in row.get("ppl", {})))
@@ -112,11 +117,14 @@ def sweep_table(rows: list[dict], console: Console | None = None) -> None:
     if tasks:
         table.add_column("kept %", justify="right")
     table.add_column("bits/weight", justify="right")
+    exported = any(row.get("disk_mb") for row in rows)
+    if exported:
+        table.add_column("disk MB", justify="right")
     table.add_column("run", overflow="fold")
     for base in {tuple(row.get("baseline", {}).items()): row for row in rows if row.get("baseline")}.values():
         answers = [accuracy(base.get("accuracy", {}).get(task)) for task in tasks] + [""] * bool(tasks)
         ppl = [number(base["baseline"].get(corpus)) for corpus in corpora]
-        table.add_row("", "untouched model", "", *ppl, *[""] * (len(changed) + len(diverges)), *answers, "", "")
+        table.add_row("", "untouched model", "", *ppl, *[""] * (len(changed) + len(diverges)), *answers, *[""] * (2 + exported))
     for row in rows:
         status = "stored" if row.get("stored") and row["status"] == "done" else row["status"]
         marks = letters(row.get("marks", {}))
@@ -127,8 +135,9 @@ def sweep_table(rows: list[dict], console: Console | None = None) -> None:
         cells += [number(kept(row.get("zeroshot", {}), row.get("accuracy", {})), 1)] * bool(tasks)
         own = " ".join(override for override in row["overrides"] if override not in shared)
         style = "red" if row["status"] != "done" else None
-        bits, run = number(row.get("bits_per_weight"), 2), Text((row.get("run_id") or "").rpartition("-")[2])
-        table.add_row(str(row["job"]), Text(own), status, *cells, bits, run, style=style)
+        cells += [number(row.get("bits_per_weight"), 2), *[number(row.get("disk_mb"), 1)] * exported]
+        run = Text((row.get("run_id") or "").rpartition("-")[2])
+        table.add_row(str(row["job"]), Text(own), status, *cells, run, style=style)
     show(table, console)
     told = legend(text for row in rows for text in letters(row.get("marks", {})).values())
     if told:
