@@ -8,7 +8,6 @@ Whatever fails leaves no folder of that name, and an older one as it was.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -23,8 +22,9 @@ from harness.export.metadata import metadata
 from harness.export.names import name_of
 from harness.models.families import Adapter
 from harness.solved import Solved
-from harness.store import read_json, write, write_json
+from harness.store import locked, read_json, write, write_json
 
+ABOUT = "quantization_metadata.json"
 WINDOWS = 2  # of each corpus, on which the loaded model is compared
 LOST, SLACK = 100, 10  # above this perplexity a model has lost its text, and a tie that falls otherwise moves it that much more
 
@@ -35,33 +35,44 @@ def export(job, adapter: Adapter) -> None:
     exporter, section = job.parts.exporter, job.plan.settings["export"]
     snapshot = Snapshot(adapter, job.tokenizer, job.parts.scheme, job.placements, Solved(adapter, job.parts.scheme, job.run),
                         job.plan.settings, job.plan.choices, job.metrics)
-    name = str(name_of(snapshot))
-    final = _free(Path(section["path"]), name, job.metrics["run_id"])
-    beside = final.with_name(f".{name}.{os.getpid()}")
+    folder, name = Path(section["path"]), str(name_of(snapshot))
+    beside = folder / f".{name}.{job.metrics['run_id'][-10:]}"  # this run's alone, for it holds its lock
+    shutil.rmtree(beside, ignore_errors=True)
     try:
         with job.stage("export"):
             write_checkpoint(exporter, snapshot, beside)
-            about = metadata(snapshot, name, beside)
-            write_json(beside / "quantization_metadata.json", about)
-            write(beside / "README.md", card(about, exporter.name))
             write_json(beside / "digests.json", digests(beside))
             found = _gate(job, exporter, snapshot, beside)
-            _replace(final, beside)
+            with locked(folder / f".{name}.lock", wait=True):
+                final = _free(folder, name, job.metrics["run_id"])
+                about = metadata(snapshot, final.name, beside)
+                write_json(beside / ABOUT, about)
+                write(beside / "README.md", card(about, exporter.name))
+                write_json(beside / "digests.json", digests(beside))
+                _replace(final, beside)
     except (OSError, SafetensorError) as error:
         raise DataError(f"export.path={section['path']}: {error}; nothing was left there.") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    job.metrics["export"] = {"path": str(final), "name": name, "sizes": about["sizes"], **found}
+    job.metrics["export"] = {"path": str(final), "name": final.name, "sizes": about["sizes"], **found}
     job.reporter.say(f"exported: {final}")
     if section["push_to"] is not None:
         _push(section["push_to"], final)
 
 
 def _free(folder: Path, name: str, run_id: str) -> Path:
-    """Where the checkpoint goes: a name says less than a run's settings, so one that another run has gets this run's mark."""
-    known = read_json(folder / name / "quantization_metadata.json") or {}
-    taken = (folder / name).exists() and known.get("run_id") != run_id
+    """Where the checkpoint goes: a name says less than a run's settings, so one that another run has gets this run's mark. What
+    a killed replacement left is mended first."""
+    aside = _aside(folder / name)
+    if aside.exists() and not (folder / name).exists():
+        aside.rename(folder / name)
+    shutil.rmtree(aside, ignore_errors=True)
+    taken = (folder / name).exists() and (read_json(folder / name / ABOUT) or {}).get("run_id") != run_id
     return folder / (f"{name}.{run_id[-10:]}" if taken else name)
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
 
 
 def _gate(job, exporter: Exporter, snapshot: Snapshot, folder: Path) -> dict:
@@ -102,11 +113,10 @@ def _round(adapter: Adapter, dtype: torch.dtype) -> None:
 
 def _replace(final: Path, beside: Path) -> None:
     """Give the folder its name, with what had it before out of the way only for the moment between two renames."""
-    aside = final.with_name(f".{final.name}.old")
     if final.exists():
-        final.rename(aside)
+        final.rename(_aside(final))
     beside.rename(final)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(_aside(final), ignore_errors=True)
 
 
 def _push(repository: str, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
     same corpus as calibration    the text that calibrated is another part of the one that is evaluated
     adapted                       a learned transform was trained on it, so a gain may be adaptation of the float model
+    learned elsewhere             its matrices come from a file, so it may have been trained on this corpus
     first N of M windows          a subset; the same of documents of a task
     only corpus                   nothing shows whether a gain holds elsewhere
 """
@@ -11,20 +12,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 
-def marks(calibrated: str | None, learned: bool, measured: Mapping[str, tuple[int, int]],
+def marks(calibrated: str | None, learned: bool, loaded: bool, measured: Mapping[str, tuple[int, int]],
           tasks: Mapping[str, int | None]) -> dict[str, list[str]]:
     """{corpus or task: [marks]}.
 
-    calibrated: name of the corpus that calibrated, if any did; learned: whether a transform learned from it; measured:
-    {corpus: (windows evaluated, windows there are)}; tasks: {task: limit of its documents or None}.
+    calibrated: name of the corpus that calibrated, if any did; learned: whether a transform learned from it; loaded: or came
+    from a file; measured: {corpus: (windows evaluated, windows there are)}; tasks: {task: limit of its documents or None}.
     """
     found = {}
     for corpus, (windows, whole) in measured.items():
         own = found[corpus] = []
         if corpus == calibrated:
             own.append("same corpus as calibration")
-            if learned:
+            if learned and not loaded:
                 own.append("adapted")
+        if loaded:
+            own.append("learned elsewhere")
         if windows < whole:
             own.append(f"first {windows} of {whole} windows")
         if len(measured) == 1:

@@ -49,8 +49,10 @@ def execute(cfg, choices: Mapping[str, str | None], sweep: str | None = None, re
     run = store.run(plan.run_id)
     kept = plan.settings["transform"].get("save")
     unsaved = isinstance(kept, str) and not Path(kept).is_file()
-    left = (run.metrics or {}).get("export")
-    unsaved = unsaved or (left is not None and not Path(left["path"]).is_dir())
+    exported = (run.metrics or {}).get("export")
+    if exported is not None:  # another run may have the name by now
+        about = records.read_json(Path(exported["path"]) / "quantization_metadata.json") or {}
+        unsaved = unsaved or about.get("run_id") != plan.run_id
     if run.status.get("status") == "done" and run.metrics and not plan.settings["force"] and not unsaved:
         return Outcome("done", True, run.metrics, run)
     store.check()
@@ -93,7 +95,8 @@ class Job:
             error = f"{type(failure).__name__}: {failure}"
             self.metrics["status"] = "failed"
             self.run.set_status(error=error, traceback=traceback.format_exc())
-            if not isinstance(failure, Exception) or isinstance(failure, ConfigError | DataError):
+            begun = bool(self.metrics["stages"])
+            if not isinstance(failure, Exception) or (isinstance(failure, ConfigError | DataError) and not begun):
                 raise
         finally:
             shutil.rmtree(self.scratch, ignore_errors=True)
@@ -133,6 +136,7 @@ class Job:
             self.texts = {name: windows(x, chosen.length, chosen.count, field="eval.perplexity") for name, x in read.items()}
             self.metrics["marks"] = marks(
                 plan.calibration_corpus.name if plan.calibrates else None, any(t.learned for t in parts.transforms),
+                plan.settings["transform"].get("load") is not None,
                 {name: (len(self.texts[name]), len(ids) // chosen.length) for name, ids in read.items()},
                 {} if plan.zeroshot is None else dict.fromkeys(plan.zeroshot.tasks, plan.zeroshot.limit),
             )
@@ -141,7 +145,7 @@ class Job:
         measure.baseline(self, adapter)
 
         probe = calibration[: PROBE[0], : PROBE[1]].to(device)
-        changed = stages.transform(self, adapter, calibration, probe)
+        changed = not plan.model.quantized and stages.transform(self, adapter, calibration, probe)
         inexact = not all(transform.exact for transform in parts.transforms)
         if inexact or (changed and not plan.quantizes):
             measure.evaluate(self, "transformed", adapter)
@@ -158,7 +162,7 @@ class Job:
             measure.evaluate(self, "quantized", adapter)
         if parts.exporter is not None:
             exported.export(self, adapter)
-        if self.metrics["bits_per_weight"] is None:
+        if self.metrics["bits_per_weight"] is None and not plan.model.quantized:
             self.metrics["bits_per_weight"] = float(torch.finfo(model.dtype).bits)
 
     @contextlib.contextmanager

@@ -109,10 +109,11 @@ def test_block_error_is_that_of_the_quantized_block(tmp_path):
 
 
 def test_marks_say_what_a_number_is():
-    found = marks("wiki", True, {"wiki": (8, 145), "pydoc": (58, 58)}, {"piqa": 200, "arc": None})
+    found = marks("wiki", True, False, {"wiki": (8, 145), "pydoc": (58, 58)}, {"piqa": 200, "arc": None})
     assert found["wiki"] == ["same corpus as calibration", "adapted", "first 8 of 145 windows"]
     assert found["pydoc"] == []
     assert found["piqa"] == ["first 200 documents"]
     assert found["arc"] == []
-    assert marks(None, False, {"wiki": (145, 145)}, {})["wiki"] == ["only corpus"]
-    assert marks("wiki", False, {"wiki": (1, 1), "b": (1, 1)}, {})["wiki"] == ["same corpus as calibration"]
+    assert marks(None, False, False, {"wiki": (145, 145)}, {})["wiki"] == ["only corpus"]
+    assert marks("wiki", False, False, {"wiki": (1, 1), "b": (1, 1)}, {})["wiki"] == ["same corpus as calibration"]
+    assert marks("wiki", True, True, {"wiki": (1, 1), "b": (1, 1)}, {})["b"] == ["learned elsewhere"]

@@ -1,6 +1,7 @@
 """Exports as a run makes them: named, described, loaded back, compared; and nothing half-written left behind."""
 
 import json
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ import harness
 from harness.calibration.subject import ModelSubject
 from harness.components import transforms_of
 from harness.config import option
-from harness.errors import ConfigError, DataError
+from harness.errors import ConfigError
 from harness.export.names import Name
 from harness.exported import WINDOWS
 from harness.formats import NVFP4, Scheme
@@ -34,7 +35,8 @@ def run(tmp_path, *settings):
 
 
 def left(tmp_path) -> list[str]:
-    return sorted(path.name for path in (tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else []
+    found = (tmp_path / "out").iterdir() if (tmp_path / "out").exists() else []
+    return sorted(path.name for path in found if not path.name.endswith(".lock"))
 
 
 @pytest.mark.parametrize("layout", RIGHT)
@@ -57,13 +59,17 @@ def test_a_run_leaves_a_checkpoint_that_is_what_it_evaluated(tmp_path, layout):
     assert not [path for path in folder.iterdir() if path.suffix in (".py", ".bin", ".pt", ".pkl")]
 
 
-def test_a_checkpoint_is_measured_as_it_is(tmp_path):
-    outcome = run(tmp_path, "export=harness", *RIGHT["harness"])
+@pytest.mark.parametrize("layout", RIGHT)
+def test_a_checkpoint_is_measured_as_it_is(tmp_path, layout):
+    outcome = run(tmp_path, f"export={layout}", *RIGHT[layout])
     cfg, choices = small(tmp_path / "again", "model=checkpoint", f"model.path={outcome.metrics['export']['path']}")
     again = execute(cfg, choices)
     assert again.status == "done", again.error
     known, got = outcome.metrics["stages"]["quantized"], again.metrics["stages"]["baseline"]
-    assert got["losses"] == known["losses"]
+    assert again.metrics["bits_per_weight"] is None
+    if layout == "harness":
+        assert got["losses"] == known["losses"]
+    assert got["ppl"]["pydoc"] == pytest.approx(known["ppl"]["pydoc"], rel=0.03)  # one in bfloat16 flips some codes
     cfg, choices = small(tmp_path / "again", "model=checkpoint", f"model.path={outcome.metrics['export']['path']}", *PLAIN)
     with pytest.raises(ConfigError, match="measured as it is"):
         execute(cfg, choices)
@@ -80,6 +86,14 @@ def test_a_lost_checkpoint_is_written_again_without_solving(tmp_path):
     assert events.count("block") == 2
     model, _ = harness.load(first.metrics["export"]["path"])
     assert_finite(model)
+
+
+def test_what_a_killed_replacement_left_is_mended(tmp_path):
+    first = Path(run(tmp_path, "export=harness").metrics["export"]["path"])
+    first.rename(first.with_name(f".{first.name}.old"))
+    again = run(tmp_path, "export=harness")
+    assert again.metrics["export"]["path"] == str(first)
+    assert left(tmp_path) == [first.name]
 
 
 def test_another_run_never_replaces_a_checkpoint(tmp_path):
@@ -103,9 +117,10 @@ def full_disk():
 def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, layout, full_disk):
     assert run(tmp_path).status == "done"
     full_disk(True)
-    with pytest.raises(DataError, match=f"export.path={tmp_path}/out: .*[Ff]ile too large.*nothing was left"):
-        run(tmp_path, f"export={layout}")
+    outcome = run(tmp_path, f"export={layout}")
     full_disk(False)
+    assert outcome.status == "failed"
+    assert re.search(f"export.path={tmp_path}/out: .*[Ff]ile too large.*nothing was left", outcome.error)
     assert left(tmp_path) == []
     assert run(tmp_path, f"export={layout}").status == "done"
     assert len(left(tmp_path)) == 1
@@ -128,8 +143,9 @@ def test_what_does_not_come_back_is_no_checkpoint(tmp_path, monkeypatch):
             yield name, tensor
 
     monkeypatch.setattr(CompressedTensors, "tensors", wrong)
-    with pytest.raises(DataError, match=r"model\.layers\.1\.mlp\.up_proj does not come back"):
-        run(tmp_path, "export=compressed_tensors", "force=true")
+    outcome = run(tmp_path, "export=compressed_tensors", "force=true")
+    assert outcome.status == "failed"
+    assert "model.layers.1.mlp.up_proj does not come back" in outcome.error
     assert len(left(tmp_path)) == 1
     assert weights.read_bytes() == before
 

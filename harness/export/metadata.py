@@ -7,14 +7,15 @@
      "tokens"}}, "marks", "run_id", "command", "harness"}
 
 `bits` is what holds for all linears, `layers` what each one has. sizes, in bytes: "before" are all parameters of the untouched
-model at 2 bytes, tied ones once; "after" are the safetensors written; "files" is everything in the folder; "weights" are codes,
-scales and zero points of what is quantized. kv_cache, in bytes a token: at "fp16", and "quantized" as a packed cache would
-take, scales and zero points included.
+model at 2 bytes, tied ones once; "after" are the safetensors written; "files" is everything in the folder but this record, the
+card and the hashes; "weights" are codes, scales and zero points of what is quantized. kv_cache, in bytes a token: at "fp16", and
+"quantized" as a packed cache would take, scales and zero points included.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import shlex
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
@@ -66,9 +67,20 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
         },
         "marks": metrics.get("marks", {}),
         "run_id": metrics.get("run_id"),
-        "command": metrics.get("command"),
+        "command": _public(metrics.get("command")),
         "harness": _version(),
     }
+
+
+def _public(command: str | None) -> str | None:
+    """The command without the folders of whoever ran it, which are nobody's business; the run's own record has it whole."""
+    if command is None:
+        return None
+    words = []
+    for word in shlex.split(command):
+        key, equals, value = word.partition("=")
+        words.append(f"{key}{equals}{Path(value).name if value.startswith(('/', '~')) else value}")
+    return shlex.join(words)
 
 
 def _spelled(format: Format) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 LEGEND = {
     "c": "same corpus as calibration",
     "a": "adapted, a learned transform was trained on it",
+    "f": "learned matrices from a file, perhaps of this corpus",
     "s": "a subset, the first windows or documents only",
     "o": "the only corpus, nothing shows whether it holds elsewhere",
 }
@@ -29,4 +30,6 @@ def letter(mark: str) -> str:
         return "c"
     if mark == "adapted":
         return "a"
+    if mark == "learned elsewhere":
+        return "f"
     return "s" if mark.startswith("first ") else "o"

@@ -80,6 +80,8 @@ class SweepTable(Callback):
         parsed = OverridesParser.create().parse_overrides([*(f"{key}={value}" for key, value in swept.items()), *given])
         jobs = len(BasicSweeper.split_arguments(parsed, max_batch_size=None)[0])
         self._folder, self._ended, self._watcher = Path(config.hydra.sweep.dir), threading.Event(), None
+        for old in self._folder.glob("[0-9]*.*"):  # of an earlier sweep, where HARNESS_SWEEP names the folder
+            old.unlink()
         write_json(self._folder / "sweep.json", {"jobs": jobs, "started": time.time(), "pid": os.getpid()})
         if not config.hydra.launcher._target_.endswith("BasicLauncher"):
             self._watcher = threading.Thread(target=self._watch, args=(jobs,), daemon=True)
@@ -110,8 +112,9 @@ class SweepTable(Callback):
     def _watch(self, jobs: int) -> None:
         """Show how far jobs in other processes are: the sweep's bar, and the last line of each that runs."""
         with Reporter().stage("sweep", jobs) as advance:
-            done = 0
-            while not self._ended.wait(PERIOD):
+            done, ended = 0, False
+            while not ended:
+                ended = self._ended.wait(PERIOD)
                 finished = {row["job"] for row in records(self._folder)}
                 logs = {int(path.stem): path for path in self._folder.glob("[0-9]*.log")}
                 lines = [f"job {job}: {_last_line(path)}" for job, path in sorted(logs.items()) if job not in finished]
@@ -122,5 +125,5 @@ class SweepTable(Callback):
 
 
 def _last_line(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8").strip().splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1] if lines else "begins"

@@ -68,7 +68,7 @@ def run_table(metrics: dict, directory: Path, console: Console | None = None) ->
             moved = stage.get("divergence", {}).get(corpus, {})
             cells += [number(moved.get("kl")), number(100 * moved["top1"], 1) if moved else ""] if diverges else []
         cells += [_marked(accuracy(stage.get("zeroshot", {}).get(task)), marks.get(task)) for task in tasks]
-        bits = metrics["bits_per_weight"] if name in ("quantized", "exported") else None
+        bits = metrics["bits_per_weight"] if name == "quantized" else None
         peak = metrics["peak_memory_mb"] if name == list(stages)[-1] else None
         table.add_row(*cells, number(bits, 2), number(metrics["seconds"].get(name), 1), number(peak, 0))
     show(table, console)
