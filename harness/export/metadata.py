@@ -8,8 +8,8 @@
 
 `bits` is what holds for all linears, `layers` what each one has. sizes, in bytes: "before" are all parameters of the untouched
 model at 2 bytes, tied ones once; "after" are the safetensors written; "files" is everything in the folder but this record, the
-card and the hashes; "weights" are codes, scales and zero points of what is quantized. kv_cache, in bytes a token: at "fp16", and
-"quantized" as a packed cache would take, scales and zero points included.
+card and the hashes; "weights" are codes, scales and zero points of what is quantized. kv_cache, in bytes a token: at "fp16",
+and "quantized" as a packed cache would take, scales and zero points included.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def _public(command: str | None) -> str | None:
     if command is None:
         return None
     words = []
-    for word in shlex.split(command):
-        key, equals, value = word.partition("=")
+    for setting in shlex.split(command):
+        key, equals, value = setting.partition("=")
         words.append(f"{key}{equals}{Path(value).name if value.startswith(('/', '~')) else value}")
     return shlex.join(words)
 
