@@ -10,15 +10,17 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.errors import ConfigError
 from harness.formats import QTensor, Scheme
 from harness.models.families import Adapter
+from harness.models.quant_linear import SiteInput
 from harness.store import writable, write_json
 from harness.transforms import Context, Placement, Transform
 
@@ -111,6 +113,22 @@ def write_checkpoint(exporter: Exporter, snapshot: Snapshot, folder: Path) -> No
         model.generation_config.save_pretrained(folder)
     snapshot.tokenizer.save_pretrained(folder)
     exporter.extras(snapshot, folder)
+
+
+def modules(adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of the whole model, blocks in memory while they are visited; without the inputs of sites, and without a
+    head that is one matrix with the embedding."""
+    inside = f"{adapter.family.blocks}."
+    tied = adapter.head.weight is adapter.model.get_submodule(adapter.family.embedding).weight
+
+    def layer(named: tuple[str, nn.Module]) -> int | None:
+        return int(named[0].removeprefix(inside).partition(".")[0]) if named[0].startswith(inside) else None
+
+    for index, named in groupby(adapter.model.named_modules(), layer):
+        with adapter.open(index):
+            for name, module in named:
+                if not isinstance(module, SiteInput) and not (tied and module is adapter.head):
+                    yield name, module
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness.export.base import Exporter, Snapshot
+from harness.export.base import Exporter, Snapshot, modules
 from harness.formats import Format, Scheme
 from harness.models.checkpoint import PLACEMENT, load, sites, spec
 from harness.models.checkpoint_source import RECORD, VERSION
 from harness.models.families import Adapter
-from harness.models.quant_linear import SiteInput
 from harness.store import write_json
 from harness.transforms import Codec, Context, Placement, Transform
 from harness.transforms.file import pack
@@ -35,18 +33,13 @@ class Checkpoint(Exporter):
 
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
         adapter, quantized = snapshot.adapter, snapshot.qtensors
-        head, embedding = adapter.family.head, adapter.family.embedding
-        tied = adapter.head.weight is adapter.model.get_submodule(embedding).weight
-        modules = ((name, module) for name, module in adapter.model.named_modules() if not isinstance(module, SiteInput))
-        for layer, within in groupby(modules, key=lambda item: _layer(adapter, item[0])):
-            with adapter.open(layer):
-                for name, module in within:
-                    own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-                    for part, tensor in own.items():
-                        if part == "weight" and name in quantized:
-                            yield from ((f"{name}.{key}", value) for key, value in quantized[name].state().items())
-                        elif not (tied and (name, part) == (head, "weight")):
-                            yield f"{name}.{part}", tensor
+        for name, module in modules(adapter):
+            own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+            for part, tensor in own.items():
+                if part == "weight" and name in quantized:
+                    yield from ((f"{name}.{key}", value) for key, value in quantized[name].state().items())
+                else:
+                    yield f"{name}.{part}", tensor
         for name, site in sites(adapter):
             if site.global_scale is not None:
                 yield f"{name}.global_scale", site.global_scale
@@ -83,12 +76,6 @@ class Checkpoint(Exporter):
 
 def _dtype(adapter: Adapter) -> str:
     return str(adapter.model.dtype).removeprefix("torch.")
-
-
-def _layer(adapter: Adapter, name: str) -> int | None:
-    """The block that a module stands in; None outside of them."""
-    start, _, rest = name.partition(f"{adapter.family.blocks}.")
-    return int(rest.partition(".")[0]) if rest and not start else None
 
 
 def _online(placement: Placement, adapter: Adapter) -> Placement:

@@ -16,7 +16,6 @@ not: rounding flips some codes, and these flip others.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -24,10 +23,10 @@ from torch import Tensor, nn
 
 from harness.errors import ConfigError
 from harness.export import layouts
-from harness.export.base import Exporter, Snapshot
+from harness.export.base import Exporter, Snapshot, modules
 from harness.formats import Format, FourOverSix, QTensor, Scheme
 from harness.models.families import FAMILIES, head_dim
-from harness.models.quant_linear import QuantLinear, SiteInput
+from harness.models.quant_linear import QuantLinear
 from harness.transforms import Context, Transform
 
 
@@ -66,20 +65,10 @@ class CompressedTensors(Exporter):
         return warnings
 
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
-        adapter, model = snapshot.adapter, snapshot.adapter.model
         kinds = {name: kind for (kind, *_), names in _groups(snapshot) for name in names}
-        inside = f"{adapter.family.blocks}."
-        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-        def layer(named: tuple[str, nn.Module]) -> int | None:
-            return int(named[0].removeprefix(inside).partition(".")[0]) if named[0].startswith(inside) else None
-
-        for index, modules in groupby(model.named_modules(), layer):
-            with adapter.open(index):
-                for name, module in modules:
-                    if not isinstance(module, SiteInput) and not (tied and module is adapter.head):
-                        for entry, tensor in _entries(module, snapshot.qtensors.get(name), kinds.get(name)):
-                            yield f"{name}.{entry}", tensor
+        for name, module in modules(snapshot.adapter):
+            for entry, tensor in _entries(module, snapshot.qtensors.get(name), kinds.get(name)):
+                yield f"{name}.{entry}", tensor
 
     def config(self, snapshot: Snapshot) -> dict:
         model, groups = snapshot.adapter.model, _groups(snapshot)

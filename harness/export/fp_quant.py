@@ -24,7 +24,6 @@ for any of it, so `load` decodes the file by the table above, into linears with 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 
 from harness.checks import boolean
 from harness.errors import ConfigError
-from harness.export.base import Exporter, Snapshot
+from harness.export.base import Exporter, Snapshot, modules
 from harness.formats import MX, NVFP4, Format, QTensor, Scheme, pack_nibbles
 from harness.models.quant_linear import QuantLinear, SiteInput
 from harness.models.shelf import assign, shards
@@ -88,25 +87,14 @@ class FPQuant(Exporter):
         return warnings
 
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
-        adapter, model = snapshot.adapter, snapshot.adapter.model
-        inside = f"{adapter.family.blocks}."
-        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-        def layer(named: tuple[str, nn.Module]) -> int | None:
-            return int(named[0].removeprefix(inside).partition(".")[0]) if named[0].startswith(inside) else None
-
-        for index, modules in groupby(model.named_modules(), layer):
-            with adapter.open(index):
-                for name, module in modules:
-                    if isinstance(module, SiteInput) or (tied and module is adapter.head):
-                        continue
-                    q = snapshot.qtensors.get(name)
-                    if q is not None:
-                        for entry, tensor in self._entries(name, module, q).items():
-                            yield f"{name}.{entry}", tensor
-                    for entry, tensor in module.state_dict(keep_vars=True).items():
-                        if "." not in entry and not (entry == "weight" and q is not None):
-                            yield f"{name}.{entry}", tensor.detach().to(torch.bfloat16, copy=True)
+        for name, module in modules(snapshot.adapter):
+            q = snapshot.qtensors.get(name)
+            if q is not None:
+                for entry, tensor in self._entries(name, module, q).items():
+                    yield f"{name}.{entry}", tensor
+            for entry, tensor in module.state_dict(keep_vars=True).items():
+                if "." not in entry and not (entry == "weight" and q is not None):
+                    yield f"{name}.{entry}", tensor.detach().to(torch.bfloat16, copy=True)
 
     def config(self, snapshot: Snapshot) -> dict:
         model = snapshot.adapter.model
