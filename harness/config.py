@@ -17,7 +17,7 @@ from harness.errors import ConfigError
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("model", "data", "format", "transform", "solver", "eval", "export", "tracking",
             "seed", "device", "on_error", "force", "run_root")
-RESULTS_VERSION = 1  # raised by every change that moves a number, so that no stale result is replayed
+RESULTS_VERSION = 2  # raised by every change that moves a number, so that no stale result is replayed
 
 
 def build(node, field: str = ""):

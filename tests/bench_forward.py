@@ -18,7 +18,8 @@ from harness.models.prepare import fuse_norms, swap
 from harness.models.quant_linear import QuantLinear
 from harness.solvers import RTN
 from harness.transforms import Blocks, Context, Placement
-from harness.transforms.learn import Orthogonal, loss_of
+from harness.transforms.learn import Orthogonal
+from harness.transforms.losses import loss_of
 
 
 def evaluation() -> None:
@@ -52,7 +53,8 @@ def subject_of(model, ids) -> tuple[ModelSubject, Context]:
 
 
 def learning() -> None:
-    """Seconds of one step, codecs and optimizer included, against forward and backward of the same tokens."""
+    """Seconds of one distillation step, codecs and optimizer included and the teacher's forward not, against forward and
+    backward of the same tokens."""
     torch.set_num_threads(1)
     model, tokens = load()
     subject, context = subject_of(model, windows(tokens["calibration"], 512, 4))
@@ -71,10 +73,10 @@ def learning() -> None:
             weight.grad = None
         return seconds
 
-    def step(transform, moving, ids) -> float:
+    def step(transform, moving, ids, teacher) -> float:
         start = time.process_time()
         with subject.live(transform.build(context, subject, moving.matrices()), context.scheme):
-            loss_of(subject.logits(ids), ids, None).backward()
+            loss_of(subject.logits(ids), ids, teacher).backward()
         moving.step()
         return time.process_time() - start
 
@@ -83,12 +85,14 @@ def learning() -> None:
               ("spinquant", 2048): "at most 1.2"}
     for length in (512, 2048):
         ids = windows(tokens["calibration"], length, 1)
+        with torch.no_grad():
+            teacher = subject.logits(ids)
         plain(ids)
         seconds = {"plain": 0.0, "adacodec": 0.0, "spinquant": 0.0}
         for _ in range(3):
             seconds["plain"] += plain(ids)
             for name, transform in transforms.items():
-                seconds[name] += step(transform, moving[name], ids)
+                seconds[name] += step(transform, moving[name], ids, teacher)
         row(f"forward and backward, {length} tokens", seconds["plain"] / 3, "CPU s")
         for name in transforms:
             row(f"step of {name} / that", seconds[name] / seconds["plain"], "", bounds[name, length])

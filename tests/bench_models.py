@@ -31,7 +31,7 @@ def quantized(model, scheme: Scheme, solver, calibration) -> Adapter:
     adapter = Adapter(model)
     swap(adapter)
     with tempfile.TemporaryDirectory() as folder:
-        quantize(adapter, scheme, solver, calibration, Run(Path(folder)), lambda index, layers: None)
+        quantize(adapter, scheme, solver, calibration, Run(Path(folder)), lambda *report: None)
     return adapter
 
 

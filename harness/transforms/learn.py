@@ -1,7 +1,4 @@
-"""Learning orthogonal matrices end to end: the loss of the whole model, activations quantized, weights frozen.
-
-    lm   mean next-token cross entropy                                       (SpinQuant, AdaCodec as published)
-    kd   mean KL(p || p_q) of the unquantized model's next-token law p       (ours: it cannot gain by adapting to the text)
+"""Learning orthogonal matrices end to end: a loss of the whole model (losses.py), activations quantized, weights frozen.
 
 The live forward (transforms.Subject.live) applies the codecs to activations with straight-through quantizers, so no gradient of
 a weight is ever taken. The matrices of the iterate with the least loss on held-out windows are returned, the start being one
@@ -15,13 +12,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.checks import integer, number, one_of
 from harness.errors import ConfigError
 from harness.formats import Scheme
 from harness.linalg.stiefel import CAPS, CayleySGD, cayley, project
 from harness.transforms.base import Subject
+from harness.transforms.losses import loss_of
 from harness.transforms.placement import Placement
 
 CHECKS = 8  # how often the held-out loss is taken
@@ -123,9 +121,9 @@ def end_to_end(subject: Subject, scheme: Scheme, start: Mapping[str, Tensor], bu
             windows = subject.train[torch.arange((step - 1) * descent.batch, step * descent.batch) % len(subject.train)]
             last = 0.0
             for ids in windows.split(1):  # one window at a time: memory does not grow with the batch
-                target = _teacher(subject, ids) if objective == "kd" else None
+                teacher = _teacher(subject, ids) if objective == "kd" else None
                 with subject.live(build(moving.matrices()), scheme):
-                    loss = loss_of(subject.logits(ids), ids, target) / len(windows)
+                    loss = loss_of(subject.logits(ids), ids, teacher) / len(windows)
                     loss.backward()
                 last += float(loss.detach())
             if not math.isfinite(last):
@@ -151,20 +149,13 @@ def held_out_loss(subject: Subject, scheme: Scheme, placement: Placement, object
     """Mean loss of a placement on the held-out windows."""
     total = 0.0
     for ids in subject.held.split(1):
-        target = _teacher(subject, ids) if objective == "kd" else None
+        teacher = _teacher(subject, ids) if objective == "kd" else None
         with subject.live(placement, scheme):
-            total += float(loss_of(subject.logits(ids), ids, target))
+            total += float(loss_of(subject.logits(ids), ids, teacher))
     return total / len(subject.held)
-
-
-def loss_of(logits: Tensor, ids: Tensor, target: Tensor | None) -> Tensor:
-    """lm loss of logits [B, L, V] for ids [B, L]; with target log probabilities [B, L, V], the mean KL to them."""
-    if target is None:
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device))
-    student = logits.float().log_softmax(-1).flatten(0, 1)
-    return nn.functional.kl_div(student, target.flatten(0, 1), log_target=True, reduction="batchmean")
 
 
 @torch.no_grad()
 def _teacher(subject: Subject, ids: Tensor) -> Tensor:
-    return subject.logits(ids).float().log_softmax(-1)
+    """Logits [B, L, V] of the unquantized model."""
+    return subject.logits(ids)
