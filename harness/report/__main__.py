@@ -20,6 +20,7 @@ from harness.report.marks import legend, letters
 from harness.report.paired import compare, settings
 from harness.report.prune import doomed, freed, remove
 from harness.report.rows import LABELS
+from harness.report.selection import filtered, find, root_and_filters, root_and_runs, short_id, unrecorded
 from harness.report.table import run_table, terminal
 from harness.report.table import show as show_table
 
@@ -66,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def ls(arguments) -> None:
     """Runs as a table: choices and the figures of the last stage with their honesty marks."""
-    root, filters = _root_and_filters(arguments.words)
-    rows = _filtered(stored.rows(root), filters)
+    root, filters = root_and_filters(arguments.words)
+    rows = filtered(stored.rows(root), filters)
     shown = {row["run_id"]: figures(row) for row in rows}
     labels = in_order(*shown.values())
     if arguments.sort:
@@ -85,7 +86,7 @@ def ls(arguments) -> None:
     for row in rows:
         texts = [shown[row["run_id"]].get(label, (None, ""))[1] for label in labels]
         choices = [row["choices"].get(group) or "" for group in LABELS[1:]]
-        cells = [_short_id(row), row["status"], *choices, *texts, (row["started"] or "")[5:16].replace("T", " ")]
+        cells = [short_id(row), row["status"], *choices, *texts, (row["started"] or "")[5:16].replace("T", " ")]
         table.add_row(*map(Text, cells), style={"done": None, "running": "cyan"}.get(row["status"], "red"))
     show_table(table, terminal())
     _say_marks(rows)
@@ -93,10 +94,10 @@ def ls(arguments) -> None:
 
 def show(arguments) -> None:
     """One run: stages, marks, warnings, the worst layers, outliers, and what went wrong."""
-    root, names = _root_and_runs(arguments.words, 1)
-    row = _find(stored.rows(root), names[0])
+    root, names = root_and_runs(arguments.words, 1)
+    row = find(stored.rows(root), names[0])
     _say(f"{row['run_id']}  {row['status']}  started {row['started']}")
-    _say(f"command: {row['command'] or _unrecorded(row)}")
+    _say(f"command: {row['command'] or unrecorded(row)}")
     run_table(row, Path(row["path"]), terminal())
     for name, stage in row["stages"].items():
         for corpus, found in (stage.get("divergence") or {}).items():
@@ -131,10 +132,10 @@ def _show_outliers(sites: list[dict]) -> None:
 
 def diff(arguments) -> None:
     """Two runs: settings that differ, figures, and the paired tests of what they measured alike."""
-    root, names = _root_and_runs(arguments.words, 2)
+    root, names = root_and_runs(arguments.words, 2)
     rows = stored.rows(root)
-    a, b = (_find(rows, name) for name in names)
-    sides = [f"A {_short_id(a)}", f"B {_short_id(b)}"]
+    a, b = (find(rows, name) for name in names)
+    sides = [f"A {short_id(a)}", f"B {short_id(b)}"]
     _print("settings that differ", ["setting", *sides], [[key, *map(str, both)] for key, both in settings(a, b).items()])
     ours, theirs = figures(a), figures(b)
     cells = []
@@ -164,21 +165,21 @@ def diff(arguments) -> None:
 
 def failed(arguments) -> None:
     """Runs that did not end, the last line of their error, and the command that tries each again."""
-    root, filters = _root_and_filters(arguments.words)
-    rows = [row for row in _filtered(stored.rows(root), filters) if row["status"] not in ("done", "running")]
-    cells = [[_short_id(r), r["status"], r["stage"] or "", (r["updated"] or r["started"] or "")[:16].replace("T", " "),
+    root, filters = root_and_filters(arguments.words)
+    rows = [row for row in filtered(stored.rows(root), filters) if row["status"] not in ("done", "running")]
+    cells = [[short_id(r), r["status"], r["stage"] or "", (r["updated"] or r["started"] or "")[:16].replace("T", " "),
               ((r["error"] or "").strip().splitlines() or [""])[-1]] for r in rows]
     _print(f"{len(rows)} failed and interrupted runs", ["run", "status", "stage", "last seen", "error"], cells)
     for row in rows:
-        _say(f"{_short_id(row)}: {row['command'] or _unrecorded(row)}")
+        _say(f"{short_id(row)}: {row['command'] or unrecorded(row)}")
 
 
 def prune(arguments) -> None:
     """List, and with --yes remove, runs that did not end and, with --blocks, the solved blocks of those that did."""
-    root, filters = _root_and_filters(arguments.words)
-    targets = [(row, target) for row in _filtered(stored.rows(root), filters) if (target := doomed(row, arguments.blocks))]
+    root, filters = root_and_filters(arguments.words)
+    targets = [(row, target) for row in filtered(stored.rows(root), filters) if (target := doomed(row, arguments.blocks))]
     sizes = freed([target for _, target in targets])
-    cells = [[_short_id(row), row["status"], "blocks" if target.name == "blocks" else "run", f"{size / 1e6:.1f}"]
+    cells = [[short_id(row), row["status"], "blocks" if target.name == "blocks" else "run", f"{size / 1e6:.1f}"]
              for (row, target), size in zip(targets, sizes)]
     _print(f"{len(targets)} to remove, {sum(sizes) / 1e6:.1f} MB", ["run", "status", "what", "MB"], cells)
     if not arguments.yes:
@@ -186,57 +187,15 @@ def prune(arguments) -> None:
         return
     for row, target in targets:
         if not remove(row, target):
-            _say(f"{_short_id(row)}: left alone, a process went on with it")
+            _say(f"{short_id(row)}: left alone, a process went on with it")
 
 
 def page(arguments) -> None:
     """Write the HTML page and say where."""
     from harness.report.page import write_page
 
-    root, _ = _root_and_runs(arguments.words, 0)
+    root, _ = root_and_runs(arguments.words, 0)
     _say(str(write_page(root, arguments.out or root / "report.html")))
-
-
-def _root_and_filters(words: list[str]) -> tuple[Path, list[str]]:
-    root, _ = _root_and_runs([word for word in words if "=" not in word], 0)
-    return root, [word for word in words if "=" in word]
-
-
-def _root_and_runs(words: list[str], count: int) -> tuple[Path, list[str]]:
-    """The run root, if the words begin with one, and `count` names of runs. Raises ConfigError."""
-    if len(words) not in (count, count + 1):
-        raise ConfigError(f"{' '.join(words) or 'nothing given'}: needs {count or 'no'} run ids, after the run root if any.")
-    root = Path(words[0] if len(words) > count else "runs")
-    if not root.is_dir():
-        raise ConfigError(f"{root}: no such folder; give the run root.")
-    return root, words[len(words) - count :]
-
-
-def _filtered(rows: list[dict], filters: list[str]) -> list[dict]:
-    """Rows of which all `group=option,option` hold, `status` counting as a group. Raises ConfigError for another one."""
-    groups = {"status", *LABELS, *(group for row in rows for group in row["choices"])}
-    for group, _, options in (text.partition("=") for text in filters):
-        if group not in groups:
-            raise ConfigError(f"{group}={options}: no such filter; there are {', '.join(sorted(groups))}.")
-        rows = [row for row in rows if (row["choices"] | {"status": row["status"]}).get(group) in options.split(",")]
-    return rows
-
-
-def _find(rows: list[dict], part: str) -> dict:
-    """The one run whose id is `part` or contains it. Raises ConfigError with the candidates."""
-    found = [row for row in rows if row["run_id"] == part] or [row for row in rows if part in row["run_id"]]
-    if len(found) == 1:
-        return found[0]
-    candidates = ", ".join(row["run_id"] for row in (found or rows)[-8:]) or "none"
-    raise ConfigError(f"{part}: {f'{len(found)} runs match, e.g.' if found else 'no such run; the latest are'} {candidates}.")
-
-
-def _unrecorded(row: dict) -> str:
-    return f"not recorded; the settings are in {Path(row['path']) / 'config.yaml'}"
-
-
-def _short_id(row: dict) -> str:
-    return row["run_id"][-10:]
 
 
 def _or_last(value: float | None) -> float:
