@@ -8,12 +8,14 @@ import os
 import shlex
 import sys
 import time
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 ROOT = Path(__file__).resolve().parent
@@ -80,6 +82,10 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the message below is ours
     try:
         job()
+    except BrokenExecutor:  # a worker was killed, and the pool gave up
+        from harness.report.sweep import close
+
+        close(OmegaConf.load(Path(HydraConfig.get().sweep.dir) / "multirun.yaml"))
     except (HydraException, OmegaConfBaseException) as error:
         from harness.hints import explain
 

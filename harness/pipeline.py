@@ -47,21 +47,29 @@ def execute(cfg, choices: Mapping[str, str | None], sweep: str | None = None, re
     plan = make_plan(settings(cfg), choices)
     store = Store(plan.settings["run_root"])
     run = store.run(plan.run_id)
-    kept = plan.settings["transform"].get("save")
-    unsaved = isinstance(kept, str) and not Path(kept).is_file()
-    exported = (run.metrics or {}).get("export")
-    if exported is not None:  # another run may have the name by now
-        about = records.read_json(Path(exported["path"]) / "quantization_metadata.json") or {}
-        unsaved = unsaved or about.get("run_id") != plan.run_id
-    if run.status.get("status") == "done" and run.metrics and not plan.settings["force"] and not unsaved:
+    if _stored(plan, run):
         return Outcome("done", True, run.metrics, run)
     store.check()
     plan.check()
     from harness.components import components
 
     parts = components(plan)
-    with records.locked(run.path / "lock"):
+    with records.locked(run.path / "lock", wait=sweep is not None):
+        if _stored(plan, run):  # by who held the lock
+            return Outcome("done", True, run.metrics, run)
         return Job(plan, parts, store, run, reporter, command).outcome(sweep)
+
+
+def _stored(plan: Plan, run: Run) -> bool:
+    """Whether the store has this run's result, and the files it was told to write are still its own."""
+    if plan.settings["force"] or run.status.get("status") != "done" or not run.metrics:
+        return False
+    exported, saved = run.metrics.get("export"), plan.settings["transform"].get("save")
+    if exported is not None:  # another run may have the name by now
+        about = records.read_json(Path(exported["path"]) / "quantization_metadata.json") or {}
+        if about.get("run_id") != plan.run_id:
+            return False
+    return not isinstance(saved, str) or records.header(Path(saved)).get("learned") == plan.learned_id
 
 
 class Job:
@@ -111,6 +119,10 @@ class Job:
         from harness.devices import device
 
         with device(self.plan.settings["device"], self.store.root / "_shared" / "devices") as found:
+            chosen, expected = self.plan.settings["device"], self.plan.device_kind
+            if found.type != expected:  # the run's id says otherwise
+                raise ConfigError(f"device={chosen}: the machine has {expected}, torch computes on {found.type}; set "
+                                  f"device={found.type}.")
             self._compute_on(found)
 
     def _compute_on(self, device) -> None:
@@ -135,7 +147,7 @@ class Job:
             chosen, read = plan.evaluation, {c.name: measure.tokens(self, c, "evaluation") for c in plan.corpora}
             self.texts = {name: windows(x, chosen.length, chosen.count, field="eval.perplexity") for name, x in read.items()}
             self.metrics["marks"] = marks(
-                plan.calibration_corpus.name if plan.calibrates else None, any(t.learned for t in parts.transforms),
+                plan.calibrated, any(t.learned for t in parts.transforms),
                 plan.settings["transform"].get("load") is not None,
                 {name: (len(self.texts[name]), len(ids) // chosen.length) for name, ids in read.items()},
                 {} if plan.zeroshot is None else dict.fromkeys(plan.zeroshot.tasks, plan.zeroshot.limit),

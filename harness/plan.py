@@ -7,6 +7,7 @@ torch, so that finished work is shown at once. components.py builds the rest.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,8 +48,8 @@ class Plan:
 
     def __post_init__(self):
         chosen = self.settings
-        model = [self.model.fingerprint(), chosen["model"]["dtype"], _device_kind(chosen["device"])]
-        tested = [[c.fingerprint("evaluation") for c in self.corpora], vars(self.evaluation), chosen["model"]["amp"]]
+        model = self._model()
+        tested = [[[c.name, c.fingerprint("evaluation")] for c in self.corpora], vars(self.evaluation), chosen["model"]["amp"]]
         if self.zeroshot is not None:
             tested.append(self.zeroshot.fingerprint())
         made = [model, self._format(), self._transform(), chosen["solver"], chosen["seed"]]
@@ -58,6 +59,21 @@ class Plan:
         object.__setattr__(self, "quant_id", f"{labels}-{fingerprint(made)}")
         object.__setattr__(self, "run_id", f"{labels}-{fingerprint(made, tested, chosen['export'])}")
         object.__setattr__(self, "baseline_id", fingerprint(model, tested))
+
+    @property
+    def device_kind(self) -> str:
+        """cpu or cuda; numbers depend on that and on nothing finer. Looks for a device file, so that torch stays out."""
+        name = self.settings["device"]
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+        there = any(Path("/dev").glob("nvidia[0-9]*")) and not hidden
+        return ("cuda" if there else "cpu") if name == "auto" else name.partition(":")[0]
+
+    @property
+    def calibrated(self) -> str | None:
+        """Name of the corpus whose text calibrates: that of an evaluated one where it is the same text, whoever named it."""
+        mark = self.calibration_corpus.fingerprint("calibration")
+        same = (c.name for c in self.corpora if not isinstance(c, Samples) and c.fingerprint("calibration") == mark)
+        return next(same, self.calibration_corpus.name) if self.calibrates else None
 
     @property
     def quantizes(self) -> bool:
@@ -74,18 +90,26 @@ class Plan:
     def fit_id(self, part: int, sees: tuple[str, ...]) -> str:
         """The key of what one part of the transform learns, seeing these parts of the format; the solver never changes it."""
         chosen = self.settings
-        model = [self.model.fingerprint(), chosen["model"]["dtype"], _device_kind(chosen["device"])]
         formats = [chosen["format"][name] for name in sees]
         text = [self.calibration_corpus.fingerprint("calibration"), vars(self.calibration)]
         own = {key: value for key, value in self._transform().items() if key != "name"}
-        return fingerprint(model, own, part, formats, text, chosen["seed"])
+        return fingerprint(self._model(), own, part, formats, text, chosen["seed"])
+
+    @property
+    def learned_id(self) -> str:
+        """The key of a file that keeps what the transform learned, whatever parts of the format it sees."""
+        return self.fit_id(0, ("act", "kv"))
 
     def allocation_id(self) -> str:
-        """The key of what format=auto chooses; the solver never changes it."""
-        chosen = self.settings
-        model = [self.model.fingerprint(), chosen["model"]["dtype"], _device_kind(chosen["device"])]
+        """The key of what format=auto measures of its candidates, whatever the budget and the solver."""
+        chosen, formats = self.settings, self._format()
+        measured = [formats["weight"], formats["auto"]["candidates"], formats.get("named")]
         text = [self.calibration_corpus.fingerprint("calibration"), vars(self.calibration)]
-        return fingerprint(model, self._transform(), self._format(), text, chosen["seed"])
+        return fingerprint(self._model(), self._transform(), measured, text, chosen["seed"])
+
+    def _model(self) -> list:
+        """What of the model and the machine changes numbers."""
+        return [self.model.fingerprint(), self.settings["model"]["dtype"], self.device_kind]
 
     def _format(self) -> dict:
         """The format's settings, with what stands behind the options that overrides and candidates name."""
@@ -182,11 +206,6 @@ def _other(field: str, name: str) -> Corpus:
         return corpus
     except (ConfigError, DataError) as error:
         raise type(error)(f"{field}={name}: {error}") from None
-
-
-def _device_kind(name: str) -> str:
-    """cpu or cuda; numbers depend on that and on nothing finer. Looks for a device file, so that torch stays out."""
-    return ("cuda" if Path("/dev/nvidia0").exists() else "cpu") if name == "auto" else name.partition(":")[0]
 
 
 def _strings(value) -> list[str]:

@@ -85,7 +85,7 @@ def fitted(job, part: int, transform, subject: ModelSubject) -> Placement:
                 job.reporter.say("transform: learned before, from the store")
     job.run.placement = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     if section["save"] is not None:
-        file.save(Path(section["save"]), placement, facts)
+        file.save(Path(section["save"]), placement, facts, job.plan.learned_id)
     return placement
 
 

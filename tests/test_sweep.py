@@ -62,6 +62,34 @@ def test_a_killed_pool_goes_on_and_repeats_nothing(tmp_path):
     assert all(run in page.read_text() for run in done(root))
 
 
+def test_a_killed_worker_costs_its_jobs_and_not_the_table(tmp_path):
+    line = ["-m", *SMALL, "solver=rtn,adascale_paper", "hydra/launcher=local_pool", "run_root=runs"]
+    env, root = {**os.environ, "OMP_NUM_THREADS": "1"}, tmp_path / "runs"
+    pool = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *line], cwd=tmp_path, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    slow, told = [], []
+    while pool.poll() is None and not (told and slow):
+        told = list(root.glob("_sweeps/*/00000.json"))
+        slow = list(root.glob("*adascale_paper*/status.json"))
+        time.sleep(0.02)
+    os.kill(json.loads(slow[0].read_text())["pid"], signal.SIGKILL)
+    told, _ = pool.communicate(timeout=60)
+    assert pool.returncode == 1
+    assert "2 jobs, 1 failed" in told
+    assert "job 1" in told and "the same command goes on" in told
+    (page,) = (root / "_sweeps").glob("*/report.html")
+    assert all(run in page.read_text() for run in done(root))
+
+
+def test_a_run_that_two_jobs_of_a_sweep_want_is_computed_once(tmp_path):
+    line = ["-m", *SMALL, "solver=adascale", "solver.iterations=20,20", "hydra/launcher=local_pool", "run_root=runs"]
+    swept = command(tmp_path, *line)
+    assert swept.returncode == 0, swept.stderr
+    assert "2 jobs, 0 failed" in swept.stdout
+    blocks = [event["index"] for _, event in events(tmp_path / "runs") if event["event"] == "block"]
+    assert len(blocks) == len(set(blocks)) > 0
+
+
 def test_a_row_is_run_again_by_its_command(tmp_path):
     """Out of an experiment whose option would start a sweep; and the command line replaces what the option sweeps over."""
     swept = command(tmp_path, "-m", *SMALL, "experiment=adascale_qsim", "solver=rtn", "run_root=runs")

@@ -126,7 +126,9 @@ def test_bad_settings_are_refused(section, error, words):
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    ("{", "line 1 is not JSON"), ('{"query": "a"}', "line 1 has neither"), ("", "empty"),
+    ("{", "line 1 is not JSON"), ('{"query": "a"}', "line 1 has neither"),
+    ('{"query": "a", "choices": ["x", "y"], "gold": 7}', "line 1 has neither"),
+    ('{"context": "a", "continuation": 5}', "line 1 has neither"), ("", "empty"),
     (json.dumps(CHOICES[0]) + "\n" + json.dumps(WORDS[0]), "mixes"),
 ])
 def test_bad_files_are_named(folder, content, words):

@@ -180,13 +180,23 @@ def _read(path: Path) -> list[dict]:
             row = json.loads(line)
         except ValueError:
             raise DataError(f"eval.zeroshot: {path} line {number} is not JSON.") from None
-        choice = isinstance(row, dict) and {"query", "choices", "gold"} <= set(row)
-        if not choice and not (isinstance(row, dict) and {"context", "continuation"} <= set(row)):
-            raise DataError(f"eval.zeroshot: {path} line {number} has neither query, choices, gold nor context, continuation.")
+        if not isinstance(row, dict) or not (_is_choice(row) or _is_continuation(row)):
+            raise DataError(f"eval.zeroshot: {path} line {number} has neither query, choices (texts), gold (the index of "
+                            "one) nor context and continuation (texts).")
         rows.append(row)
     if not rows or any(("context" in row) != ("context" in rows[0]) for row in rows):
         raise DataError(f"eval.zeroshot: {path} is empty or mixes two kinds of documents.")
     return rows
+
+
+def _is_choice(row: Mapping) -> bool:
+    query, choices, gold = (row.get(key) for key in ("query", "choices", "gold"))
+    texts = isinstance(choices, list) and all(isinstance(text, str) for text in [query, *choices])
+    return texts and type(gold) is int and 0 <= gold < len(choices)
+
+
+def _is_continuation(row: Mapping) -> bool:
+    return all(isinstance(row.get(key), str) for key in ("context", "continuation"))
 
 
 def _figures(result: Mapping, count: int | None) -> dict:

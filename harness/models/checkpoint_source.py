@@ -60,6 +60,7 @@ class CheckpointModel(ModelSource):
         return self.ready(model, device), tokenizer
 
     def fingerprint(self) -> str:
+        self.check()
         digest = hashlib.sha256()
         for file in sorted(self._folder.iterdir()):
             if file.name in (DIGESTS, "config.json"):

@@ -6,6 +6,8 @@ header takes 3 s to read and is read once; the tokenizer is built by its class, 
 again; and the table of tensor names is worked out for the whole model only. A load takes 6 s where the plain calls take 18.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -59,7 +61,8 @@ class Wheel(ModelSource):
 
     def fingerprint(self) -> str:
         self.check()
-        return f"{self.package}=={metadata.version(self.package)}"
+        stated = hashlib.sha256(json.dumps(self.architecture, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.package}=={metadata.version(self.package)}:{stated}"
 
     def _file(self) -> Path:
         spec = find_spec(self.package)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from harness.store import Run, RunLocked, Store, locked, read_json
+from harness.store import Run, Store, held, read_json
 
 LABELS = ("model", "format", "transform", "solver")  # what a run id begins with
 
@@ -22,7 +22,7 @@ def row(run: Run) -> dict:
     try:
         status, metrics = dict(run.status), dict(run.metrics or {})
         state = status.get("status", "interrupted")
-        if state == "running" and not _written(run):
+        if state == "running" and not held(run.path / "lock"):
             state = "interrupted"
     except (TypeError, ValueError, OSError) as error:
         status, metrics, state = {"error": f"cannot be read: {error}"}, {}, "broken"
@@ -62,12 +62,3 @@ def samples(row: dict, task: str) -> list[dict] | None:
 def _with_nan(figures: dict) -> dict:
     """JSON has no NaN: what was not finite is stored as null."""
     return {name: math.nan if value is None else value for name, value in figures.items()}
-
-
-def _written(run: Run) -> bool:
-    """Whether a process holds the run."""
-    try:
-        with locked(run.path / "lock"):
-            return False
-    except RunLocked:
-        return True

@@ -1,7 +1,7 @@
 """A multirun from its start to its end: how many jobs, how far they are, one table and one page of all of them, failed ones
 included, and the exit status that `on_error` asks for.
 
-    _sweeps/<sweep>/sweep.json     {"jobs", "started", "pid": of the process that launches}
+    _sweeps/<sweep>/sweep.json     {"jobs", "overrides": of each, "started", "pid": of the process that launches}
     _sweeps/<sweep>/NNNNN.json     a finished job's row;  NNNNN.log what it said, where jobs run in other processes
 """
 
@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import OmegaConf, flag_override
@@ -37,6 +38,13 @@ def record(sweep: Path, job: int, row: dict) -> None:
 def records(sweep: Path) -> list[dict]:
     """The rows kept so far."""
     return [row for row in map(read_json, sorted(sweep.glob("[0-9]*.json"))) if row]
+
+
+def everyone(sweep: Path) -> list[dict]:
+    """A row for every job: the one it kept, or that its process ended before it could."""
+    kept, begun = {row["job"]: row for row in records(sweep)}, read_json(sweep / "sweep.json") or {"overrides": []}
+    lost = {"status": "failed", "error": "no process ended it (one was killed, for lack of memory?); the same command goes on"}
+    return [kept.get(job, {"job": job, "overrides": own, **lost}) for job, own in enumerate(begun["overrides"])]
 
 
 def summary(metrics: dict) -> dict:
@@ -78,13 +86,15 @@ class SweepTable(Callback):
         with flag_override(config, "readonly", False):
             config.hydra.sweeper.params = swept or None
         parsed = OverridesParser.create().parse_overrides([*(f"{key}={value}" for key, value in swept.items()), *given])
-        jobs = len(BasicSweeper.split_arguments(parsed, max_batch_size=None)[0])
+        jobs = [list(own) for own in BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]]
         self._folder, self._ended, self._watcher = Path(config.hydra.sweep.dir), threading.Event(), None
         for old in self._folder.glob("[0-9]*.*"):  # of an earlier sweep, where HARNESS_SWEEP names the folder
             old.unlink()
-        write_json(self._folder / "sweep.json", {"jobs": jobs, "started": time.time(), "pid": os.getpid()})
+        begun = {"jobs": len(jobs), "overrides": jobs, "started": time.time(), "pid": os.getpid()}
+        write_json(self._folder / "sweep.json", begun)
+        HydraConfig.instance().set_config(config)  # for who ends the sweep where the launcher gives it up
         if not config.hydra.launcher._target_.endswith("BasicLauncher"):
-            self._watcher = threading.Thread(target=self._watch, args=(jobs,), daemon=True)
+            self._watcher = threading.Thread(target=self._watch, args=(len(jobs),), daemon=True)
             self._watcher.start()
 
     def on_multirun_end(self, config, **kwargs) -> None:
@@ -92,22 +102,7 @@ class SweepTable(Callback):
         if self._watcher is not None:
             self._ended.set()
             self._watcher.join()
-        rows = records(self._folder)
-        try:
-            sweep_table(rows)
-            self._write_page(config, {row["run_id"] for row in rows if row.get("run_id")})
-        finally:  # Hydra turns an exception of a callback into a warning; the exit status must not depend on a table
-            if config.on_error != "record" and any(row["status"] != "done" for row in rows):
-                sys.exit(1)
-
-    def _write_page(self, config, runs: set[str]) -> None:
-        """One page of the sweep's runs; W&B gets it as the artifact of a run of its own in the sweep's group."""
-        path, name = write_page(Path(config.run_root), self._folder / "report.html", runs), self._folder.name
-        print(f"page: {path}")
-        tracker = build(OmegaConf.to_container(config.tracking, resolve=True), "tracking")
-        tracker.start({}, RunInfo(name, None, self._folder, group=name, job_type="sweep"))
-        tracker.page(path)
-        tracker.finish({"runs": len(runs)})
+        close(config)
 
     def _watch(self, jobs: int) -> None:
         """Show how far jobs in other processes are: the sweep's bar, and the last line of each that runs."""
@@ -122,6 +117,28 @@ class SweepTable(Callback):
                     advance()
                 done = len(finished)
                 advance(" | ".join(lines), steps=0)
+
+
+def close(config) -> None:
+    """The table and the page of a sweep, of what it has. SystemExit with status 1 when a job failed and `on_error=raise`."""
+    folder = Path(config.hydra.sweep.dir)
+    rows = everyone(folder)
+    try:
+        sweep_table(rows)
+        _write_page(config, folder, {row["run_id"] for row in rows if row.get("run_id")})
+    finally:  # Hydra turns an exception of a callback into a warning; the exit status must not depend on a table
+        if config.on_error != "record" and any(row["status"] != "done" for row in rows):
+            sys.exit(1)
+
+
+def _write_page(config, folder: Path, runs: set[str]) -> None:
+    """One page of the sweep's runs; W&B gets it as the artifact of a run of its own in the sweep's group."""
+    path = write_page(Path(config.run_root), folder / "report.html", runs)
+    print(f"page: {path}")
+    tracker = build(OmegaConf.to_container(config.tracking, resolve=True), "tracking")
+    tracker.start({}, RunInfo(folder.name, None, folder, group=folder.name, job_type="sweep"))
+    tracker.page(path)
+    tracker.finish({"runs": len(runs)})
 
 
 def _last_line(path: Path) -> str:

@@ -30,13 +30,14 @@ KEYED = ("merged", "online", "encoders", "decoders")
 R2_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.R2")
 
 
-def save(path: Path, placement: Placement, facts: Mapping) -> None:
-    """Write a placement in one step; `facts` (JSON) say what it belongs to and are checked on loading."""
+def save(path: Path, placement: Placement, facts: Mapping, learned: str = "") -> None:
+    """Write a placement in one step; `facts` (JSON) say what it belongs to and are checked on loading; learned: the key of what
+    was learned, by which a later run knows the file as its own."""
     tensors: dict[str, Tensor] = {}
     spec = {"facts": dict(facts), **pack(placement, tensors)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata={"placement": json.dumps(spec)})
+    save_file(tensors, temporary, metadata={"placement": json.dumps(spec), "learned": learned})
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
