@@ -198,9 +198,9 @@ def transforms_of(section: Mapping) -> list:
     return [stacked, transform] if when == "before" else [transform, stacked]
 
 
-def placement_facts(plan: Plan) -> dict:
+def placement_facts(plan: Plan, transform) -> dict:
     """What a stored placement must agree with to be used in this run."""
-    return {"model": plan.model.fingerprint(), "transform": plan.settings["transform"]["_target_"].rpartition(".")[2]}
+    return {"model": plan.model.fingerprint(), "transform": type(transform).__name__, **transform.structure}
 
 
 def _check_file(section: Mapping, learned: list, context, plan: Plan) -> None:
@@ -213,7 +213,7 @@ def _check_file(section: Mapping, learned: list, context, plan: Plan) -> None:
             raise ConfigError(f"transform.save={kept}: needs the name of a file.")
         writable("transform.save", Path(kept).parent)
     if section.get("load") is not None:
-        file.check(section["load"], learned[0], context, placement_facts(plan))
+        file.check(section["load"], learned[0], context, placement_facts(plan, learned[0]))
 
 
 def _check_device(name: str) -> None:

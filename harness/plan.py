@@ -91,6 +91,8 @@ class Plan:
         """The key of what one part of the transform learns, seeing these parts of the format; the solver never changes it."""
         chosen = self.settings
         formats = [chosen["format"][name] for name in sees]
+        if sees and chosen["format"]["overrides"]:
+            formats += [chosen["format"]["overrides"], self._format().get("named")]
         text = [self.calibration_corpus.fingerprint("calibration"), vars(self.calibration)]
         own = {key: value for key, value in self._transform().items() if key != "name"}
         return fingerprint(self._model(), own, part, formats, text, chosen["seed"])

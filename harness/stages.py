@@ -68,7 +68,7 @@ def fitted(job, part: int, transform, subject: ModelSubject) -> Placement:
     """What a transform fits; what it has learned before is taken from the store, or from `transform.load`."""
     if not transform.learned:
         return transform.fit(job.parts.context, subject)
-    section, context, facts = job.plan.settings["transform"], job.parts.context, placement_facts(job.plan)
+    section, context, facts = job.plan.settings["transform"], job.parts.context, placement_facts(job.plan, transform)
     if section["load"] is not None:
         path = Path(section["load"])
         job.run.event("placement", source=str(path))

@@ -170,12 +170,13 @@ def test_refusals_name_the_field(name, settings, message):
 
 def test_warnings():
     nvfp4 = Scheme(weight=NVFP4(), act=NVFP4(role="activation"))
-    weights = Scheme(weight=NVFP4())
+    weights, inputs = Scheme(weight=NVFP4()), Scheme(act=NVFP4(role="activation"))
     assert transform("hadamard").check(context(scheme=nvfp4, solver="gptq")) == []
-    assert transform("hadamard").check(context(scheme=weights, solver="rtn")) == []
+    assert transform("hadamard").check(context(scheme=inputs, solver="rtn")) == []
     assert transform("dct").check(context(scheme=nvfp4, solver="rtn")) == []
-    (harm,) = transform("hadamard").check(context(scheme=nvfp4, solver="rtn"))
-    assert "NVFP4" in harm and "RTN" in harm
+    for scheme, solver in ((nvfp4, "rtn"), (weights, "rtn"), (nvfp4, "minmax")):
+        (harm,) = transform("hadamard").check(context(scheme=scheme, solver=solver))
+        assert "NVFP4" in harm and "RTN" in harm
     both = Scheme(weight=Integer(bits=4, granularity="group", group_size=96, symmetric=True), act=MX(role="activation"))
     for name in CHOSEN:
         assert transform(name, block_size=16).check(context(scheme=both)) == [

@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 from composed import ROOT, small
+from hydra.utils import get_class
 from safetensors.torch import save_file
 
 from harness.calibration.subject import ModelSubject
+from harness.config import option
 from harness.errors import ConfigError
 from harness.formats import NVFP4, Scheme
 from harness.models.families import Adapter
@@ -50,7 +52,15 @@ def test_every_transform_with_every_format_and_solver(tmp_path, transform, forma
         float_model = stages.get("transformed", stages["baseline"])  # learning by the lm loss changes the model itself
         assert stages["quantized"]["ppl"]["pydoc"] == pytest.approx(float_model["ppl"]["pydoc"], rel=0.3)
         learned += [event["source"] for event in events(outcome, "placement")]
-    assert learned in ([], ["learned", "store"]), "another solver reuses what was learned"
+    learns = get_class(option("transform", transform)["_target_"]).learned
+    assert learned == (["learned", "store"] if learns else []), "another solver reuses what was learned"
+
+
+@pytest.mark.parametrize("options", [[], ["transform.init=hadamard"], ["transform.init=pca"], ["transform.placement=site"],
+                                     ["transform.placement=merged"], ["model.family=qwen3"]], ids=str)
+def test_codecs_that_have_learned_nothing_leave_the_model(tmp_path, options):
+    stages = run(tmp_path, "adacodec", "solver=rtn", "transform.steps=0", *options).metrics["stages"]
+    assert stages["transformed"]["ppl"]["pydoc"] == pytest.approx(stages["baseline"]["ppl"]["pydoc"], rel=1e-5)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -207,6 +217,7 @@ REFUSED = [
     ("adacodec", ["format.act.bits=16"], ["format.act.bits=16", "transform=adacodec"]),
     ("adacodec", ["format=int4", "format.act.bits=16"], ["format.act.bits=16", "transform=adacodec"]),
     ("spinquant", ["format.act.bits=16"], ["format.act.bits=16", "format.kv.bits=16", "transform=spinquant"]),
+    ("spinquant", ["format.act.bits=16", "format.kv.bits=4", "transform.r2=false"], ["format.act.bits=16", "format.kv.bits=4"]),
     ("dartquant", ["format.act.bits=16"], ["format.act.bits=16", "format.kv.bits=16", "transform=dartquant"]),
     ("jointquant", ["format.act.bits=16"], ["format.act.bits=16", "format.kv.bits=16", "transform=jointquant"]),
     ("adacodec", ["transform.decoder=ridge"], ["transform.decoder=ridge", "transform.placement=stream"]),
@@ -320,3 +331,7 @@ def test_a_lost_model_comes_with_a_checklist(tmp_path, capsys):
     run_table(metrics, tmp_path)
     assert "norm weights not fused" in capsys.readouterr().out
     assert math.isfinite(metrics["stages"]["quantized"]["ppl"]["pydoc"])
+    for lost in (math.nan, math.inf, None):
+        metrics["stages"]["quantized"]["ppl"]["pydoc"] = lost
+        run_table(metrics, tmp_path)
+        assert "norm weights not fused" in capsys.readouterr().out

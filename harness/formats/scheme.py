@@ -95,6 +95,12 @@ class Scheme:
             return own[name]
         return None if layer is None else getattr(self, name)
 
+    def seen(self, *parts: str) -> "Scheme":
+        """The scheme with these parts (act, kv) alone, those of overrides included: what a transform learns with."""
+        overrides = {where: {p: own[p] for p in parts if p in own} for where, own in self.overrides.items()}
+        return Scheme(self.name, act=self.act if "act" in parts else None, kv=self.kv if "kv" in parts else None,
+                      overrides=overrides)
+
     def weights(self, layer: int | None, linears: Iterable[str]) -> dict[str, Format]:
         """{name: weight format} of those linears of a block that are quantized."""
         formats = {name: self.part("weight", layer, name) for name in linears}

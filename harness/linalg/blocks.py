@@ -14,12 +14,14 @@ from torch import Tensor
 def times(x: Tensor, matrix: Tensor) -> Tensor:
     """x diag(M_1, .., M_nb) for x [..., n] of any float dtype and M [nb, g, g], or [g, g] for every block, nb g = n.
 
-    Computed in float32 or in float64 if x is that; returned in x's dtype.
+    Computed in float32 or in float64 if x is that; returned in x's dtype. Raises ValueError where nb g is not n.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     matrix = matrix.to(x.device, dtype)
     if matrix.ndim == 3 and len(matrix) == 1:
         matrix = matrix[0]
+    if matrix.ndim == 3 and len(matrix) * matrix.shape[1] != x.shape[-1]:
+        raise ValueError(f"{len(matrix)} blocks of {matrix.shape[1]} do not make up {x.shape[-1]} features")
     rows = x.to(dtype).reshape(-1, x.shape[-1])
     if matrix.ndim == 2:
         product = rows.reshape(-1, len(matrix)) @ matrix

@@ -41,11 +41,15 @@ def factors(n: int) -> tuple[int, int]:
 
 
 def reachable(field: str, order: int, way_out: str = "") -> None:
-    """Raise a ConfigError that starts with `field` (as `transform.block_size=12`) if no Hadamard matrix has this order."""
+    """Raise a ConfigError that starts with `field` (as `transform.block_size=12`) if no Hadamard matrix has this order.
+
+    way_out: the setting that avoids it, where the field takes no block size.
+    """
     try:
         factors(order)
     except ConfigError as error:
-        raise ConfigError(f"{field}: {error}{f', or set {way_out}' if way_out else ''}") from None
+        told = f"{str(error).partition(';')[0]}; set {way_out}" if way_out else error
+        raise ConfigError(f"{field}: {told}.") from None
 
 
 def hadamard(n: int) -> Tensor:

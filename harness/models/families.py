@@ -93,10 +93,11 @@ def head_dim(facts: Mapping) -> int:
 
 def context_of(facts: Mapping, scheme: Scheme, seed: int = 0, solver: str | None = None) -> Context:
     """What a transform may know of a model before its weights are loaded, from the facts of its config.json."""
-    heads = facts["num_attention_heads"]
+    heads, family = facts["num_attention_heads"], family_of(facts.get("model_type"))
     return Context(
-        widths=family_of(facts.get("model_type")).widths(facts), layers=facts["num_hidden_layers"], heads=heads,
+        widths=family.widths(facts), layers=facts["num_hidden_layers"], heads=heads,
         kv_heads=facts.get("num_key_value_heads") or heads, head_dim=head_dim(facts), scheme=scheme, seed=seed, solver=solver,
+        readers={site.name: site.linears for site in family.sites},
     )
 
 

@@ -34,7 +34,8 @@ def live(adapter: Adapter, placement: Placement, scheme: Scheme | None = None) -
         elif role.kind == "linear" and isinstance(module, QuantLinear):
             module.encoder = placement.writing(role)
             module.site.codec = placement.encoder(role.layer, role.reads)
-            module.site.format = None if scheme is None or scheme.act is None else scheme.act.dynamic()
+            act = None if scheme is None else scheme.part("act", role.layer, role.name)
+            module.site.format = None if act is None else act.dynamic()
             if (role.layer, role.name) in placement.decoders:
                 module.decoder = placement.reading(role)
             else:

@@ -166,5 +166,5 @@ def _line(console: Console, text: str, style: str | None = None) -> None:
 
 
 def _lost(ppl: dict, baseline: dict) -> bool:
-    """Whether a model that worked does not any more."""
-    return any((x or 0) > LOST >= (baseline.get(corpus) or LOST) for corpus, x in ppl.items())
+    """Whether a model that worked does not any more; a perplexity that is not finite may stand as None."""
+    return any((x is None or not x <= LOST) and (baseline.get(corpus) or LOST) <= LOST for corpus, x in ppl.items())

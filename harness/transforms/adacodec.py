@@ -11,9 +11,11 @@ reported instead, on every corpus, and a gain there is adaptation to the trainin
 
 objective: lm (as published), kd (distillation, ours), layer (relative output error, site by site; ours; placement site).
 decoder: free | tied (R2 = R1^T: a learned rotation, and the function stays) | ridge (R1 as it starts, the least-squares D of X
-from Q(X R1); placement site). placement merged: stream without the codec of down's input, so that nothing stays online.
+from Q(X R1) in closed form, so that objective, steps and lr mean nothing; placement site). placement merged: stream without the
+codec of down's input, so that nothing stays online.
 Source: AdaCodec's code, on SpinQuant's trainer (preset adacodec_paper). Differences: grouped queries and biases work, no
-embedding mean is subtracted, the loop quantizes as the evaluation does, o reads the decoder of v.
+embedding mean is subtracted, the loop quantizes what the evaluation does (with scales of each tensor where those are
+calibrated), o reads the decoder of v.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ from torch import Tensor
 
 from harness.checks import one_of
 from harness.errors import ConfigError
-from harness.formats import Scheme
 from harness.linalg.hadamard import Hadamard, random_signs, reachable
 from harness.linalg.stiefel import deviation
 from harness.transforms.base import Context, Subject, Transform, generator
@@ -67,6 +68,10 @@ class AdaCodec(Transform):
         self.free_decoder = decoder != "tied"
         self.residual = placement != "site"
 
+    @property
+    def structure(self) -> dict[str, object]:
+        return {"placement": self.place, "decoder": self.decoder}
+
     def leaves(self, context: Context) -> tuple[str, ...]:
         sites = {"site": tuple(context.widths), "stream": ("down_in",), "merged": ()}[self.place]
         return tuple(f"an encoder at {site}" for site in sites)
@@ -82,13 +87,14 @@ class AdaCodec(Transform):
 
     def _block(self, context: Context) -> int:
         """g, for everything but values."""
-        widths = context.widths if self.place == "site" else {s: w for s, w in context.widths.items() if s != "o_in"}
-        fits = common_blocks(widths)
+        outside = {"site": (), "stream": ("o_in",), "merged": ("o_in", "down_in")}[self.place]
+        widths = {site: width for site, width in context.widths.items() if site not in outside}
+        fits = [g for g in common_blocks(widths) if self.place == "site" or not context.head_dim % min(g, context.head_dim)]
         if self.block_size == "auto" and fits:
             return fits[0]
         if not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 2:
             raise ConfigError(f"transform.block_size={self.block_size}: needs auto (where one of {BLOCKS} divides "
-                              f"{dict(widths)}), or a number that does.")
+                              f"{dict(widths)} and the head, {context.head_dim}), or a number that does.")
         for site, width in widths.items():
             if width % self.block_size:
                 raise ConfigError(f"transform.block_size={self.block_size} does not divide site {site} ({width} features); "
@@ -110,7 +116,7 @@ class AdaCodec(Transform):
         if self.objective == "layer":
             learned, more = reconstruct(subject, context, start, self.descent)
         else:
-            scheme, build = Scheme(act=context.scheme.act), partial(self.build, context, subject)
+            scheme, build = context.scheme.seen("act"), partial(self.build, context, subject)
             learned, more = end_to_end(subject, scheme, start, build, self.descent, self.objective)
         notes |= more | {"orthogonality": max(deviation(m) for m in learned.values()), "codec_gap": _gap(start, learned)}
         return replace(self.build(context, subject, learned), notes=notes)
@@ -210,8 +216,8 @@ class AdaCodec(Transform):
         return Placement(online=online, decoders=decoders)
 
     def _ridge(self, context: Context, subject: Subject, start: Mapping[str, Tensor], notes: dict) -> Placement:
-        act = context.scheme.act.dynamic()
-        found = subject.observe(lambda i, site, n: Ridge(Blocks(start[site][i]), act), start, "ridge decoders")
+        collector = lambda i, site, n: Ridge(Blocks(start[site][i]), context.reads(site, i))  # noqa: E731
+        found = subject.observe(collector, start, "ridge decoders")
         online = {where: Blocks(start[where[1]][where[0]], d) for where, (d, _) in found.items()}
         error = sum(e for _, e in found.values()) / len(found)
         return Placement(online=online, notes={**notes, "ridge_error": error})

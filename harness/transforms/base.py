@@ -8,20 +8,20 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from harness.formats import Scheme
+from harness.formats import Format, Scheme
 from harness.transforms.placement import Placement, Role
 
 
 @dataclass(frozen=True)
 class Context:
     """What a transform may look at before any weight is loaded: `widths` {site: features}, the shape of the attention
-    heads, the formats, the solver's name (None: weights stay float), the run's seed."""
+    heads, the formats, the solver's name (None: weights stay float), the run's seed, `readers` {site: its linears}."""
 
     widths: Mapping[str, int]
     layers: int
@@ -31,6 +31,16 @@ class Context:
     scheme: Scheme
     seed: int
     solver: str | None = None
+    readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def reads(self, site: str, layer: int) -> Format | None:
+        """The format in which the linears of a site read their activation; all of them read one tensor."""
+        first, *_ = self.readers.get(site) or ("",)
+        return self.scheme.part("act", layer, first)
+
+    def quantizes(self, site: str) -> bool:
+        """Whether the activation of this site is quantized in any layer."""
+        return any(self.reads(site, layer) is not None for layer in range(self.layers))
 
     @property
     def hidden(self) -> int:
@@ -88,6 +98,11 @@ class Transform(ABC):
     def leaves(self, context: Context) -> tuple[str, ...]:
         """What cannot be merged and stays online, in words; a checkpoint for others cannot hold it."""
         return ()
+
+    @property
+    def structure(self) -> dict[str, object]:
+        """What of the settings a stored placement must have been made with, to be loaded under them."""
+        return {}
 
     def complete(self, context: Context, placement: Placement) -> Placement:
         """A stored placement with what this run wants beside the learned matrices (R3 and R4 of the rotations)."""

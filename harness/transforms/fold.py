@@ -3,9 +3,9 @@
     reading linear   W <- W D^T        writing linear   W <- E^T W, b <- b E
     embedding        T <- T E          norm             gamma <- gamma E   (E diagonal)
 
-Called on float64 weights it merges for good (the caller casts back once); called on differentiable weights inside
-`torch.func.functional_call` it is part of the graph. Each parameter is merged by itself, so a caller may hand them over one
-at a time.
+Called on float64 weights it merges for good (the caller casts back, once a transform and once for the norms); called on
+differentiable weights inside `torch.func.functional_call` it is part of the graph. Each parameter is merged by itself, so a
+caller may hand them over one at a time.
 """
 
 from __future__ import annotations

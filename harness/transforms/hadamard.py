@@ -4,8 +4,8 @@
     R = diag(sigma) R                  transform.random_signs (sigma drawn from (seed, g): fine-grained RHT at g = 16)
 
 Source: FP-Quant `transform_class=hadamard`, MR-GPTQ (arXiv 2509.23202). Differences: block `auto`, orders that are no power of
-two, random signs. Online cost T n log2(g). On NVFP4 with RTN it hurts: a block of 16 already isolates outliers; it helps INT4
-strongly and MXFP4 activations.
+two, random signs. Online cost T n log2(g) in the CUDA kernel, T n g as a matmul. On NVFP4 with RTN it hurts: a block of 16
+already isolates outliers; it helps INT4 strongly and MXFP4 activations.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ class HadamardBlocks(BlockDiagonal):
 
     def check(self, context: Context) -> list[str]:
         warnings = super().check(context)
-        nvfp4 = isinstance(context.scheme.weight, NVFP4) and isinstance(context.scheme.act, NVFP4)
-        if nvfp4 and context.solver == "rtn":
+        if isinstance(context.scheme.weight, NVFP4) and context.solver in ("rtn", "minmax"):
             harm = "transform=hadamard with NVFP4: blocks of 16 isolate outliers; with RTN it is worse than identity"
             return [harm, *warnings]
         return warnings

@@ -9,7 +9,8 @@ Cheap, and an upper bound on what a decoder can undo; with a straight-through gr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,14 +30,14 @@ RIDGE = 1e-4
 class Ridge:
     """Running normal equations of one site; `finish` gives (D [1, n, n] float64, relative error of X it leaves)."""
 
-    def __init__(self, encoder: Codec, act: Format):
-        self.encoder, self.act = encoder, act
+    def __init__(self, encoder: Codec, act: Format | None):
+        self.encoder, self.fake = encoder, fake(act, ste=False)
         self.gram, self.cross, self.power = 0.0, 0.0, 0.0
 
     def add(self, x: Tensor) -> None:
         """Take in activations [..., n]."""
         x = x.flatten(0, -2).float()
-        q = self.act.fake(self.encoder.encode(x))
+        q = self.fake(self.encoder.encode(x))
         self.gram, self.cross = self.gram + (q.T @ q).double(), self.cross + (q.T @ x).double()
         self.power += float(x.double().square().sum())
 
@@ -50,12 +51,11 @@ class Ridge:
 
 def reconstruct(subject: Subject, context: Context, start: Mapping[str, Tensor], descent: Descent) -> tuple[dict, dict]:
     """Learned {site: [L, nb, g, g], site^: [L, linears, nb, g, g]} from such a start, by the layer objective, and notes."""
-    act = context.scheme.act.dynamic()
     sites = [name for name in start if not name.endswith("^")]
 
     def collector(layer: int, site: str, width: int) -> Reservoir:
         weights = [subject.weight(layer, r.name) for r in subject.roles.values() if (r.layer, r.reads) == (layer, site)]
-        own = {name: start[name][layer] for name in (site, f"{site}^") if name in start}
+        own, act = {name: start[name][layer] for name in (site, f"{site}^") if name in start}, context.reads(site, layer)
         return Reservoir(ROWS, context.seed, layer, site, then=lambda x: _fit(x, weights, own, site, act, descent))
 
     found = subject.observe(collector, sites, "layer objective")
@@ -64,14 +64,20 @@ def reconstruct(subject: Subject, context: Context, start: Mapping[str, Tensor],
     return learned, {"objective": "layer", "steps": descent.steps, "held_out_loss": losses}
 
 
+def fake(act: Format | None, ste: bool) -> Callable[[Tensor], Tensor]:
+    """x -> Q(x) with scales from each tensor; x itself where nothing is quantized."""
+    return (lambda x: x) if act is None else partial(act.dynamic().fake, ste=ste)
+
+
 @torch.enable_grad()
-def _fit(x: Tensor, weights: list[Tensor], start: Mapping, site: str, act: Format, descent: Descent) -> tuple[dict, list]:
+def _fit(x: Tensor, weights: list[Tensor], start: Mapping, site: str, act: Format | None,
+         descent: Descent) -> tuple[dict, list]:
     held, x = x[: max(1, len(x) // 10)], x[max(1, len(x) // 10) :]
     moving = Orthogonal({name: matrix.to(x.device) for name, matrix in start.items()}, descent)
-    rows = ROWS_A_WINDOW * descent.batch
+    rows, quantize = ROWS_A_WINDOW * descent.batch, fake(act, ste=True)
 
     def loss(matrices: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        y = act.fake(Blocks(matrices[site]).encode(x), ste=True)
+        y = quantize(Blocks(matrices[site]).encode(x))
         decoders = matrices[f"{site}^"].unbind(0) if f"{site}^" in matrices else [matrices[site]] * len(weights)
         total = 0.0
         for weight, decoder in zip(weights, decoders):

@@ -57,9 +57,11 @@ class QuaRot(Rotations):
             r1 = Blocks(random_orthogonal(context.hidden, generator(context.seed, "R1")))
         elif self.r1 != "off":
             r1 = self.draw(context, context.hidden if self.r1 == "hadamard" else self.r1, "R1")
+        if not self.r2:
+            return r1, {}, {}
         plain = Rotation(Hadamard(context.head_dim))
         r2 = {i: plain if self.online_heads else self.draw(context, context.head_dim, i, "R2") for i in range(context.layers)}
-        return r1, r2 if self.r2 else {}, {}
+        return r1, r2, {}
 
     def placement(self, context: Context, r1: Codec | None, r2: Mapping[int, Codec], notes: Mapping) -> Placement:
         placed = super().placement(context, r1, r2, notes)

@@ -56,6 +56,10 @@ class Rotations(Transform):
         notes = {name: note for name, note in placement.notes.items() if name != "rotations"}
         return self.placement(context, placement.residual, r2, notes)
 
+    @property
+    def structure(self) -> dict[str, object]:
+        return {"R1": self.residual, "R2": self.r2}
+
     def leaves(self, context: Context) -> tuple[str, ...]:
         online = (("R3 (transform.r3=off)", self.wants_r3(context)), ("R4 (transform.r4=off)", self.wants_r4(context)))
         return tuple(name for name, on in online if on)
@@ -66,7 +70,7 @@ class Rotations(Transform):
 
     def wants_r4(self, context: Context) -> bool:
         """Whether R4 is placed."""
-        return self.r4 == "on" or (self.r4 == "auto" and context.scheme.act is not None)
+        return self.r4 == "on" or (self.r4 == "auto" and context.quantizes("down_in"))
 
     def draw(self, context: Context, n: int, *key: object) -> Rotation:
         """A randomized Hadamard matrix of order n, seeded by the run's seed and `key`."""
@@ -86,7 +90,13 @@ class Rotations(Transform):
 
     def needs_activations(self, context: Context) -> None:
         """Refuse to learn what no quantizer can see."""
-        if context.scheme.act is None and context.scheme.kv is None:
+        sees_r1 = context.quantizes("attn_in") or context.quantizes("mlp_in")
+        if self.residual and not sees_r1 and context.scheme.kv is not None and not self.r2:
+            raise ConfigError(
+                f"format.act.bits=16 with format.kv.bits={context.scheme.kv.bits} and no R2 in transform={self.name}: keys and "
+                "values do not see R1, so there is nothing to learn; learn R2 as well, or set format.act.bits=4."
+            )
+        if not sees_r1 and not context.quantizes("o_in") and context.scheme.kv is None:
             raise ConfigError(
                 f"format.act.bits=16 and format.kv.bits=16 with transform={self.name}: the model is invariant under its "
                 "rotations until an activation is quantized, so there is nothing to learn; set format.act.bits=4, or use "

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from harness.checks import one_of
 from harness.errors import ConfigError
-from harness.formats import Scheme
 from harness.linalg.stiefel import deviation
 from harness.transforms.base import Context, Subject
 from harness.transforms.codec import Blocks, Codec
@@ -58,7 +57,7 @@ class SpinQuant(QuaRot):
         return self.placement(context, *_codecs(matrices), {})
 
     def matrices(self, context: Context, subject: Subject) -> tuple[Codec | None, Mapping[int, Codec], dict]:
-        scheme, build = Scheme(act=context.scheme.act, kv=context.scheme.kv), partial(self.build, context, subject)
+        scheme, build = context.scheme.seen("act", "kv"), partial(self.build, context, subject)
         learned, notes = end_to_end(subject, scheme, self.start(context, subject), build, self.descent, self.objective)
         return *_codecs(learned), notes | {"orthogonality": max(deviation(matrix) for matrix in learned.values())}
 

@@ -13,7 +13,7 @@ its code omits; JointQuant differs in the schedule alone:
 
 R1 can never be one a layer: the residual stream is shared.
 
-sinks (ours): this share of every batch are first tokens of a window. They carry the massive activations on which attention
+sinks (ours): this share of R1's batches are first tokens of a window. They carry the massive activations on which attention
 rests, one direction hundreds of times the median, and a Hadamard matrix spreads that direction perfectly flat. They are too
 few to be seen in a mean over tokens: without them SmolLM2's error falls by 30 % on the other tokens, rises fourfold on these,
 and the perplexity with them.
