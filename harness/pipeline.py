@@ -9,6 +9,7 @@ A run that was killed goes on from its last finished block; a finished one is sh
 from __future__ import annotations
 
 import contextlib
+import json
 import resource
 import shutil
 import time
@@ -69,7 +70,9 @@ def _stored(plan: Plan, run: Run) -> bool:
         about = records.read_json(Path(exported["path"]) / "quantization_metadata.json") or {}
         if about.get("run_id") != plan.run_id:
             return False
-    return not isinstance(saved, str) or records.header(Path(saved)).get("learned") == plan.learned_id
+    if not isinstance(saved, str):
+        return True
+    return json.loads(records.header(Path(saved)).get("placement", "{}")).get("learned") == plan.learned_id
 
 
 class Job:

@@ -6,7 +6,6 @@ A corpus answers
     check()             cheap and without weights: is the text there, and is there anything in it
     text(part)          part "calibration" | "evaluation" -> the whole text as one string
     fingerprint(part)   what a stored result is keyed by: a hash of local text, the id and revision of a hub data set
-    source(part)        where that text comes from, for people: "pydoc[first 76 %]"
 
 Texts that need no network and no file are in shipped.py; one of them is the default.
 Hub data sets are read through the `datasets` library. Nothing here imports torch, transformers or datasets before it has
@@ -25,7 +24,7 @@ HUB_TIMEOUT = 2.0  # seconds `check` waits for a hub that does not answer
 
 
 class Corpus:
-    """A text in two parts. A subclass gives `name`, `check`, `text` and `source`, as listed above."""
+    """A text in two parts. A subclass gives `name`, `check` and `text`, as listed above."""
 
     def fingerprint(self, part: str) -> str:
         """A hash of that part's text, whatever it is called, so that another text never replays a stored number."""
@@ -50,9 +49,6 @@ class TextFolder(Corpus):
 
     def text(self, part: str) -> str:
         return _read(self._file(part), "data.path")
-
-    def source(self, part: str) -> str:
-        return f"{self.name}/{self._file(part).name}"
 
     def _file(self, part: str) -> Path:
         if self.path is None:
@@ -91,9 +87,6 @@ class Samples(Corpus):
             raise DataError(f"data.calibration.path={self.path} is not a file; give one, or null to calibrate on the data set")
         content = _read(self.path, "data.calibration.path")
         return content if self.path.suffix == ".txt" else self._samples(content)
-
-    def source(self, part: str) -> str:
-        return self.name
 
     def _samples(self, content: str) -> list[str]:
         samples = []
@@ -154,10 +147,6 @@ class HubText(Corpus):
         split = ("train", self.evaluation_split)[_index(part)]
         first = "" if self.documents is None else f"[:{self.documents}]"
         return f"{self.dataset}/{self.config}@{self.revision or 'main'}/{split}{first}"
-
-    def source(self, part: str) -> str:
-        split = ("train", self.evaluation_split)[_index(part)]
-        return f"{self.name}/{split}" + ("" if self.documents is None else f"[first {self.documents} documents]")
 
     def _rows(self, split: str):
         from datasets import load_dataset

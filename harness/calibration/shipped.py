@@ -32,11 +32,6 @@ class Pydoc(Corpus):
     def text(self, part: str) -> str:
         return "\n\n".join(self._split()[PARTS.index(part)])
 
-    def source(self, part: str) -> str:
-        sizes = [sum(map(len, pages)) for pages in self._split()]
-        side = "first" if part == "calibration" else "last"
-        return f"{self.name}[{side} {100 * sizes[PARTS.index(part)] / sum(sizes):.0f} %]"
-
     def pages(self) -> list[str]:
         """The whole text. Raises DataError where this Python comes without it."""
         try:

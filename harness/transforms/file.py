@@ -34,10 +34,10 @@ def save(path: Path, placement: Placement, facts: Mapping, learned: str = "") ->
     """Write a placement in one step; `facts` (JSON) say what it belongs to and are checked on loading; learned: the key of what
     was learned, by which a later run knows the file as its own."""
     tensors: dict[str, Tensor] = {}
-    spec = {"facts": dict(facts), **pack(placement, tensors)}
+    spec = {"learned": learned, "facts": dict(facts), **pack(placement, tensors)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata={"placement": json.dumps(spec), "learned": learned})
+    save_file(tensors, temporary, metadata={"placement": json.dumps(spec)})
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
