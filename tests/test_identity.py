@@ -9,7 +9,8 @@ from test_pipeline import run
 
 from harness.calibration.shipped import Pydoc
 from harness.config import settings
-from harness.plan import make_plan
+from harness.errors import ConfigError
+from harness.plan import Plan, make_plan
 
 PCA = ("transform=pca", "format=int4", "format.weight.group_size=32", "solver=rtn")
 
@@ -70,6 +71,12 @@ def test_hidden_gpus_are_none(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert plan(tmp_path).device_kind == "cpu"
     assert plan(tmp_path, "device=cuda:1").device_kind == "cuda"
+
+
+def test_what_is_filed_under_a_gpu_is_computed_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(Plan, "device_kind", property(lambda self: "cuda"))  # a driver without a GPU that torch can use
+    with pytest.raises(ConfigError, match=r"device=auto: .*set device=cpu"):
+        run(tmp_path)
 
 
 def test_what_a_model_is_told_to_be_is_part_of_what_it_is(tmp_path):
