@@ -40,7 +40,8 @@ class ModelSubject:
             return self.adapter.blocks[layer].get_submodule(linear).weight
 
     @torch.no_grad()
-    def observe(self, collector: Callable, sites: Iterable[str], title: str) -> dict:
+    def observe(self, collector: Callable, sites: Iterable[str], title: str,
+                note: Callable[[dict], str] = lambda found: "") -> dict:
         sites, found = set(sites), {}
         stream = Stream(self.adapter, self.windows)
         with self.stage(title, len(self.adapter.blocks)) as advance:
@@ -55,7 +56,7 @@ class ModelSubject:
                             if kept:
                                 found[layer, site.name] = kept.finish()
                         stream.close(block, branch)
-                advance()
+                advance(note(found))
         if HEAD_SITE in sites:
             kept = collector(None, HEAD_SITE, self.adapter.head.weight.shape[1])
             for x in stream.leave():

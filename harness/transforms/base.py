@@ -60,9 +60,11 @@ class Subject(Protocol):
     def weight(self, layer: int, linear: str) -> Tensor:
         """The weight [out, in] of a block-relative linear."""
 
-    def observe(self, collector: Callable, sites: Iterable[str], title: str) -> dict[tuple[int | None, str], object]:
+    def observe(self, collector: Callable, sites: Iterable[str], title: str,
+                note: Callable[[dict], str] = ...) -> dict[tuple[int | None, str], object]:
         """Stream the calibration text; at each (layer, site) `collector(layer, site, width)` gets `.add(x)` for every
-        micro-batch x [..., width] and its `.finish()` is returned. One site's collector is filled at a time."""
+        micro-batch x [..., width] and its `.finish()` is returned. One site's collector is filled at a time. note: what the
+        progress bar says after each layer, from what was found so far."""
 
     def live(self, placement: Placement, scheme: Scheme | None) -> AbstractContextManager:
         """Within it, the forward runs with the placement's codecs applied to activations (weights untouched) and, with a

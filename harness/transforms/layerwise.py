@@ -58,10 +58,13 @@ def reconstruct(subject: Subject, context: Context, start: Mapping[str, Tensor],
         own, act = {name: start[name][layer] for name in (site, f"{site}^") if name in start}, context.reads(site, layer)
         return Reservoir(ROWS, context.seed, layer, site, then=lambda x: _fit(x, weights, own, site, act, descent))
 
-    found = subject.observe(collector, sites, "layer objective")
+    def losses(found: Mapping) -> list[float]:
+        return [sum(f[1][k] for f in found.values()) / len(found) for k in (0, 1)]
+
+    found = subject.observe(collector, sites, "layer objective",
+                            lambda found: "held out {:.5f}, was {:.5f}".format(*reversed(losses(found))))
     learned = {n: torch.stack([found[i, n.rstrip("^")][0][n] for i in range(context.layers)]) for n in start}
-    losses = [sum(f[1][k] for f in found.values()) / len(found) for k in (0, 1)]
-    return learned, {"objective": "layer", "steps": descent.steps, "held_out_loss": losses}
+    return learned, {"objective": "layer", "steps": descent.steps, "held_out_loss": losses(found)}
 
 
 def fake(act: Format | None, ste: bool) -> Callable[[Tensor], Tensor]:
