@@ -23,7 +23,7 @@ from harness.models.quant_linear import SiteInput
 from harness.models.tiny import Tiny
 from harness.transforms import Blocks, Context, Diagonal, Kronecker, Placement, Role, Rotation, fold, merge
 from harness.transforms.layerwise import Ridge
-from harness.transforms.learn import Descent, Orthogonal, held_out_loss
+from harness.transforms.learn import Descent, Orthogonal, Teacher, held_out_loss
 from harness.transforms.pca import PCA, principal_axes
 from harness.transforms.quarot import QuaRot
 from harness.transforms.sampling import Covariance
@@ -457,10 +457,25 @@ def test_learning_returns_the_matrices_of_the_least_held_out_loss(objective, lr,
     placement = learner.fit(context_of(adapter, scheme), subject)
     before, least = placement.notes["held_out_loss"]
     assert least < before if improves else least == before
-    assert held_out_loss(subject, scheme, placement, objective) == pytest.approx(least, rel=1e-3)
+    teacher = Teacher(subject) if objective == "kd" else None
+    assert held_out_loss(subject, scheme, placement, teacher) == pytest.approx(least, rel=1e-3)
     codecs = [placement.residual, *placement.merged.values(), *placement.online.values(), *placement.encoders.values()]
     eye = [torch.eye(codec.encoder.shape[-1], dtype=F64).expand_as(codec.encoder) for codec in codecs]
     assert all(torch.equal(codec.encoder, start) != improves for codec, start in zip(codecs, eye))
+
+
+def test_a_teacher_says_the_same_from_what_it_kept():
+    adapter, _ = prepared("llama", model=stock)
+    subject = subject_of(adapter)
+    teacher, ids = Teacher(subject), subject.train[:1]
+    wanted = adapter.model(ids, use_cache=False).logits
+    assert all(torch.equal(teacher.logits(ids, again), wanted) for again in (False, True, True))
+    calls = []
+    handle = adapter.backbone.register_forward_hook(lambda *seen: calls.append(seen))
+    teacher.logits(ids, again=True)
+    teacher.logits(subject.held, again=False)
+    handle.remove()
+    assert len(calls) == 1
 
 
 @every_family

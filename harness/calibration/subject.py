@@ -68,4 +68,10 @@ class ModelSubject:
         return live(self.adapter, placement, scheme)
 
     def logits(self, ids: Tensor) -> Tensor:
-        return self.adapter.model(input_ids=ids.to(self.device), use_cache=False).logits
+        return self.head(self.hidden(ids))
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        return self.adapter.backbone(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.adapter.head(hidden)

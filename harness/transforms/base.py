@@ -73,6 +73,12 @@ class Subject(Protocol):
     def logits(self, ids: Tensor) -> Tensor:
         """ids [B, L] -> logits [B, L, vocabulary]."""
 
+    def hidden(self, ids: Tensor) -> Tensor:
+        """ids [B, L] -> what the output head reads [B, L, hidden]."""
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """The logits of `hidden`."""
+
     def stage(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
         """A progress bar; yields `advance(note="")`."""
 

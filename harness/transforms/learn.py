@@ -114,16 +114,18 @@ def end_to_end(subject: Subject, scheme: Scheme, start: Mapping[str, Tensor], bu
     """
     moving = Orthogonal({name: matrix.to(subject.device) for name, matrix in start.items()}, descent)
     first = last = None
-    held = held_out_loss(subject, scheme, build(moving.snapshot()), objective)
+    teacher = Teacher(subject) if objective == "kd" else None
+    again = descent.steps * descent.batch > len(subject.train)
+    held = held_out_loss(subject, scheme, build(moving.snapshot()), teacher)
     best = Best(moving, held, descent.steps)
     with subject.stage(f"learning ({objective}, held out {held:.4f})", descent.steps) as advance:
         for step in range(1, descent.steps + 1):
             windows = subject.train[torch.arange((step - 1) * descent.batch, step * descent.batch) % len(subject.train)]
             last = 0.0
             for ids in windows.split(1):  # one window at a time: memory does not grow with the batch
-                teacher = _teacher(subject, ids) if objective == "kd" else None
+                target = teacher and teacher.logits(ids, again)
                 with subject.live(build(moving.matrices()), scheme):
-                    loss = loss_of(subject.logits(ids), ids, teacher) / len(windows)
+                    loss = loss_of(subject.logits(ids), ids, target) / len(windows)
                     loss.backward()
                 last += float(loss.detach())
             if not math.isfinite(last):
@@ -136,7 +138,7 @@ def end_to_end(subject: Subject, scheme: Scheme, start: Mapping[str, Tensor], bu
             moving.step()
             if best.due(step):
                 matrices = moving.snapshot()
-                held = held_out_loss(subject, scheme, build(matrices), objective)
+                held = held_out_loss(subject, scheme, build(matrices), teacher)
                 best.offer(step, matrices, held)
             advance(f"loss {last:.4f}, held out {held:.4f}, best {best.loss:.4f}")
     notes = {"objective": objective, "steps": descent.steps, "tokens_a_step": descent.batch * subject.train.shape[1],
@@ -144,18 +146,31 @@ def end_to_end(subject: Subject, scheme: Scheme, start: Mapping[str, Tensor], bu
     return best.projected(), notes
 
 
+class Teacher:
+    """The unquantized model. Of windows that come again its final hidden states are kept, a small part of the logits they make,
+    and the forward is saved."""
+
+    def __init__(self, subject: Subject):
+        self.subject, self.kept = subject, {}
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor, again: bool) -> Tensor:
+        """Logits [B, L, V] of ids [B, L]; again: whether to keep what a second call needs."""
+        key = ids.numpy(force=True).tobytes()
+        hidden = self.kept.get(key)
+        if hidden is None:
+            hidden = self.subject.hidden(ids)
+            if again:
+                self.kept[key] = hidden
+        return self.subject.head(hidden)
+
+
 @torch.no_grad()
-def held_out_loss(subject: Subject, scheme: Scheme, placement: Placement, objective: str) -> float:
-    """Mean loss of a placement on the held-out windows."""
+def held_out_loss(subject: Subject, scheme: Scheme, placement: Placement, teacher: Teacher | None) -> float:
+    """Mean loss of a placement on the held-out windows: kd with a teacher, lm without."""
     total = 0.0
     for ids in subject.held.split(1):
-        teacher = _teacher(subject, ids) if objective == "kd" else None
+        target = teacher and teacher.logits(ids, again=True)
         with subject.live(placement, scheme):
-            total += float(loss_of(subject.logits(ids), ids, teacher))
+            total += float(loss_of(subject.logits(ids), ids, target))
     return total / len(subject.held)
-
-
-@torch.no_grad()
-def _teacher(subject: Subject, ids: Tensor) -> Tensor:
-    """Logits [B, L, V] of the unquantized model."""
-    return subject.logits(ids)
