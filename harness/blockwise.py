@@ -82,7 +82,8 @@ class OutputError:
         self._switch = lambda on: _activations(adapter, scheme, index, on)
         self._hidden, context = stream.window()
         self._forward = lambda: adapter.blocks[index](self._hidden, **context)
-        self._wanted = self._forward()
+        self._wanted = torch.empty_like(self._hidden)  # before the forward: behind its temporaries it would split the heap
+        self._wanted.copy_(self._forward())
 
     def measure(self) -> dict:
         """{"output_error": |y' - y|^2 / |y|^2, "sqnr_db"}, once the block is quantized."""
