@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from composed import small
+from preserved import CACHE
 from safetensors import safe_open
 
 import harness
@@ -85,7 +86,7 @@ def snapshots(tmp_path_factory):
 
 @torch.no_grad()
 def logits(model, ids=IDS) -> torch.Tensor:
-    return model(input_ids=ids, use_cache=False).logits
+    return model(input_ids=ids.to(model.device), use_cache=False).logits.to(ids.device)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -113,7 +114,7 @@ def test_generation_with_the_cache_is_that_of_whole_forwards(case, snapshots):
         ids = torch.cat([ids, logits(model, ids)[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(found.sequences, ids)
     if case == "rotations":
-        heads = found.past_key_values.layers[0].keys.flatten(0, 2)
+        heads = found[CACHE].layers[0].keys.flatten(0, 2)
         assert max(len(head.unique()) for head in heads) <= 16, "the plain cache of generate holds four-bit keys"
 
 

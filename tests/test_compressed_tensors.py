@@ -23,7 +23,10 @@ from harness.export import layouts
 from harness.export.base import Snapshot, write_checkpoint
 from harness.export.compressed_tensors import CompressedTensors
 from harness.formats import FP4, MX, NVFP4, FourOverSix, Integer, KVCache, QTensor, Scales, Scheme
+from harness.libraries.compressed_tensors import cache_refusal
+from harness.models import checkpoint_source
 from harness.models.attention import attach
+from harness.models.checkpoint_source import CheckpointModel
 from harness.models.families import Adapter, context_of
 from harness.models.prepare import fuse_norms, place, swap
 from harness.models.tiny import Tiny
@@ -86,7 +89,9 @@ DTYPES = {
     "mixed-precision": {"U8", "I32", "I8", "BF16"},
 }
 ROTATED = ("nvfp4", "nvfp4 weights", "mxfp4", "w4a16", "w4a16 asymmetric", "w4a8", "w8a8", "mixed")
-CASES = [(name, False) for name in SCHEMES] + [(name, True) for name in ROTATED]
+CACHED = cache_refusal() is None  # whether the installed releases quantize a cache at all
+CASES = [(name, False) for name, (_, scheme, _) in SCHEMES.items() if CACHED or scheme.kv is None]
+CASES += [(name, True) for name in ROTATED]
 LOADER = """
 import json, sys
 import torch
@@ -319,10 +324,23 @@ def test_what_stays_online_is_refused(transform, left):
 
 
 def test_what_transformers_computes_otherwise_is_warned_of():
-    scheme = Scheme(weight=FourOverSix(), act=NV_ACT, kv=KVCache(clip_k=1.0, clip_v=1.0))
+    scheme = Scheme(weight=FourOverSix(), act=NV_ACT, kv=KVCache(clip_k=1.0, clip_v=1.0) if CACHED else None)
     warned = CompressedTensors().check(scheme, [], context_of(Tiny().facts(), scheme))
     assert [next(word for word in ("kv", "FourOverSix", "compute_dtype=input") if word in each) for each in warned] == [
-        "kv", "FourOverSix", "compute_dtype=input"]
+        *["kv"][: CACHED], "FourOverSix", "compute_dtype=input"]
+
+
+def test_a_cache_that_nothing_would_quantize_is_refused(tmp_path, monkeypatch):
+    scheme = Scheme(kv=KVCache(clip_k=1.0, clip_v=1.0))
+    monkeypatch.setattr(layouts, "cache_refusal", lambda: "one does not find the cache of the other")
+    with pytest.raises(ConfigError, match=r"format\.kv\.bits=4 with export=compressed_tensors: one does not find"):
+        CompressedTensors().check(scheme, [], context_of(Tiny().facts(), scheme))
+    monkeypatch.setattr(checkpoint_source, "cache_refusal", lambda: "one does not find the cache of the other")
+    scheme = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(Tiny().facts() | {"quantization_config": scheme}))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(DataError, match=r"kv_cache_scheme: one does not find"):
+        CheckpointModel(path=str(tmp_path)).check()
     assert CompressedTensors().check(Scheme(weight=NV), [], context_of(Tiny().facts(), Scheme(weight=NV))) == []
 
 

@@ -27,6 +27,7 @@ from harness import formats
 from harness.config import build
 from harness.errors import DataError
 from harness.formats import Format, KVCache, QTensor, Scales
+from harness.libraries.transformers import empty_plain_cache
 from harness.models.attention import attach, cache
 from harness.models.checkpoint_source import DIGESTS, RECORD, read, recorded
 from harness.models.families import Adapter
@@ -198,8 +199,6 @@ class _QuantizedCache:
         self.adapter = adapter
 
     def __call__(self, backbone: nn.Module, args: tuple, kwargs: dict) -> None:
-        from transformers.cache_utils import DynamicCache
-
-        past = kwargs.get("past_key_values")
-        if type(past) is DynamicCache and past.get_seq_length() == 0 and not past.offloading:
+        past = empty_plain_cache(kwargs)
+        if past is not None:
             past.layers = cache(self.adapter).layers

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from harness.errors import ConfigError, DataError
+from harness.libraries.compressed_tensors import cache_refusal
 from harness.models.load import ModelSource
 
 VERSION = 1  # of the project's own layout
@@ -43,6 +44,9 @@ class CheckpointModel(ModelSource):
             raise DataError(f"model.path={self.path}: no *.safetensors; pickled weights are not opened.")
         elif find_spec("compressed_tensors") is None:
             raise DataError(f"model.path={self.path} needs compressed-tensors to be read; pip install compressed-tensors")
+        elif self.facts()["quantization_config"].get("kv_cache_scheme") and (why := cache_refusal()) is not None:
+            raise DataError(f"model.path={self.path} has a kv_cache_scheme: {why}; install releases that agree (those of "
+                            "requirements.lock do).")
 
     def facts(self) -> dict:
         return read(self._folder, "config.json")

@@ -77,12 +77,14 @@ def untie(model) -> bool:
     """
     import torch
 
+    from harness.libraries.transformers import untie_names
+
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
     if tied:
         head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), embedding.weight.requires_grad)
     model.config.tie_word_embeddings = False
-    model.all_tied_weights_keys.clear()
+    untie_names(model)
     return tied
 
 

@@ -76,7 +76,7 @@ def load(path: Path, transform: Transform, context: Context) -> Placement:
     is not orthogonal at all.
     """
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         header = file.metadata() or {}
     if "placement" not in header:
         for name, matrix in tensors.items():
