@@ -50,6 +50,11 @@ def empty_plain_cache(arguments: Mapping) -> DynamicCache | None:
     return None
 
 
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """{parameter: the parameter it is one with} of a model whose config ties them."""
+    return model.all_tied_weights_keys or {}
+
+
 def untie_names(model: nn.Module) -> None:
     """Have every parameter saved by its own name."""
     model.all_tied_weights_keys.clear()

@@ -15,6 +15,7 @@ from math import isclose
 from pathlib import Path
 
 from harness.errors import DataError
+from harness.models.facts import facts_of
 from harness.models.load import ModelSource
 
 
@@ -33,7 +34,9 @@ class Wheel(ModelSource):
         self._file()
 
     def facts(self) -> dict:
-        return self.architecture
+        from transformers import AutoConfig
+
+        return facts_of(AutoConfig.for_model(**self.architecture), "model.architecture")
 
     def load(self, device="cpu"):
         """Reads the file once (about 5 s for 135 M parameters); `dtype: auto` is float32, the blocks' arithmetic.
