@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,7 +14,8 @@ from harness.errors import ConfigError, DataError
 from harness.models.load import ModelSource
 
 VERSION = 1  # of the project's own layout
-RECORD, DIGESTS = "harness.json", "digests.json"
+RECORD, DIGESTS, ABOUT = "harness.json", "digests.json", "quantization_metadata.json"
+WORD = re.compile(r"[\w.+-]{1,40}", re.ASCII)  # what an option or a format may be called in a file of others
 
 
 @dataclass(kw_only=True)
@@ -76,6 +78,40 @@ class CheckpointModel(ModelSource):
     @property
     def _own(self) -> bool:
         return (self._folder / RECORD).is_file()
+
+
+def held(folder: Path) -> dict[str, str | None]:
+    """{"format": `int4-w4a4kv4`, "transform", "solver"} of a checkpoint, as its quantization_metadata.json names them; None for
+    what that does not say in one short word, or where there is none."""
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        about = None
+    method = {name: _word(_at(about, "method", name)) for name in ("transform", "solver")}
+    return {"format": _held_format(about), **method}
+
+
+def _held_format(about) -> str | None:
+    """The formats of its weights, most tensors first, and the bits of all linears."""
+    counts = _at(about, "formats")
+    counts = counts if isinstance(counts, dict) and all(type(n) is int for n in counts.values()) else {}
+    names = sorted(counts, key=counts.get, reverse=True) or [_at(about, "bits", "weights", "format")]
+    bits = [_at(about, "bits", part, "bits") for part in ("weights", "activations", "kv")]
+    if not all(type(n) is int and 1 <= n <= 16 for n in bits):
+        return None
+    w, a, kv = bits
+    cache = f"kv{kv}" if kv < 16 else ""
+    return _word(f"{'+'.join(map(str, names))}-w{w}a{a}{cache}") if all(map(_word, names)) else None
+
+
+def _at(value, *keys: str):
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _word(value) -> str | None:
+    return value if isinstance(value, str) and WORD.fullmatch(value) else None
 
 
 def _method(facts: Mapping) -> str | None:
