@@ -20,7 +20,7 @@ from harness.export.base import Exporter, Snapshot, digests, write_checkpoint
 from harness.export.card import card
 from harness.export.metadata import metadata
 from harness.export.names import name_of
-from harness.models.checkpoint_source import ABOUT, about
+from harness.models.about import ABOUT, about
 from harness.models.families import Adapter
 from harness.solved import Solved
 from harness.store import locked, write, write_json

@@ -22,7 +22,7 @@ from harness import store as records
 from harness.config import settings
 from harness.errors import ConfigError, DataError
 from harness.marks import marks
-from harness.models.checkpoint_source import about
+from harness.models.about import about, held
 from harness.plan import Plan, make_plan
 from harness.report.progress import Reporter
 from harness.store import Run, Store
@@ -90,6 +90,8 @@ class Job:
             "choices": plan.choices, "command": command, "marks": {}, "stages": {}, "bits_per_weight": None, "seconds": {},
             "peak_memory_mb": None, "layers": [], "warnings": parts.warnings, "notes": {},
         }
+        if plan.model.quantized:  # the run quantizes nothing; what it measures was quantized by these
+            self.metrics["holds"] = held(Path(plan.settings["model"]["path"]).expanduser())
 
     def outcome(self, sweep: str | None) -> Outcome:
         """Compute; whatever happens, the store knows how it ended."""

@@ -15,7 +15,7 @@ from harness.models.load import ModelSource
 from harness.models.weights import stored, weight_files
 
 VERSION = 1  # of the project's own layout
-RECORD, DIGESTS, ABOUT = "harness.json", "digests.json", "quantization_metadata.json"
+RECORD, DIGESTS = "harness.json", "digests.json"
 
 
 @dataclass(kw_only=True)
@@ -118,11 +118,3 @@ def recorded(folder: Path) -> dict:
         raise DataError(f"{folder / RECORD} has layout version {version}, and {VERSION} is the last one known here; load it "
                         "with the version of this project that wrote it.")
     return record
-
-
-def about(folder: Path) -> dict:
-    """What quantization_metadata.json says; empty where it is missing or no object."""
-    try:
-        return read_object(folder / ABOUT)
-    except DataError:
-        return {}
