@@ -81,7 +81,7 @@ def test_declared_families_pass(family, dtype):
 def loud(folder, scale: float = 30.0):
     """A bfloat16 Qwen2 whose queries and keys are large against the logits' scale, so that their rounding shows."""
     model, tokenizer = Tiny(family="qwen2").load()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("q_proj.bias", "k_proj.bias")):
