@@ -58,9 +58,8 @@ def _weight(format: Format) -> Iterable[tuple[str, tuple, str]]:
     if isinstance(format, Integer):
         yield "scale_dtype", ("bf16",), "scales are loaded as bfloat16, the checkpoint's dtype, so codes must come from such"
         yield "zp", ("rounded",), "zero points are whole numbers"
-        if not format.symmetric:
-            included = ("always",) if format.granularity == "group" else ("always", "auto")
-            yield "incl0", included, "zero points are codes, so zero lies in every range"
+        if not format.spans_zero:
+            yield "incl0", ("always",), "zero points are codes, so zero lies in every range"
 
 
 def _input(format: Format) -> Iterable[tuple[str, tuple, str]]:
@@ -77,9 +76,8 @@ def _input(format: Format) -> Iterable[tuple[str, tuple, str]]:
         yield "int_range", ("full",), "codes reach -2^(bits - 1)"
         if format.symmetric and not static:
             yield "int_scale", ("half_range",), "a symmetric scale at run time is the greatest magnitude over (2^bits - 1) / 2"
-        if not format.symmetric:
-            included = ("always",) if format.granularity == "group" else ("always", "auto")
-            yield "incl0", included, "zero lies in every range"
+        if not format.spans_zero:
+            yield "incl0", ("always",), "zero lies in every range"
     else:
         yield "fp4_ties", ("even",), "a tie at run time goes to the even code"
     if isinstance(format, NVFP4) and format.global_scale not in ("fixed", "none"):

@@ -31,9 +31,10 @@ class Integer(Format):
 
     int_range: full (least code -Q - 1) | narrow (-Q). int_scale: qmax (A / Q) | half_range (A / (N / 2)) |
     aimet (max(M / Q, -m / (Q + 1))). zp_order: round_then_add | add_then_round (RNE(x / s + z)). zp_range: unsigned
-    (codes 0 .. N) | signed (codes and z shifted by 2^(b-1), z clamped). incl0, whether 0 lies in every asymmetric range:
-    auto (all but group) | always | never. clip: factor in (0, 1] on m and M. zp: rounded | float_offset (z = m,
-    q = RNE((x - m) / s), dq = q * s + m). scale_dtype: float32 | bf16 | fp16 | input, rounded before codes are computed.
+    (codes 0 .. N) | signed (codes and z shifted by 2^(b-1)). incl0, whether 0 lies in every
+    asymmetric range: auto (all but unsigned groups) | always | never (not with signed zero points);
+    where it does, z is a code, and clamped to be one.
+    clip: factor in (0, 1] on m and M. zp: rounded | float_offset (z = m, q = RNE((x - m) / s), dq = q * s + m). scale_dtype: float32 | bf16 | fp16 | input, rounded before codes are computed.
     degenerate: auto (weights: A or M - m is at least 1e-5; activations: s = 1 where A = 0; a zero range becomes [-1, 1];
     float_offset: M - m is at least 1e-5) | eps (s = 0 becomes the dtype's epsilon, z = 0) | one (s = 0 becomes 1, and
     z = NaN if asymmetric, as FP-Quant has it). range: dynamic (of each tensor) | static (calibrated; activations with
@@ -71,12 +72,21 @@ class Integer(Format):
         if self.range == "static" and (self.role, self.granularity) != ("activation", "tensor"):
             raise ConfigError(f"Integer: range=static with role={self.role} and granularity={self.granularity}: only an "
                               "activation with granularity=tensor has a calibrated range; set range=dynamic.")
+        if self.signed and not self.symmetric and self.incl0 == "never":
+            raise ConfigError("Integer: incl0=never with zp_range=signed: a signed zero point is a code, "
+                              "so 0 lies in every range; set incl0=auto, or zp_range=unsigned.")
         if self.symmetric and self.zp == "float_offset":
             raise ConfigError("Integer: zp=float_offset needs symmetric=false; a symmetric grid has no offset.")
 
     @property
     def signed(self) -> bool:
         return self.symmetric or (self.zp_range == "signed" and self.zp == "rounded")
+
+    @property
+    def spans_zero(self) -> bool:
+        """Whether 0 lies in every group's range, so that rounded zero points are codes."""
+        auto = self.signed or self.granularity != "group"
+        return self.symmetric or self.incl0 == "always" or (self.incl0 == "auto" and auto)
 
     @property
     def zero_bits(self) -> int:
@@ -124,7 +134,7 @@ class Integer(Format):
             lo = -hi
         else:
             lo, hi = blocks.amin(-1) * self.clip, blocks.amax(-1) * self.clip
-        if self.incl0 == "always" or self.symmetric or (self.incl0 == "auto" and self.granularity != "group"):
+        if self.spans_zero:
             lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         if self.degenerate == "auto" and self.symmetric:
             hi = hi.clamp(min=FLOOR) if self.role == "weight" else hi
@@ -154,10 +164,9 @@ class Integer(Format):
             z = ()
         elif self.zp == "float_offset":
             z = (lo,)
-        elif self.zp_range == "signed":
-            z = ((self.qmin - lo / s).clamp(self.qmin, self.qmax).round(),)
         else:
-            z = ((-lo / s).round(),)
+            z = (self.qmin - lo / s).round()
+            z = (z.clamp(self.qmin, self.qmax) if self.spans_zero else z,)
         if self.degenerate == "eps":
             z = tuple(t.masked_fill(s == 0, 0) for t in z)
         if self.degenerate != "auto":
