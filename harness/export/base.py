@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.errors import ConfigError
+from harness.files import replacing
 from harness.formats import QTensor, Scheme
 from harness.models.families import Adapter
 from harness.models.quant_linear import SiteInput
@@ -82,7 +83,11 @@ class Exporter(ABC):
 
 def check_destination(section: Mapping) -> None:
     """Refuse what would fail only after hours: a folder that is none, a hub that cannot be used. Raises ConfigError."""
-    if not isinstance(section["path"], str) or Path(section["path"]).is_file():
+    try:
+        folder = isinstance(section["path"], str) and not Path(section["path"]).is_file()
+    except OSError as error:
+        raise ConfigError(f"export.path={section['path']}: {error.strerror}; give another folder.") from None
+    if not folder:
         raise ConfigError(f"export.path={section['path']}: needs a folder.")
     writable("export.path", Path(section["path"]))
     if section["push_to"] is None:
@@ -147,7 +152,8 @@ def _save(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> dict[str, tupl
     part: dict[str, Tensor] = {}
 
     def close() -> None:
-        save_file(part, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        with replacing(folder / f"{len(shards)}.part") as temporary:
+            save_file(part, temporary, metadata={"format": "pt"})
         shards.append({name: tensor.nbytes for name, tensor in part.items()})
         part.clear()
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from harness.export.base import Exporter, Snapshot, modules
+from harness.files import replacing
 from harness.formats import Format, Scheme
 from harness.models.checkpoint import PLACEMENT, load, sites, spec
 from harness.models.checkpoint_source import RECORD, VERSION
@@ -54,7 +55,8 @@ class Checkpoint(Exporter):
         specs, tensors = [], {}
         for index, placement in enumerate(snapshot.placements):
             specs.append(pack(_online(placement, adapter), tensors, f"{index}."))
-        save_file(tensors, folder / PLACEMENT, metadata={"placements": json.dumps(specs)})
+        with replacing(folder / PLACEMENT) as temporary:
+            save_file(tensors, temporary, metadata={"placements": json.dumps(specs)})
         kv = snapshot.scheme.kv
         inputs = {name: site.format for name, site in sites(adapter) if site.format is not None}
         write_json(folder / RECORD, {

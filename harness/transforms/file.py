@@ -8,7 +8,6 @@ SpinQuant itself writes a pickle, which is not opened, for unpickling runs code;
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, contiguous_format
 
 from harness.errors import ConfigError, DataError
+from harness.files import replacing
 from harness.linalg.hadamard import Hadamard
 from harness.linalg.stiefel import deviation, project
 from harness.transforms.base import Context, Transform
@@ -35,12 +35,8 @@ def save(path: Path, placement: Placement, facts: Mapping, learned: str = "") ->
     was learned, by which a later run knows the file as its own."""
     tensors: dict[str, Tensor] = {}
     spec = {"learned": learned, "facts": dict(facts), **pack(placement, tensors)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata={"placement": json.dumps(spec)})
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"placement": json.dumps(spec)})
 
 
 def pack(placement: Placement, tensors: dict[str, Tensor], start: str = "") -> dict:
