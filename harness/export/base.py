@@ -54,12 +54,15 @@ class Exporter(ABC):
 
     name: str
     tolerance: float | None = None
-    stored: torch.dtype | None = None  # of weights and biases in the file; None: as they were evaluated
 
     @abstractmethod
-    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context) -> list[str]:
+    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context, dtype: str = "auto") -> list[str]:
         """Refuse (ConfigError, naming both fields and a way out) what the layout cannot hold, before any weight is loaded;
-        returns warnings."""
+        returns warnings. dtype: of the model, "auto" where only its weights tell."""
+
+    def stored(self, snapshot: Snapshot) -> torch.dtype | None:
+        """Dtype of weights and biases in the file, and of who computes with them; None: as they were evaluated."""
+        return None
 
     @abstractmethod
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
@@ -134,6 +137,15 @@ def modules(adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
             for name, module in named:
                 if not isinstance(module, SiteInput) and not (tied and module is adapter.head):
                     yield name, module
+
+
+@torch.no_grad()
+def cast(model: nn.Module, old: torch.dtype, new: torch.dtype) -> None:
+    """Give a model's tensors of dtype `old` another, in place; what has a dtype of its own (the rotary
+    table, global scales) keeps it. transformers refuses to cast what it loaded quantized."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype == old:
+            tensor.data = tensor.data.to(new)
 
 
 def digests(folder: Path) -> dict[str, str]:

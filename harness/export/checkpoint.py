@@ -29,7 +29,7 @@ class Checkpoint(Exporter):
 
     name = "harness"
 
-    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context) -> list[str]:
+    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context, dtype: str = "auto") -> list[str]:
         return []
 
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
