@@ -302,6 +302,8 @@ REFUSED = {
     "format.act.int_scale=qmax": Scheme(weight=G64, act=token(symmetric=True)),
     "format.overrides: mlp.up_proj.act.scope=tensor": Scheme(
         weight=NV, act=NV_ACT, overrides={(1, "mlp.up_proj"): {"act": NVFP4(role="activation")}}),
+    "format.overrides: mlp.up_proj.act.clip=0.9": Scheme(  # of one block, whatever others have
+        weight=NV, act=NV_ACT, overrides={(0, "mlp.up_proj"): {"act": token(clip=0.9)}, (1, "mlp.up_proj"): {"act": token()}}),
     "format.overrides: model.embed_tokens": Scheme(
         weight=NV, overrides={(None, "model.embed_tokens"): {"weight": weight(8)}}),
     "format.kv.bits=4 and format.kv.clip_k=0.95": Scheme(weight=G64, kv=replace(KV4, clip_k=0.95)),

@@ -41,7 +41,7 @@ class CompressedTensors(Exporter):
     tolerance = 0.005
 
     def stored(self, snapshot: Snapshot) -> torch.dtype:
-        return layouts.served(snapshot.adapter.model.dtype, _formats(snapshot.scheme).values())
+        return layouts.served(snapshot.adapter.model.dtype, _formats(snapshot.scheme))
 
     def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context, dtype: str = "auto") -> list[str]:
         for transform in transforms:
@@ -55,16 +55,16 @@ class CompressedTensors(Exporter):
                 raise ConfigError(f"format.overrides: {name} with export=compressed_tensors: transformers does not load a "
                                   "packed embedding; drop it there, or use export=harness.")
         formats = _formats(scheme)
-        for field, format in formats.items():
+        for format, field in formats.items():
             layouts.refuse(format, field)
         warnings = []
         if scheme.kv is not None:
             warnings.append("format.kv with export=compressed_tensors: transformers applies it, vLLM does not")
-        if any(isinstance(format, FourOverSix) for format in formats.values()):
+        if any(isinstance(format, FourOverSix) for format in formats):
             warnings.append("FourOverSix with export=compressed_tensors: of a bfloat16 model, a weight whose values the file "
                             "cannot give back is refused when it is written")
         evaluated = getattr(torch, dtype, None)
-        served = layouts.served(evaluated, formats.values())
+        served = layouts.served(evaluated, formats)
         if (scheme.any("act") or scheme.kv is not None) and served != evaluated:
             name = str(served).removeprefix("torch.")
             own = "the dtype of its weights" if evaluated is None else dtype
@@ -128,12 +128,16 @@ class CompressedTensors(Exporter):
         return model.get_submodule(name).weight.to(model.config.dtype)  # what it was loaded as
 
 
-def _formats(scheme: Scheme) -> dict[str, Format]:
-    """{field: format} of every part that is quantized, the cache apart."""
-    parts = {"format.weight": scheme.weight, "format.act": scheme.act}
+def _formats(scheme: Scheme) -> dict[Format, str]:
+    """{format: field that sets it} of all that is quantized, the cache apart."""
+    parts = [(scheme.weight, "format.weight"), (scheme.act, "format.act")]
     for (_, name), own in scheme.overrides.items():
-        parts |= {f"format.overrides: {name}.{part}": format for part, format in own.items()}
-    return {field: format for field, format in parts.items() if format is not None}
+        parts += [(format, f"format.overrides: {name}.{part}") for part, format in own.items()]
+    found: dict[Format, str] = {}
+    for format, field in parts:
+        if format is not None:
+            found.setdefault(format, field)
+    return found
 
 
 def _groups(snapshot: Snapshot) -> list[tuple[tuple[str, Format | None, Format | None], list[str]]]:
