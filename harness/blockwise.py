@@ -18,7 +18,7 @@ from torch import Tensor
 from harness.calibration.block import BlockView
 from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
-from harness.calibration.subject import quiet
+from harness.calibration.subject import quiet, unlogged
 from harness.formats import QTensor, Scheme
 from harness.models.families import Adapter, Site
 from harness.models.quant_linear import QuantLinear, SiteInput
@@ -32,13 +32,14 @@ from harness.transforms import generator
 @torch.no_grad()
 def quantize(adapter: Adapter, scheme: Scheme, solver: Solver | None, windows: Tensor, run: Run,
              done: Callable[[int, list[dict], dict], None], seed: int = 0,
-             stage: Callable[[str, int], AbstractContextManager] = quiet, folder: Path | None = None) -> None:
+             stage: Callable[[str, int], AbstractContextManager] = quiet, folder: Path | None = None,
+             log: Callable[[dict, int], None] = unlogged) -> None:
     """Solve every block of a placed model and switch its activation quantizers on.
 
     windows: calibration token ids [N, L]; solver None: only activation scales are taken. Solved blocks go to `run` and
     come from it when they are there. `done(index, layers, output)` is called after each block, and after what stands outside of
     them where that is quantized, with the report of every linear and of the block's output. stage shows the progress inside a
-    block. folder: where activations lie; None: in memory.
+    block, log keeps its learning curve. folder: where activations lie; None: in memory.
     """
     count, outside = len(adapter.blocks), Outside(adapter, scheme, solver)
     missing = any(run.load_block(i) is None for i in range(count + outside.quantizes))
@@ -53,7 +54,7 @@ def quantize(adapter: Adapter, scheme: Scheme, solver: Solver | None, windows: T
         with adapter.open(index, write=True):
             if stream is not None:
                 error = OutputError(adapter, scheme, index, stream) if solved.found is None else None
-                view = BlockView(adapter, scheme, index, stream, generator(seed, "solver", index), stage)
+                view = BlockView(adapter, scheme, index, stream, generator(seed, "solver", index), stage, log)
                 solved.walk(stream, original, view)
                 solved.output = solved.output if error is None else error.measure()
             else:

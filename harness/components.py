@@ -92,7 +92,7 @@ def components(plan: Plan) -> Components:
         candidates = [] if auto is None else [replace(scheme, weight=format) for format in auto.candidates.values()]
         dtype = settings["model"]["dtype"]
         if dtype == "auto":
-            dtype = facts.get("dtype") or facts.get("torch_dtype") or dtype
+            dtype = str(facts.get("dtype") or dtype).removeprefix("torch.")
         told = [warning for each in (scheme, *candidates) for warning in exporter.check(each, transforms, context, dtype)]
         warnings += dict.fromkeys(told)
     return Components(scheme, auto, transforms, solver, context, build(settings["tracking"], "tracking"), exporter, warnings)

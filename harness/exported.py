@@ -23,11 +23,11 @@ from harness.export.card import card
 from harness.export.metadata import metadata
 from harness.export.names import name_of
 from harness.formats import QTensor
+from harness.models.about import ABOUT, about
 from harness.models.families import Adapter
 from harness.solved import Solved
-from harness.store import locked, read_json, write, write_json
+from harness.store import locked, write, write_json
 
-ABOUT = "quantization_metadata.json"
 WINDOWS = 2  # of each corpus, on which the loaded model is compared
 LOST, SLACK = 100, 10  # above this perplexity a model has lost its text, and a tie that falls otherwise moves it that much more
 
@@ -48,16 +48,16 @@ def export(job, adapter: Adapter) -> None:
             found = _gate(job, exporter, snapshot, beside)
             with locked(folder / f".{name}.lock", wait=True):
                 final = _free(folder, name, job.metrics["run_id"])
-                about = metadata(snapshot, final.name, beside)
-                write_json(beside / ABOUT, about)
-                write(beside / "README.md", card(about, exporter.name))
+                described = metadata(snapshot, final.name, beside)
+                write_json(beside / ABOUT, described)
+                write(beside / "README.md", card(described, exporter.name))
                 write_json(beside / "digests.json", digests(beside))
                 _replace(final, beside)
     except (OSError, SafetensorError) as error:
         raise DataError(f"export.path={section['path']}: {error}; nothing was left there.") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    job.metrics["export"] = {"path": str(final), "name": final.name, "sizes": about["sizes"], **found}
+    job.metrics["export"] = {"path": str(final), "name": final.name, "sizes": described["sizes"], **found}
     job.reporter.say(f"exported: {final}")
     if section["push_to"] is not None:
         _push(section["push_to"], final)
@@ -70,7 +70,7 @@ def _free(folder: Path, name: str, run_id: str) -> Path:
     if aside.exists() and not (folder / name).exists():
         aside.rename(folder / name)
     shutil.rmtree(aside, ignore_errors=True)
-    taken = (folder / name).exists() and (read_json(folder / name / ABOUT) or {}).get("run_id") != run_id
+    taken = (folder / name).exists() and about(folder / name).get("run_id") != run_id
     return folder / (f"{name}.{run_id[-10:]}" if taken else name)
 
 
@@ -80,8 +80,8 @@ def _aside(final: Path) -> Path:
 
 def _gate(job, exporter: Exporter, snapshot: Snapshot, folder: Path) -> dict:
     """{"weights": how many were compared, "ppl": {corpus: [as evaluated, as loaded]}}."""
-    evaluated, stored = snapshot.adapter.model.dtype, exporter.stored(snapshot)
-    model = exporter.load(folder, snapshot.adapter.device, stored or evaluated)
+    dtype, stored = snapshot.adapter.model.dtype, exporter.stored(snapshot)
+    model = exporter.load(folder, snapshot.adapter.device, stored or dtype)
     for name, qtensor in snapshot.qtensors.items():
         loaded = exporter.weight(model, name)
         if not torch.equal(loaded, _decoded(qtensor, loaded.dtype).to(loaded.device)):
@@ -89,7 +89,7 @@ def _gate(job, exporter: Exporter, snapshot: Snapshot, folder: Path) -> dict:
     ppl, streaming = {}, job.shelf is not None
     if stored is not None:
         _round(snapshot, stored)
-        cast(model, stored, evaluated)
+        cast(model, stored, dtype)
     loaded = Adapter(model)
     for corpus, text in job.texts.items():
         windows = text[:WINDOWS]

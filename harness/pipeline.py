@@ -22,6 +22,7 @@ from harness import store as records
 from harness.config import settings
 from harness.errors import ConfigError, DataError
 from harness.marks import marks
+from harness.models.about import about, held
 from harness.plan import Plan, make_plan
 from harness.report.progress import Reporter
 from harness.store import Run, Store
@@ -66,10 +67,8 @@ def _stored(plan: Plan, run: Run) -> bool:
     if plan.settings["force"] or run.status.get("status") != "done" or not run.metrics:
         return False
     exported, saved = run.metrics.get("export"), plan.settings["transform"].get("save")
-    if exported is not None:  # another run may have the name by now
-        about = records.read_json(Path(exported["path"]) / "quantization_metadata.json") or {}
-        if about.get("run_id") != plan.run_id:
-            return False
+    if exported is not None and about(Path(exported["path"])).get("run_id") != plan.run_id:
+        return False  # another run has the name by now
     if not isinstance(saved, str):
         return True
     return json.loads(records.header(Path(saved)).get("placement", "{}")).get("learned") == plan.learned_id
@@ -91,10 +90,13 @@ class Job:
             "choices": plan.choices, "command": command, "marks": {}, "stages": {}, "bits_per_weight": None, "seconds": {},
             "peak_memory_mb": None, "layers": [], "warnings": parts.warnings, "notes": {},
         }
+        if plan.model.quantized:  # the run quantizes nothing; what it measures was quantized by these
+            self.metrics["holds"] = held(Path(plan.settings["model"]["path"]).expanduser())
 
     def outcome(self, sweep: str | None) -> Outcome:
         """Compute; whatever happens, the store knows how it ended."""
         _reset_peak_memory()
+        new, refused = not self.run.status, False
         known = {"quant_id": self.plan.quant_id, "sweep": sweep, "command": self.metrics["command"]}
         self.run.start(self.plan.settings, known)
         self.tracker = self._start_tracker(sweep)
@@ -107,7 +109,8 @@ class Job:
             self.metrics["status"] = "failed"
             self.run.set_status(error=error, traceback=traceback.format_exc())
             begun = bool(self.metrics["stages"])
-            if not isinstance(failure, Exception) or (isinstance(failure, ConfigError | DataError) and not begun):
+            refused = isinstance(failure, ConfigError | DataError) and not begun
+            if refused or not isinstance(failure, Exception):
                 raise
         finally:
             shutil.rmtree(self.scratch, ignore_errors=True)
@@ -116,6 +119,8 @@ class Job:
             self.run.set_status(status=self.metrics["status"])
             self.run.event("end", status=self.metrics["status"])
             self._mirror()
+            if refused and new:  # nothing was computed, and nothing is left
+                shutil.rmtree(self.run.path, ignore_errors=True)
         return Outcome(self.metrics["status"], False, self.metrics, self.run, error)
 
     def _compute(self) -> None:
@@ -132,7 +137,7 @@ class Job:
         import torch
 
         from harness import exported, measure, stages
-        from harness.calibration.windows import windows
+        from harness.calibration.windows import refuse_unknown_ids, windows
         from harness.models.attention import attach
         from harness.models.families import Adapter
         from harness.models.load import assert_finite
@@ -141,6 +146,7 @@ class Job:
         with self.stage("load"):
             model, tokenizer = plan.model.load(device)
             self.tokenizer = tokenizer
+            self.metrics["warnings"] += plan.model.warnings
             assert_finite(model)
             self.shelf = plan.model.shelf(model, self.scratch)
             adapter = Adapter(model, self.shelf)
@@ -148,6 +154,8 @@ class Job:
             ids = measure.tokens(self, plan.calibration_corpus, "calibration")
             calibration = windows(ids, chosen.length, chosen.count, chosen.order, plan.settings["seed"])
             chosen, read = plan.evaluation, {c.name: measure.tokens(self, c, "evaluation") for c in plan.corpora}
+            for name, x in {plan.calibration_corpus.name: ids, **read}.items():
+                refuse_unknown_ids(name, x, model.get_input_embeddings().num_embeddings)
             self.texts = {name: windows(x, chosen.length, chosen.count, field="eval.perplexity") for name, x in read.items()}
             self.metrics["marks"] = marks(
                 plan.calibrated, any(t.learned for t in parts.transforms),

@@ -39,7 +39,7 @@ def transform(job, adapter: Adapter, calibration: Tensor, probe: Tensor) -> bool
         gains = prepare.fuse_norms(adapter) if any(transform.residual for transform in transforms) else None
         for parameter in adapter.model.parameters():
             parameter.requires_grad_(False)
-        subject = ModelSubject(adapter, calibration, job.reporter.stage, gains)
+        subject = ModelSubject(adapter, calibration, job.reporter.stage, gains, job.tracker.log)
         for part, transform in enumerate(transforms):
             placement = fitted(job, part, transform, subject)
             changed = changed or not placement.empty
@@ -125,6 +125,9 @@ def quantize(job, adapter: Adapter, calibration: Tensor) -> None:
             errors = [math.nan if layer["rel_error"] is None else layer["rel_error"] for layer in layers]
             mean = sum(errors) / len(errors)
             note = f"relative output error {mean:.4f}"
+            if index == len(adapter.blocks):  # embedding and head: no block, so no point of its curves
+                job.tracker.log(_outside(layers), step=0)
+                return advance(note)
             points = {"block/rel_error": mean, "block/worst_rel_error": max(errors)}
             points |= {f"block/{key}": value for key, value in output.items() if value is not None}
             if "loss_after" in layers[0]:
@@ -135,7 +138,7 @@ def quantize(job, adapter: Adapter, calibration: Tensor) -> None:
 
         on_disk = plan.settings["data"]["calibration"]["activations"] == "disk"
         blockwise.quantize(adapter, parts.scheme, parts.solver, calibration, job.run, done, plan.settings["seed"],
-                           stage=job.reporter.stage, folder=job.scratch if on_disk else None)
+                           stage=job.reporter.stage, folder=job.scratch if on_disk else None, log=job.tracker.log)
         if parts.solver is not None and parts.solver.encodings is not None:
             for index in range(len(adapter.blocks) + outside):
                 qtensors = solved(adapter, parts.scheme, job.run, index)
@@ -149,3 +152,10 @@ def quantize(job, adapter: Adapter, calibration: Tensor) -> None:
         job.metrics["warnings"].append(f"{len(damped)} linears needed more damping than solver.damp: {', '.join(damped)}")
     weights = sum(layer.get("weights", 0) for layer in layers)
     job.metrics["bits_per_weight"] = sum(layer.get("bits", 0) for layer in layers) / weights if weights else None
+
+
+def _outside(layers: list[dict]) -> dict:
+    """{"outside/lm_head/rel_error": ..} of what stands outside the blocks."""
+    measured = {layer["name"].rpartition(".")[2]: layer for layer in layers}
+    return {f"outside/{name}/{key}": layer[key] for name, layer in measured.items() for key in ("rel_error", "sqnr_db")
+            if layer.get(key) is not None}

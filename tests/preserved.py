@@ -1,13 +1,19 @@
 """A tiny float64 model whose norms keep their dtype, so that what should be exact can be held to 1e-10."""
 
+import inspect
+
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from harness.formats import Scheme
 from harness.models import families
 from harness.models.families import Adapter
 from harness.models.tiny import Tiny
 from harness.transforms import Context
+
+# what transformers calls a forward's past keys and values: from 5.24 on, and before
+CACHE = next(x for x in ("cache", "past_key_values") if x in inspect.signature(LlamaForCausalLM.forward).parameters)
 
 
 class Norm(nn.Module):

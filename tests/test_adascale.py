@@ -7,13 +7,14 @@ import pytest
 import torch
 from composed import small
 
-from harness.calibration.subject import quiet
+from harness.calibration.subject import quiet, unlogged
 from harness.errors import ConfigError
 from harness.formats import FP4, MX, NVFP4, FourOverSix, Integer
 from harness.pipeline import execute
 from harness.solvers import AdaScale, MinMax, Problem
 from harness.solvers.adascale import Rounding, distance
 from harness.solvers.minmax import minmax
+from harness.tracking.replay import Record
 
 FORMATS = {
     "int4_channel": Integer(bits=4, granularity="channel", group_size=None),
@@ -41,9 +42,9 @@ class OneLayer(SimpleNamespace):
     def __init__(self, format, seed=0):
         weights = {"a": draw(96, 64, seed=seed) / 8, "b": draw(32, 96, seed=seed + 1) / 10}
         x = [draw(2, 40, 64, seed=seed + 10 + i) for i in range(8)]
-        super().__init__(weights=weights, formats=dict.fromkeys(weights, format), sites={"in": ("a",), "out": ("b",)},
+        super().__init__(index=0, weights=weights, formats=dict.fromkeys(weights, format), sites={"in": ("a",), "out": ("b",)},
                          original=x, quantized=[t + 0.05 * draw(*t.shape, seed=99) for t in x],
-                         generator=torch.Generator().manual_seed(5), stage=quiet)
+                         generator=torch.Generator().manual_seed(5), stage=quiet, log=unlogged)
         self.targets = [self.forward(i, t, weights) for i, t in enumerate(x)]
 
     def forward(self, index, hidden, weights):
@@ -161,3 +162,6 @@ def test_killed_and_resumed_is_the_same_bits(tmp_path, monkeypatch):
     for index in range(2):
         assert resumed.run.block(index).read_bytes() == whole.run.block(index).read_bytes()
     assert resumed.metrics["stages"] == whole.metrics["stages"]
+    curves = [Record.read(outcome.run).curves for outcome in (whole, resumed)]
+    losses = [[point for point in own if "adascale/loss" in point[1]] for own in curves]
+    assert losses[0] == losses[1] and len(losses[0]) == 24, "the curve goes on where it was cut off"

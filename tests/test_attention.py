@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from preserved import exact_model, logits, token_ids
+from preserved import CACHE, exact_model, logits, token_ids
 from transformers.cache_utils import DynamicCache
 
 from harness.formats import KVCache
@@ -47,7 +47,8 @@ def error(adapter: Adapter, wanted: torch.Tensor) -> float:
 @torch.no_grad()
 def decoded(adapter: Adapter, past) -> torch.Tensor:
     """Logits of a prefill and of every later token, one at a time."""
-    return torch.cat([adapter.model(input_ids=ids, past_key_values=past, use_cache=True).logits for ids in PIECES], dim=1)
+    pieces = [adapter.model(input_ids=ids, use_cache=True, **{CACHE: past}).logits for ids in PIECES]
+    return torch.cat(pieces, dim=1)
 
 
 def close(a: torch.Tensor, b: torch.Tensor, bound: float) -> None:
@@ -155,7 +156,7 @@ def test_generated_tokens_are_those_of_full_forwards(group_size):
     adapter.model.generation_config.eos_token_id = None
     ids = IDS[:1, :PREFILL]
     settings = {"do_sample": False, "max_new_tokens": 8, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
-    found = adapter.model.generate(ids, past_key_values=cache(adapter), **settings)
+    found = adapter.model.generate(ids, **{CACHE: cache(adapter)}, **settings)
     for _ in range(8):
         ids = torch.cat([ids, logits(adapter, ids)[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(found, ids)
@@ -167,8 +168,8 @@ def test_a_token_is_quantized_when_it_enters_the_cache_and_never_again(group_siz
     adapter = quantize(float_model(), rotated=True, bits=2, group_size=group_size)
     past, plain, kept = cache(adapter), DynamicCache(), []
     for ids in PIECES:
-        adapter.model(input_ids=ids, past_key_values=past, use_cache=True)
-        adapter.model(input_ids=ids, past_key_values=plain, use_cache=True)
+        adapter.model(input_ids=ids, use_cache=True, **{CACHE: past})
+        adapter.model(input_ids=ids, use_cache=True, **{CACHE: plain})
         for layer, then in zip(past.layers, kept):
             assert torch.equal(torch.stack([layer.keys, layer.values])[..., :-1, :], torch.stack(then))
         kept = [(layer.keys.clone(), layer.values.clone()) for layer in past.layers]

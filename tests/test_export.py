@@ -20,6 +20,8 @@ from harness.errors import ConfigError
 from harness.export.names import Name
 from harness.exported import WINDOWS
 from harness.formats import NVFP4, Scheme
+from harness.libraries.compressed_tensors import cache_refusal
+from harness.models.about import ABOUT, held
 from harness.models.families import Adapter, context_of
 from harness.models.load import assert_finite
 from harness.models.prepare import fuse_norms, swap
@@ -69,6 +71,9 @@ def test_a_checkpoint_is_measured_as_it_is(tmp_path, layout):
     assert again.status == "done", again.error
     known, got = outcome.metrics["stages"]["quantized"], again.metrics["stages"]["baseline"]
     assert again.metrics["bits_per_weight"] is None
+    cache = "kv4" if layout == "harness" else ""
+    assert again.metrics["holds"] == {"format": f"nvfp4-w4a4{cache}", "transform": "quarot", "solver": "rtn"}
+    assert "holds" not in outcome.metrics
     if layout == "harness":
         assert got["losses"] == known["losses"]
     assert got["ppl"]["pydoc"] == pytest.approx(known["ppl"]["pydoc"], rel=0.03)  # one in bfloat16 flips some codes
@@ -79,7 +84,7 @@ def test_a_checkpoint_is_measured_as_it_is(tmp_path, layout):
 
 SERVED = {
     "int8": [], "int4": [], "nvfp4": [], "mxfp4": ["format.act.mx_scale=even"],
-    "w4a4kv4": ["format.kv.clip_k=1.0", "format.kv.clip_v=1.0"],
+    **({"w4a4kv4": ["format.kv.clip_k=1.0", "format.kv.clip_v=1.0"]} if cache_refusal() is None else {}),
     "int8 in nvfp4": ["format.overrides={down_proj: int8, lm_head: {weight: int8}}"],
     "auto": ["format.auto.candidates=[int3, int8, nvfp4]"],
 }
@@ -160,6 +165,33 @@ def test_the_umask_decides_who_may_read(tmp_path, layout):
     written = [path for path in tmp_path.rglob("*") if path.is_file() and "text" not in path.parts]
     assert sum(path.suffix == ".safetensors" for path in written) >= 4
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in written} == {path.name: "0o640" for path in written}
+
+
+def about(formats, *bits, **method) -> str:
+    parts = dict(zip(("weights", "activations", "kv"), ({"format": "int4", "bits": n} for n in bits)))
+    return json.dumps({"formats": formats, "bits": parts, "method": method})
+
+
+NOTHING = (None, None, None)
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    (about({"int4": 14}, 4, 16, 16, transform="quarot", solver="gptq"), ("int4-w4a16", "quarot", "gptq")),
+    (about({"int8": 1, "int4": 14}, 4, 8, 4, transform="pca"), ("int4+int8-w4a8kv4", "pca", None)),
+    (about({}, 16, 8, 16), ("int4-w16a8", None, None)),
+    (about({"<b>": 1}, 4, 4, 16, transform="[red]x[/]", solver="\u001b[2J"), NOTHING),
+    (about({"int4": "14"}, 4, 4, 16, transform=["quarot"], solver=None), ("int4-w4a4", None, None)),
+    (about({"x" * 99: 1}, 4, 4, 16, transform="y" * 99), NOTHING),
+    (about({"int4": 14}, 4, "4", 16), NOTHING), (about({"int4": 14}, True, 4, 16), NOTHING),
+    (about({"int4": 14}, 4, 10**400, 16), NOTHING), (about({"int4": 14}, 4), NOTHING),
+    (about([], 4, 4, 4), ("int4-w4a4kv4", None, None)),
+    ('{"bits": 4, "method": 7}', NOTHING), ("[]", NOTHING), ("{", NOTHING), ("[" * 100_000, NOTHING), ("\udcff", NOTHING),
+    (None, NOTHING),
+], ids=range(17))
+def test_what_a_checkpoint_says_of_itself_is_read_as_data(tmp_path, text, expected):
+    if text is not None:
+        (tmp_path / ABOUT).write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert tuple(held(tmp_path).values()) == expected
 
 
 def test_a_lost_checkpoint_is_written_again_without_solving(tmp_path):

@@ -4,6 +4,7 @@ import shutil
 from importlib.util import find_spec
 
 import pytest
+import torch
 from composed import small
 from test_pipeline import run
 
@@ -74,8 +75,9 @@ def test_hidden_gpus_are_none(tmp_path, monkeypatch):
 
 
 def test_what_is_filed_under_a_gpu_is_computed_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(Plan, "device_kind", property(lambda self: "cuda"))  # a driver without a GPU that torch can use
-    with pytest.raises(ConfigError, match=r"device=auto: .*set device=cpu"):
+    there, other = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu", "cuda")
+    monkeypatch.setattr(Plan, "device_kind", property(lambda self: other))  # as with a driver whose GPU torch cannot use
+    with pytest.raises(ConfigError, match=rf"device=auto: .*set device={there}"):
         run(tmp_path)
 
 

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "harness"
 FLOORS = [
     {"errors", "checks", "files"},
-    {"formats", "linalg", "config"},
+    {"formats", "linalg", "config", "libraries"},
     {"transforms", "solvers"},
     {"models", "calibration"},
     {"evaluation", "export", "tracking", "report", "store"},

@@ -126,8 +126,63 @@ def test_unfinished_and_damaged_runs_are_shown_as_far_as_they_got(tmp_path):
     runs = {run["id"]: run for run in embedded(page)["runs"]}
     assert runs["empty"] == {"id": "empty", "status": "interrupted", "model": "empty"}
     assert runs[failed]["error"] == HOSTILE.splitlines()[-1] and "ppl" not in runs[failed]
-    assert runs[failed]["format"] in BITS  # from its settings: it never wrote its choices
+    assert runs[failed]["format"] in BITS  # from its id: it never wrote its choices
     assert runs[damaged]["curves"] == {"block/rel_error": [[0], [1]]} and "activations" not in runs[damaged]
+
+
+def sweep(root: Path, count: int = 3, model: str = "zephyr", blocks: int = 30, extra: str = "") -> list[str]:
+    """Runs of one model, format, transform and solver that only their group size tells apart, with a quantized head."""
+    ids = []
+    for index in range(count):
+        run_id = f"{model}-int4-identity-rtn-{model}{index:04d}"
+        run, size = root / run_id, 16 * 2**index
+        begun = f"2026-02-01T00:{index:02d}:00+0000"
+        put(run / "status.json", {"status": "done", "started": begun, "updated": begun})
+        put(run / "config.yaml", f"""
+seed: 0
+run_root: {root}
+model: {{name: {model}}}
+format: {{name: int4, weight: {{bits: 4, group_size: {size}}}}}
+tracking: {{name: {index}}}
+api_key: {index}
+{extra}""")
+        put(run / "metrics.json", {
+            "status": "done", "command": "python run.py", "bits_per_weight": 4 + 16 / size,
+            "choices": dict(zip(("model", "format", "transform", "solver"), run_id.split("-"))),
+            "stages": {"quantized": {"ppl": {"pydoc": 30.0 + index}}},
+        })
+        points = [{"step": i, "block/rel_error": 0.01 + i / 1e3} for i in range(blocks)]
+        points += [{"step": 0, "outside/lm_head/rel_error": 0.05, "outside/embed_tokens/rel_error": 0.002}]
+        points += [{"step": i, "learn/loss": 1 / i} for i in range(1, 1002)]
+        put(run / "tracking" / "curves.jsonl", "".join(json.dumps(point) + "\n" for point in points))
+        ids.append(run_id)
+    return ids
+
+
+def test_points_of_a_sweep_are_told_apart(tmp_path):
+    ids = sweep(tmp_path / "runs")
+    data = embedded(write_page(tmp_path / "runs", tmp_path / "page.html"))
+    assert {run["id"]: run["settings"] for run in data["runs"]} == {
+        name: f"weight.group_size={16 * 2**index}" for index, name in enumerate(ids)
+    }
+    (one,) = embedded(write_page(tmp_path / "runs", tmp_path / "page.html", ids[:1]))["runs"]
+    assert "settings" not in one  # nothing beside it to be told from
+
+
+def test_long_curves_are_thinned_to_what_a_panel_shows(tmp_path):
+    sweep(tmp_path / "runs", 1)
+    (run,) = embedded(write_page(tmp_path / "runs", tmp_path / "page.html"))["runs"]
+    steps, losses = run["curves"]["learn/loss"]
+    assert steps == [*range(1, 1002, 6), 1001] and losses == [float(f"{1 / step:.4g}") for step in steps]
+    assert run["curves"]["block/rel_error"][0] == list(range(30))
+
+
+def test_a_checkpoint_is_shown_by_what_made_it(tmp_path):
+    (name,) = sweep(tmp_path / "runs", 1)
+    path = tmp_path / "runs" / name / "metrics.json"
+    put(path, json.loads(path.read_text()) | {"holds": {"format": "int4-w4a4", "transform": "quarot", "solver": None}})
+    (run,) = embedded(write_page(tmp_path / "runs", tmp_path / "page.html"))["runs"]
+    assert (run["model"], run["format"], run["transform"]) == ("zephyr", "int4-w4a4", "quarot") and "solver" not in run
 
 
 def test_nothing_is_loaded_from_elsewhere(tmp_path):
@@ -186,7 +241,7 @@ def column(browser, name: str) -> list[str]:
     return browser.execute_script("""
         const titles = [...document.querySelectorAll("#runs thead tr:last-child > *")].map(cell => cell.textContent);
         const rows = [...document.querySelectorAll("#runs tbody tr:not(.failed)")];
-        return rows.map(row => row.cells[titles.indexOf(arguments[0])].firstChild.textContent);""", name)
+        return rows.map(row => row.cells[titles.indexOf(arguments[0])].firstChild?.textContent);""", name)
 
 
 @pytest.mark.browser
@@ -266,6 +321,73 @@ def test_the_page_in_a_browser(tmp_path, browser):
     before = browser.execute_script(INK)
     find("#theme").click()
     wait(browser, f"return ({INK[7:]}) !== {json.dumps(before)}")
+    silent(browser)
+
+
+@pytest.mark.browser
+def test_a_sweep_in_a_browser(tmp_path, browser):
+    """The heat map opens on the model of most runs; what varies has a column; blocks are whole numbers, the head none."""
+    for index in range(3):
+        store_run(tmp_path / "runs", index)
+    for model in ("zephyr", "mistral"):
+        sweep(tmp_path / "runs", 4, model, extra=f"device: <b>{model}</b>")
+    opened(browser, write_page(tmp_path / "runs", tmp_path / "page.html"))
+    opens = "return document.querySelector('#heat label:nth-child(3) select').value"
+    assert browser.execute_script(opens) == "mistral"  # as many as zephyr, more than smollm2_135m
+    told = {row for row in zip(column(browser, "model"), column(browser, "settings")) if row[0] != "smollm2_135m"}
+    assert told == {(model, f"device=<b>{model}</b> weight.group_size={16 * 2**index}")
+                    for model in ("zephyr", "mistral") for index in range(4)}
+    browser.execute_script("""
+        document.querySelector('#chosen button').click();
+        document.querySelector('#runs tbody input').click();""")
+    wait(browser, "return document.querySelectorAll('#curves .scatterlayer .trace').length === 2")
+    ticks = browser.execute_script("return [...document.querySelectorAll('#curves .xtick text')].map(t => t.textContent)")
+    assert ticks == ["0", "5", "10", "15", "20", "25", "head", "embedding"]
+    along, beside = browser.execute_script("return document.querySelector('#curves .plot').data.map(trace => [...trace.x])")
+    assert along == list(range(30)) and min(beside) > 30
+    browser.execute_script("""
+        const select = document.querySelector('#curves select');
+        select.value = 'learn/loss';
+        select.onchange();""")
+    wait(browser, "return document.querySelector('#curves .xtitle').textContent === 'step'")
+    silent(browser)
+
+
+OVERLAPS = """
+    const seen = [...document.querySelectorAll(".plot")].map(plot => {
+      const texts = plot.querySelectorAll(".xtitle, .ytitle, .xtick text, .ytick text, .legendtext, .modebar");
+      return [...texts].map(text => [text, text.getBoundingClientRect()]);
+    });
+    const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+      && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
+    return seen.flatMap(texts => texts.flatMap(([a, box], i) =>
+      texts.slice(i + 1).filter(([, other]) => meet(box, other)).map(([b]) => `${a.textContent} | ${b.textContent}`)));"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_phone_shows_all_of_the_page(tmp_path, browser, theme):
+    """At 390 pixels nothing is wider than the page, tables scroll inside their boxes and no text of a plot lies on another."""
+    for index in range(12):
+        store_run(tmp_path / "runs", index)
+    sweep(tmp_path / "runs", 3, extra=f"data: {{path: {'/a/long/folder' * 9}}}")
+    page = write_page(tmp_path / "runs", tmp_path / "page.html")
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    features = [{"name": "prefers-color-scheme", "value": theme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    opened(browser, page)
+    assert browser.execute_script("return document.documentElement.dataset.theme") == theme
+    browser.execute_script("document.querySelector('#runs tbody tr:nth-child(4) input').click()")
+    wait(browser, "return document.querySelectorAll('#curves .scatterlayer .trace').length >= 3")
+    assert browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
+    wide = "const box = document.getElementById('scroller'); return box.scrollWidth > box.clientWidth"
+    assert browser.execute_script(wide)
+    cut = browser.execute_script("""
+        return [...document.querySelectorAll(".plot text, .controls select, h2")].filter(shown =>
+          shown.getBoundingClientRect().right > innerWidth).map(shown => shown.textContent)""")
+    assert cut == []
+    assert browser.execute_script(OVERLAPS) == []
     silent(browser)
 
 

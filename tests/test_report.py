@@ -18,6 +18,7 @@ from harness.report.__main__ import main
 from harness.report.marks import legend, letters
 from harness.report.paired import compare, flips, losses
 from harness.report.rows import row
+from harness.report.settings import apart, dotted
 from harness.store import Run, locked, write, write_json
 
 MARKS = {"wikitext-2": ["same corpus as calibration", "first 8 of 145 windows"], "arc_easy": ["first 40 documents"]}
@@ -160,6 +161,60 @@ def test_ls_cuts_no_figure(root, capsys):
     assert all(f" {i * 10}.0 ± 7.0" in line for i in range(9))
 
 
+def told(*runs: tuple[dict, dict]) -> list[str]:
+    """What tells runs apart, from ({group: option}, {dotted key: value}) of each."""
+    return apart([{"choices": choices} for choices, _ in runs], [settings for _, settings in runs])
+
+
+def test_points_of_a_sweep_are_told_apart():
+    int4, nvfp4 = {"format": "int4"}, {"format": "nvfp4"}
+    sizes = [(int4, {"format.weight.group_size": size, "seed": "0"}) for size in ("32", "64", "128")]
+    assert told(*sizes) == [f"weight.group_size={size}" for size in (32, 64, 128)]
+    assert told(*sizes, (nvfp4, {"format.weight.group_size": "16", "seed": "1"})) == [
+        *(f"weight.group_size={size}" for size in (32, 64, 128)), "seed=1"]  # an option's own settings follow from it
+    assert told(*sizes[:1] * 2, *sizes[1:2]) == ["", "", "weight.group_size=64"]
+    assert told(sizes[0]) == told((int4, {}), (int4, {"seed": "1"}))[:1] == [""]
+
+
+def test_what_tells_runs_apart_names_what_one_would_type():
+    alike = {"format.weight.bits": "4", "format.act.bits": "4", "transform.r1.lr": "0.1", "format.overrides": "null"}
+    other = {"format.weight.bits": "3", "format.act.bits": "4", "transform.r1.lr": "0.2", "format.overrides.lm_head": "8"}
+    assert told(({}, alike), ({}, other)) == [
+        "overrides.lm_head=null weight.bits=4 r1.lr=0.1", "overrides.lm_head=8 weight.bits=3 r1.lr=0.2"]
+    same = [({}, {"a.x.lr": value, "b.x.lr": value}) for value in "12"]
+    assert told(*same) == ["a.x.lr=1 b.x.lr=1", "a.x.lr=2 b.x.lr=2"]  # two keys of one ending are written out
+    silent = ({"tracking": "local"}, {"run_root": "a", "tracking.name": "b", "force": "true", "on_error": "raise"})
+    assert told(({}, {"seed": "0"}), (silent[0], silent[1] | {"seed": "0"})) == ["", ""]
+    texts = [({"data": data, "eval": "perplexity"}, {"data.path": path, "seed": "0"})
+             for data, path in (("text", "/a"), ("text", "/b"), ("pydoc", "null"))]
+    assert told(*texts) == ["data.path=/a", "data.path=/b", "data=pydoc"]
+
+
+def test_ls_has_a_column_for_what_varies(root, capsys):
+    assert main(["ls", str(root)]) == 0
+    assert "settings" not in capsys.readouterr().out
+    for run_id, size in (("aaaaaaaaa1", 32), ("ccccccccc1", 64)):
+        path = stored(root, f"tiny-int4-identity-gptq-{run_id}")
+        write(path / "config.yaml", f"seed: 0\nhf_token: '{size}'\nformat: {{name: int4, weight: {{group_size: {size}}}}}\n")
+    assert main(["ls", str(root), "format=int4", "status=done"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert "settings" in lines["run"]
+    assert " weight.group_size=32 " in lines["aaaaaaaaa1"] and " weight.group_size=64 " in lines["ccccccccc1"]
+    assert "token" not in dotted({"path": root / "tiny-int4-identity-gptq-ccccccccc1"})
+
+
+def test_a_checkpoint_is_listed_by_what_made_it(root, capsys):
+    path = stored(root, "checkpoint-none-identity-none-eeeeeeeee7")
+    metrics = json.loads((path / "metrics.json").read_text())
+    write_json(path / "metrics.json", metrics | {"holds": {"format": "int4-w4a4", "transform": "quarot", "solver": None}})
+    assert main(["ls", str(root), "transform=quarot"]) == 0
+    (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("eeeeeeeee7")]
+    assert line[1:4] == ["done", "int4-w4a4", "quarot"] and "none" not in line
+    assert main(["show", str(root), "eeeeeeeee7"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "model=checkpoint · format=int4-w4a4 · transform=quarot · data=text" in shown
+
+
 def test_marks_are_letters():
     told = {"a": ["first 2 of 3 windows", "adapted", "same corpus as calibration"], "b": ["only corpus"], "c": []}
     assert letters(told) == {"a": "cas", "b": "o", "c": ""}
@@ -193,16 +248,17 @@ def test_ls_as_a_command(root):
 @pytest.mark.parametrize(
     ("words", "ids"),
     [
-        (["format=nvfp4", "transform=hadamard"], {"aaaaaaaaa2"}),
-        (["solver=gptq"], {"aaaaaaaaa1", "bbbbbbbbb3"}),
-        (["status=failed,interrupted", "--sort", "bits", "format=int4"], {"bbbbbbbbb3", "bbbbbbbbb4"}),
-        (["format=fp4"], set()),
+        (["format=nvfp4", "transform=hadamard"], ["aaaaaaaaa2"]),
+        (["solver=gptq"], ["aaaaaaaaa1", "bbbbbbbbb3"]),
+        (["status=failed,interrupted", "--sort", "bits", "format=int4"], ["bbbbbbbbb3", "bbbbbbbbb4"]),
+        (["format=fp4"], []),
     ],
     ids=str,
 )
 def test_ls_filters(root, capsys, words, ids):
     assert main(["ls", str(root), *words]) == 0
-    assert {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith(("aaaa", "bbbb"))} == ids
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(line.split()[0] for line in lines if line.startswith(("aaaa", "bbbb"))) == ids
 
 
 @pytest.mark.parametrize(
@@ -346,7 +402,9 @@ def test_prune_keeps_finished_figures_whose_status_is_lost(root):
         ("status.json", ""), ("status.json", "[1]"), ("metrics.json", '{"run_'), ("metrics.json", "[]"), ("metrics.json", None),
         ("metrics.json", '{"stages": null, "choices": null, "layers": null, "marks": 3, "seconds": null}'),
         ("metrics.json", '{"status": "failed", "stages": {"baseline": {"ppl": {"pydoc": null}}, "quantized": {}}}'),
-        ("config.yaml", "a: [1"), ("config.yaml", None), ("outliers.json", "{"), ("samples/quantized/arc_easy.json", "[{}]"),
+        ("metrics.json", '{"choices": {"format": 3, "solver": [], "data": {}}, "holds": {"solver": []}}'),
+        ("config.yaml", "a: [1"), ("config.yaml", None), ("config.yaml", "[7]"),
+        ("outliers.json", "{"), ("samples/quantized/arc_easy.json", "[{}]"),
     ],
     ids=str,
 )

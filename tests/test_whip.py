@@ -198,3 +198,24 @@ def test_a_reservoir_is_an_even_sample_of_the_rows():
     quarters = torch.histc(torch.cat(samples), bins=4, min=0, max=2000)
     assert quarters.tolist() == pytest.approx([1000] * 4, abs=4 * math.sqrt(4000 * 3 / 16))
     assert samples[0].tolist() != samples[1].tolist()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_step_is_a_point_of_a_curve(schedule):
+    """Of the mean whip, which the notes say too, whatever sum the schedule descends on; and R2's beside R1's."""
+    points = []
+    own = ModelSubject(subject().adapter, token_ids(6, 64), log=lambda values, step: points.append((step, values)))
+    plan = {"lr": 0.01, "epochs": 4, "batch": 64}
+    kind = DartQuant(r1=plan, r2=plan, schedule=schedule, max_tokens_per_site=KEPT)
+    notes = kind.matrices(context_of(own.adapter), own)[2]
+    curves = {name: [(step, values[name]) for step, values in points if name in values] for name in ("r1/whip", "r2/whip")}
+    assert sum(map(len, curves.values())) == len(points)
+    pieces = len(inputs()) if schedule == "greedy" else 1
+    assert [step for step, _ in curves["r1/whip"]] == list(range(1, notes["r1_steps"] * pieces + 1))
+    assert [step for step, _ in curves["r2/whip"]] == list(range(1, len(curves["r2/whip"]) + 1))
+    for name, curve in curves.items():
+        before, after = notes[name.replace("/", "_")]
+        assert after < before
+        if schedule != "greedy" or name == "r2/whip":  # greedy begins at one layer's whip, not at the mean
+            assert curve[0][1] == pytest.approx(before, rel=0.1)
+            assert curve[-1][1] == pytest.approx(after, rel=0.1)

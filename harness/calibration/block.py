@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from harness.calibration.stream import Stream, arguments_at
-from harness.calibration.subject import quiet
+from harness.calibration.subject import quiet, unlogged
 from harness.formats import Scheme
 from harness.models.families import Adapter, Branch, Site
 from harness.models.prepare import place
@@ -27,9 +27,10 @@ class BlockView:
     """
 
     def __init__(self, adapter: Adapter, scheme: Scheme, index: int, stream: Stream, generator: torch.Generator,
-                 stage: Callable[[str, int], AbstractContextManager] = quiet):
+                 stage: Callable[[str, int], AbstractContextManager] = quiet,
+                 log: Callable[[dict, int], None] = unlogged):
         self.adapter, self.scheme, self.index, self.stream = adapter, scheme, index, stream
-        self.generator, self.stage = generator, stage
+        self.generator, self.stage, self.log = generator, stage, log
         self.block = adapter.blocks[index]
         self.sites = {site.name: site.linears for site in adapter.family.sites}
         self.formats = scheme.weights(index, [name for linears in self.sites.values() for name in linears])

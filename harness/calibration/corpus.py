@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 from harness.errors import ConfigError, DataError
+from harness.libraries.datasets import cached_builder, offline
 
 PARTS = ("calibration", "evaluation")
 HUB_TIMEOUT = 2.0  # seconds `check` waits for a hub that does not answer
@@ -160,20 +161,10 @@ class HubText(Corpus):
 
     def _cached(self):
         """The `datasets` cache's own builder of the set, or None. A named revision is always asked of the hub."""
-        from datasets.packaged_modules.cache.cache import Cache
-
-        if self.revision is not None:
-            return None
-        where = {"repo_id": self.dataset, "dataset_name": self.dataset.split("/")[-1], "config_name": self.config}
-        try:
-            return Cache(**where, version="auto", hash="auto")
-        except ValueError:
-            return None
+        return None if self.revision is not None else cached_builder(self.dataset, self.config)
 
     def _refuse_offline(self) -> None:
-        from datasets import config
-
-        if config.HF_HUB_OFFLINE:
+        if offline():
             raise ConnectionError("HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set")
 
     def _unreachable(self, error: Exception) -> DataError:

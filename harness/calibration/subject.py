@@ -24,13 +24,18 @@ def quiet(title: str, total: int) -> Iterator[Callable[..., None]]:
     yield lambda note="": None
 
 
+def unlogged(values: dict, step: int) -> None:
+    """Points of a curve that nobody keeps."""
+
+
 class ModelSubject:
     """A swapped model with calibration windows [N, L]. stage(title, total) shows progress; gains are what `fuse_norms` gave,
-    if the norms are fused. See transforms.Subject."""
+    if the norms are fused; log(values, step) keeps points of curves. See transforms.Subject."""
 
     def __init__(self, adapter: Adapter, windows: Tensor, stage: Callable[[str, int], AbstractContextManager] = quiet,
-                 gains: Mapping[tuple[int | None, str], Tensor] | None = None):
-        self.adapter, self.windows, self.stage = adapter, windows, stage
+                 gains: Mapping[tuple[int | None, str], Tensor] | None = None,
+                 log: Callable[[dict, int], None] = unlogged):
+        self.adapter, self.windows, self.stage, self.log = adapter, windows, stage, log
         self.roles, self.device, self.gains = adapter.roles, adapter.device, gains or {}
         held = max(1, len(windows) // HELD)
         self.train, self.held = (windows[:-held], windows[-held:]) if len(windows) > 1 else (windows, windows)

@@ -34,6 +34,15 @@ def _ids(tokenizer, text: str) -> list[int]:
     return tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
 
 
+def refuse_unknown_ids(name: str, tokens: torch.Tensor, rows: int) -> None:
+    """Raise DataError where a text's token ids [N] reach beyond an embedding of so many rows."""
+    if len(tokens) and int(tokens.max()) >= rows:
+        raise DataError(
+            f"text {name}: the tokenizer makes token {int(tokens.max())} of it, and the model's embedding has {rows} rows; "
+            "tokenizer and weights are of different models"
+        )
+
+
 def windows(
     tokens: torch.Tensor,
     length: int,

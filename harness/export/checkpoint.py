@@ -6,7 +6,7 @@ Nothing is computed anew: codes and scales are those that were solved, all else 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from harness.export.base import Exporter, Snapshot, modules
 from harness.files import replacing
-from harness.formats import Format, Scheme
-from harness.models.checkpoint import PLACEMENT, load, sites, spec
-from harness.models.checkpoint_source import RECORD, VERSION
+from harness.formats import Scheme
+from harness.models.checkpoint import PLACEMENT, load, sites
+from harness.models.checkpoint_source import RECORD
 from harness.models.families import Adapter
+from harness.models.record import Record
 from harness.store import write_json
 from harness.transforms import Codec, Context, Placement, Transform
-from harness.transforms.file import pack
+from harness.transforms.packing import pack
 
 
 class Checkpoint(Exporter):
@@ -57,15 +58,10 @@ class Checkpoint(Exporter):
             specs.append(pack(_online(placement, adapter), tensors, f"{index}."))
         with replacing(folder / PLACEMENT) as temporary:
             save_file(tensors, temporary, metadata={"placements": json.dumps(specs)})
-        kv = snapshot.scheme.kv
         inputs = {name: site.format for name, site in sites(adapter) if site.format is not None}
-        write_json(folder / RECORD, {
-            "version": VERSION,
-            "dtype": _dtype(adapter),
-            "weights": _grouped((name, quantized.format) for name, quantized in snapshot.qtensors.items()),
-            "activations": _grouped(inputs.items()),
-            "kv": None if kv is None else spec(kv),
-        })
+        weights = {name: quantized.format for name, quantized in snapshot.qtensors.items()}
+        record = Record(adapter.model.dtype, weights, inputs, snapshot.scheme.kv)
+        write_json(folder / RECORD, record.written())
 
     def load(self, folder: Path, device: torch.device, dtype: torch.dtype):
         model, _ = load(folder, device, dtype)
@@ -89,11 +85,3 @@ def _online(placement: Placement, adapter: Adapter) -> Placement:
 
     codecs: Mapping = {where: ready(codec) for where, codec in placement.online.items()}
     return Placement(online=codecs, query_key=ready(placement.query_key))
-
-
-def _grouped(formats: Iterable[tuple[str, Format]]) -> list[dict]:
-    """[{"format": spec, "names": [..]}], a format once."""
-    names: dict[Format, list[str]] = {}
-    for name, format in formats:
-        names.setdefault(format, []).append(name)
-    return [{"format": spec(format), "names": own} for format, own in names.items()]

@@ -35,7 +35,8 @@ from harness.errors import ConfigError
 from harness.export.base import Exporter, Snapshot, modules
 from harness.formats import MX, NVFP4, Format, QTensor, Scheme, pack_nibbles
 from harness.models.quant_linear import QuantLinear, SiteInput
-from harness.models.shelf import assign, shards
+from harness.models.shelf import assign
+from harness.models.weights import weight_files
 from harness.transforms import Codec, Context, Transform
 from harness.transforms.blockwise import common_blocks
 from harness.transforms.codec import Blocks, Rotation
@@ -126,7 +127,7 @@ class FPQuant(Exporter):
         config = AutoConfig.from_pretrained(folder)
         about = config.quantization_config
         del config.quantization_config
-        tensors = {name: tensor for path in set(shards(folder).values()) for name, tensor in load_file(path).items()}
+        tensors = {name: tensor for path in weight_files(folder) for name, tensor in load_file(path).items()}
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         for name, module in list(model.named_modules()):

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from harness.errors import ConfigError, DataError
 from harness.formats import FP4, MX, NVFP4, Format, FourOverSix, Integer, KVCache, QTensor, pack_nibbles
+from harness.libraries.compressed_tensors import cache_refusal
 
 WAY_OUT = "or use export=harness"
 ELEMENTS = {4: ("e2m1",), 6: ("e2m3",), 8: ("e4m3",)}  # of MX, by bits
@@ -238,5 +239,8 @@ def cache_scheme(kv: KVCache | None, head_dim: int) -> dict | None:
     if kv.group_size == -1:
         raise ConfigError(f"format.kv.bits={kv.bits} and format.kv.group_size=-1 with export=compressed_tensors: a group "
                           f"lies inside one head; set format.kv.group_size=null, {WAY_OUT}.")
+    if (why := cache_refusal()) is not None:
+        raise ConfigError(f"format.kv.bits={kv.bits} with export=compressed_tensors: {why}; install releases that "
+                          f"agree (those of requirements.lock do), {WAY_OUT}.")
     group = kv.group_size or head_dim
     return {"num_bits": kv.bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": group, "dynamic": True}

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from harness.formats import KVCache
 from harness.formats.base import straight_through
+from harness.libraries.transformers import (
+    Cache,
+    DynamicLayer,
+    attention_name,
+    name_attention,
+    sdpa_attention_forward,
+    use_attention,
+)
 from harness.models.families import Adapter
 from harness.transforms import Codec
 
@@ -72,16 +76,15 @@ class QuantizedLayer(DynamicLayer):
 
 def attach(adapter: Adapter) -> list[HeadsInput]:
     """Put a HeadsInput into every attention module (found again when it is there already); returns them in block order."""
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    name_attention(NAME, _attention)
     modules = _modules(adapter)
     for module in modules:
         if not hasattr(module, "heads_input"):
             module.heads_input = HeadsInput()
     config = adapter.model.config
-    if config._attn_implementation != NAME:
-        modules[0].heads_input.before = config._attn_implementation
-        config._attn_implementation = NAME
+    if attention_name(config) != NAME:
+        modules[0].heads_input.before = attention_name(config)
+        use_attention(config, NAME)
     return [module.heads_input for module in modules]
 
 
@@ -89,13 +92,13 @@ def detach(adapter: Adapter) -> None:
     """Leave the model as `attach` found it."""
     modules = _modules(adapter)
     if hasattr(modules[0], "heads_input"):
-        adapter.model.config._attn_implementation = modules[0].heads_input.before
+        use_attention(adapter.model.config, modules[0].heads_input.before)
         for module in modules:
             del module.heads_input
 
 
 def cache(adapter: Adapter) -> Cache:
-    """An empty cache for this model's attached heads: `model.generate(..., past_key_values=cache(adapter))`."""
+    """An empty cache for this model's attached heads, to be handed to `model.generate`."""
     return Cache(layers=[QuantizedLayer(heads) for heads in attach(adapter)])
 
 

@@ -16,24 +16,26 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from harness import formats
-from harness.config import build
 from harness.errors import DataError
-from harness.formats import Format, KVCache, QTensor, Scales
+from harness.formats import Format, QTensor, Scales
+from harness.libraries.transformers import empty_plain_cache
 from harness.models.attention import attach, cache
-from harness.models.checkpoint_source import DIGESTS, RECORD, read, recorded
+from harness.models.checkpoint_source import DIGESTS, RECORD, recorded
+from harness.models.facts import config_of, read_object
 from harness.models.families import Adapter
 from harness.models.prepare import attach_online, swap, swap_head
 from harness.models.quant_linear import QuantLinear, SiteInput
-from harness.models.shelf import assign, shards
-from harness.transforms.file import unpack
+from harness.models.record import Record
+from harness.models.shelf import assign
+from harness.models.weights import tensor_files, weight_files
+from harness.transforms.packing import unpack
 from harness.transforms.placement import HEAD_SITE
 
 PLACEMENT = "placement.safetensors"
@@ -72,45 +74,48 @@ def load(path, device="cpu", dtype: torch.dtype | None = None, packed: bool = Fa
     dtype: None = as it was quantized in, where the logits are those of the evaluated model in every bit. packed: linears keep
     their codes, and are dequantized when they are used. Raises DataError, naming the file, where one is not as it was written.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     folder = Path(path).expanduser()
     record = verified(folder)
-    original = getattr(torch, record["dtype"])
-    config = AutoConfig.from_pretrained(folder)
+    original = record.dtype
+    config = config_of(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or original)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.generation_config.use_cache = True  # a run that read its blocks from disk had none
     adapter = Adapter(model)
-    weights = {name: _format(group["format"]) for group in record["weights"] for name in group["names"]}
-    inputs = {name: _format(group["format"]) for group in record["activations"] for name in group["names"]}
     placements = _placements(folder)
     swap(adapter)
-    if {HEAD_SITE, adapter.family.head} & {*inputs, *weights} or any(p.encoder(None, HEAD_SITE) for p in placements):
+    read = {*record.activations, *record.weights}
+    if read & {HEAD_SITE, adapter.family.head} or any(p.encoder(None, HEAD_SITE) for p in placements):
         swap_head(adapter)
     with ExitStack() as stack:
         take = _tensors(folder, stack, torch.device(device))
-        _fill(model, weights, take, original, dtype, packed)
+        _fill(model, record.weights, take, original, dtype, packed)
         for name, site in sites(adapter):
-            site.format, site.global_scale = inputs.get(name), take(f"{name}.global_scale", optional=True)
+            site.format, site.global_scale = record.activations.get(name), take(f"{name}.global_scale", optional=True)
     if config.tie_word_embeddings:
         model.tie_weights()
     for placement in placements:
         attach_online(adapter, placement)
-    if record["kv"] is not None:
+    if record.kv is not None:
         for heads in attach(adapter):
-            heads.format = _format(record["kv"])
-    if record["kv"] is not None or any(placement.query_key for placement in placements):
+            heads.format = record.kv
+    if record.kv is not None or any(placement.query_key for placement in placements):
         adapter.backbone.register_forward_pre_hook(_QuantizedCache(adapter), with_kwargs=True)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def verified(folder: Path) -> dict:
+def verified(folder: Path) -> Record:
     """What harness.json says, once every file but the text for people is found to be as it was written. Raises DataError."""
-    record = recorded(folder)
-    wanted = {name: digest for name, digest in read(folder, DIGESTS).items() if not name.endswith(".md")}
+    recorded(folder)
+    listed = read_object(folder / DIGESTS)
+    for name, digest in listed.items():
+        if Path(name).name != name or not isinstance(digest, str):
+            raise DataError(f"{folder / DIGESTS}: {name}: needs the hash of a file of this folder; export it again.")
+    wanted = {name: digest for name, digest in listed.items() if not name.endswith(".md")}
     needed = {"config.json", RECORD, PLACEMENT}
     for name in (*wanted, *needed):
         if not (folder / name).is_file():
@@ -119,10 +124,10 @@ def verified(folder: Path) -> dict:
         with open(folder / name, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                 raise DataError(f"{folder / name} is damaged or changed: its hash is not that in {DIGESTS}; copy it again.")
-    needed |= {file.name for file in shards(folder).values()}
+    needed |= {file.name for file in weight_files(folder)}
     if needed - set(wanted):
         raise DataError(f"{folder / DIGESTS} says nothing of {', '.join(sorted(needed - set(wanted)))}; export it again.")
-    return record
+    return Record.read(folder)
 
 
 def sites(adapter: Adapter) -> Iterator[tuple[str, SiteInput]]:
@@ -134,29 +139,21 @@ def sites(adapter: Adapter) -> Iterator[tuple[str, SiteInput]]:
         yield HEAD_SITE, adapter.head.site
 
 
-def spec(format: Format | KVCache) -> dict:
-    """A format as JSON: its class and all of its fields."""
-    return {"_target_": f"harness.formats.{type(format).__name__}", **asdict(format)}
-
-
-def _format(spec: Mapping) -> Format | KVCache:
-    """Inverse of `spec`, for this package's formats and nothing else."""
-    target = str(spec["_target_"])
-    known = getattr(formats, target.removeprefix("harness.formats."), None)
-    if not (isinstance(known, type) and issubclass(known, Format | KVCache)):
-        raise DataError(f"{RECORD}: {target} is no number format of this project.")
-    return build(spec, RECORD)
-
-
 def _placements(folder: Path) -> list:
     with safe_open(folder / PLACEMENT, "pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        return [unpack(spec, tensors) for spec in json.loads(file.metadata()["placements"])]
+        try:
+            specs = json.loads((file.metadata() or {})["placements"])
+        except (ValueError, KeyError):
+            specs = None
+    if not isinstance(specs, list):
+        raise DataError(f"{folder / PLACEMENT} says nothing of its placements; export it again.")
+    return [unpack(spec, tensors) for spec in specs]
 
 
 def _tensors(folder: Path, stack: ExitStack, device: torch.device) -> Callable[..., Tensor | None]:
     """take(name, optional=False): that tensor in memory of its own, so that no file stays mapped."""
-    files = shards(folder)
+    files = tensor_files(folder)
     opened = {path: stack.enter_context(safe_open(path, "pt")) for path in set(files.values())}
 
     def take(name: str, optional: bool = False) -> Tensor | None:
@@ -179,6 +176,7 @@ def _fill(model: nn.Module, weights: Mapping[str, Format], take: Callable[..., T
         if leaf == "weight" and owner in weights:
             state = {part: take(f"{owner}.{part}", optional=part != "codes") for part in PARTS}
             state = {part: tensor for part, tensor in state.items() if tensor is not None}
+            _refuse_other_state(owner, weights[owner], state, empty.shape)
             quantized = QTensor.from_state(weights[owner], state, empty.shape, original)
             if packed and isinstance(module, QuantLinear):
                 model.set_submodule(owner, PackedLinear(module, quantized, dtype or original))
@@ -190,6 +188,19 @@ def _fill(model: nn.Module, weights: Mapping[str, Format], take: Callable[..., T
         assign(model, name, tensor if dtype is None or computed else tensor.to(dtype))
 
 
+def _refuse_other_state(name: str, format: Format, state: Mapping[str, Tensor], shape: torch.Size) -> None:
+    """Raise DataError where codes and scales are not those of a weight of that shape in that format, as one row tells."""
+    row, rows = format.quantize(torch.zeros(1, shape[-1])).state(), shape[0]
+    for part in sorted({*row, *state}):
+        if part in row and part in state:
+            shared = part == "global_scale" or (format.granularity == "tensor" and part != "codes")
+            whole = row[part].numel() * (1 if shared else rows)
+            if state[part].numel() == whole and (part != "codes" or state[part].dtype == row[part].dtype):
+                continue
+        raise DataError(f"{RECORD} gives {name} the format {type(format).__name__}, and {part} in the file is not one's; "
+                        "export it again.")
+
+
 class _QuantizedCache:
     """Has the plain cache with which a generation begins store keys rotated and quantized: each token once, not at every step.
     Any other cache is right too, but its keys and values are quantized again whenever they are read."""
@@ -198,8 +209,6 @@ class _QuantizedCache:
         self.adapter = adapter
 
     def __call__(self, backbone: nn.Module, args: tuple, kwargs: dict) -> None:
-        from transformers.cache_utils import DynamicCache
-
-        past = kwargs.get("past_key_values")
-        if type(past) is DynamicCache and past.get_seq_length() == 0 and not past.offloading:
+        past = empty_plain_cache(kwargs)
+        if past is not None:
             past.layers = cache(self.adapter).layers

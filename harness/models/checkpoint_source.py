@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from harness.errors import ConfigError, DataError
+from harness.libraries.compressed_tensors import cache_refusal
+from harness.models.facts import config_of, facts_of, read_object
 from harness.models.load import ModelSource
+from harness.models.weights import stored, weight_files
 
 VERSION = 1  # of the project's own layout
 RECORD, DIGESTS = "harness.json", "digests.json"
@@ -32,20 +34,26 @@ class CheckpointModel(ModelSource):
         self.name = self.name or self._folder.name
 
     def check(self) -> None:
-        if not (self._folder / "config.json").is_file():
-            raise DataError(f"model.path={self.path}: no such folder with a config.json; give that of an exported checkpoint.")
+        folder, where = self._there(), f"model.path={self.path}"
         if self._own:
-            recorded(self._folder)
-        elif _method(self.facts()) != "compressed-tensors":
-            raise DataError(f"model.path={self.path} has neither a {RECORD} nor a compressed-tensors config; for a model that "
-                            f"is not quantized use model=hf model.path={self.path}.")
-        elif not any(self._folder.glob("*.safetensors")):
-            raise DataError(f"model.path={self.path}: no *.safetensors; pickled weights are not opened.")
-        elif find_spec("compressed_tensors") is None:
-            raise DataError(f"model.path={self.path} needs compressed-tensors to be read; pip install compressed-tensors")
+            from harness.models.record import Record
+
+            Record.read(folder)
+            return
+        quantization = self.facts().get("quantization_config")
+        quantization = quantization if isinstance(quantization, Mapping) else {}
+        if quantization.get("quant_method") != "compressed-tensors":
+            raise DataError(f"{where} has neither a {RECORD} nor a compressed-tensors config; for a model that is not "
+                            f"quantized use model=hf model.path={self.path}.")
+        if find_spec("compressed_tensors") is None:
+            raise DataError(f"{where} needs compressed-tensors to be read; pip install compressed-tensors")
+        stored(weight_files(folder))
+        if quantization.get("kv_cache_scheme") and (why := cache_refusal()) is not None:
+            raise DataError(f"{where} has a kv_cache_scheme: {why}; install releases that agree (those of requirements.lock "
+                            "do).")
 
     def facts(self) -> dict:
-        return read(self._folder, "config.json")
+        return facts_of(config_of(self._folder), f"model.path={self.path}")
 
     def load(self, device="cpu"):
         import torch
@@ -60,7 +68,7 @@ class CheckpointModel(ModelSource):
         return self.ready(model, device), tokenizer
 
     def fingerprint(self) -> str:
-        self.check()
+        self._there()
         digest = hashlib.sha256()
         for file in sorted(self._folder.iterdir()):
             if file.name in (DIGESTS, "config.json"):
@@ -73,13 +81,15 @@ class CheckpointModel(ModelSource):
     def _folder(self) -> Path:
         return Path(self.path).expanduser()
 
+    def _there(self) -> Path:
+        """The folder. Raises DataError where there is none with a config."""
+        if not (self._folder / "config.json").is_file():
+            raise DataError(f"model.path={self.path}: no such folder with a config.json; give that of an exported checkpoint.")
+        return self._folder
+
     @property
     def _own(self) -> bool:
         return (self._folder / RECORD).is_file()
-
-
-def _method(facts: Mapping) -> str | None:
-    return (facts.get("quantization_config") or {}).get("quant_method")
 
 
 def _compressed(folder: Path, dtype, device):
@@ -102,22 +112,9 @@ def recorded(folder: Path) -> dict:
     """What harness.json says. Raises DataError for a folder of another kind, and for a layout that came later."""
     if not (folder / RECORD).is_file():
         raise DataError(f"{folder} is no checkpoint of this project: it has no {RECORD}.")
-    record = read(folder, RECORD)
+    record = read_object(folder / RECORD)
     version = record.get("version")
     if not isinstance(version, int) or version > VERSION:
         raise DataError(f"{folder / RECORD} has layout version {version}, and {VERSION} is the last one known here; load it "
                         "with the version of this project that wrote it.")
     return record
-
-
-def read(folder: Path, name: str) -> dict:
-    """The object in a JSON file. Raises DataError where it is missing or damaged."""
-    try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{folder} lacks {name}; copy the checkpoint again.") from None
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise DataError(f"{folder / name} is damaged; copy it again.")
-    return found

@@ -5,13 +5,15 @@ client reads; it is neither kept nor shown here.
 """
 
 import hashlib
-import json
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from harness.errors import ConfigError, DataError
+from harness.models.facts import config_of, facts_of, reason
 from harness.models.load import ModelSource
+from harness.models.weights import INDEX, SINGLE, Weights, shard_names, weights_of
 
 HUB_TIMEOUT = 2.0  # seconds `check` waits for a hub that does not answer
 
@@ -35,57 +37,75 @@ class Hub(ModelSource):
             raise ConfigError(f"model.weights={self.weights}: choose memory or disk")
 
     def check(self) -> None:
-        if self._folder is not None:
-            self._check_folder(self._folder)
-            return
-        with self._explained():
-            cached = self._cached()
-        if not cached:
-            self._check_hub()
+        if self._folder is None:
+            with self._explained():
+                cached = self._cached()
+            if not cached:
+                self._check_hub()
+                return
+        elif self._config and not any(self._folder.glob("*.safetensors*")):
+            raise self._no_safetensors([file.name for file in self._folder.iterdir()])
+        self._weights, self._tokenizer  # noqa: B018  both are needed later, and refused now
 
     def facts(self) -> dict:
-        from huggingface_hub import hf_hub_download
+        return facts_of(self._config, f"model.path={self.path}")
 
-        with self._explained():
-            path = self._folder and self._folder / "config.json"
-            path = path or hf_hub_download(self.path, "config.json", revision=self.revision, local_files_only=self._cached())
-            return json.loads(Path(path).read_text(encoding="utf-8"))
+    @property
+    def warnings(self) -> list[str]:
+        return list(self._weights.warnings)
 
     def load(self, device="cpu"):
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
-        dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
+        from harness.models.shelf import skeleton
+
+        weights = self._weights
+        dtype = getattr(torch, weights.dtype if self.dtype == "auto" else self.dtype)
+        if self.weights == "disk":
+            with self._explained():
+                model = skeleton(self._config, weights.files, dtype, device)
+            return self.ready(model), self._tokenizer
         with self._explained():
-            tokenizer = AutoTokenizer.from_pretrained(**self._origin())
-            if self.weights == "disk":
-                return self._skeleton(device), tokenizer
-            model, report = AutoModelForCausalLM.from_pretrained(
-                dtype=dtype, use_safetensors=True, output_loading_info=True, **self._origin()
-            )
-        if report["missing_keys"]:  # transformers would go on with random numbers in their place
-            raise DataError(f"model.path={self.path} lacks the weights {', '.join(sorted(report['missing_keys'])[:4])}")
-        return self.ready(model, device), tokenizer
-
-    def _skeleton(self, device):
-        import torch
-        from transformers import AutoConfig
-
-        from harness.models.shelf import shards, skeleton
-
-        config = AutoConfig.from_pretrained(**self._origin())
-        dtype = (config.dtype or torch.float32) if self.dtype == "auto" else getattr(torch, self.dtype)
-        config.use_cache = False
-        return skeleton(config, shards(self._files()), dtype, device).eval()
+            model = AutoModelForCausalLM.from_pretrained(dtype=dtype, use_safetensors=True, **self._origin())
+        return self.ready(model, device), self._tokenizer
 
     def shelf(self, model, scratch: Path):
         from harness.models.families import Adapter
-        from harness.models.shelf import Shelf, shards
+        from harness.models.shelf import Shelf
 
         if self.weights == "memory":
             return None
-        adapter = Adapter(model)
-        return Shelf(adapter.blocks, adapter.family.blocks, shards(self._files()), scratch, model.dtype, adapter.device)
+        adapter, files = Adapter(model), self._weights.files
+        return Shelf(adapter.blocks, adapter.family.blocks, files, scratch, model.dtype, adapter.device)
+
+    @cached_property
+    def _config(self):
+        """transformers' config."""
+        from huggingface_hub import hf_hub_download
+
+        with self._explained():
+            if self._folder is not None:
+                return config_of(self._folder)
+            offline = self._cached()
+            path = hf_hub_download(self.path, "config.json", revision=self.revision, local_files_only=offline)
+            return config_of(Path(path).parent, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def _weights(self) -> Weights:
+        """What the files give the model; of a repository, they are fetched."""
+        with self._explained():
+            return weights_of(self._files(), self._config)
+
+    @cached_property
+    def _tokenizer(self):
+        from transformers import AutoTokenizer
+
+        with self._explained("needs a tokenizer beside its weights, which"):
+            tokenizer = AutoTokenizer.from_pretrained(**self._origin())
+        if not tokenizer("text")["input_ids"]:  # made of nothing where there are no files
+            raise DataError(f"model.path={self.path} needs a tokenizer beside its weights; save it there with save_pretrained")
+        return tokenizer
 
     def _files(self) -> Path:
         """The folder with the weight files."""
@@ -93,10 +113,8 @@ class Hub(ModelSource):
 
         if self._folder is not None:
             return self._folder
-        wanted = ["model*.safetensors", "model.safetensors.index.json"]
-        here = self._cached()
-        with self._explained():
-            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=wanted, local_files_only=here))
+        wanted, here = [SINGLE, "model-*.safetensors", INDEX], self._cached()
+        return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=wanted, local_files_only=here))
 
     def fingerprint(self) -> str:
         if self._folder is None:
@@ -124,18 +142,6 @@ class Hub(ModelSource):
             "local_files_only": self._folder is not None or self._cached(),
         }
 
-    def _check_folder(self, folder: Path) -> None:
-        if not (folder / "config.json").is_file():
-            raise DataError(f"model.path={self.path} has no config.json; give a folder saved by save_pretrained")
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            missing = [shard for shard in wanted if not (folder / shard).is_file()]
-            if missing:
-                raise DataError(f"model.path={self.path} lacks {', '.join(missing[:4])} of its {len(wanted)} weight files")
-        elif not any(folder.glob("*.safetensors")):
-            raise self._no_safetensors([file.name for file in folder.iterdir()])
-
     def _cached(self) -> bool:
         """Whether the hub client's cache holds the config and every weight file."""
         from huggingface_hub import try_to_load_from_cache
@@ -144,9 +150,9 @@ class Hub(ModelSource):
             found = try_to_load_from_cache(self.path, file, revision=self.revision)
             return found if isinstance(found, str) else None
 
-        index = local("model.safetensors.index.json")
-        shards = set(json.loads(Path(index).read_text())["weight_map"].values()) if index else {"model.safetensors"}
-        return all(local(file) for file in {"config.json", *shards})
+        index = None if local(SINGLE) else local(INDEX)
+        shards = shard_names(Path(index)) if index else [SINGLE]
+        return all(local(file) for file in ("config.json", *shards))
 
     def _check_hub(self) -> None:
         from huggingface_hub import HfApi
@@ -165,8 +171,8 @@ class Hub(ModelSource):
         return DataError(f"model.path={self.path}: no *.safetensors but {found}; save it again with save_pretrained")
 
     @contextmanager
-    def _explained(self):
-        """Turn what the hub's client and transformers raise into one sentence with a way out."""
+    def _explained(self, needs: str = ""):
+        """Turn what the hub's client and transformers raise into one sentence with a way out; needs: what was asked for."""
         from huggingface_hub.errors import (
             GatedRepoError,
             HFValidationError,
@@ -178,6 +184,9 @@ class Hub(ModelSource):
             yield
         except ConfigError:
             raise
+        except DataError as error:  # of a file, which is one of this folder
+            field = f"model.path={self.path}"
+            raise error if str(error).startswith(field) else DataError(f"{field}: {error}") from None
         except Exception as error:  # the client's HTTP library, and with it its error classes, has changed over time
             causes = [error, error.__cause__, error.__context__]
             if any(isinstance(cause, GatedRepoError) for cause in causes):
@@ -189,14 +198,10 @@ class Hub(ModelSource):
             elif isinstance(error, HFValidationError):
                 problem = "is neither a folder here nor a hub id (owner/name)"
             elif self._folder is not None:
-                problem = f"cannot be read ({_first_line(error)})"
+                problem = f"{needs} cannot be read: {reason(error)}".strip()
             else:
                 problem = (
-                    f"is no folder here, and cannot reach the hub for it ({_first_line(error)}); "
+                    f"is no folder here, and cannot reach the hub for it ({reason(error)}); "
                     "give a local folder: model=hf model.path=DIR"
                 )
             raise DataError(f"model.path={self.path} {problem}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from harness.formats import Scheme
+from harness.libraries.transformers import attention_name
 from harness.models.attention import NAME, attach, detach
 from harness.models.families import Adapter
 from harness.models.quant_linear import QuantLinear
@@ -43,7 +44,7 @@ def live(adapter: Adapter, placement: Placement, scheme: Scheme | None = None) -
         elif role.kind == "linear" and placement.residual is not None:
             handles.append(module.register_forward_pre_hook(lambda _, args: (placement.residual.decode(args[0]), *args[1:])))
     kv = None if scheme is None else scheme.kv
-    before = adapter.model.config._attn_implementation
+    before = attention_name(adapter.model.config)
     attached = attach(adapter) if placement.query_key is not None or kv is not None else []
     for heads in attached:
         heads.codec, heads.format = placement.query_key, kv

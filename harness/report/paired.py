@@ -7,10 +7,10 @@ values speak of other documents and windows, not of other seeds; neighbouring wi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from harness.report.rows import last, samples
+from harness.report.settings import dotted
 
 METRICS = ("acc_norm", "acc", "exact_match")  # 0 or 1 a document; the first that both runs have
 EXACT = 20  # windows up to which all 2^n sign flips are enumerated: a million sums, some ten milliseconds
@@ -83,7 +83,7 @@ def compare(a: dict, b: dict) -> dict[str, dict[str, dict]]:
 
 def settings(a: dict, b: dict) -> dict[str, tuple]:
     """{dotted setting: (of a, of b)} of those in which two rows differ; `-` where one has no such setting or no config.yaml."""
-    ours, theirs = map(_config, (a, b))
+    ours, theirs = map(dotted, (a, b))
     sides = {key: (ours.get(key, "-"), theirs.get(key, "-")) for key in dict.fromkeys([*ours, *theirs])}
     return {key: (left, right) for key, (left, right) in sides.items() if left != right}
 
@@ -105,26 +105,6 @@ def _length(stage: dict) -> int | None:
     """Tokens a window: all windows of a stage are equally long."""
     count = sum(map(len, stage["losses"].values()))
     return stage["tokens"] // count if count and stage.get("tokens") else None
-
-
-def _config(row: dict) -> dict:
-    """config.yaml with dotted keys; empty where it cannot be read."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        return dict(_flat(OmegaConf.to_container(OmegaConf.load(Path(row["path"]) / "config.yaml"))))
-    except (OSError, YAMLError, OmegaConfBaseException, AttributeError):
-        return {}
-
-
-def _flat(settings: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _mcnemar(lost: int, won: int) -> float:

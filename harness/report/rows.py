@@ -17,8 +17,9 @@ def rows(root: str | Path) -> list[dict]:
 
 def row(run: Run) -> dict:
     """metrics.json with what status.json adds: `status` done | failed | running | interrupted (nobody writes it any more) |
-    broken (cannot be read), `stage`, `error`, `started`, `updated` (ISO 8601), `sweep`, and `path`, the run directory. Fields a
-    run never reached, or that are not what they should be, are empty."""
+    broken (cannot be read), `stage`, `error`, `started`, `updated` (ISO 8601), `sweep`, `path`, the run directory, and
+    `labels`, the choices as they are shown: of a checkpoint measured again those that made it. Fields a run never reached, or
+    that are not what they should be, are empty."""
     try:
         status, metrics = dict(run.status), dict(run.metrics or {})
         state = status.get("status", "interrupted")
@@ -28,12 +29,13 @@ def row(run: Run) -> dict:
         status, metrics, state = {"error": f"cannot be read: {error}"}, {}, "broken"
     empty = {"quant_id": status.get("quant_id"), "baseline_id": None, "choices": {}, "stages": {}, "bits_per_weight": None,
              "seconds": {}, "peak_memory_mb": None, "layers": [], "warnings": [], "marks": {}, "notes": {},
-             "command": status.get("command")}
+             "holds": {}, "command": status.get("command")}
     sound = {key: value for key, value in metrics.items()
              if empty.get(key) is None or isinstance(value, type(empty[key]))}
     kept = {key: status.get(key) for key in ("stage", "error", "started", "updated", "sweep")}
     found = empty | sound | kept | {"run_id": run.path.name, "status": state, "path": str(run.path)}
-    found["choices"] = dict(zip(LABELS, run.path.name.rsplit("-", 4))) | found["choices"]
+    found["choices"] = dict(zip(LABELS, run.path.name.rsplit("-", 4))) | _options(found["choices"])
+    found["labels"] = found["choices"] | _options(found["holds"])
     stages = {name: stage for name, stage in found["stages"].items() if isinstance(stage, dict)}
     found["stages"] = {name: stage | {"ppl": _with_nan(stage.get("ppl") or {})} for name, stage in stages.items()}
     return found
@@ -57,6 +59,10 @@ def samples(row: dict, task: str) -> list[dict] | None:
     if stage == "baseline":  # shared by all runs of the model
         folder = Store(Path(row["path"]).parent).shared("baselines", str(row["baseline_id"])).with_suffix("")
     return read_json(folder / f"{task}.json")
+
+
+def _options(choices: dict) -> dict[str, str | None]:
+    return {group: option for group, option in choices.items() if option is None or isinstance(option, str)}
 
 
 def _with_nan(figures: dict) -> dict:

@@ -26,11 +26,11 @@ def root_and_runs(words: list[str], count: int) -> tuple[Path, list[str]]:
 
 def filtered(rows: list[dict], filters: list[str]) -> list[dict]:
     """Rows of which all `group=option,option` hold, `status` counting as a group. Raises ConfigError for another one."""
-    groups = {"status", *LABELS, *(group for row in rows for group in row["choices"])}
+    groups = {"status", *LABELS, *(group for row in rows for group in row["labels"])}
     for group, _, options in (text.partition("=") for text in filters):
         if group not in groups:
             raise ConfigError(f"{group}={options}: no such filter; there are {', '.join(sorted(groups))}.")
-        rows = [row for row in rows if (row["choices"] | {"status": row["status"]}).get(group) in options.split(",")]
+        rows = [row for row in rows if (row["labels"] | {"status": row["status"]}).get(group) in options.split(",")]
     return rows
 
 

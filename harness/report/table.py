@@ -47,7 +47,8 @@ def run_table(metrics: dict, directory: Path, console: Console | None = None) ->
     stages, marks = metrics["stages"], letters(metrics.get("marks", {}))
     corpora = list(dict.fromkeys(c for stage in stages.values() for c in stage["ppl"]))
     baseline = stages.get("baseline", {}).get("ppl", {})
-    table = Table(title=Text(" · ".join(f"{g}={o}" for g, o in metrics["choices"].items() if o)), title_justify="left")
+    labels = metrics["choices"] | metrics.get("holds", {})
+    table = Table(title=Text(" · ".join(f"{g}={o}" for g, o in labels.items() if o)), title_justify="left")
     table.add_column("stage")
     diverges = any(stage.get("divergence") for stage in stages.values())
     for corpus in corpora:

@@ -120,12 +120,14 @@ class AdaScale(Solver):
                 loss.backward()
                 adam.step()
                 rates.step()
+                point = {"adascale/loss": loss.item()}
                 if (step + 1) % every == 0 or step + 1 == self.iterations:
-                    now = self._held_out(block, learned, held)
+                    now = point["adascale/held_out"] = self._held_out(block, learned, held)
                     if now < lowest:
                         lowest, best_step = now, step + 1
                         best = [p.detach().clone() for p in clip + shape]
-                advance(f"loss {loss.item():.4g}")
+                block.log(point, block.index * self.iterations + step + 1)
+                advance(f"loss {point['adascale/loss']:.4g}")
         with torch.no_grad():
             for parameter, kept in zip(clip + shape, best or [torch.zeros_like(p) for p in clip + shape]):
                 parameter.copy_(kept)

@@ -42,6 +42,7 @@ class Block(Protocol):
     """One decoder block with the calibration activations before it, for solvers that look beyond one site. A micro-batch of
     hidden states is [B, L, hidden]; `quantized[i]` came through the solved blocks, `original[i]` through untouched ones."""
 
+    index: int  # of the block in the model
     weights: Mapping[str, Tensor]  # {name: [out, in]} of all linears, model dtype
     formats: Mapping[str, Format]  # {name: weight format} of those to be quantized
     sites: Mapping[str, tuple[str, ...]]  # {site: its linears} in the order of the forward
@@ -72,6 +73,9 @@ class Block(Protocol):
 
     def stage(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
         """A progress bar; yields `advance(note="")`."""
+
+    def log(self, values: dict, step: int) -> None:
+        """Points of learning curves, `family/metric`; steps count from 1 within a family, from block to block."""
 
 
 @dataclass(frozen=True, kw_only=True)

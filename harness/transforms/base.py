@@ -82,6 +82,10 @@ class Subject(Protocol):
     def stage(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
         """A progress bar; yields `advance(note="")`."""
 
+    def log(self, values: dict, step: int) -> None:
+        """Points of learning curves, `family/metric`; steps count from 1 within a family, of matrices that are learned one
+        after another from the first one's to the last one's."""
+
 
 class Transform(ABC):
     """Produces a Placement.

@@ -10,23 +10,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, contiguous_format
+from torch import Tensor
 
 from harness.errors import ConfigError, DataError
 from harness.files import replacing
-from harness.linalg.hadamard import Hadamard
 from harness.linalg.stiefel import deviation, project
 from harness.transforms.base import Context, Transform
-from harness.transforms.codec import Blocks, Codec
+from harness.transforms.codec import Blocks
+from harness.transforms.packing import pack, unpack
 from harness.transforms.placement import Placement
 from harness.transforms.rotations import Rotations
 
-KEYED = ("merged", "online", "encoders", "decoders")
 R2_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.R2")
 
 
@@ -37,24 +35,6 @@ def save(path: Path, placement: Placement, facts: Mapping, learned: str = "") ->
     spec = {"learned": learned, "facts": dict(facts), **pack(placement, tensors)}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"placement": json.dumps(spec)})
-
-
-def pack(placement: Placement, tensors: dict[str, Tensor], start: str = "") -> dict:
-    """A placement as JSON; its matrices go into `tensors`, under names that begin with `start`."""
-    spec: dict = {"notes": dict(placement.notes)}
-    for name in ("residual", "query_key"):
-        spec[name] = _pack(getattr(placement, name), f"{start}{name}", tensors)
-    for name in KEYED:
-        placed = getattr(placement, name).items()
-        spec[name] = [[*where, _pack(codec, f"{start}{name}.{where[0]}.{where[1]}", tensors)] for where, codec in placed]
-    return spec
-
-
-def unpack(spec: Mapping, tensors: Mapping[str, Tensor]) -> Placement:
-    """Inverse of `pack`."""
-    keyed = {name: {(a, b): _unpack(c, tensors) for a, b, c in spec[name]} for name in KEYED}
-    single = {name: _unpack(spec[name], tensors) for name in ("residual", "query_key")}
-    return Placement(**single, **keyed, notes=spec["notes"])
 
 
 def found(path: Path, transform: Transform, context: Context) -> Placement | None:
@@ -72,7 +52,7 @@ def load(path: Path, transform: Transform, context: Context) -> Placement:
     is not orthogonal at all.
     """
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         header = file.metadata() or {}
     if "placement" not in header:
         for name, matrix in tensors.items():
@@ -81,7 +61,18 @@ def load(path: Path, transform: Transform, context: Context) -> Placement:
         blocks = {name: Blocks(project(matrix.double())) for name, matrix in tensors.items()}
         r2 = {(int(R2_NAME.fullmatch(name)[1]), "o_in"): codec for name, codec in blocks.items() if name != "R1"}
         return transform.complete(context, Placement(blocks["R1"], dict(sorted(r2.items()))))
-    return transform.complete(context, unpack(json.loads(header["placement"]), tensors))
+    return transform.complete(context, unpack(_described(header, f"transform.load={path}"), tensors))
+
+
+def _described(header: Mapping, field: str) -> dict:
+    """The JSON of a file of `save`. Raises ConfigError, beginning with `field`, where it is none."""
+    try:
+        spec = json.loads(header["placement"])
+    except ValueError:
+        spec = None
+    if not isinstance(spec, dict):
+        raise ConfigError(f"{field}: its description is damaged; learn the matrices again with transform.load=null.")
+    return spec
 
 
 def check(path: str, transform: Transform, context: Context, facts: Mapping) -> None:
@@ -97,7 +88,9 @@ def check(path: str, transform: Transform, context: Context, facts: Mapping) -> 
         raise ConfigError(f"{field}: not a safetensors file. A pickled rotation is not opened; save its dictionary again with "
                           "safetensors.torch.save_file.") from None
     if "placement" in header:
-        found = json.loads(header["placement"])["facts"]
+        found = _described(header, field).get("facts")
+        if not isinstance(found, Mapping):
+            raise ConfigError(f"{field}: does not say what its matrices belong to; learn them again.")
         for name, wanted in facts.items():
             if found.get(name) != wanted:
                 raise ConfigError(f"{field}: its {name} is {found.get(name)}, this run's is {wanted}; learn it again with "
@@ -113,29 +106,3 @@ def check(path: str, transform: Transform, context: Context, facts: Mapping) -> 
             raise ConfigError(f"{field}: {name} has shape {list(shapes.get(name, ()))}, this model with transform.r2="
                               f"{str(transform.r2).lower()} takes {list(wanted.get(name, ()))}.")
 
-
-def _pack(value, name: str, tensors: dict[str, Tensor]):
-    if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().clone(memory_format=contiguous_format)
-        return {"tensor": name}
-    if isinstance(value, Hadamard):
-        return {"hadamard": value.n, "signs": _pack(value.signs, f"{name}.signs", tensors)}
-    if isinstance(value, Codec):
-        inner = {f.name: _pack(getattr(value, f.name), f"{name}.{f.name}", tensors) for f in fields(value)}
-        return {"codec": type(value).__name__, "fields": inner}
-    if isinstance(value, list | tuple):
-        return [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
-    return value
-
-
-def _unpack(spec, tensors: Mapping[str, Tensor]):
-    if isinstance(spec, list):
-        return [_unpack(item, tensors) for item in spec]
-    if not isinstance(spec, dict):
-        return spec
-    if "tensor" in spec:
-        return tensors[spec["tensor"]]
-    if "hadamard" in spec:
-        return Hadamard(spec["hadamard"], _unpack(spec["signs"], tensors))
-    known = {c.__name__: c for c in Codec.__subclasses__()}
-    return known[spec["codec"]](**{name: _unpack(value, tensors) for name, value in spec["fields"].items()})

@@ -56,7 +56,9 @@ def reconstruct(subject: Subject, context: Context, start: Mapping[str, Tensor],
     def collector(layer: int, site: str, width: int) -> Reservoir:
         weights = [subject.weight(layer, r.name) for r in subject.roles.values() if (r.layer, r.reads) == (layer, site)]
         own, act = {name: start[name][layer] for name in (site, f"{site}^") if name in start}, context.reads(site, layer)
-        return Reservoir(ROWS, context.seed, layer, site, then=lambda x: _fit(x, weights, own, site, act, descent))
+        before = (layer * len(sites) + sites.index(site)) * descent.steps
+        log = lambda values, step: subject.log(values, before + step)  # noqa: E731
+        return Reservoir(ROWS, context.seed, layer, site, then=lambda x: _fit(x, weights, own, site, act, descent, log))
 
     def losses(found: Mapping) -> list[float]:
         return [sum(f[1][k] for f in found.values()) / len(found) for k in (0, 1)]
@@ -73,8 +75,8 @@ def fake(act: Format | None, ste: bool) -> Callable[[Tensor], Tensor]:
 
 
 @torch.enable_grad()
-def _fit(x: Tensor, weights: list[Tensor], start: Mapping, site: str, act: Format | None,
-         descent: Descent) -> tuple[dict, list]:
+def _fit(x: Tensor, weights: list[Tensor], start: Mapping, site: str, act: Format | None, descent: Descent,
+         log: Callable[[dict, int], None]) -> tuple[dict, list]:
     held, x = x[: max(1, len(x) // 10)], x[max(1, len(x) // 10) :]
     moving = Orthogonal({name: matrix.to(x.device) for name, matrix in start.items()}, descent)
     rows, quantize = ROWS_A_WINDOW * descent.batch, fake(act, ste=True)
@@ -93,11 +95,14 @@ def _fit(x: Tensor, weights: list[Tensor], start: Mapping, site: str, act: Forma
     for step in range(1, descent.steps + 1):
         value = loss(moving.matrices(), x[torch.arange((step - 1) * rows, step * rows) % len(x)])
         value.backward()
-        if not math.isfinite(float(value.detach())):
+        point = {"learn/loss": float(value.detach())}
+        if not math.isfinite(point["learn/loss"]):
             raise FloatingPointError(f"the layer loss at {site} is not finite in step {step}: lower lr={descent.lr}")
         moving.step()
         if best.due(step):
             with torch.no_grad():
                 now = moving.snapshot()
-                best.offer(step, now, float(loss(now, held)))
+                point["learn/held_out"] = float(loss(now, held))
+                best.offer(step, now, point["learn/held_out"])
+        log(point, step)
     return best.projected(), [best.first, best.loss]

@@ -136,10 +136,12 @@ def end_to_end(subject: Subject, scheme: Scheme, start: Mapping[str, Tensor], bu
                 )
             first = last if first is None else first
             moving.step()
+            point = {"learn/loss": last}
             if best.due(step):
                 matrices = moving.snapshot()
-                held = held_out_loss(subject, scheme, build(matrices), teacher)
+                held = point["learn/held_out"] = held_out_loss(subject, scheme, build(matrices), teacher)
                 best.offer(step, matrices, held)
+            subject.log(point, step)
             advance(f"loss {last:.4f}, held out {held:.4f}, best {best.loss:.4f}")
     notes = {"objective": objective, "steps": descent.steps, "tokens_a_step": descent.batch * subject.train.shape[1],
              "train_loss": [first, last], "held_out_loss": [best.first, best.loss], "best_step": best.step}

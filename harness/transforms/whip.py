@@ -22,8 +22,10 @@ and the perplexity with them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -81,10 +83,11 @@ class Calibration:
         return self.epochs * (self.steps_per_epoch or max(1, tokens // self.batch))
 
     @torch.enable_grad()
-    def descend(self, r: Tensor, x: Tensor, drawn: torch.Generator, steps: int, loss, advance=lambda note="": None,
-                starts: Tensor | None = None, sinks: float = 0.0) -> Tensor:
+    def descend(self, r: Tensor, x: Tensor, drawn: torch.Generator, steps: int, loss,
+                tell: Callable[[float], None] = lambda loss: None, starts: Tensor | None = None, sinks: float = 0.0) -> Tensor:
         """R after `steps` steps of `loss(R, batch)` from r; a batch is `batch` random tokens, a share `sinks` of them from
-        starts [.., W, n] and the rest from x [.., T, n], or all of x where an epoch is one step."""
+        starts [.., W, n] and the rest from x [.., T, n], or all of x where an epoch is one step. tell: called with each step's
+        loss."""
         whole = self.steps_per_epoch == 1
         few = round(sinks / (1 - sinks) * x.shape[-2]) if whole else round(sinks * self.batch)
         z = r.clone().requires_grad_()
@@ -99,14 +102,15 @@ class Calibration:
             value = loss(qr_orth(z), batch)
             optimizer.zero_grad()
             value.backward()
-            if not math.isfinite(float(value.detach())):
-                raise FloatingPointError(f"the whip loss is {float(value.detach())} in step {step + 1}: lower lr={self.lr}")
+            now = float(value.detach())
+            if not math.isfinite(now):
+                raise FloatingPointError(f"the whip loss is {now} in step {step + 1}: lower lr={self.lr}")
             if self.grad_clip is not None:
                 z.grad.mul_((self.grad_clip / z.grad.norm(dim=(-2, -1), keepdim=True)).clamp(max=1))  # each matrix its own
             optimizer.step()
             if schedule:
                 schedule.step()
-            advance(f"whip {float(value.detach()):.2f}")
+            tell(now)
         return qr_orth(z.detach())
 
 
@@ -151,10 +155,10 @@ class Whip(Rotations):
         pieces = list(zip(*map(cut[self.schedule], (x, starts))))
         start = r = self.draw(context, context.hidden, "R1").matrix.dense(torch.float32).to(x.device)
         drawn, steps = generator(context.seed, "whip R1"), self.for_r1.steps(int(self.share * pieces[0][0].shape[1]))
-        with subject.stage(f"whip R1, {self.schedule}", steps * len(pieces)) as advance:
+        with _told(subject, f"whip R1, {self.schedule}", steps * len(pieces), "r1/whip", len(pieces[0][0])) as tell:
             for piece, first in pieces:
                 loss = lambda r, y: sum(whip(own @ r) for own in y)  # noqa: E731
-                r = self.for_r1.descend(r, piece, drawn, steps, loss, advance, first, self.sinks)
+                r = self.for_r1.descend(r, piece, drawn, steps, loss, tell, first, self.sinks)
         before, after = (float(torch.stack([whip(own @ m) for own in x]).mean()) for m in (start, r))
         moved = float((r - start).norm())
         notes = {"schedule": self.schedule, "r1_whip": [before, after], "r1_moved": moved, "r1_steps": steps}
@@ -167,8 +171,22 @@ class Whip(Rotations):
         one = torch.stack([self.draw(context, context.head_dim, i, "R2").matrix.dense(torch.float32) for i in range(len(x))])
         start = one[:, None].expand(-1, context.kv_heads, -1, -1).to(x.device).contiguous()
         drawn, steps = generator(context.seed, "whip R2"), self.for_r2.steps(heads.shape[2])
-        count = start.shape[0] * start.shape[1]
-        with subject.stage("whip R2", steps) as advance:
+        matrices = start.shape[0] * start.shape[1]
+        with _told(subject, "whip R2", steps, "r2/whip", matrices) as tell:
             # the matrices are independent: the gradient of the sum is each one's own
-            r = self.for_r2.descend(start, heads, drawn, steps, lambda r, y: whip(y @ r) * count, advance)
+            r = self.for_r2.descend(start, heads, drawn, steps, lambda r, y: whip(y @ r) * matrices, tell)
         return project(r.double()).cpu(), {"r2_whip": [float(whip(heads @ start)), float(whip(heads @ r))]}
+
+
+@contextmanager
+def _told(subject: Subject, title: str, total: int, curve: str, terms: int) -> Iterator[Callable[[float], None]]:
+    """A stage that yields `tell(loss)`, to be called after each step: it moves the bar and adds to a curve the mean of the
+    loss's terms, which is what the notes say too."""
+    steps = count(1)
+    with subject.stage(title, total) as advance:
+
+        def tell(loss: float) -> None:
+            advance(f"whip {loss / terms:.2f}")
+            subject.log({curve: loss / terms}, next(steps))
+
+        yield tell

@@ -3,12 +3,15 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const groups = ["model", "data", "format", "transform", "solver", "status", "sweep"];
 const checked = new Set(); // ids of runs, in the order in which they were checked
+const narrow = matchMedia("(max-width: 40rem)"); // a phone
+const cut = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
 
 for (const run of data.runs) {
   for (const field of ["ppl", "baseline", "kl", "top1", "accuracy", "marks", "curves"]) run[field] ??= {};
   run.short = run.id.slice(-10);
-  run.label = [run.format, run.transform, run.solver, run.short].filter(Boolean).join(" · ");
-  run.text = [run.id, ...groups.map(group => run[group]), run.command, run.error].join(" ").toLowerCase();
+  run.label = [run.format, run.transform, run.solver, cut(run.settings ?? "", 40), run.short].filter(Boolean).join(" · ");
+  const words = [run.id, ...groups.map(group => run[group]), run.settings, run.command, run.error];
+  run.text = words.join(" ").toLowerCase();
 }
 const byId = new Map(data.runs.map(run => [run.id, run]));
 const names = field => [...new Set(data.runs.flatMap(run => Object.keys(run[field])))];

@@ -42,6 +42,7 @@ function start() {
   const updated = data.runs.map(run => run.updated ?? "").sort().pop();
   const facts = [...states, ...(updated ? [`as of ${updated.slice(0, 16).replace("T", " ")}`] : [])];
   document.getElementById("summary").textContent = facts.join(" · ") || "none stored yet";
+  narrow.onchange = () => redraw("heat", "curves", "activations");
   dark.onchange = () => paint(dark.matches ? "dark" : "light");
   document.getElementById("theme").onclick = () => paint(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
   document.querySelector("#chosen button").onclick = uncheck;

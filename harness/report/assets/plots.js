@@ -20,14 +20,31 @@ const controls = {
     solver: choice("solver", [], () => redraw("heat"), "best of all"),
     model: choice("model", [], () => redraw("heat")),
   },
-  curves: {metric: choice("measure", names("curves").map(name => [name, BLOCK_NAMES[name] ?? name]), () => redraw("curves"))},
+  curves: {metric: choice("measure", measures().map(name => [name, BLOCK_NAMES[name] ?? name]), () => redraw("curves"))},
   activations: {run: choice("run", [], () => redraw("activations"))},
 };
 for (const [panel, choices] of Object.entries(controls)) {
   part(panel, ".controls").append(...Object.values(choices));
   for (const name in choices) choices[name] = choices[name].lastChild;
 }
-if (names("curves").includes("block/rel_error")) controls.curves.metric.value = "block/rel_error";
+if (measures().includes("block/rel_error")) controls.curves.metric.value = "block/rel_error";
+
+/** A run's label for a legend: on a phone in lines of 40 characters, for Plotly would cut it off. */
+function named(run) {
+  const lines = [];
+  for (const part of run.label.split(" · ")) {
+    const longer = lines.length ? `${lines.at(-1)} · ${part}` : part;
+    if (lines.length && narrow.matches && longer.length > 40) lines.push(part);
+    else lines.splice(-1, 1, longer);
+  }
+  return lines.map(escaped).join("<br>");
+}
+
+/** Curves over the blocks, and then what was logged a step of learning. */
+function measures() {
+  const all = names("curves").filter(name => !name.startsWith("outside/"));
+  return [...all.filter(name => name.startsWith("block/")), ...all.filter(name => !name.startsWith("block/"))];
+}
 
 function axis(title, more = {}) {
   return {
@@ -45,6 +62,14 @@ function logarithmic(title, list) {
   return axis(title, {type: "log", tickvals, ticktext: tickvals.map(brief)});
 }
 
+/** Whole numbers from 0 to a greatest one, few enough to stand side by side. */
+function whole(most) {
+  const room = narrow.matches ? 5 : 8;
+  const power = 10 ** Math.floor(Math.log10(Math.max(most / room, 1)));
+  const step = [1, 2, 5, 10].map(digit => digit * power).find(step => most / step <= room);
+  return Array.from({length: Math.floor(most / step) + 1}, (_, i) => i * step);
+}
+
 /** Show traces in a panel, or say why there are none. */
 function show(panel, traces, layout, empty) {
   const [plot, note] = [part(panel, ".plot"), part(panel, ".empty")];
@@ -58,7 +83,7 @@ function show(panel, traces, layout, empty) {
     font: {family: getComputedStyle(document.body).fontFamily, color: colour("text"), size: 12},
     paper_bgcolor: "transparent", plot_bgcolor: "transparent", margin: {l: 56, r: 12, t: 30, b: 44}, hovermode: "closest",
     hoverlabel: {bgcolor: colour("raised"), bordercolor: colour("line"), font: {color: colour("text")}, align: "left"},
-    legend: {orientation: "h", x: 0, y: -0.2, yanchor: "top", font: {size: 11}},
+    legend: {orientation: "h", x: 0, y: 0, yref: "container", yanchor: "bottom", font: {size: 11}},
     modebar: {bgcolor: "transparent", color: colour("dim"), activecolor: colour("accent")},
   };
   const config = {displaylogo: false, responsive: true, modeBarButtons: [["toImage", "resetScale2d"]]};
@@ -106,13 +131,15 @@ const draw = {
 
   heat() {
     const {corpus, solver, model} = controls.heat;
-    refill(model, values(filtered, "model"));
+    const measured = filtered.filter(run => run.ppl[corpus.value] > 0);
+    const count = name => measured.filter(run => run.model === name).length;
+    refill(model, values(measured, "model").sort((a, b) => count(b) - count(a))); // it opens on the model of most runs
     model.parentElement.hidden = model.options.length < 2;
     refill(solver, values(filtered, "solver"), "best of all");
     const best = new Map();
-    for (const run of filtered) {
+    for (const run of measured) {
       const ppl = run.ppl[corpus.value], key = `${run.transform}\n${run.format}`;
-      if (!(ppl > 0) || run.model !== (model.value || undefined) || (solver.value && run.solver !== solver.value)) continue;
+      if (run.model !== (model.value || undefined) || (solver.value && run.solver !== solver.value)) continue;
       if (!(best.get(key)?.ppl[corpus.value] <= ppl)) best.set(key, run);
     }
     const runs = [...best.values()].sort((a, b) => a.ppl[corpus.value] - b.ppl[corpus.value]);
@@ -133,8 +160,9 @@ const draw = {
       text: runs.map(run => perplexity(run.ppl[corpus.value])),
       textfont: {size: 11, color: runs.map(run => colour(dark(run) ? "surface" : "text"))},
     };
+    const upright = narrow.matches && x.length > 4 ? {tickangle: -90} : {};
     const layout = {
-      xaxis: axis("", {type: "category", showgrid: false, ticks: ""}),
+      xaxis: axis("", {type: "category", showgrid: false, ticks: "", ...upright}),
       yaxis: axis("", {type: "category", showgrid: false, ticks: "", autorange: "reversed"}),
       showlegend: false,
     };
@@ -143,20 +171,41 @@ const draw = {
 
   curves() {
     const metric = controls.curves.metric.value;
+    const [family, figure] = [metric.slice(0, metric.indexOf("/")), metric.slice(metric.indexOf("/") + 1)];
+    const over = family === "block" ? "block" : "step";
     const runs = [...checked].map(id => byId.get(id)).filter(run => run.curves[metric]);
-    const traces = runs.map((run, i) => ({
-      x: run.curves[metric][0], y: run.curves[metric][1], mode: "lines+markers", name: escaped(run.label),
-      line: {color: palette(i), width: 2, dash: DASHES[Math.floor(i / LIGHT.length) % DASHES.length]},
-      marker: {size: 5, symbol: SYMBOLS[i % SYMBOLS.length]},
-      hovertemplate: "block %{x}: %{y:.4g}<extra>%{fullData.name}</extra>",
-    }));
+    const last = Math.max(0, ...runs.flatMap(run => run.curves[metric][0]));
+    // Embedding and head stand behind the last block, apart from it and from each other.
+    const ends = {head: `outside/lm_head/${figure}`, embedding: `outside/embed_tokens/${figure}`};
+    const outside = over === "block" ? Object.keys(ends).filter(name => runs.some(run => run.curves[ends[name]])) : [];
+    const places = outside.map((_, i) => last + (i + 1) * Math.max(1, 0.2 * last));
+    const traces = runs.flatMap((run, i) => {
+      const line = {color: palette(i), width: 2, dash: DASHES[Math.floor(i / LIGHT.length) % DASHES.length]};
+      const symbol = SYMBOLS[i % SYMBOLS.length];
+      const common = {name: named(run), legendgroup: run.id, line};
+      const [x, y] = run.curves[metric];
+      const along = {
+        ...common, x, y, mode: x.length < 100 ? "lines+markers" : "lines", marker: {size: 5, symbol},
+        hovertemplate: `${over} %{x}: %{y:.4g}<extra>%{fullData.name}</extra>`,
+      };
+      const own = outside.filter(name => run.curves[ends[name]]);
+      const beside = {
+        ...common, x: own.map(name => places[outside.indexOf(name)]), y: own.map(name => run.curves[ends[name]][1][0]),
+        text: own, mode: "markers", marker: {size: 9, symbol: `${symbol}-open`, color: palette(i)}, showlegend: false,
+        hovertemplate: "%{text}: %{y:.4g}<extra>%{fullData.name}</extra>",
+      };
+      return own.length ? [along, beside] : [along];
+    });
+    const xaxis = axis(over, {
+      tickvals: [...whole(last), ...places], ticktext: [...whole(last).map(n => fixed(n, 0)), ...outside],
+    });
     const title = BLOCK_NAMES[metric] ?? escaped(metric);
     const list = traces.flatMap(trace => trace.y).filter(y => y > 0);
     const decibel = metric.endsWith("_db");
     const wide = !decibel && Math.max(...list) > 4 * Math.min(...list);
-    const yaxis = wide ? logarithmic(title, list) : axis(title, {rangemode: decibel ? "normal" : "tozero"});
+    const yaxis = wide ? logarithmic(title, list) : axis(title, {rangemode: decibel || over === "step" ? "normal" : "tozero"});
     const empty = checked.size ? "The checked runs stored no such curve." : "Check runs in the table to draw their curves.";
-    show("curves", traces, {xaxis: axis("block"), yaxis, showlegend: true}, empty);
+    show("curves", traces, {xaxis, yaxis, showlegend: true}, empty);
   },
 
   diff() {
@@ -189,14 +238,13 @@ const draw = {
     const found = byId.get(select.value)?.activations;
     const sites = Object.entries(found?.sites ?? {});
     const edges = found ? data.edges[found.edges] : [];
-    const layout = {
-      grid: {rows: 1, columns: Math.max(sites.length, 1), pattern: "independent", xgap: 0.18}, showlegend: true,
-      legend: {orientation: "h", x: 0, y: -0.36, yanchor: "top"},
-    };
+    const columns = Math.max(narrow.matches ? Math.min(sites.length, 2) : sites.length, 1);
+    const rows = Math.max(Math.ceil(sites.length / columns), 1);
+    const layout = {grid: {rows, columns, pattern: "independent", xgap: 0.18, ygap: 0.4}, showlegend: true};
     const traces = sites.flatMap(([site, sides], i) => {
       const n = i ? i + 1 : "";
-      layout[`xaxis${n}`] = axis(`|x| at ${escaped(site)}`, {type: "log", dtick: 2});
-      layout[`yaxis${n}`] = axis(i ? "" : "count", {type: "log", dtick: 2});
+      layout[`xaxis${n}`] = axis(`|x| at ${escaped(site)}`, {type: "log", dtick: narrow.matches ? 4 : 2});
+      layout[`yaxis${n}`] = axis(i % columns ? "" : "count", {type: "log", dtick: 2});
       return ["before", "after"].filter(side => side in sides).map((side, k) => {
         const counts = data.histograms[sides[side]];
         return {

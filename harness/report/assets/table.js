@@ -17,6 +17,7 @@ const state = run => element("span", {className: `status ${run.status}`}, run.st
 const columns = [
   {name: "status", title: "status", get: run => run.status, cell: state},
   ...["model", "format", "transform", "solver"].map(word),
+  word("settings"),
   ...corpora.flatMap(corpus => [
     figure("ppl", corpus, run => run.ppl[corpus], perplexity, -1, corpus),
     figure("Δ", corpus, run => run.ppl[corpus] - run.baseline[corpus], x => (x > 0 ? "+" : "") + perplexity(x), -1),
@@ -32,10 +33,11 @@ const columns = [
   figure("seconds", "cost", run => run.seconds, x => fixed(x, 0)),
   figure("peak MB", "cost", run => run.peak, x => fixed(x, 0)),
   {name: "run", title: "run", get: run => run.id, cell: run => element("code", {title: run.id}, run.short)},
-].filter(column => !column.group || column.group === "cost" || data.runs.some(run => known(column.get(run))));
+].filter(column => column.group === "cost" || data.runs.some(run => known(column.get(run))));
 
 columns.forEach((column, i) => {
   column.classes = [
+    column.name === "settings" && "settings", // what tells runs of the same choices apart, on several lines if need be
     column.number && "number", // to the right
     column.group !== columns[i - 1]?.group && "edge", // where a group begins
     data.runs.some(run => run.marks[column.of]) && "marked", // room for letters
@@ -88,7 +90,7 @@ function sort(column) {
 function compare(a, b) {
   const [x, y] = [order.column.get(a), order.column.get(b)];
   if (!known(x) || !known(y)) return known(y) - known(x);
-  return (order.down ? -1 : 1) * (typeof x === "string" ? x.localeCompare(y) : x - y);
+  return (order.down ? -1 : 1) * (typeof x === "string" ? x.localeCompare(y, "en", {numeric: true}) : x - y);
 }
 
 function cell(run, column, best) {

@@ -1,0 +1,23 @@
+"""compressed-tensors, its insides: whether it finds the cache whose keys and values it is to quantize."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+
+def cache_refusal() -> str | None:
+    """Why a `kv_cache_scheme` would do nothing here, or None where it works.
+
+    compressed-tensors 0.20 wraps the argument that carries an attention module's cache, and knows its names up to transformers
+    5.23. The one of 5.24 it passes by: keys and values stay as they are, without a word.
+    """
+    import torch
+    from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
+    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig
+
+    with torch.device("meta"):
+        attention = LlamaAttention(LlamaConfig(hidden_size=8, num_attention_heads=1), layer_idx=0)
+    if is_cached_attention_module(attention):
+        return None
+    return (f"compressed-tensors {version('compressed-tensors')} does not find the cache of transformers "
+            f"{version('transformers')} and would leave keys and values as they are")

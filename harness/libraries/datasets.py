@@ -1,0 +1,21 @@
+"""datasets, its insides: the builder that reads a set from the local cache without asking the hub."""
+
+from __future__ import annotations
+
+
+def cached_builder(dataset: str, config: str):
+    """The builder of a set that was downloaded before, or None."""
+    from datasets.packaged_modules.cache.cache import Cache
+
+    name = dataset.split("/")[-1]
+    try:
+        return Cache(repo_id=dataset, dataset_name=name, config_name=config, version="auto", hash="auto")
+    except ValueError:
+        return None
+
+
+def offline() -> bool:
+    """Whether the environment forbids the hub."""
+    from datasets import config
+
+    return bool(config.HF_HUB_OFFLINE)

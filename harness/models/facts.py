@@ -1,0 +1,69 @@
+"""The facts of a model: the fields of its config as transformers fills them in, checked where this project computes with them.
+
+A config.json leaves to transformers what has a default (Qwen3's head_dim, the kinds of layers of an older file), so that the
+raw file would say something else than the model does. Reads no weights and imports no torch of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from harness.errors import DataError
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+
+
+def config_of(folder: Path, **origin):
+    """transformers' config of a folder with a config.json. origin: further arguments of from_pretrained. Raises DataError that
+    names the file, and the key where one is at fault."""
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    raw = read_object(path)
+    if not isinstance(raw.get("model_type"), str):
+        raise DataError(f"{path}: model_type={raw.get('model_type')}: names no architecture; give a folder saved by "
+                        "save_pretrained.")
+    refuse_sizes(str(path), raw)
+    try:
+        return AutoConfig.from_pretrained(folder, **origin)
+    except Exception as error:  # each release validates by other classes
+        raise DataError(f"{path} cannot be read as the config of a {raw['model_type']}: {reason(error)}") from None
+
+
+def facts_of(config, where: str) -> dict:
+    """A transformers config as plain values. Raises DataError, beginning with `where`, for a size that is none."""
+    facts = config.to_dict()
+    refuse_sizes(where, facts)
+    return facts
+
+
+def refuse_sizes(where: str, facts: Mapping) -> None:
+    """Raise DataError for a size that is there and no positive whole number, and for heads that do not divide."""
+    for key in (*SIZES, *OPTIONAL_SIZES):
+        value = facts.get(key)
+        if key in facts and not (type(value) is int and value > 0) and not (value is None and key in OPTIONAL_SIZES):
+            raise DataError(f"{where}: {key}={value}: needs a whole number of at least 1.")
+    heads, groups = facts.get("num_attention_heads"), facts.get("num_key_value_heads")
+    if heads and groups and heads % groups:
+        raise DataError(f"{where}: num_attention_heads={heads} is no multiple of num_key_value_heads={groups}.")
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file. Raises DataError naming it where it is missing or holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path.parent} lacks {path.name}; copy it again, or give a folder saved by save_pretrained.") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise DataError(f"{path} is damaged, not JSON ({reason(error)}); copy it again.") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds {type(found).__name__}, and needs an object; copy it again.")
+    return found
+
+
+def reason(error: Exception) -> str:
+    """What an error of another library says, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

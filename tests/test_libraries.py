@@ -1,0 +1,136 @@
+"""What is used of other libraries' insides, each piece by itself: a release that moves one is named here."""
+
+from importlib.metadata import version
+
+import pytest
+import torch
+from preserved import CACHE
+
+from harness.calibration.corpus import HubText
+from harness.libraries import compressed_tensors, datasets
+from harness.libraries import transformers as inside
+from harness.models.tiny import Tiny
+
+
+def says(library: str, what: str) -> str:
+    return f"{library} {version(library)} {what}; harness/libraries/{library.replace('-', '_')}.py says how it was"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Tiny().load()[0]
+
+
+@torch.no_grad()
+def test_an_attention_function_is_found_by_its_name(model):
+    ids, called = torch.arange(8)[None], []
+    plain = model(ids, use_cache=False).logits
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        called.append(key.shape[2])
+        return inside.sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    before = inside.attention_name(model.config)
+    inside.name_attention("test_libraries", attention)
+    inside.use_attention(model.config, "test_libraries")
+    try:
+        named = model(ids, use_cache=False).logits
+    finally:
+        inside.use_attention(model.config, before)
+    assert called == [8, 8], says("transformers", "does not call the attention that the config names")
+    assert torch.equal(named, plain), says("transformers", "gives a named attention other arguments or another mask")
+
+
+@torch.no_grad()
+def test_a_backbone_is_handed_the_cache_of_a_generation(model):
+    found = []
+    hook = model.model.register_forward_pre_hook(lambda _, args, kwargs: found.append(inside.empty_plain_cache(kwargs)),
+                                                 with_kwargs=True)
+    past = inside.DynamicCache()
+    try:
+        model(torch.arange(8)[None], use_cache=True, **{CACHE: past})
+        model(torch.arange(1)[None], use_cache=True, **{CACHE: past})
+    finally:
+        hook.remove()
+    assert found[0] is past, says("transformers", f"hands the cache over by another name than {inside.CACHE_ARGUMENTS}")
+    assert found[1] is None, "a cache that holds something is not to be replaced"
+
+
+@torch.no_grad()
+def test_a_layer_of_the_cache_stores_what_update_is_given(model):
+    class Halved(inside.DynamicLayer):
+        def update(self, keys, values, *args, **kwargs):
+            return super().update(keys / 2, values, *args, **kwargs)
+
+    past, plain = inside.Cache(layers=[Halved() for _ in range(2)]), inside.DynamicCache()
+    for each in (past, plain):
+        model(torch.arange(8)[None], use_cache=True, **{CACHE: each})
+    same = torch.equal(past.layers[0].keys, plain.layers[0].keys / 2)
+    assert same, says("transformers", "no longer passes new keys and values through a layer's update")
+
+
+def test_an_untied_head_is_saved_by_its_own_name(tmp_path):
+    model = Tiny().load()[0]
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    inside.untie_names(model)
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" in file.keys(), says("transformers", "keeps tied names elsewhere")  # noqa: SIM118
+
+
+def test_names_that_a_model_has_no_use_for(model):
+    assert inside.unused(model, ["model.layers.0.mlp.up_proj.weight"]) == []
+    type(model)._keys_to_ignore_on_load_unexpected  # noqa: B018  AttributeError where it has another name
+
+
+def test_a_gguf_file_gives_tensors_by_their_names_here(model, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(2)
+    weights = model.state_dict()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, tensor in weights.items():
+        if name.endswith(".weight") and "q_proj" not in name and "k_proj" not in name:  # those GGUF permutes
+            key = names.get_name(name, try_suffixes=(".weight",))
+            writer.add_tensor(key, tensor.numpy())
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    config = AutoConfig.for_model(**Tiny().facts())
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    facts, tensors = inside.read_gguf(path, config, skeleton)
+    assert facts["num_hidden_layers"] == 2, says("transformers", "reads a GGUF header into other fields")
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"):
+        same = name in tensors and torch.equal(torch.as_tensor(tensors[name]), weights[name])
+        assert same, says("transformers", f"does not give {name} of a GGUF file back")
+
+
+def test_keys_are_quantized_by_compressed_tensors_or_refused():
+    """A cache scheme applied as compressed-tensors applies it: keys take few values where nothing was refused."""
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    model = Tiny().load()[0]
+    kv = {"num_bits": 2, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32, "dynamic": True}
+    scheme = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "kv_cache_scheme": kv}
+    apply_quantization_config(model, QuantizationConfig(**scheme))
+    past = inside.DynamicCache()
+    model(torch.arange(8)[None], use_cache=True, **{CACHE: past})
+    quantized = len(past.layers[0].keys[0, 0, 0].unique()) <= 4
+    works = compressed_tensors.cache_refusal() is None
+    assert quantized == works, says("compressed-tensors", f"quantizes keys: {quantized}, said to: {works}")
+
+
+def test_a_set_in_the_local_cache_is_found_without_the_hub(monkeypatch, tmp_path):
+    library = pytest.importorskip("datasets")
+    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(library.config, "HF_HUB_OFFLINE", True)
+    assert datasets.offline(), says("datasets", "has another switch for working offline")
+    assert datasets.cached_builder("owner/name", "plain") is None, says("datasets", "refuses an unknown set otherwise")
+    assert HubText("owner/name", "plain", "test")._cached() is None
