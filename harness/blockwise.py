@@ -49,14 +49,17 @@ def quantize(adapter: Adapter, scheme: Scheme, solver: Solver | None, windows: T
     original = Stream(adapter, windows, **options) if missing and solver is not None and solver.scope == "block" else None
     outside.embed(run)
     stream = Stream(adapter, windows, **options) if missing else None
+    error = OutputError(adapter, scheme, stream) if missing else None
     for index in range(count):
         solved = _Block(adapter, scheme, solver, index, run.load_block(index))
         with adapter.open(index, write=True):
             if stream is not None:
-                error = OutputError(adapter, scheme, index, stream) if solved.found is None else None
+                if solved.found is None:
+                    error.before(index)
                 view = BlockView(adapter, scheme, index, stream, generator(seed, "solver", index), stage, log)
                 solved.walk(stream, original, view)
-                solved.output = solved.output if error is None else error.measure()
+                if solved.found is None:
+                    solved.output = error.after(index)
             else:
                 solved.install()
         if solved.found is None:
@@ -75,23 +78,30 @@ def _activations(adapter: Adapter, scheme: Scheme, index: int, on: bool) -> None
 
 
 class OutputError:
-    """What quantizing one block, weights and activations, costs its output on the first calibration window: the stream's
-    input goes through the block before and after, so errors of earlier blocks do not count."""
+    """What quantizing a block, weights and activations, costs its output on the first calibration window: the stream's input
+    goes through the block before and after, so errors of earlier blocks do not count."""
 
-    def __init__(self, adapter: Adapter, scheme: Scheme, index: int, stream: Stream):
-        """To be made before the block is changed."""
-        self._switch = lambda on: _activations(adapter, scheme, index, on)
-        self._hidden, context = stream.window()
-        self._forward = lambda: adapter.blocks[index](self._hidden, **context)
-        self._wanted = torch.empty_like(self._hidden)  # before the forward: behind its temporaries it would split the heap
-        self._wanted.copy_(self._forward())
+    def __init__(self, adapter: Adapter, scheme: Scheme, stream: Stream):
+        """Makes room for one window once: tensors made anew for each block would split the heap between its temporaries."""
+        self.adapter, self.scheme, self.stream = adapter, scheme, stream
+        hidden, _ = stream.window(adapter.blocks[0])
+        self._hidden, self._wanted = torch.empty_like(hidden), torch.empty_like(hidden)
 
-    def measure(self) -> dict:
+    def before(self, index: int) -> None:
+        """To be called before block `index` is changed."""
+        self._hidden.copy_(self.stream.window(self.adapter.blocks[index])[0])
+        self._wanted.copy_(self._forward(index))
+
+    def after(self, index: int) -> dict:
         """{"output_error": |y' - y|^2 / |y|^2, "sqnr_db"}, once the block is quantized."""
-        self._switch(True)
-        noise = relative(self._forward(), self._wanted)
-        self._switch(False)
+        _activations(self.adapter, self.scheme, index, on=True)
+        noise = relative(self._forward(index), self._wanted)
+        _activations(self.adapter, self.scheme, index, on=False)
         return {"output_error": noise, "sqnr_db": decibel(noise)}
+
+    def _forward(self, index: int) -> Tensor:
+        block = self.adapter.blocks[index]
+        return block(self._hidden, **self.stream.window(block)[1])
 
 
 def _input(adapter: Adapter, index: int, site: Site) -> SiteInput:
@@ -175,7 +185,7 @@ class _Block:
             reader = self.block.get_submodule(site.linears[0])
             observe = lambda _, args, site=site: self._observe(site, statistics[site.name], args[0])  # noqa: E731
             handles.append(reader.register_forward_pre_hook(observe))
-        for hidden, context in zip(stream.hidden, stream.context):
+        for hidden, context in zip(stream.hidden, stream.context[self.block]):
             self.block(hidden, **context)
         for handle in handles:
             handle.remove()

@@ -113,17 +113,7 @@ def _exporter(plan: Plan, scheme: Scheme, family):
 
 
 def _check_lengths(plan: Plan, facts: Mapping) -> None:
-    """Refuse windows that the model's positions or a streamed mask cannot hold."""
-    settings, kinds, reach = plan.settings, set(facts.get("layer_types") or ()), facts.get("sliding_window")
-    streamed = {"data.calibration": plan.calibration} if plan.calibrates else {}
-    if settings["eval"]["streaming"] or settings["model"].get("weights") == "disk":
-        streamed["eval.perplexity"] = plan.evaluation
-    for where, windows in streamed.items():
-        if len(kinds) > 1 and reach and windows.length > reach:
-            raise ConfigError(
-                f"{where}.length={windows.length} with a model whose layers mix {' and '.join(sorted(kinds))} (window "
-                f"{reach}): one mask is streamed through all blocks; use at most {reach}."
-            )
+    """Refuse windows that the model's positions cannot hold."""
     longest = facts.get("max_position_embeddings")
     for where, windows in (("data.calibration", plan.calibration), ("eval.perplexity", plan.evaluation)):
         if longest and windows.length > longest:

@@ -19,21 +19,25 @@ from harness.calibration.outliers import outliers, profiles
 from harness.calibration.subject import ModelSubject
 from harness.components import placement_facts
 from harness.config import fingerprint
-from harness.evaluation.gate import gate
+from harness.evaluation.gate import exact_logits, gate, stream_gate
 from harness.export.encodings import save_encodings
 from harness.formats import Scheme
 from harness.models import prepare
 from harness.models.families import Adapter
 from harness.solved import solved
 from harness.transforms import Placement, file
+from harness.transforms.identity import Identity
 
 
 def transform(job, adapter: Adapter, calibration: Tensor, probe: Tensor) -> bool:
     """Fit (or find) and place every transform, and hold exact ones to the gate. Whether anything changed."""
     transforms, changed = job.parts.transforms, False
     with job.stage("fit"):
-        with torch.no_grad():
-            before = adapter.model(probe, use_cache=False).logits
+        if job.plan.calibrates:
+            job.metrics["notes"]["stream"] = stream_gate(adapter, calibration[:1])
+        before, exact = _logits(adapter, probe), None
+        if adapter.model.dtype not in (torch.float32, torch.float64) and any(map(_changes, transforms)):
+            exact = exact_logits(adapter, probe)
         prepare.swap(adapter)
         untouched = profiles(adapter, calibration) if job.plan.calibrates else {}
         gains = prepare.fuse_norms(adapter) if any(transform.residual for transform in transforms) else None
@@ -47,15 +51,23 @@ def transform(job, adapter: Adapter, calibration: Tensor, probe: Tensor) -> bool
             prepare.place(adapter, placement)
             job.placements.append(placement)
         if all(transform.exact for transform in transforms):
-            with torch.no_grad():
-                after = adapter.model(probe, use_cache=False).logits
-            exact, name = adapter.model.dtype == torch.float32, job.plan.settings["transform"]["name"]
-            job.metrics["notes"]["gate"] = gate(before, after, exact, name)
+            after, name = _logits(adapter, probe), job.plan.settings["transform"]["name"]
+            job.metrics["notes"]["gate"] = gate(before, after, name, exact)
         if job.plan.calibrates:
             found = outliers(untouched, profiles(adapter, calibration) if changed else untouched)
             records.write_json(job.run.path / "outliers.json", found)
             job.tracker.table("outliers", [_flat(row) for row in found["rows"]])
     return changed
+
+
+@torch.no_grad()
+def _logits(adapter: Adapter, probe: Tensor) -> Tensor:
+    return adapter.model(probe, use_cache=False).logits
+
+
+def _changes(transform) -> bool:
+    """Whether a transform that promises to change nothing touches any weight at all."""
+    return transform.exact and not isinstance(transform, Identity)
 
 
 def _flat(row: dict) -> dict:

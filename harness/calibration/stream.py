@@ -43,6 +43,38 @@ def arguments_at(module: nn.Module, run) -> tuple[tuple, dict]:
     raise RuntimeError(f"the forward never reached {type(module).__name__}")
 
 
+class _PassedBy(nn.Module):
+    """Stands where a block does while a forward passes by: keeps what the block would be called with and hands the hidden
+    states on as they are. What else is asked of it, the block answers."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.__dict__["block"] = block  # not a submodule
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        self.__dict__["kwargs"] = kwargs
+        self.__dict__["hidden"] = args[0] if args else kwargs.pop("hidden_states")
+        return self.__dict__["hidden"]
+
+
+def arriving(adapter: Adapter, ids: Tensor) -> tuple[Tensor, list[dict]]:
+    """(embedded tokens [B, L, hidden], what each block is called with besides) of token ids [B, L]. Runs no block: layers of
+    one model may have other masks (sliding windows between full attention), and each gets its own."""
+    blocks, passed = adapter.blocks, [_PassedBy(block) for block in adapter.blocks]
+    originals = list(blocks)
+    try:
+        for index, each in enumerate(passed):
+            blocks[index] = each
+        adapter.backbone(input_ids=ids, use_cache=False)
+    finally:
+        for index, block in enumerate(originals):
+            blocks[index] = block
+    return passed[0].hidden, [each.kwargs for each in passed]
+
+
 class Stream:
     """Hidden states of all calibration windows [N, L, hidden], walked in micro-batches of at most `tokens_at_once` tokens.
 
@@ -51,20 +83,19 @@ class Stream:
     """
 
     def __init__(self, adapter: Adapter, windows: Tensor, tokens_at_once: int = 2048, folder: Path | None = None):
-        """windows: token ids [N, L]. Runs the embedding (and the rotary table) once."""
+        """windows: token ids [N, L]. Runs the embedding, the rotary table and the masks once. `context` {block: what it is
+        called with besides hidden states, one a micro-batch}."""
         self.adapter, self._folder = adapter, folder
         self.tokens = windows.numel()
         self._batch = max(1, tokens_at_once // windows.shape[1])
-        self.context: list[dict] = []
+        self.context: dict[nn.Module, list[dict]] = {block: [] for block in adapter.blocks}
         for index, batch in enumerate(windows.split(self._batch)):
-            ids = batch.to(adapter.device)
-            args, kwargs = arguments_at(adapter.blocks[0], lambda ids=ids: adapter.backbone(input_ids=ids, use_cache=False))
-            kwargs = dict(kwargs)
-            embedded = args[0] if args else kwargs.pop("hidden_states")
+            embedded, contexts = arriving(adapter, batch.to(adapter.device))
             if index == 0:
                 self._hidden = self._room(embedded, embedded.shape[-1], windows.shape)
             self.hidden[index].copy_(embedded)
-            self.context.append(kwargs)
+            for block, context in zip(adapter.blocks, contexts):
+                self.context[block].append(context)
 
     def _room(self, like: Tensor, width: int, shape: torch.Size) -> Tensor:
         """An empty [N, L, width] of like's dtype, in memory beside it or in a file."""
@@ -79,12 +110,12 @@ class Stream:
         """The residual stream, a view a micro-batch."""
         return self._hidden.split(self._batch)
 
-    def window(self) -> tuple[Tensor, dict]:
-        """A copy of the first window's hidden states [1, L, hidden], and the context a block takes with it."""
+    def window(self, block: nn.Module) -> tuple[Tensor, dict]:
+        """The first window's hidden states [1, L, hidden], a view, and the context the block takes with them."""
         rows = self.hidden[0].shape[0]
         alone = {key: value[:1] if isinstance(value, Tensor) and value.shape[0] == rows else value
-                 for key, value in self.context[0].items()}
-        return self.hidden[0][:1].clone(), alone
+                 for key, value in self.context[block][0].items()}
+        return self.hidden[0][:1], alone
 
     def entry(self, block: nn.Module, branch: Branch) -> Iterator[Tensor]:
         """The branch's entry activations, one micro-batch at a time."""
@@ -96,7 +127,7 @@ class Stream:
         """What the branch's last linear is about to read, one micro-batch at a time; kept until `close`."""
         module, last = block.get_submodule(branch.module), block.get_submodule(branch.exit.linears[0])
         self._read = self._room(self._hidden, last.in_features, self._hidden.shape[:2])
-        for context, x, kept in zip(self.context, self.entry(block, branch), self._read.split(self._batch)):
+        for context, x, kept in zip(self.context[block], self.entry(block, branch), self._read.split(self._batch)):
             args, _ = arguments_at(last, lambda x=x, context=context: module(x, **(context if branch.context else {})))
             yield kept.copy_(args[0])
 
