@@ -26,6 +26,7 @@ from harness.config import build, option
 from harness.errors import ConfigError
 from harness.formats import Format
 from harness.models.families import Adapter
+from harness.overrides import as_served
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Auto:
 SHARED = ("observer", "mse", "compute_dtype", "pad")  # what candidates take from format.weight
 
 
-def auto_of(section: Mapping | None, weight: Mapping) -> Auto | None:
+def auto_of(section: Mapping | None, weight: Mapping, serves: Mapping | None = None) -> Auto | None:
     """From `format.auto` and `format.weight`; None where it is off. A candidate is an option of conf/format, or intN: that of
-    int4 with N bits; the observer and the arithmetic are those of format.weight."""
+    int4 with N bits; the observer and the arithmetic are those of format.weight. serves: `export.serves.weight`."""
     if section is None:
         return None
     known_keys("format.auto.", section, ("bits_per_weight", "candidates"))
@@ -57,7 +58,7 @@ def auto_of(section: Mapping | None, weight: Mapping) -> Auto | None:
         else:
             chosen = option("format", name)["weight"]
         if "_target_" in chosen:
-            chosen = chosen | {key: weight[key] for key in SHARED if key in weight}
+            chosen = as_served(chosen, serves) | {key: weight[key] for key in SHARED if key in weight}
         candidates[name] = build(chosen, f"format.auto.candidates.{name}")
         if candidates[name] is None:
             raise ConfigError(f"format.auto.candidates: {name} quantizes no weights; leave it out.")

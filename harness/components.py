@@ -50,8 +50,9 @@ def components(plan: Plan) -> Components:
     facts = plan.model.facts()
     family = family_of(facts.get("model_type"))
     parts = {part: build(settings["format"][part], f"format.{part}") for part in ("weight", "act", "kv")}
-    scheme = Scheme(**parts, overrides=resolve(settings["format"], family, facts["num_hidden_layers"]))
-    auto = auto_of(settings["format"]["auto"], settings["format"]["weight"])
+    serves = settings["export"].get("serves") or {}
+    scheme = Scheme(**parts, overrides=resolve(settings["format"], family, facts["num_hidden_layers"], serves))
+    auto = auto_of(settings["format"]["auto"], settings["format"]["weight"], serves.get("weight"))
     if auto is not None and scheme.weight is None:
         raise ConfigError("format.auto with format.weight.bits=16: there is nothing to allocate; set format.weight, or "
                           "format.auto=null.")
@@ -89,7 +90,10 @@ def components(plan: Plan) -> Components:
     exporter = _exporter(plan, scheme, family)
     if exporter is not None:
         candidates = [] if auto is None else [replace(scheme, weight=format) for format in auto.candidates.values()]
-        told = [warning for each in (scheme, *candidates) for warning in exporter.check(each, transforms, context)]
+        dtype = settings["model"]["dtype"]
+        if dtype == "auto":
+            dtype = str(facts.get("dtype") or dtype).removeprefix("torch.")
+        told = [warning for each in (scheme, *candidates) for warning in exporter.check(each, transforms, context, dtype)]
         warnings += dict.fromkeys(told)
     return Components(scheme, auto, transforms, solver, context, build(settings["tracking"], "tracking"), exporter, warnings)
 

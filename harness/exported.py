@@ -1,8 +1,9 @@
 """From an evaluated model to a checkpoint folder: written beside, loaded back, compared, and only then given its name.
 
-The reload gate compares what a user of the checkpoint gets, in the dtype of the evaluation, with what was evaluated: every
-quantized weight in every bit, and the perplexity of the first two windows of each corpus, within the layout's tolerance (of
-weights rounded as the file holds them).
+The reload gate compares what a user of the checkpoint gets with what was evaluated: every quantized
+weight in every bit, in the dtype in which the file is served, and, in that of the evaluation, the
+perplexity of the first two windows of each corpus, within the layout's tolerance (of weights rounded
+as the file holds them).
 Whatever fails leaves no folder of that name, and an older one as it was.
 """
 
@@ -13,13 +14,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from harness.errors import DataError
 from harness.evaluation.perplexity import perplexity, window_losses
-from harness.export.base import Exporter, Snapshot, digests, write_checkpoint
+from harness.export.base import Exporter, Snapshot, cast, digests, write_checkpoint
 from harness.export.card import card
 from harness.export.metadata import metadata
 from harness.export.names import name_of
+from harness.formats import QTensor
 from harness.models.about import ABOUT, about
 from harness.models.families import Adapter
 from harness.solved import Solved
@@ -77,14 +80,17 @@ def _aside(final: Path) -> Path:
 
 def _gate(job, exporter: Exporter, snapshot: Snapshot, folder: Path) -> dict:
     """{"weights": how many were compared, "ppl": {corpus: [as evaluated, as loaded]}}."""
-    model = exporter.load(folder, snapshot.adapter.device, snapshot.adapter.model.dtype)
+    dtype, stored = snapshot.adapter.model.dtype, exporter.stored(snapshot)
+    model = exporter.load(folder, snapshot.adapter.device, stored or dtype)
     for name, qtensor in snapshot.qtensors.items():
         loaded = exporter.weight(model, name)
-        if not torch.equal(loaded, qtensor.dequantize().to(loaded)):
+        if not torch.equal(loaded, _decoded(qtensor, loaded.dtype).to(loaded.device)):
             raise DataError(f"export={exporter.name}: {name} does not come back from the checkpoint as it was evaluated")
-    ppl, loaded, streaming = {}, Adapter(model), job.shelf is not None
-    if exporter.stored is not None:
-        _round(snapshot.adapter, exporter.stored)
+    ppl, streaming = {}, job.shelf is not None
+    if stored is not None:
+        _round(snapshot, stored)
+        cast(model, stored, dtype)
+    loaded = Adapter(model)
     for corpus, text in job.texts.items():
         windows = text[:WINDOWS]
         evaluated, got = (perplexity(window_losses(which, windows, job.amp, streaming=streaming and which is not loaded),
@@ -97,18 +103,29 @@ def _gate(job, exporter: Exporter, snapshot: Snapshot, folder: Path) -> dict:
     return {"weights": len(snapshot.qtensors), "ppl": ppl}
 
 
+def _decoded(q: QTensor, dtype: torch.dtype) -> Tensor:
+    """The evaluated weight in the dtype in which a file is served, rounded once."""
+    return q.dequantize() if dtype == q.dtype else q.format.decode(q.codes, q.scales).to(dtype)
+
+
 @torch.no_grad()
-def _round(adapter: Adapter, dtype: torch.dtype) -> None:
+def _round(snapshot: Snapshot, dtype: torch.dtype) -> None:
     """Give every weight and bias of the evaluated model, which is not needed any more, the value that the file holds. Rounding
     moves some activations to another code, and these move others: it must not count as a fault of the file."""
+    adapter, qtensors = snapshot.adapter, snapshot.qtensors
     inside = f"{adapter.family.blocks}."
     for layer in (None, *range(len(adapter.blocks))):
         root = adapter.model if layer is None else adapter.blocks[layer]
         with adapter.open(layer, write=True):
             for name, module in root.named_modules():
+                if layer is None and name.startswith(inside):
+                    continue
                 for tensor in (getattr(module, "weight", None), getattr(module, "bias", None)):
-                    if tensor is not None and not (layer is None and name.startswith(inside)):
+                    if tensor is not None:
                         tensor.copy_(tensor.to(dtype))
+                quantized = qtensors.get(name if layer is None else f"{inside}{layer}.{name}")
+                if quantized is not None:
+                    module.weight.copy_(_decoded(quantized, dtype))
 
 
 def _replace(final: Path, beside: Path) -> None:

@@ -27,8 +27,12 @@ PARTS = ("weight", "act")
 RANGE = re.compile(r"(?:first|last)_(\d+)|blocks_(\d+)(?:_(\d+))?")
 
 
-def resolve(chosen: Mapping, family: Family, layers: int) -> dict[tuple[int | None, str], dict]:
-    """{(block, linear): {part: Format or None}} from a `format` section. Raises ConfigError naming the field."""
+def resolve(chosen: Mapping, family: Family, layers: int,
+            serves: Mapping[str, Mapping] | None = None) -> dict[tuple[int | None, str], dict]:
+    """{(block, linear): {part: Format or None}} from a `format` section. serves: `export.serves`, by
+    which options named here are changed as the format itself is. Raises ConfigError naming the
+    field."""
+    chosen = {**chosen, "serves": serves or {}}
     linears = {name.rpartition(".")[2]: name for site in family.sites for name in site.linears}
     outside = {name.rpartition(".")[2]: name for name in (family.embedding, family.head)}
     ranked: dict[tuple[int | None, str], dict[int, tuple[str, dict]]] = {}
@@ -122,7 +126,7 @@ def _parts(field: str, value, chosen: Mapping) -> dict:
 def _part(field: str, part: str, value, chosen: Mapping):
     """The Format of one part, or None at 16 bits."""
     if isinstance(value, str):
-        return build(_option(field, value)[part], field)
+        return build(as_served(_option(field, value)[part], chosen["serves"].get(part)), field)
     base = chosen[part]
     if isinstance(value, int) and not isinstance(value, bool):
         if value == 16:
@@ -138,6 +142,12 @@ def _part(field: str, part: str, value, chosen: Mapping):
         return build(changed, field)
     except ConfigError as error:
         raise ConfigError(f"{error} For another number format name its option, e.g. {field}=mxfp8.") from None
+
+
+def as_served(settings: Mapping, serves: Mapping | None) -> dict:
+    """The settings of one format, with the values by which an exported file is computed where it has
+    such settings. serves: a part of `export.serves`."""
+    return {key: (serves or {}).get(key, value) for key, value in settings.items()}
 
 
 def _option(field: str, name: str) -> dict:

@@ -18,7 +18,7 @@ from harness.config import ROOT, build, fingerprint, option
 from harness.errors import ConfigError, DataError
 from harness.evaluation.zeroshot import ZeroShot
 
-EXPORT = ("name", "_target_", "path", "base", "dataset", "training", "peft", "push_to", "scale_dtype", "pseudo")
+EXPORT = ("name", "_target_", "path", "base", "dataset", "training", "peft", "push_to", "serves", "pseudo")
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,14 @@ class Plan:
         return [self.model.fingerprint(), self.settings["model"]["dtype"], self.device_kind]
 
     def _format(self) -> dict:
-        """The format's settings, with what stands behind the options that overrides and candidates name."""
+        """The format's settings, with what stands behind the options that overrides and candidates name, and what changes
+        those."""
         chosen = self.settings["format"]
         candidates = {f"int4:{name}" if name[3:].isdigit() else name for name in _strings(chosen["auto"])}  # intN is int4's
         names = candidates | set(_strings(chosen["overrides"]))
         found = {name: option("format", name.partition(":")[0]) for name in sorted(names) if _is_option(name.partition(":")[0])}
+        if found and self.settings["export"].get("serves"):
+            found["serves"] = self.settings["export"]["serves"]
         return {**chosen, "named": found} if found else chosen
 
     def _transform(self) -> dict:

@@ -25,6 +25,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from harness.errors import ConfigError
+from harness.files import replacing
 
 PACKAGES = ("torch", "transformers", "hydra-core", "omegaconf", "datasets", "safetensors", "lm-eval", "wandb", "numpy")
 
@@ -43,21 +44,6 @@ def writable(field: str, folder: Path) -> None:
 
 class RunLocked(RuntimeError):
     """Another process is writing this run."""
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a name to write to, which then becomes `path` in one step: readers see the old file or the new one, a kill leaves
-    either."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write(path: Path, content: str) -> None:

@@ -27,7 +27,7 @@ from harness.solved import Solved
 from harness.store import write_json
 
 CASES = {
-    "plain": ["format=nvfp4", "solver=gptq"],
+    "plain": ["format=nvfp4", "format.act.compute_dtype=input", "solver=gptq"],
     "pca": ["transform=pca", "format=int4", "solver=rtn", "model.tie=false"],
     "rotations": ["transform=quarot", "format=w4a4kv4", "format.weight.group_size=32", "model.family=qwen3"],
     "hadamard": ["transform=hadamard", "transform.random_signs=true", "format=mxfp4", "solver=rtn"],

@@ -10,14 +10,18 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from composed import composed
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
-from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from safetensors import safe_open
 from test_golden import compressed_tensors_format
 
 from harness import blockwise
 from harness.calibration.subject import ModelSubject
+from harness.config import build, settings
 from harness.errors import ConfigError, DataError
 from harness.export import layouts
 from harness.export.base import Snapshot, write_checkpoint
@@ -38,6 +42,7 @@ from harness.transforms.hadamard import HadamardBlocks
 from harness.transforms.identity import Identity
 from harness.transforms.quarot import QuaRot
 
+SERVED = {"compute_dtype": "input", "zp_range": "signed", "zp_order": "add_then_round"}
 IDS = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
 
 
@@ -46,8 +51,8 @@ def weight(bits=4, granularity="channel", **knobs) -> Integer:
 
 
 def token(bits=8, **knobs) -> Integer:
-    """Asymmetric, a scale a token, in the very order of compressed-tensors, so that no tie falls another way."""
-    order = {"symmetric": False, "incl0": "always", "zp_range": "signed", "zp_order": "add_then_round"}
+    """Asymmetric, a scale a token, in the dtype and the very order of compressed-tensors, so that no tie falls another way."""
+    order = {"symmetric": False, "incl0": "always", **SERVED}
     return Integer(bits=bits, granularity="token", role="activation", **order | knobs)
 
 
@@ -56,13 +61,14 @@ def mx(element: str, role: str = "weight", **knobs) -> MX:
     return MX(bits=bits, element=element, role=role, **{"mx_scale": "even"} | knobs)
 
 
-NV, NV_ACT, G64 = NVFP4(), NVFP4(role="activation", scope="static"), weight(granularity="group", group_size=64)
+NV, NV_ACT = NVFP4(), NVFP4(role="activation", scope="static", compute_dtype="input")
+G64, KV4 = weight(granularity="group", group_size=64), KVCache(clip_k=1.0, clip_v=1.0, **SERVED)
 MIXED = {(i, "mlp.down_proj"): {"weight": weight(8), "act": token()} for i in range(2)} | {
     (0, "self_attn.o_proj"): {"weight": None, "act": None}, (1, "mlp.up_proj"): {"weight": weight(3)},
     (None, "lm_head"): {"weight": weight(8), "act": None},
 }
 STATIC = Integer(bits=8, granularity="tensor", role="activation", range="static", symmetric=False, scale_dtype="bf16",
-                 zp_range="signed", zp_order="add_then_round")
+                 **SERVED)
 SCHEMES = {  # family, formats, the layout of the linears
     "nvfp4": ("qwen3", Scheme(weight=NV, act=NV_ACT), "nvfp4-pack-quantized"),
     "nvfp4 weights": ("llama", Scheme(weight=NV), "nvfp4-pack-quantized"),
@@ -79,8 +85,8 @@ SCHEMES = {  # family, formats, the layout of the linears
     "w8a8": ("qwen2", Scheme(weight=weight(8), act=token()), "int-quantized"),
     "w8a8 symmetric": ("llama", Scheme(weight=weight(8), act=token(symmetric=True, int_scale="half_range")), "int-quantized"),
     "w8a8 static": ("llama", Scheme(weight=weight(8, "tensor", symmetric=False), act=STATIC), "int-quantized"),
-    "w4a16kv4": ("llama", Scheme(weight=G64, kv=KVCache(clip_k=1.0, clip_v=1.0)), "pack-quantized"),
-    "kv4": ("llama", Scheme(kv=KVCache(clip_k=1.0, clip_v=1.0)), "dense"),
+    "w4a16kv4": ("llama", Scheme(weight=G64, kv=KV4), "pack-quantized"),
+    "kv4": ("llama", Scheme(kv=KV4), "dense"),
     "mixed": ("qwen2", Scheme(weight=NV, act=NV_ACT, overrides=MIXED), "mixed-precision"),
 }
 DTYPES = {
@@ -301,10 +307,12 @@ REFUSED = {
     "format.act.int_scale=qmax": Scheme(weight=G64, act=token(symmetric=True)),
     "format.overrides: mlp.up_proj.act.scope=tensor": Scheme(
         weight=NV, act=NV_ACT, overrides={(1, "mlp.up_proj"): {"act": NVFP4(role="activation")}}),
+    "format.overrides: mlp.up_proj.act.clip=0.9": Scheme(  # of one block, whatever others have
+        weight=NV, act=NV_ACT, overrides={(0, "mlp.up_proj"): {"act": token(clip=0.9)}, (1, "mlp.up_proj"): {"act": token()}}),
     "format.overrides: model.embed_tokens": Scheme(
         weight=NV, overrides={(None, "model.embed_tokens"): {"weight": weight(8)}}),
-    "format.kv.bits=4 and format.kv.clip_k=0.95": Scheme(weight=G64, kv=KVCache()),
-    "format.kv.bits=8 and format.kv.symmetric=True": Scheme(weight=G64, kv=KVCache(8, symmetric=True, clip_k=1.0, clip_v=1.0)),
+    "format.kv.bits=4 and format.kv.clip_k=0.95": Scheme(weight=G64, kv=replace(KV4, clip_k=0.95)),
+    "format.kv.bits=8 and format.kv.symmetric=True": Scheme(weight=G64, kv=replace(KV4, bits=8, symmetric=True)),
 }
 
 
@@ -323,15 +331,20 @@ def test_what_stays_online_is_refused(transform, left):
         CompressedTensors().check(scheme, [Identity(), transform], context_of(Tiny().facts(), scheme))
 
 
-def test_what_transformers_computes_otherwise_is_warned_of():
-    scheme = Scheme(weight=FourOverSix(), act=NV_ACT, kv=KVCache(clip_k=1.0, clip_v=1.0) if CACHED else None)
-    warned = CompressedTensors().check(scheme, [], context_of(Tiny().facts(), scheme))
-    assert [next(word for word in ("kv", "FourOverSix", "compute_dtype=input") if word in each) for each in warned] == [
-        *["kv"][: CACHED], "FourOverSix", "compute_dtype=input"]
+def test_what_is_served_otherwise_is_warned_of():
+    scheme = Scheme(weight=FourOverSix(), act=NV_ACT, kv=KV4 if CACHED else None)
+    context = context_of(Tiny().facts(), scheme)
+    words = [*["kv"][: CACHED], "FourOverSix", "served in bfloat16 and evaluated in"]
+    for dtype in ("float32", "float16", "auto", "bfloat16"):
+        warned = CompressedTensors().check(scheme, [], context, dtype)
+        expected = words[:-1] if dtype == "bfloat16" else words
+        assert [next(word for word in words if word in each) for each in warned] == expected
+    assert CompressedTensors().check(Scheme(weight=NV), [], context, "float32") == []
+    assert CompressedTensors().check(Scheme(weight=G64, act=token()), [], context, "float16") == []
 
 
 def test_a_cache_that_nothing_would_quantize_is_refused(tmp_path, monkeypatch):
-    scheme = Scheme(kv=KVCache(clip_k=1.0, clip_v=1.0))
+    scheme = Scheme(kv=KV4)
     monkeypatch.setattr(layouts, "cache_refusal", lambda: "one does not find the cache of the other")
     with pytest.raises(ConfigError, match=r"format\.kv\.bits=4 with export=compressed_tensors: one does not find"):
         CompressedTensors().check(scheme, [], context_of(Tiny().facts(), scheme))
@@ -344,11 +357,93 @@ def test_a_cache_that_nothing_would_quantize_is_refused(tmp_path, monkeypatch):
     assert CompressedTensors().check(Scheme(weight=NV), [], context_of(Tiny().facts(), Scheme(weight=NV))) == []
 
 
-def test_a_bfloat16_run_with_arithmetic_in_its_dtype_is_served_bit_for_bit(tmp_path):
-    scheme = Scheme(weight=NV, act=replace(NV_ACT, compute_dtype="input"))
-    made = make(tmp_path / "checkpoint", "llama", scheme, rotate=False, dtype=torch.bfloat16)
+def activations(dtype: torch.dtype) -> torch.Tensor:
+    """[2, 96, 64]: tokens of both signs, of one, all zero, tiny, with an outlier, and on the ties of 8-bit codes."""
+    x = torch.randn(2, 96, 64, generator=torch.Generator().manual_seed(5))
+    x[:, 8:16].abs_()
+    x[:, 16:24].abs_().neg_()
+    x[:, 24] = 0
+    x[:, 25:32] *= 1e-4
+    x[:, 32:40, 7] *= 500
+    x[:, 40:48] = torch.arange(64) / 2 - 16
+    x[:, 40:48, 63] = 255 - 16
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("chosen", [
+    ["format=int8"], ["format=int4"], ["format=w4a4kv4"], ["format=int8", "format.act.granularity=tensor"],
+    ["format=int8", "format.act.granularity=group", "format.act.group_size=32"],
+    ["format=int8", "format.act.symmetric=true", "format.act.int_scale=half_range"], ["format=nvfp4"],
+    ["format=mxfp4", "format.act.mx_scale=even"], ["format=mxfp6", "format.act.mx_scale=even"],
+    ["format=mxfp8", "format.act.mx_scale=even", "format.act.mx_even_mbits=1"],
+], ids=str)
+def test_activations_are_evaluated_as_they_are_served(chosen, dtype):
+    """What compressed-tensors computes at run time from what config.json says, in every bit."""
+    cfg, _ = composed("export=compressed_tensors", *chosen)
+    act = build(settings(cfg)["format"]["act"], "format.act")
+    layouts.refuse(act, "format.act")
+    if layouts.served(dtype, [act]) != dtype and dtype != torch.float32:
+        pytest.skip("no model of this format is served in float16")
+    x, args = activations(dtype), QuantizationArgs(**layouts.described(act))
+    g = act.calibrated(*torch.aminmax(x)) if act.needs_static else None
+    served = fake_quantize(x, *compute_dynamic_scales_and_zp(x, args, None, g), args, g)
+    assert served.dtype == dtype
+    assert torch.equal(act.fake(x, global_scale=g), served.view(x.shape))
+
+
+@pytest.mark.skipif(not CACHED, reason="the installed releases quantize no cache")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("group", ["null", "16"])
+def test_keys_and_values_are_evaluated_as_they_are_served(group, dtype):
+    cfg, _ = composed("export=compressed_tensors", "format=w4a4kv4", "format.kv.clip_k=1.0", "format.kv.clip_v=1.0",
+                      f"format.kv.group_size={group}")
+    kv = build(settings(cfg)["format"]["kv"], "format.kv")
+    x, args = activations(dtype).view(2, 96, 2, 32).transpose(1, 2), QuantizationArgs(**layouts.cache_scheme(kv, 32))
+    served = fake_quantize(x, *compute_dynamic_scales_and_zp(x, args, None), args)
+    assert torch.equal(kv.fake(x, "key"), served)
+
+
+def test_a_static_scale_is_that_of_the_evaluation():
+    """Computed in the activations' dtype from the range seen, and stored; transformers reads it in the dtype it computes in."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = activations(dtype)
+        seen = STATIC.calibrated(*torch.aminmax(x))
+        entries = layouts.input_entries(STATIC, seen, dtype)
+        args = QuantizationArgs(**layouts.described(STATIC))
+        served = fake_quantize(x, entries["input_scale"].to(dtype), entries["input_zero_point"], args)
+        assert torch.equal(STATIC.fake(x, global_scale=seen), served)
+
+
+INTEGERS = ["w4a16", "w4a16 asymmetric", "w4a4", "w4a8 asymmetric", "w8a8", "w8a8 static", *["w4a16kv4"][: CACHED]]
+
+
+@pytest.mark.parametrize("case", [*INTEGERS, "nvfp4", "mxfp4", "mixed"])
+def test_a_bfloat16_run_is_served_bit_for_bit(tmp_path, case):
+    family, scheme, _ = SCHEMES[case]
+    made = make(tmp_path / "checkpoint", family, scheme, rotate=False, dtype=torch.bfloat16)
     served = CompressedTensors().load(made.folder, torch.device("cpu"), torch.bfloat16)
     assert torch.equal(logits(served), made.exact)
+
+
+@pytest.mark.parametrize("case", INTEGERS)
+def test_a_float16_run_of_integers_is_served_in_float16_bit_for_bit(tmp_path, case):
+    family, scheme, _ = SCHEMES[case]
+    made = make(tmp_path / "checkpoint", family, scheme, rotate=False, dtype=torch.float16)
+    served = CompressedTensors().load(made.folder, torch.device("cpu"), torch.float16)
+    assert torch.equal(logits(served), made.exact)
+    for name, q in made.snapshot.qtensors.items():
+        assert torch.equal(served.get_submodule(name).weight, q.dequantize())
+
+
+def test_small_scales_of_a_float16_model_are_held_by_both_dtypes():
+    """A row of small weights has a scale among the subnormals of float16."""
+    noise = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    w = (noise * torch.exp2(-torch.arange(64.0) / 3).view(-1, 1)).half()
+    for bits in (4, 8):
+        scale = weight(bits).scales(w).scale
+        assert scale.min() < 2**-17
+        assert torch.equal(scale.half().bfloat16(), scale)
 
 
 def test_a_placement_that_stays_online_is_not_written(checkpoints):

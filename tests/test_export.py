@@ -1,6 +1,7 @@
 """Exports as a run makes them: named, described, loaded back, compared; and nothing half-written left behind."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from composed import small
+from safetensors import safe_open
 
 import harness
 from harness.calibration.subject import ModelSubject
@@ -18,11 +20,12 @@ from harness.errors import ConfigError
 from harness.export.names import Name
 from harness.exported import WINDOWS
 from harness.formats import NVFP4, Scheme
+from harness.libraries.compressed_tensors import cache_refusal
 from harness.models.about import ABOUT, held
 from harness.models.families import Adapter, context_of
 from harness.models.load import assert_finite
 from harness.models.prepare import fuse_norms, swap
-from harness.models.tiny import Tiny
+from harness.models.tiny import Tiny, byte_tokenizer
 from harness.pipeline import execute
 
 PLAIN = ["format=nvfp4", "solver=rtn"]
@@ -77,6 +80,91 @@ def test_a_checkpoint_is_measured_as_it_is(tmp_path, layout):
     cfg, choices = small(tmp_path / "again", "model=checkpoint", f"model.path={outcome.metrics['export']['path']}", *PLAIN)
     with pytest.raises(ConfigError, match="measured as it is"):
         execute(cfg, choices)
+
+
+SERVED = {
+    "int8": [], "int4": [], "nvfp4": [], "mxfp4": ["format.act.mx_scale=even"],
+    **({"w4a4kv4": ["format.kv.clip_k=1.0", "format.kv.clip_v=1.0"]} if cache_refusal() is None else {}),
+    "int8 in nvfp4": ["format.overrides={down_proj: int8, lm_head: {weight: int8}}"],
+    "auto": ["format.auto.candidates=[int3, int8, nvfp4]"],
+}
+
+
+@pytest.mark.parametrize("format", SERVED)
+def test_what_is_evaluated_in_bfloat16_is_what_is_served(tmp_path, format):
+    """The formats take the rules of whoever loads the file, options named in overrides and candidates too."""
+    chosen = [f"format={format.split()[-1]}", *SERVED[format]]
+    outcome = run(tmp_path, "export=compressed_tensors", "model.dtype=bfloat16", *chosen)
+    assert outcome.status == "done", outcome.error
+    assert not [warning for warning in outcome.metrics["warnings"] if "served" in warning]
+    for evaluated, loaded in outcome.metrics["export"]["ppl"].values():
+        assert loaded == evaluated
+
+
+def test_the_rules_of_an_export_are_part_of_what_is_solved(tmp_path):
+    named = ["format=nvfp4", "format.overrides={down_proj: int8}"]
+    for settings in (["format=int8"], named):
+        ids = {run(tmp_path, "model.dtype=bfloat16", *settings, *more).metrics["quant_id"]
+               for more in ([], ["export=harness"], ["export=compressed_tensors"])}
+        assert len(ids) == 2
+
+
+FLOAT16 = {
+    "nvfp4": ([], "bfloat16"), "mxfp4": (["format.act.mx_scale=even"], "bfloat16"), "int8": ([], "float16"),
+    "int4": ([], "float16"), "int4 weights": (["format.act.bits=16", "format.weight.symmetric=false"], "float16"),
+    "int8 in nvfp4": (["format.overrides={down_proj: int8}"], "bfloat16"),
+}
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A folder with a model in float16."""
+    folder = tmp_path_factory.mktemp("half") / "tiny-half"
+    Tiny().load()[0].half().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", FLOAT16)
+def test_a_float16_model_comes_back(tmp_path, half, case):
+    """Integers in float16, bit for bit; NVFP4 and MX in bfloat16, in which transformers unpacks them, after one rounding."""
+    settings, dtype = FLOAT16[case]
+    format = next(word for word in reversed(case.split()) if word != "weights")
+    outcome = run(tmp_path, "export=compressed_tensors", "model=hf", f"model.path={half}", f"format={format}", *settings)
+    assert outcome.status == "done", outcome.error
+    folder = Path(outcome.metrics["export"]["path"])
+    assert folder.name.startswith("tiny-half-")
+    assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        floats = {file.get_slice(name).get_dtype() for name in file.keys() if "norm" in name}  # noqa: SIM118
+    assert floats == {{"float16": "F16", "bfloat16": "BF16"}[dtype]}
+    for evaluated, loaded in outcome.metrics["export"]["ppl"].values():
+        assert loaded == pytest.approx(evaluated, rel=0 if dtype == "float16" else 5e-3)
+    warned = [warning for warning in outcome.metrics["warnings"] if "served in bfloat16 and evaluated in float16" in warning]
+    assert len(warned) == (dtype == "bfloat16")
+
+
+def test_a_float16_model_in_our_own_layout_and_that_of_fp_quant(tmp_path, half):
+    fixed = ["format.weight.global_scale=fixed", "format.weight.fixed_decode_scale=0.0009765625",
+             "format.act.global_scale=fixed", "format.act.fixed_decode_scale=0.125"]
+    for settings in (["export=harness"], ["export=fp_quant", *fixed],
+                     ["export=fp_quant", "export.pseudo=true", "format.act.fp4_ties=zero", *fixed]):
+        outcome = run(tmp_path, "model=hf", f"model.path={half}", *settings)
+        assert outcome.status == "done", outcome.error
+
+
+@pytest.mark.parametrize("layout", RIGHT)
+def test_the_umask_decides_who_may_read(tmp_path, layout):
+    before = os.umask(0o027)
+    try:
+        outcome = run(tmp_path, f"export={layout}", "transform=pca" if layout == "harness" else "transform=identity",
+                      *([f"transform.save={tmp_path / 'kept.safetensors'}"] if layout == "harness" else []))
+    finally:
+        os.umask(before)
+    assert outcome.status == "done", outcome.error
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and "text" not in path.parts]
+    assert sum(path.suffix == ".safetensors" for path in written) >= 4
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in written} == {path.name: "0o640" for path in written}
 
 
 def about(formats, *bits, **method) -> str:
@@ -146,7 +234,7 @@ def full_disk():
 
 @pytest.mark.parametrize("layout", RIGHT)
 def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, layout, full_disk):
-    assert run(tmp_path).status == "done"
+    assert run(tmp_path, *(["format.act.compute_dtype=input"] if layout == "compressed_tensors" else [])).status == "done"
     full_disk(True)
     outcome = run(tmp_path, f"export={layout}")
     full_disk(False)
@@ -190,6 +278,19 @@ def test_what_does_not_come_back_is_no_checkpoint(tmp_path, monkeypatch):
     (["export=harness", "format=none", "solver=none"], ["format=none", "export=none"]),
     (["export=harness", "export.dataset=open-math"], ["export.dataset=open-math"]),
     (["export=harness", "export.push_to=me/model"], ["export.push_to=me/model"]),
+    (["export=compressed_tensors", "format.act.compute_dtype=float32"],
+     ["format.act.compute_dtype=float32", "export=compressed_tensors", "set format.act.compute_dtype=input"]),
+    (["export=compressed_tensors", "format=int8", "format.act.zp_order=round_then_add"],
+     ["format.act.zp_order=round_then_add", "set format.act.zp_order=add_then_round"]),
+    (["export=compressed_tensors", "format=int8", "format.act.zp_range=unsigned"],
+     ["format.act.zp_range=unsigned", "set format.act.zp_range=signed"]),
+    (["export=compressed_tensors", "format=int8", "format.act.scale_dtype=bf16"], ["format.act.scale_dtype=bf16"]),
+    (["export=compressed_tensors", "format=w4a4kv4", "format.kv.clip_k=1", "format.kv.clip_v=1",
+      "format.kv.compute_dtype=float32"], ["format.kv.compute_dtype=float32", "set format.kv.compute_dtype=input"]),
+    *[(["export=harness", *more, f"export.{part}={value}"], [f"export.{part}={value}", "letters", "shorter"])
+      for more, part, value in (([], "base", "b" * 300), ([], "dataset", "d" * 300), ([], "peft", f"LoRa{'1' * 300}"),
+                                (["export.base=short"], "dataset", "d" * 220))],
+    (["export=harness", f"export.path={'p' * 300}"], ["export.path=ppp", "too long", "another folder"]),
 ], ids=str)
 def test_what_a_layout_cannot_hold_is_refused_before_any_work(tmp_path, settings, words):
     with pytest.raises(ConfigError) as caught:

@@ -12,7 +12,7 @@ from harness.errors import ConfigError
 from harness.export.base import Snapshot
 from harness.export.card import card
 from harness.export.metadata import metadata
-from harness.export.names import Name
+from harness.export.names import LONGEST, Name, base_of, hub_id
 from harness.formats import NVFP4, KVCache, Scheme
 from harness.models import prepare
 from harness.models.families import FAMILIES, Adapter
@@ -104,8 +104,9 @@ def test_runs_of_a_sweep_have_names_of_their_own():
               for x in ("hadamard", "quarot", "jointquant", "jq_seed", "adacodec") for y in ("rtn", "gptq", "awq")]
     assert len({str(name) for name in names}) == len(names)
     assert all(Name.parse(str(name)) == name for name in names)
-    assert str(names[0]) == "smollm2_135m-GPTQ_wnvfp4_g16_anvfp4_kv16_headfp16"
-    assert str(run_name("format=int4", "transform=jq_seed")) == "smollm2_135m-JQSeed.GPTQ_w4_g64_a4_kv16_headfp16"
+    assert str(names[0]) == "SmolLM2-135M-Instruct-GPTQ_wnvfp4_g16_anvfp4_kv16_headfp16"
+    jq_seed = run_name("format=int4", "transform=jq_seed")
+    assert str(jq_seed) == "SmolLM2-135M-Instruct-JQSeed.GPTQ_w4_g64_a4_kv16_headfp16"
 
 
 def test_a_name_says_what_the_settings_change():
@@ -114,11 +115,39 @@ def test_a_name_says_what_the_settings_change():
         == "Qwen3-0.6B-openmath_SFT_LoRa256_RTN_w8_a8_kv16_headfp16"
     assert str(run_name("format=int4", overrides, base="Llama-3.2-1B")) == "Llama-3.2-1B-GPTQ_wmixed4_g64_a4_kv16_headmxfp8"
     assert str(run_name("format=mxfp6", "format.weight.element=e3m2", "format.act.bits=16", "format.kv.bits=3")) \
-        == "smollm2_135m-GPTQ_wmxfp6.e3m2_g32_a16_kv3_headfp16"
+        == "SmolLM2-135M-Instruct-GPTQ_wmxfp6.e3m2_g32_a16_kv3_headfp16"
     assert run_name("format=auto").weight == "auto4.5"
     assert run_name("transform.smooth={alpha: 0.5, when: before}").method == "SmoothQuant.GPTQ"
     with pytest.raises(ConfigError, match=r"export\.dataset=open-math"):
         run_name(dataset="open-math")
+
+
+def test_a_base_is_the_models_name_and_a_hub_id_what_it_is(tmp_path, monkeypatch):
+    """Whatever the option is called, and wherever a folder lies."""
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for overrides, base, hub in (
+        (["model=tiny", "model.family=qwen3"], "tiny-qwen3", None),
+        (["model=smollm2_135m"], "SmolLM2-135M-Instruct", None),
+        (["model=llama32_1b"], "Llama-3.2-1B", "meta-llama/Llama-3.2-1B"),
+        (["model=hf", "model.path=owner/its-model"], "its-model", "owner/its-model"),
+        *[(["model=hf", f"model.path='{path}'"], "my-model", None) for path in (folder, ".", "~/my-model", "../my-model/")],
+    ):
+        cfg, _ = composed(*overrides)
+        model = settings(cfg)["model"]
+        assert (base_of(model), hub_id(model)) == (base, hub), overrides
+
+
+def test_a_name_fits_into_a_folders(tmp_path):
+    """With the run's mark and what stands around it while it is written and replaced."""
+    longest = run_name(base="b" * (LONGEST - len(str(run_name(base="b"))) + 1))
+    (tmp_path / f".{longest}.0123456789.old").mkdir()
+    with pytest.raises(ConfigError, match=r"^export\.base=b+: .* 240 letters .* at most 239"):
+        run_name(base=longest.base + "b")
+    with pytest.raises(ConfigError, match=r"^export\.dataset=d+: "):
+        run_name(base="b" * 100, dataset="d" * 150)
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +234,18 @@ def test_the_front_matter_is_yaml_whatever_the_names(about):
     assert fields["base_model"] == "own: 'er\"/na#me"
     assert fields["library_name"] == "transformers"
     assert {"QuaRot", "GPTQ", "int4", "compressed-tensors"} <= set(fields["tags"])
+
+
+def test_a_model_from_elsewhere_has_no_base_model(about):
+    assert (about["base_model"], about["model"]) == (None, "tiny-llama")
+    text = card(json.loads(json.dumps(about)), "harness")
+    fields = yaml.safe_load(text.split("---\n")[1])
+    assert not {"base_model", "base_model_relation"} & set(fields)
+    assert "\ntiny-llama by QuaRot and GPTQ: " in text
+    text = card(about | {"base_model": "owner/its-model", "revision": "v1"}, "harness")
+    fields = yaml.safe_load(text.split("---\n")[1])
+    assert (fields["base_model"], fields["base_model_relation"]) == ("owner/its-model", "quantized")
+    assert "\nowner/its-model (revision v1) by " in text
 
 
 def test_how_to_load_follows_the_layout(about):

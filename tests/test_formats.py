@@ -104,6 +104,44 @@ def test_fake_is_quantize_then_dequantize(format, dtype, shape):
     identical(format.fake(x), format.quantize(x).dequantize())
 
 
+def extremes(dtype):
+    """{name: [4, 96]} of values at the ends of a dtype: none, subnormal, tiny, great, and all of them side by side."""
+    info, noise = torch.finfo(dtype), data(4, 96)
+    least = info.smallest_normal * info.eps
+    rows = {
+        "zeros": torch.zeros(4, 96, dtype=dtype),
+        "subnormal": (torch.arange(-192, 192).view(4, 96).double() * least / 32).to(dtype),
+        "tiny": (noise.double() * info.smallest_normal).to(dtype),
+        "one huge value": noise.to(dtype).index_fill_(1, torch.tensor([40]), info.max / 16),
+    }
+    return rows | {"mixed": torch.stack([row[2] for row in rows.values()])}
+
+
+INPUT = {f"{name}, input": replace(format, compute_dtype="input") for name, format in FORMATS.items()
+         if format.compute_dtype == "float32" and not isinstance(format, FourOverSix)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [*FORMATS, *INPUT])
+def test_fake_is_quantize_then_dequantize_at_the_ends_of_a_dtype(name, dtype):
+    format = (FORMATS | INPUT)[name]
+    for values, x in extremes(dtype).items():
+        dq = format.fake(x)
+        identical(dq, format.quantize(x).dequantize())
+        overflows = isinstance(format, FourOverSix) and dtype != torch.float16  # 1536 amax, its reference's order of products
+        assert overflows or dq.isfinite().all(), values
+        assert values != "zeros" or (dq == 0).all()
+
+
+@named(*BLOCK_MX)
+def test_mx_elements_in_float32_are_those_in_bfloat16(format):
+    """Powers of two: every quotient and product is as exact in the model's own dtype, as serving engines compute it."""
+    for x in (*extremes(torch.bfloat16).values(), data(64, 96, dtype=torch.bfloat16)):
+        blocks, (scale,) = blocks_of(format, x), format.lattice(format.scales(x), torch.bfloat16)
+        own = format.grid.round_(blocks / scale.unsqueeze(-1), format.fp4_ties) * scale.unsqueeze(-1)
+        identical(replace(format, compute_dtype="input").fake(x), own.flatten(-2))
+
+
 @named()
 def test_views_and_transposes_are_read_in_place(format):
     x = data(64, 9, 4).transpose(0, 2)
@@ -256,6 +294,45 @@ def test_asymmetric_groups_far_from_zero_keep_their_resolution():
     for role in ("weight", "activation"):
         format = Integer(granularity="group", group_size=32, symmetric=False, role=role)
         torch.testing.assert_close(format.fake(constant), constant, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [-0.5, 0.5, 0.0])
+@pytest.mark.parametrize("knobs", [
+    {"zp_range": "signed"}, {"zp_range": "signed", "zp_order": "add_then_round"}, {"zp_range": "signed", "incl0": "always"},
+    {"zp_range": "unsigned", "incl0": "always"}, {"zp_range": "signed", "role": "activation"},
+    {"zp_range": "signed", "scale_dtype": "bf16", "degenerate": "eps"},
+    {"zp_range": "signed", "granularity": "channel", "group_size": None},
+    {"zp_range": "signed", "granularity": "tensor", "group_size": None},
+], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zero_points_that_are_codes_keep_groups_on_one_side_of_zero(bits, knobs, side):
+    """Zero lies in the range of each group, so no code is lost to a zero point that had to be clamped."""
+    x = side + data(16, 64) / 500
+    format = Integer(bits=bits, symmetric=False, **{"granularity": "group", "group_size": 32} | knobs)
+    q = format.quantize(x)
+    assert q.scales.zero.min() >= format.qmin and q.scales.zero.max() <= format.qmax
+    step = (x.amax().clamp(min=0) - x.amin().clamp(max=0)) / (2**bits - 1)
+    assert (q.dequantize() - x).abs().max() <= step * 1.01
+
+
+@pytest.mark.parametrize("zp_range", ["signed", "unsigned"])
+@pytest.mark.parametrize("shrink", ["range", "scale"])
+def test_searched_zero_points_are_codes_too(shrink, zp_range):
+    x = data(32, 64).abs()
+    for side in (x, -x):
+        format = Integer(granularity="group", group_size=32, symmetric=False, incl0="always", zp_range=zp_range)
+        searched = replace(format, observer="mse", mse={"shrink": shrink})
+        zero = searched.scales(side).zero
+        assert zero.min() >= format.qmin and zero.max() <= format.qmax
+        e, e_minmax = (error(side, own.fake(side), 2.4).sum() for own in (searched, format))
+        assert e < e_minmax
+
+
+def test_float_offsets_and_unsigned_groups_need_no_zero():
+    x = 0.5 + data(16, 64) / 500
+    for knobs in ({}, {"incl0": "never"}, {"zp": "float_offset", "zp_range": "signed", "incl0": "never"}):
+        format = Integer(bits=8, granularity="group", group_size=32, symmetric=False, **knobs)
+        assert (format.fake(x) - x).abs().max() <= (x.amax() - x.amin()) / 255
 
 
 def test_scales_in_the_models_dtype():
@@ -520,6 +597,7 @@ def test_mx_scale_rules():
         (lambda: Integer(clip=0.0), "clip=0.0"),
         (lambda: Integer(clip=1.5), "clip=1.5"),
         (lambda: Integer(zp="float_offset"), "symmetric=false"),
+        (lambda: Integer(symmetric=False, zp_range="signed", incl0="never"), "incl0=never with zp_range=signed"),
         (lambda: Integer(int_scale="max"), "qmax, half_range, aimet"),
         (lambda: Integer(scale_dtype="fp8"), "scale_dtype=fp8"),
         (lambda: MX(mx_scale="round"), "floor, ceil, even, rceil, fpquant"),

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "harness"
 FLOORS = [
-    {"errors", "checks"},
+    {"errors", "checks", "files"},
     {"formats", "linalg", "config", "libraries"},
     {"transforms", "solvers"},
     {"models", "calibration"},

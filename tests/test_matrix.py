@@ -298,6 +298,7 @@ WARNED = [
     ("identity", ["solver=minmax"], "this is rtn"),
     ("pca", ["format=int4", "format.weight.group_size=32"], "post_hadamard"),
     ("pca", ["format=mxfp4"], "MXFP4"),
+    ("pca", ["format=mxfp8"], "with MXFP8"),
     *[(transform, [], "NVFP4") for transform in ROTATED],
     ("smoothquant", [], "NVFP4"),
     ("smoothquant", ["format=mxfp4"], "MX"),

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.errors import ConfigError
+from harness.files import replacing
 from harness.formats import QTensor, Scheme
 from harness.models.families import Adapter
 from harness.models.quant_linear import SiteInput
@@ -53,12 +54,15 @@ class Exporter(ABC):
 
     name: str
     tolerance: float | None = None
-    stored: torch.dtype | None = None  # of weights and biases in the file; None: as they were evaluated
 
     @abstractmethod
-    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context) -> list[str]:
+    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context, dtype: str = "auto") -> list[str]:
         """Refuse (ConfigError, naming both fields and a way out) what the layout cannot hold, before any weight is loaded;
-        returns warnings."""
+        returns warnings. dtype: of the model, "auto" where only its weights tell."""
+
+    def stored(self, snapshot: Snapshot) -> torch.dtype | None:
+        """Dtype of weights and biases in the file, and of who computes with them; None: as they were evaluated."""
+        return None
 
     @abstractmethod
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
@@ -82,7 +86,11 @@ class Exporter(ABC):
 
 def check_destination(section: Mapping) -> None:
     """Refuse what would fail only after hours: a folder that is none, a hub that cannot be used. Raises ConfigError."""
-    if not isinstance(section["path"], str) or Path(section["path"]).is_file():
+    try:
+        folder = isinstance(section["path"], str) and not Path(section["path"]).is_file()
+    except OSError as error:
+        raise ConfigError(f"export.path={section['path']}: {error.strerror}; give another folder.") from None
+    if not folder:
         raise ConfigError(f"export.path={section['path']}: needs a folder.")
     writable("export.path", Path(section["path"]))
     if section["push_to"] is None:
@@ -131,6 +139,15 @@ def modules(adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
                     yield name, module
 
 
+@torch.no_grad()
+def cast(model: nn.Module, old: torch.dtype, new: torch.dtype) -> None:
+    """Give a model's tensors of dtype `old` another, in place; what has a dtype of its own (the rotary
+    table, global scales) keeps it. transformers refuses to cast what it loaded quantized."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype == old:
+            tensor.data = tensor.data.to(new)
+
+
 def digests(folder: Path) -> dict[str, str]:
     """{file: sha256} of everything in a folder, except the record of the digests itself."""
     found = {}
@@ -147,7 +164,8 @@ def _save(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> dict[str, tupl
     part: dict[str, Tensor] = {}
 
     def close() -> None:
-        save_file(part, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        with replacing(folder / f"{len(shards)}.part") as temporary:
+            save_file(part, temporary, metadata={"format": "pt"})
         shards.append({name: tensor.nbytes for name, tensor in part.items()})
         part.clear()
 

@@ -32,8 +32,8 @@ def card(metadata: Mapping, layout: str) -> str:
 def _front(metadata: Mapping, layout: str) -> str:
     """Every value as JSON, which YAML reads: nothing in it can be taken for syntax."""
     tags = list(dict.fromkeys(["quantized", *metadata["formats"], *_methods(metadata), layout.replace("_", "-")]))
-    fields = {"base_model": metadata["base_model"], "base_model_relation": "quantized", "library_name": LIBRARY[layout],
-              "pipeline_tag": "text-generation", "tags": tags}
+    base = {"base_model": metadata["base_model"], "base_model_relation": "quantized"} if metadata["base_model"] else {}
+    fields = base | {"library_name": LIBRARY[layout], "pipeline_tag": "text-generation", "tags": tags}
     return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"])
 
 
@@ -47,7 +47,7 @@ def _sentence(metadata: Mapping) -> str:
     by = f" by {' and '.join(_methods(metadata))}" if _methods(metadata) else ""
     revision = f" (revision {_plain(metadata['revision'])})" if metadata["revision"] else ""
     quantized = f"{metadata['quantized']} linear layers quantized"
-    return f"{_plain(metadata['base_model'])}{revision}{by}: {_plain('; '.join([*parts, quantized]))}."
+    return f"{_plain(metadata['base_model'] or metadata['model'])}{revision}{by}: {_plain('; '.join([*parts, quantized]))}."
 
 
 def _figures(metadata: Mapping) -> str:

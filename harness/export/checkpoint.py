@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from harness.export.base import Exporter, Snapshot, modules
+from harness.files import replacing
 from harness.formats import Scheme
 from harness.models.checkpoint import PLACEMENT, load, sites
 from harness.models.checkpoint_source import RECORD
@@ -29,7 +30,7 @@ class Checkpoint(Exporter):
 
     name = "harness"
 
-    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context) -> list[str]:
+    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context, dtype: str = "auto") -> list[str]:
         return []
 
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
@@ -55,7 +56,8 @@ class Checkpoint(Exporter):
         specs, tensors = [], {}
         for index, placement in enumerate(snapshot.placements):
             specs.append(pack(_online(placement, adapter), tensors, f"{index}."))
-        save_file(tensors, folder / PLACEMENT, metadata={"placements": json.dumps(specs)})
+        with replacing(folder / PLACEMENT) as temporary:
+            save_file(tensors, temporary, metadata={"placements": json.dumps(specs)})
         inputs = {name: site.format for name, site in sites(adapter) if site.format is not None}
         weights = {name: quantized.format for name, quantized in snapshot.qtensors.items()}
         record = Record(adapter.model.dtype, weights, inputs, snapshot.scheme.kv)

@@ -1,16 +1,20 @@
-"""compressed_tensors: the checkpoint that transformers and vLLM load, in bfloat16, for what needs no code of ours at run time.
+"""compressed_tensors: the checkpoint that transformers and vLLM load, for what needs no code of ours at run time.
 
 Held: the formats of `layouts`, mixed over linears as one likes, the head too; integer keys and values (`kv_cache_scheme`, which
 transformers applies); all that is merged into weights. Refused: what stays online. compressed-tensors has a `transform_config`,
 but transformers (5.23) drops it on loading, so a file that counted on it would compute something else without a word.
 
-A loaded weight is bfloat16(evaluated weight) in every element. Floats (norms, embeddings, biases, a head that is not quantized)
-are stored as bfloat16; scales of integers are, too, since transformers casts them to the checkpoint's dtype on loading and
-decodes in that: codes and zero points are exact in it and (q - z) s is rounded once. NVFP4 is decoded in float32, MX exactly.
+The file is served in bfloat16; of a float16 model of integers in float16 (NVFP4 and MX weights are
+unpacked to bfloat16 even then, on which float16 inputs fail). A loaded weight is the decoded one,
+rounded once to that dtype. Floats (norms, embeddings, biases, a head that is not quantized) are
+stored in it; scales of integers are, too, since transformers casts them to the checkpoint's dtype on
+loading and decodes in that: codes and zero points are exact in it and (q - z) s is rounded once.
+NVFP4 is decoded in float32, MX exactly.
 
-transformers quantizes activations by the same rules as here, in bfloat16. A run with model.dtype=bfloat16 and
-format.act.compute_dtype=input (integers also zp_order=add_then_round, zp_range=signed) is served bit for bit; one in float32 is
-not: rounding flips some codes, and these flip others.
+Activations, keys and values are quantized at run time by the rules of `export.serves`, which the
+formats take before anything is solved: in the model's dtype, zero points signed and added before
+rounding. So a run in the dtype in which the file is served (model.dtype=bfloat16) evaluates what is
+served, bit for bit; one in float32 does not: rounding flips some codes, and these flip others.
 """
 
 from __future__ import annotations
@@ -23,8 +27,8 @@ from torch import Tensor, nn
 
 from harness.errors import ConfigError
 from harness.export import layouts
-from harness.export.base import Exporter, Snapshot, modules
-from harness.formats import Format, FourOverSix, QTensor, Scheme
+from harness.export.base import Exporter, Snapshot, cast, modules
+from harness.formats import Format, FourOverSix, Scheme
 from harness.models.families import FAMILIES, head_dim
 from harness.models.quant_linear import QuantLinear
 from harness.transforms import Context, Transform
@@ -35,40 +39,53 @@ class CompressedTensors(Exporter):
 
     name = "compressed_tensors"
     tolerance = 0.005
-    stored = torch.bfloat16
 
-    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context) -> list[str]:
+    def stored(self, snapshot: Snapshot) -> torch.dtype:
+        return layouts.served(snapshot.adapter.model.dtype, _formats(snapshot.scheme))
+
+    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context, dtype: str = "auto") -> list[str]:
         for transform in transforms:
             left = transform.leaves(context)
             if left:
                 raise ConfigError(f"transform={transform.name} with export=compressed_tensors: {', '.join(left)} would have "
                                   "to run online, and whoever loads the file would not run it; use export=harness.")
         layouts.cache_scheme(scheme.kv, context.head_dim)
-        parts = {"format.weight": scheme.weight, "format.act": scheme.act}
-        for (layer, name), own in scheme.overrides.items():
+        for layer, name in scheme.overrides:
             if layer is None and any(name == family.embedding for family in FAMILIES.values()):
                 raise ConfigError(f"format.overrides: {name} with export=compressed_tensors: transformers does not load a "
                                   "packed embedding; drop it there, or use export=harness.")
-            parts |= {f"format.overrides: {name}.{part}": format for part, format in own.items()}
-        formats = {field: format for field, format in parts.items() if format is not None}
-        for field, format in formats.items():
+        formats = _formats(scheme)
+        for format, field in formats.items():
             layouts.refuse(format, field)
         warnings = []
         if scheme.kv is not None:
             warnings.append("format.kv with export=compressed_tensors: transformers applies it, vLLM does not")
-        if any(isinstance(format, FourOverSix) for format in formats.values()):
+        if any(isinstance(format, FourOverSix) for format in formats):
             warnings.append("FourOverSix with export=compressed_tensors: of a bfloat16 model, a weight whose values the file "
                             "cannot give back is refused when it is written")
-        if any(format.role == "activation" and format.compute_dtype != "input" for format in formats.values()):
-            warnings.append("format.act with export=compressed_tensors: transformers computes activations' codes in bfloat16; "
-                            "model.dtype=bfloat16 and format.act.compute_dtype=input evaluate the same")
+        evaluated = getattr(torch, dtype, None)
+        served = layouts.served(evaluated, formats)
+        if (scheme.any("act") or scheme.kv is not None) and served != evaluated:
+            name = str(served).removeprefix("torch.")
+            own = "the dtype of its weights" if evaluated is None else dtype
+            warnings.append(f"export=compressed_tensors: the file is served in {name} and evaluated in {own}, where rounding "
+                            f"gives some activations another code; model.dtype={name} evaluates what is served")
         return warnings
 
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
         kinds = {name: kind for (kind, *_), names in _groups(snapshot) for name in names}
+        evaluated, served = snapshot.adapter.model.dtype, self.stored(snapshot)
         for name, module in modules(snapshot.adapter):
-            for entry, tensor in _entries(module, snapshot.qtensors.get(name), kinds.get(name)):
-                yield f"{name}.{entry}", tensor
+            q = snapshot.qtensors.get(name)
+            if q is not None:
+                for entry, tensor in layouts.weight_entries(q, kinds[name], served).items():
+                    yield f"{name}.{entry}", tensor
+            if isinstance(module, QuantLinear):
+                for entry, tensor in layouts.input_entries(module.site.format, module.site.global_scale, evaluated).items():
+                    yield f"{name}.{entry}", tensor
+            for entry, tensor in module.state_dict(keep_vars=True).items():
+                if "." not in entry and not (entry == "weight" and q is not None):
+                    yield f"{name}.{entry}", tensor.detach().to(served, copy=True)
 
     def config(self, snapshot: Snapshot) -> dict:
         model, groups = snapshot.adapter.model, _groups(snapshot)
@@ -93,7 +110,8 @@ class CompressedTensors(Exporter):
         }
         if any(kind == "pack-quantized" and not weight.symmetric for (kind, weight, _), _ in groups):
             quantization["dequantize"] = True  # see layouts.layout
-        own = {"architectures": [type(model).__name__], "dtype": "bfloat16", "use_cache": True}
+        served = str(self.stored(snapshot)).removeprefix("torch.")
+        own = {"architectures": [type(model).__name__], "dtype": served, "use_cache": True}
         return own | {"quantization_config": quantization}
 
     def load(self, folder: Path, device: torch.device, dtype: torch.dtype):
@@ -103,11 +121,23 @@ class CompressedTensors(Exporter):
         model.config.use_cache = False
         with torch.no_grad():
             model(torch.zeros(1, 1, dtype=torch.long, device=device))  # the first forward unpacks the weights
-        # transformers refuses to cast what it loaded quantized; once it is unpacked, nothing stands against it
-        return model if dtype == model.dtype else nn.Module.to(model, dtype)
+        cast(model, model.dtype, dtype)
+        return model
 
     def weight(self, model, name: str) -> Tensor:
-        return model.get_submodule(name).weight.bfloat16()  # what it was loaded as
+        return model.get_submodule(name).weight.to(model.config.dtype)  # what it was loaded as
+
+
+def _formats(scheme: Scheme) -> dict[Format, str]:
+    """{format: field that sets it} of all that is quantized, the cache apart."""
+    parts = [(scheme.weight, "format.weight"), (scheme.act, "format.act")]
+    for (_, name), own in scheme.overrides.items():
+        parts += [(format, f"format.overrides: {name}.{part}") for part, format in own.items()]
+    found: dict[Format, str] = {}
+    for format, field in parts:
+        if format is not None:
+            found.setdefault(format, field)
+    return found
 
 
 def _groups(snapshot: Snapshot) -> list[tuple[tuple[str, Format | None, Format | None], list[str]]]:
@@ -129,14 +159,3 @@ def _groups(snapshot: Snapshot) -> list[tuple[tuple[str, Format | None, Format |
         groups.setdefault((weight, act), []).append(name)
     alone = [act for _, act in groups] == [None] and snapshot.scheme.kv is None
     return [((layouts.layout(*pair, alone), *pair), names) for pair, names in groups.items()]
-
-
-def _entries(module: nn.Module, q: QTensor | None, kind: str | None) -> Iterator[tuple[str, Tensor]]:
-    """(entry, tensor) of one module's own tensors; q, kind: its quantized weight and how that is laid out."""
-    if q is not None:
-        yield from layouts.weight_entries(q, kind).items()
-    if isinstance(module, QuantLinear):
-        yield from layouts.input_entries(module.site.format, module.site.global_scale).items()
-    for entry, tensor in module.state_dict(keep_vars=True).items():
-        if "." not in entry and not (entry == "weight" and q is not None):
-            yield entry, tensor.detach().to(torch.bfloat16, copy=True)

@@ -54,12 +54,14 @@ class FPQuant(Exporter):
 
     name = "fp_quant"
     tolerance = 0.005
-    stored = torch.bfloat16
 
     def __init__(self, pseudo: bool = False):
         self.pseudo = boolean("export.pseudo", pseudo)
 
-    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context) -> list[str]:
+    def stored(self, snapshot: Snapshot) -> torch.dtype:
+        return torch.bfloat16
+
+    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context, dtype: str = "auto") -> list[str]:
         if scheme.kv is not None:
             refuse("format.kv.bits", scheme.kv.bits, "the layout has no KV cache", "set format.kv.bits=16")
         for part, format in (("weight", scheme.weight), ("act", scheme.act)):
@@ -166,7 +168,7 @@ class FPQuant(Exporter):
         if self.pseudo and module.bias is not None:
             refuse("export.pseudo", "true", f"{name} has a bias, which fp_quant 0.3.2 adds twice", "set export.pseudo=false")
         matrix = _matrix(module.site.codec, q.format).to(torch.bfloat16)
-        values = {"dqweight": q.dequantize().to(torch.bfloat16)} if self.pseudo else {
+        values = {"dqweight": q.format.decode(q.codes, q.scales).to(torch.bfloat16)} if self.pseudo else {
             "qweight": pack_nibbles(q.codes), "scales": q.scales.scale.view(torch.uint8)}
         return values | {
             "weight_global_scale": _stored(q.format, q.scales.global_scale),

@@ -6,12 +6,14 @@
 | mxfp4-pack-quantized | weight_packed uint8 [out, in / 2]             | uint8 [out, in / 32]       |                        |
 | mxfp6-pack-quantized | weight_packed uint8 [out, in 3 / 4]           | uint8 [out, in / 32]       |                        |
 | mxfp8-quantized      | weight float8_e4m3fn [out, in]                | uint8 [out, in / 32]       |                        |
-| pack-quantized       | weight_packed int32 [out, ceil(in bits / 32)] | bfloat16 [out, groups]     | weight_shape int64 [2] |
-| int-quantized        | weight int8 [out, in]                         | bfloat16 [out, groups]     |                        |
-| dense                | weight bfloat16 [out, in]                     |                            |                        |
+| pack-quantized       | weight_packed int32 [out, ceil(in bits / 32)] | D [out, groups]            | weight_shape int64 [2] |
+| int-quantized        | weight int8 [out, in]                         | D [out, groups]            |                        |
+| dense                | weight D [out, in]                            |                            |                        |
 
-weight_global_scale is g, float32 [1]; a scale in uint8 is an E8M0 code. Asymmetric integers have a weight_zero_point, int8
-[out, groups], in pack-quantized packed along the rows: int32 [ceil(out bits / 32), groups]. dense: only inputs are quantized.
+D is the dtype in which the file is served, bfloat16 or float16. weight_global_scale is g, float32
+[1]; a scale in uint8 is an E8M0 code. Asymmetric integers have a weight_zero_point, int8 [out,
+groups], in pack-quantized packed along the rows: int32 [ceil(out bits / 32), groups]. dense: only
+inputs are quantized.
 
 Codes stand in a stream of bits, the first lowest: code i of a row in bits i b .. i b + b - 1, integers as q + 2^(b - 1). Static
 inputs add input_global_scale (NVFP4) or input_scale and input_zero_point (integers). Checked against compressed-tensors 0.20.
@@ -57,11 +59,10 @@ def _weight(format: Format) -> Iterable[tuple[str, tuple, str]]:
         yield "element", ELEMENTS[format.bits], "the layout has no such element"
         yield "mx_scale", ("even", "floor", "ceil", "rceil"), "its scales are no powers of two"
     if isinstance(format, Integer):
-        yield "scale_dtype", ("bf16",), "scales are loaded as bfloat16, the checkpoint's dtype, so codes must come from such"
+        yield "scale_dtype", ("bf16",), "scales are loaded in the checkpoint's dtype, so codes must come from such"
         yield "zp", ("rounded",), "zero points are whole numbers"
-        if not format.symmetric:
-            included = ("always",) if format.granularity == "group" else ("always", "auto")
-            yield "incl0", included, "zero points are codes, so zero lies in every range"
+        if not format.spans_zero:
+            yield "incl0", ("always",), "zero points are codes, so zero lies in every range"
 
 
 def _input(format: Format) -> Iterable[tuple[str, tuple, str]]:
@@ -72,15 +73,16 @@ def _input(format: Format) -> Iterable[tuple[str, tuple, str]]:
         static = format.range == "static"
         yield "zp", ("rounded",), "zero points are whole numbers"
         if static:
-            yield "scale_dtype", ("bf16",), "a stored scale is loaded as bfloat16"
+            yield "scale_dtype", ("bf16",), "a stored scale is loaded in the checkpoint's dtype"
         else:
+            yield "scale_dtype", ("float32", "input"), "scales at run time are as computed"
             yield "clip", (1.0,), "ranges at run time are the extremes"
         yield "int_range", ("full",), "codes reach -2^(bits - 1)"
         if format.symmetric and not static:
             yield "int_scale", ("half_range",), "a symmetric scale at run time is the greatest magnitude over (2^bits - 1) / 2"
         if not format.symmetric:
-            included = ("always",) if format.granularity == "group" else ("always", "auto")
-            yield "incl0", included, "zero lies in every range"
+            yield "zp_order", ("add_then_round",), "at run time the zero point is added before rounding"
+            yield "zp_range", ("signed",), "zero points at run time are signed codes"
     else:
         yield "fp4_ties", ("even",), "a tie at run time goes to the even code"
     if isinstance(format, NVFP4) and format.global_scale not in ("fixed", "none"):
@@ -92,6 +94,8 @@ def _input(format: Format) -> Iterable[tuple[str, tuple, str]]:
             yield "mx_even_mbits", (1,), "scales at run time are rounded as those of one mantissa bit"
         elif format.element == "e2m3":
             yield "mx_even_mbits", ("element",), "scales at run time are rounded as those of three mantissa bits"
+    else:  # an MX scale and its elements are exact in any dtype
+        yield "compute_dtype", ("input",), "scales at run time are computed in the model's dtype"
 
 
 # what config.json says
@@ -129,8 +133,16 @@ def described(format: Format | None) -> dict | None:
 # tensors
 
 
-def weight_entries(q: QTensor, kind: str) -> dict[str, Tensor]:
-    """{entry: tensor} of a quantized weight [out, in] in layout `kind`."""
+def served(dtype: torch.dtype, formats: Iterable[Format]) -> torch.dtype:
+    """The dtype in which whoever loads the file computes, given that of the evaluated model and all
+    formats: float16 for a float16 model of integers. transformers unpacks NVFP4 and MX weights to
+    bfloat16 whatever config.json says, and float16 inputs fail on those."""
+    half = dtype == torch.float16 and all(isinstance(format, Integer) for format in formats)
+    return torch.float16 if half else torch.bfloat16
+
+
+def weight_entries(q: QTensor, kind: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """{entry: tensor} of a quantized weight [out, in] in layout `kind`; dtype: that of scales of integers."""
     scale, zero = q.scales.scale, q.scales.zero
     if isinstance(q.format, NVFP4):
         g = stored_global_scale(q) if isinstance(q.format, FourOverSix) else q.scales.global_scale
@@ -144,7 +156,7 @@ def weight_entries(q: QTensor, kind: str) -> dict[str, Tensor]:
     zero = None if zero is None else (zero - offset).to(torch.int8)
     if q.format.granularity == "tensor":
         scale, zero = scale.reshape(1), None if zero is None else zero.reshape(1)
-    entries = {"weight": codes, "weight_scale": scale.to(torch.bfloat16)}
+    entries = {"weight": codes, "weight_scale": scale.to(dtype)}
     if kind == "pack-quantized":
         entries |= {"weight_packed": pack_words(codes, q.format.bits), "weight_shape": torch.tensor(q.shape)}
         del entries["weight"]
@@ -153,13 +165,14 @@ def weight_entries(q: QTensor, kind: str) -> dict[str, Tensor]:
     return entries if zero is None else entries | {"weight_zero_point": zero}
 
 
-def input_entries(format: Format | None, seen: Tensor | None) -> dict[str, Tensor]:
-    """{entry: tensor} of what is static of a linear's input; seen: SiteInput.global_scale."""
+def input_entries(format: Format | None, seen: Tensor | None, evaluated: torch.dtype) -> dict[str, Tensor]:
+    """{entry: tensor} of what is static of a linear's input. seen: SiteInput.global_scale;
+    evaluated: dtype of the activations, in which a scale is computed."""
     if isinstance(format, NVFP4):
         return {"input_global_scale": format.global_from_amax(torch.zeros(1)) if seen is None else seen.reshape(1).clone()}
     if not isinstance(format, Integer) or format.range != "static":
         return {}
-    scales = format.scales(seen.new_zeros(1, 1), seen)
+    scales = format.scales(seen.new_zeros(1, 1, dtype=evaluated), seen)
     entries = {"input_scale": scales.scale.reshape(1)}
     if scales.zero is not None:
         offset = 0 if format.signed else 2 ** (format.bits - 1)
@@ -216,6 +229,9 @@ def cache_scheme(kv: KVCache | None, head_dim: int) -> dict | None:
         ("clip_k", (1.0,), "ranges at run time are the extremes"),
         ("clip_v", (1.0,), "ranges at run time are the extremes"),
         ("zp", ("rounded",), "zero points are whole numbers"),
+        ("compute_dtype", ("input",), "scales at run time are computed in the model's dtype"),
+        ("zp_order", ("add_then_round",), "at run time the zero point is added before rounding"),
+        ("zp_range", ("signed",), "zero points at run time are signed codes"),
     ):
         if getattr(kv, key) not in legal:
             raise ConfigError(f"format.kv.bits={kv.bits} and format.kv.{key}={getattr(kv, key)} with "

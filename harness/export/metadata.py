@@ -1,15 +1,18 @@
 """What a checkpoint is, as plain values: quantization_metadata.json, from which the model card is written too.
 
-    {"name", "base_model", "revision", "method": {"transform", "solver"}, "seed", "calibration": {"corpus", "windows", "length",
-     "order"}, "bits": {"weights", "activations", "kv", "head": {"format", "bits", "group_size", "granularity", "symmetric"}},
+    {"name", "model", "base_model", "revision", "method": {"transform", "solver"}, "seed",
+     "calibration": {"corpus", "windows", "length", "order"},
+     "bits": {"weights", "activations", "kv", "head": {"format", "bits", "group_size", "granularity", "symmetric"}},
      "quantized": "210/211", "formats": {format: tensors}, "layers": [{"name", "format", "bits", "group_size", "shape",
      "weights", "stored_bits"}], "sizes": {..}, "kv_cache": {..}, "evaluation": {stage: {"ppl", "divergence", "zeroshot",
      "tokens"}}, "marks", "run_id", "command", "harness"}
 
-`bits` is what holds for all linears, `layers` what each one has. sizes, in bytes: "before" are all parameters of the untouched
-model at 2 bytes, tied ones once; "after" are the safetensors written; "files" is everything in the folder but this record, the
-card and the hashes; "weights" are codes, scales and zero points of what is quantized. kv_cache, in bytes a token: at "fp16",
-and "quantized" as a packed cache would take, scales and zero points included.
+model is the untouched model's name, base_model its hub id (null: it came from no hub). `bits` is what
+holds for all linears, `layers` what each one has. sizes, in bytes: "before" are all parameters of the
+untouched model at 2 bytes, tied ones once; "after" are the safetensors written; "files" is everything
+in the folder but this record, the card and the hashes; "weights" are codes, scales and zero points of
+what is quantized. kv_cache, in bytes a token: at "fp16", and "quantized" as a packed cache would take,
+scales and zero points included.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import torch
 
 from harness.config import ROOT, build
 from harness.export.base import Snapshot
-from harness.export.names import base_of, word
+from harness.export.names import base_of, hub_id, word
 from harness.formats import Format, KVCache
 from harness.models.families import Adapter, head_dim
 from harness.models.quant_linear import QuantLinear
@@ -37,8 +40,7 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
     """What the checkpoint `name`, whose tensors lie in `folder`, is. Reads every quantized tensor once."""
     settings, choices, scheme, metrics = snapshot.settings, snapshot.choices, snapshot.scheme, snapshot.metrics
     adapter, section = snapshot.adapter, settings["model"]
-    path = section.get("path")
-    remote = path is not None and not Path(path).is_dir()
+    remote = hub_id(section)
     layers = [
         {"name": module, "format": _spelled(q.format), "bits": q.format.bits, "group_size": q.format.group_size,
          "shape": list(q.shape), "weights": q.codes.numel(), "stored_bits": q.bits()}
@@ -47,7 +49,8 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
     linears = {module for module, role in adapter.roles.items() if role.kind == "linear"}
     return {
         "name": name,
-        "base_model": path if remote else base_of(section, choices["model"]),
+        "model": base_of(section),
+        "base_model": remote,
         "revision": section.get("revision") if remote else None,
         "method": {"transform": choices["transform"], "solver": choices["solver"]},
         "seed": settings["seed"],

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.config import build
 from harness.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ BASE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 WORDS = ("dataset", "training", "peft")  # what came before quantization, in order
 WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9.]*")
 TRAININGS = ("SFT", "DPO", "ORPO", "KTO", "PPO", "GRPO", "RLHF", "CPT")
+LONGEST = 255 - len("..0123456789.old")  # of a folder's name, with what an export puts around it
 PEFT = re.compile(r"(?:Q|rs|Ada)?(?:LoR[aA]|DoR[aA]|lora|dora)\d*|IA3")
 FORMAT = r"[1-9]\d*|[a-z]{2,}\d[a-z0-9.]*|(?:mixed)?fouroversix"
 LETTERS = {"weight": "w", "group": "g", "act": "a", "kv": "kv", "head": "head"}
@@ -130,8 +132,8 @@ class Name:
         auto = settings["format"]["auto"]
         tensor = weights is not None and weights.granularity == "tensor"
         try:
-            return cls(
-                str(section["base"] or base_of(settings["model"], choices["model"])),
+            name = cls(
+                str(section["base"] or base_of(settings["model"])),
                 *(None if section[part] is None else str(section[part]) for part in WORDS), method or None,
                 weight=f"auto{auto['bits_per_weight']:g}" if auto else _mixed(scheme, "weight"),
                 group=None if auto or weights is None else "tensor" if tensor else weights.group_size,
@@ -141,6 +143,11 @@ class Name:
             )
         except ValueError as error:
             raise ConfigError(f"export.{error}") from None
+        if len(str(name)) > LONGEST:
+            part = max(("base", *WORDS), key=lambda part: len(getattr(name, part) or ""))
+            raise ConfigError(f"export.{part}={getattr(name, part)}: the checkpoint's name has {len(str(name))} letters "
+                              f"with it, and a folder's at most {LONGEST}; set export.{part} to a shorter one.")
+        return name
 
 
 def name_of(snapshot: Snapshot) -> Name:
@@ -148,9 +155,17 @@ def name_of(snapshot: Snapshot) -> Name:
     return Name.of(snapshot.settings, snapshot.choices, snapshot.scheme, snapshot.adapter.family.head)
 
 
-def base_of(model: Mapping, option: str) -> str:
-    """What names of a model begin with: the last part of its path, else its own name, else that of the option."""
-    return Path(model.get("path") or "").name or model["name"] or option
+def base_of(model: Mapping) -> str:
+    """What names of a model begin with: the last part of its hub id or folder, else the model's own name."""
+    if hub_id(model) is not None:
+        return Path(hub_id(model)).name
+    return Path(model["path"]).expanduser().resolve().name if model.get("path") else build(model, "model").name
+
+
+def hub_id(model: Mapping) -> str | None:
+    """The hub repository (owner/name) of a `model` section; None where it is a folder, or comes from elsewhere."""
+    path = model.get("path")
+    return None if path is None or Path(path).expanduser().exists() else path
 
 
 def spelled(option: str) -> str:

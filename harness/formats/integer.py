@@ -31,9 +31,12 @@ class Integer(Format):
 
     int_range: full (least code -Q - 1) | narrow (-Q). int_scale: qmax (A / Q) | half_range (A / (N / 2)) |
     aimet (max(M / Q, -m / (Q + 1))). zp_order: round_then_add | add_then_round (RNE(x / s + z)). zp_range: unsigned
-    (codes 0 .. N) | signed (codes and z shifted by 2^(b-1), z clamped). incl0, whether 0 lies in every asymmetric range:
-    auto (all but group) | always | never. clip: factor in (0, 1] on m and M. zp: rounded | float_offset (z = m,
-    q = RNE((x - m) / s), dq = q * s + m). scale_dtype: float32 | bf16 | fp16 | input, rounded before codes are computed.
+    (codes 0 .. N) | signed (codes and z shifted by 2^(b-1)). incl0, whether 0 lies in every
+    asymmetric range: auto (all but unsigned groups) | always | never (not with signed zero points);
+    where it does, z is a code, and clamped to be one.
+    clip: factor in (0, 1] on m and M. zp: rounded | float_offset (z = m, q = RNE((x - m) / s),
+    dq = q * s + m). scale_dtype: float32 | bf16 | fp16 | input, rounded before codes are computed
+    (bf16 of a float16 tensor: to a number that float16 holds, too).
     degenerate: auto (weights: A or M - m is at least 1e-5; activations: s = 1 where A = 0; a zero range becomes [-1, 1];
     float_offset: M - m is at least 1e-5) | eps (s = 0 becomes the dtype's epsilon, z = 0) | one (s = 0 becomes 1, and
     z = NaN if asymmetric, as FP-Quant has it). range: dynamic (of each tensor) | static (calibrated; activations with
@@ -71,12 +74,21 @@ class Integer(Format):
         if self.range == "static" and (self.role, self.granularity) != ("activation", "tensor"):
             raise ConfigError(f"Integer: range=static with role={self.role} and granularity={self.granularity}: only an "
                               "activation with granularity=tensor has a calibrated range; set range=dynamic.")
+        if self.signed and not self.symmetric and self.incl0 == "never":
+            raise ConfigError("Integer: incl0=never with zp_range=signed: a signed zero point is a code, "
+                              "so 0 lies in every range; set incl0=auto, or zp_range=unsigned.")
         if self.symmetric and self.zp == "float_offset":
             raise ConfigError("Integer: zp=float_offset needs symmetric=false; a symmetric grid has no offset.")
 
     @property
     def signed(self) -> bool:
         return self.symmetric or (self.zp_range == "signed" and self.zp == "rounded")
+
+    @property
+    def spans_zero(self) -> bool:
+        """Whether 0 lies in every group's range, so that rounded zero points are codes."""
+        auto = self.signed or self.granularity != "group"
+        return self.symmetric or self.incl0 == "always" or (self.incl0 == "auto" and auto)
 
     @property
     def zero_bits(self) -> int:
@@ -124,7 +136,7 @@ class Integer(Format):
             lo = -hi
         else:
             lo, hi = blocks.amin(-1) * self.clip, blocks.amax(-1) * self.clip
-        if self.incl0 == "always" or self.symmetric or (self.incl0 == "auto" and self.granularity != "group"):
+        if self.spans_zero:
             lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         if self.degenerate == "auto" and self.symmetric:
             hi = hi.clamp(min=FLOOR) if self.role == "weight" else hi
@@ -145,45 +157,49 @@ class Integer(Format):
         s = over(hi, levels // 2)
         return torch.maximum(s, over(-lo, levels // 2 + 1)) if self.int_scale == "aimet" else s
 
-    def _parameters(self, lo: Tensor, s: Tensor, storage: torch.dtype) -> tuple[Tensor, ...]:
-        """(s,) or (s, z) from an unguarded scale: s as it is stored, but in the arithmetic's dtype, and without zeros."""
-        s = s.to(storage).to(lo.dtype)
+    def _parameters(self, lo: Tensor, s: Tensor, stored: torch.dtype) -> tuple[Tensor, ...]:
+        """(s,) or (s, z) from an unguarded scale: s as a tensor stored as `stored` has it, but in the
+        arithmetic's dtype, and without zeros."""
+        s = s.to(self._storage(stored))
+        s = (s.to(stored) if self.scale_dtype == "bf16" else s).to(lo.dtype)
         if self.degenerate == "auto":
             s = s.masked_fill(s == 0, 1)
         if self.symmetric:
             z = ()
         elif self.zp == "float_offset":
             z = (lo,)
-        elif self.zp_range == "signed":
-            z = ((self.qmin - lo / s).clamp(self.qmin, self.qmax).round(),)
         else:
-            z = ((-lo / s).round(),)
+            z = (self.qmin - lo / s).round()
+            z = (z.clamp(self.qmin, self.qmax) if self.spans_zero else z,)
         if self.degenerate == "eps":
             z = tuple(t.masked_fill(s == 0, 0) for t in z)
         if self.degenerate != "auto":
             s = s.masked_fill(s == 0, 1 if self.degenerate == "one" else torch.finfo(s.dtype).eps)
         return s, *z
 
+    def _storage(self, dtype: torch.dtype) -> torch.dtype:
+        """Dtype of the scales of a tensor stored as dtype."""
+        return dtype if self.scale_dtype == "input" else SCALE_DTYPES[self.scale_dtype]
+
     def _scales(self, blocks: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Scales:
         blocks = blocks.to(self._compute(dtype))
-        storage = dtype if self.scale_dtype == "input" else SCALE_DTYPES[self.scale_dtype]
         lo, hi = self._extremes(blocks, global_scale)
         s = self._step(lo, hi)
         floored = self.zp == "float_offset" or (self.degenerate == "auto" and self.role == "weight" and not self.symmetric)
         if floored:
             s = over((hi - lo).clamp(min=FLOOR), 2**self.bits - 1)
-        found = self._parameters(lo, s, storage)
+        found = self._parameters(lo, s, dtype)
         if self.observer == "mse":
-            found = search(blocks, found, self._candidates(blocks, lo, hi, s, storage), self.mse)
+            found = search(blocks, found, self._candidates(blocks, lo, hi, s, dtype), self.mse)
         zero = None if self.symmetric else found[1].float() + 0.0
-        return Scales(found[0].to(storage), zero)
+        return Scales(found[0].to(self._storage(dtype)), zero)
 
-    def _candidates(self, blocks: Tensor, lo: Tensor, hi: Tensor, s: Tensor, storage: torch.dtype) -> Iterator:
+    def _candidates(self, blocks: Tensor, lo: Tensor, hi: Tensor, s: Tensor, stored: torch.dtype) -> Iterator:
         for p in self.mse.factors:
             if self.mse.shrink == "range":
-                found = self._parameters(p * lo, self._step(p * lo, p * hi), storage)
+                found = self._parameters(p * lo, self._step(p * lo, p * hi), stored)
             else:
-                found = self._parameters(lo, p * s, storage)
+                found = self._parameters(lo, p * s, stored)
             yield found, self.snap(blocks, *(t.unsqueeze(-1) for t in found))
 
     # elements

@@ -31,7 +31,9 @@ NAN = 255
 class MX(Floating):
     """MX block formats. element: e2m1 (4 bits) | e2m3 | e3m2 (6) | e4m3 | e5m2 (8). mx_scale: table above.
 
-    mx_even_mbits: element | 1, mb of mx_scale=even.
+    mx_even_mbits: element | 1, mb of mx_scale=even. compute_dtype=input matters to observer=mse and
+    to mx_scale=fpquant, whose scale and elements it rounds to x's dtype (unless that is float16,
+    which lacks small scales); all else is exact in either.
     """
 
     group_size: int | None = 32
@@ -68,6 +70,12 @@ class MX(Floating):
     def rescaled(self, scales: Scales, factor: Tensor) -> Scales:
         code = (scales.scale + factor.log2().round()).clamp(0, NAN - 1)
         return Scales(code.to(torch.uint8).where(scales.scale != NAN, NAN))
+
+    def _element(self, dtype: torch.dtype) -> torch.dtype:
+        """float32: float16 lacks most of the scales, and products with powers of two are exact.
+        FP-Quant's scale is no such power but rounded to x's dtype, so its elements are, too."""
+        rounded = self.mx_scale == "fpquant" and dtype != torch.float16
+        return super()._element(dtype) if rounded else torch.float32
 
     def lattice(self, scales: Scales, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         """(2^(k - 127),), a third of it for mx_scale=fpquant."""

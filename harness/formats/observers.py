@@ -11,7 +11,8 @@
 | ModelOpt mse (norm 2)                      | range  | 0.963     | 40.533 | null   | 4.0    |
 
 `range` shrinks both ends of the range through p_i = expand * (1 - i / grid), i < maxshrink * grid. `scale` shrinks only the
-step, through p_i = expand * (1 - maxshrink * i / grid), i < grid, so an asymmetric group keeps its lower end.
+step, through p_i = expand * (1 - maxshrink * i / grid), i < grid, so an asymmetric group keeps its lower end (where zero
+points are codes: as long as its zero point is one).
 Patience counts steps in which no group of the tensor improved, so a result with patience depends on the tensor's extent.
 """
 

@@ -16,8 +16,8 @@ class KVCache:
     """Integer keys (after RoPE and the R3 rotation) and values, one scale and zero point per group with zero in its range.
 
     bits 2 .. 8; symmetric; group_size: null (head_dim: one group per token and head), a divisor of head_dim, or -1 (all heads
-    of a token together); clip_k, clip_v in (0, 1]; zp: rounded | float_offset (QuaRot's deployed cache); compute_dtype.
-    Source: QuaRot, section 4.
+    of a token together); clip_k, clip_v in (0, 1]; zp: rounded | float_offset (QuaRot's deployed cache); zp_order, zp_range
+    and compute_dtype as Integer has them. Source: QuaRot, section 4.
     """
 
     bits: int = 4
@@ -26,6 +26,8 @@ class KVCache:
     clip_k: float = 0.95
     clip_v: float = 0.95
     zp: str = "rounded"
+    zp_order: str = "round_then_add"
+    zp_range: str = "unsigned"
     compute_dtype: str = "float32"
 
     def __post_init__(self):
@@ -49,6 +51,8 @@ class KVCache:
             incl0="always",
             clip=self.clip_k if name == "key" else self.clip_v,
             zp=self.zp,
+            zp_order=self.zp_order,
+            zp_range=self.zp_range,
             compute_dtype=self.compute_dtype,
             role="activation",
         )

@@ -8,7 +8,6 @@ SpinQuant itself writes a pickle, which is not opened, for unpickling runs code;
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from harness.errors import ConfigError, DataError
+from harness.files import replacing
 from harness.linalg.stiefel import deviation, project
 from harness.transforms.base import Context, Transform
 from harness.transforms.codec import Blocks
@@ -33,12 +33,8 @@ def save(path: Path, placement: Placement, facts: Mapping, learned: str = "") ->
     was learned, by which a later run knows the file as its own."""
     tensors: dict[str, Tensor] = {}
     spec = {"learned": learned, "facts": dict(facts), **pack(placement, tensors)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata={"placement": json.dumps(spec)})
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"placement": json.dumps(spec)})
 
 
 def found(path: Path, transform: Transform, context: Context) -> Placement | None:

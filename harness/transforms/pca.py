@@ -56,7 +56,8 @@ class PCA(Transform):
             warnings.append("transform=pca with 4-bit integer activations: it sorts variances instead of evening them out; "
                             "set transform.post_hadamard=true")
         if isinstance(act, MX):
-            warnings.append("transform=pca with MXFP4: sorted variances make whole blocks large; identity is often as good")
+            warnings.append(f"transform=pca with MXFP{act.bits}: sorted variances make whole blocks large; "
+                            "identity is often as good")
         return warnings
 
     def fit(self, context: Context, subject: Subject) -> Placement:
