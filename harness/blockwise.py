@@ -22,6 +22,7 @@ from harness.calibration.subject import quiet, unlogged
 from harness.formats import QTensor, Scheme
 from harness.models.families import Adapter, Site
 from harness.models.quant_linear import QuantLinear, SiteInput
+from harness.models.shelf import trim
 from harness.outside import Outside
 from harness.solved import decibel, relative, stored, swap_in
 from harness.solvers import Problem, Solver
@@ -65,6 +66,7 @@ def quantize(adapter: Adapter, scheme: Scheme, solver: Solver | None, windows: T
         if solved.found is None:
             run.save_block(index, solved.tensors, {"layers": solved.layers, "output": solved.output})
         done(index, solved.layers, solved.output)
+        trim()
     if outside.quantizes:
         done(count, outside.finish(stream, run), {})
     for index in range(count):

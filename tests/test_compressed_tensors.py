@@ -17,6 +17,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from safetensors import safe_open
+from safetensors.torch import save_file
 from test_golden import compressed_tensors_format
 
 from harness import blockwise
@@ -351,7 +352,7 @@ def test_a_cache_that_nothing_would_quantize_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_source, "cache_refusal", lambda: "one does not find the cache of the other")
     scheme = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 4}}
     (tmp_path / "config.json").write_text(json.dumps(Tiny().facts() | {"quantization_config": scheme}))
-    (tmp_path / "model.safetensors").touch()
+    save_file({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(DataError, match=r"kv_cache_scheme: one does not find"):
         CheckpointModel(path=str(tmp_path)).check()
     assert CompressedTensors().check(Scheme(weight=NV), [], context_of(Tiny().facts(), Scheme(weight=NV))) == []

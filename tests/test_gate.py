@@ -1,4 +1,5 @@
-"""What holds a run to the model it says it is of: exact transforms within the model's own noise, the stream against the forward."""
+"""What holds a run to the model it says it is of: exact transforms within the model's own noise, the stream against the
+forward."""
 
 from dataclasses import replace
 
@@ -60,7 +61,7 @@ def test_a_run_over_mixed_layers_is_the_same_from_disk(tmp_path):
 def test_a_family_that_does_not_describe_its_model_is_found_out(tmp_path, monkeypatch):
     """Granite multiplies what a branch adds to the residual stream. Its logits pass any gate, for nothing has changed."""
     monkeypatch.setitem(FAMILIES, "granite", replace(FAMILIES["llama"], name="granite"))
-    multipliers = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "logits_scaling": 8.0, "attention_multiplier": 0.01}
+    multipliers = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention_multiplier": 0.01}
     facts = Tiny().facts() | {"model_type": "granite"} | multipliers
     _, settings = saved(tmp_path / "model", **facts)
     outcome = execute(*small(tmp_path, *settings, "solver=rtn"))

@@ -39,7 +39,7 @@ def window_losses(adapter: Adapter, windows: Tensor, amp: torch.dtype | None = N
             ids = window.to(device)
             loss = torch.zeros((), dtype=torch.float64, device=device)
             for part, (states, targets) in enumerate(zip(hidden[:-1].split(LOGITS_AT_ONCE), ids[1:].split(LOGITS_AT_ONCE))):
-                logits = adapter.head(states).float()
+                logits = adapter.head(states[None])[0].float()  # a window is a batch of one, also to who quantizes tokens
                 loss += nn.functional.cross_entropy(logits, targets, reduction="none").double().sum()
                 if watch is not None:
                     watch(index, part * LOGITS_AT_ONCE, states, logits)

@@ -116,7 +116,7 @@ class Shelf:
         if self._users[index] == 0:
             for name, tensor in self._tensors(index).items():
                 assign(self.blocks[index], name, tensor.to("meta"))
-            _trim()
+            trim()
 
     def _save(self, index: int) -> None:
         self.scratch.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ class Shelf:
         return self.scratch / f"{index:04d}.safetensors"
 
 
-def _trim() -> None:
+def trim() -> None:
     """Give freed memory back to the system, where the C library can (glibc): the holes that blocks leave in its heap would add
     up to a gigabyte over 20 blocks."""
     with suppress(OSError, AttributeError):
