@@ -20,7 +20,7 @@ from harness.models.prepare import swap
 from harness.models.tiny import Tiny
 from harness.pipeline import execute
 from harness.solvers import GPTQ
-from harness.store import RunLocked, locked
+from harness.store import RunLocked, Store, locked
 from harness.transforms import Rotation
 
 FORMATS = sorted(path.stem for path in (ROOT / "conf" / "format").glob("*.yaml") if path.stem != "none")
@@ -167,6 +167,31 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, format, 
     assert not resumed.stored
     assert numbers(resumed.metrics) == numbers(whole.metrics)
     shutil.rmtree(tmp_path)
+
+
+class Watching(GPTQ):
+    """Keeps the Hessian of the first site it is asked to solve."""
+
+    def solve(self, problem):
+        self.__dict__.setdefault("first", problem.hessian.clone())
+        return super().solve(problem)
+
+
+@pytest.mark.parametrize("act", [NVFP4(role="activation"), NVFP4(role="activation", scope="token")], ids=["tensor", "token"])
+def test_a_calibration_text_is_quantized_without_its_neighbours(tmp_path, act):
+    """H of two texts is the mean of H of each, whatever spans the scale of an activation."""
+    ids = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))
+
+    def hessian(name, windows):
+        adapter, solver = Adapter(Tiny().load()[0]), Watching(hessian_input="quantized")
+        swap(adapter)
+        run = Store(tmp_path).run(name)
+        run.start({}, {})
+        blockwise.quantize(adapter, Scheme(weight=NVFP4(), act=act), solver, windows, run, lambda *report: None)
+        return solver.first
+
+    both, one, other = hessian("both", ids), hessian("one", ids[:1]), hessian("other", ids[1:])
+    assert (both - (one + other) / 2).abs().max() < 1e-6 * both.abs().max()
 
 
 def test_force_computes_again_beside_a_sibling(tmp_path):
