@@ -45,8 +45,12 @@ def quantize(adapter: Adapter, scheme: Scheme, solver: Solver | None, windows: T
     count, outside = len(adapter.blocks), Outside(adapter, scheme, solver)
     missing = any(run.load_block(i) is None for i in range(count + outside.quantizes))
     options = {"folder": folder}
+    # where scales span tokens, a text is quantized without its neighbours, as it is when evaluated
+    together = 1 if scheme.spans_tokens else None
     if solver is not None and solver.windows is not None:
-        options["tokens_at_once"] = solver.windows * windows.shape[1]
+        together = solver.windows
+    if together is not None:
+        options["tokens_at_once"] = together * windows.shape[1]
     original = Stream(adapter, windows, **options) if missing and solver is not None and solver.scope == "block" else None
     outside.embed(run)
     stream = Stream(adapter, windows, **options) if missing else None

@@ -80,7 +80,7 @@ def components(plan: Plan) -> Components:
     _check_file(settings["transform"], learned, context, plan)
     if solver is not None:
         _check_auto(auto, scheme, family, facts)
-        warnings += _check_solver(solver, solver_name, scheme, auto, transforms)
+        warnings += _check_solver(solver, solver_name, scheme, auto, transforms, context)
         if solver.hessian_input == "auto":
             seen = scheme.any("act") and "hessian" in solver.needs and any(t.free_decoder for t in transforms)
             solver = replace(solver, hessian_input="quantized" if seen else "fp")
@@ -149,13 +149,13 @@ def _check_auto(auto, scheme: Scheme, family, facts: Mapping) -> None:
         raise ConfigError("format.auto with format.overrides of every linear: nothing is left to allocate; drop one of them.")
 
 
-def _check_solver(solver, name: str, scheme: Scheme, auto, transforms: list) -> list[str]:
+def _check_solver(solver, name: str, scheme: Scheme, auto, transforms: list, context) -> list[str]:
     """Refuse what the solver cannot do with these formats and transforms; returns warnings."""
     candidates = [] if auto is None else auto.candidates.values()
     formats = [scheme.weight, *candidates, *(own.get("weight") for own in scheme.overrides.values())]
     formats = list(dict.fromkeys(format for format in formats if format is not None))
     warnings = list(dict.fromkeys(warning for format in formats for warning in solver.check(format)))
-    solver.check_together(formats)
+    warnings += solver.check_together(formats, _scalable(scheme, transforms, context))
     if solver.prepares and any(isinstance(transform, SmoothQuant) for transform in transforms):
         raise ConfigError(f"solver={name} with smoothquant (transform or transform.smooth): both scale the same channels; use "
                           "one of them.")
@@ -166,6 +166,15 @@ def _check_solver(solver, name: str, scheme: Scheme, auto, transforms: list) -> 
             "activations; set solver.hessian_input=fp."
         )
     return warnings
+
+
+def _scalable(scheme: Scheme, transforms: list, context) -> dict[str, str]:
+    """{site: free | shared | fixed} of the sites whose linears are quantized (solvers.Block.scalable)."""
+    encoded = {site for transform in transforms for site in transform.encodes(context)}
+    shared = {"o_in"} if context.heads > context.kv_heads else set()
+    return {site: "fixed" if site in encoded else "shared" if site in shared else "free"
+            for site, linears in context.readers.items()
+            if any(scheme.weights(layer, linears) for layer in range(context.layers))}
 
 
 def transforms_of(section: Mapping) -> list:

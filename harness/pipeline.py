@@ -150,9 +150,11 @@ class Job:
             assert_finite(model)
             self.shelf = plan.model.shelf(model, self.scratch)
             adapter = Adapter(model, self.shelf)
-            chosen = plan.calibration
             ids = measure.tokens(self, plan.calibration_corpus, "calibration")
+            chosen = plan.calibration.within(len(ids))
             calibration = windows(ids, chosen.length, chosen.count, chosen.order, plan.settings["seed"])
+            if plan.calibrates and chosen.count is None:
+                self.metrics["notes"]["calibration"] = "{} x {} tokens".format(*calibration.shape)
             chosen, read = plan.evaluation, {c.name: measure.tokens(self, c, "evaluation") for c in plan.corpora}
             for name, x in {plan.calibration_corpus.name: ids, **read}.items():
                 refuse_unknown_ids(name, x, model.get_input_embeddings().num_embeddings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from harness.calibration.corpus import Corpus, Samples, TextFolder
@@ -28,6 +28,11 @@ class Windows:
     count: int | None
     length: int
     order: str = "first"
+
+    def within(self, tokens: int) -> Windows:
+        """Those of a text of so many tokens: where all of it is taken, it may be one shorter window
+        (of two tokens at least, so that there is one to predict)."""
+        return self if self.count is not None else replace(self, length=max(2, min(self.length, tokens)))
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ class Plan:
         self.model.check()
         for corpus in self.corpora:
             _long_enough("eval.perplexity", self.evaluation, corpus.text("evaluation"))
-        if self.calibrates:
+        if self.calibrates and self.calibration.count is not None:
             _long_enough("data.calibration", self.calibration, self.calibration_corpus.text("calibration"))
         tested = {corpus.fingerprint("evaluation") for corpus in self.corpora}
         if self.calibrates and self.calibration_corpus.fingerprint("calibration") in tested:
@@ -163,7 +168,7 @@ def make_plan(settings: dict, choices: Mapping[str, str | None]) -> Plan:
     one_of("data.calibration.activations", chosen["activations"], ("memory", "disk"))
     corpus = _corpus(data)
     calibration = Windows(
-        integer("data.calibration.windows", chosen["windows"]),
+        integer("data.calibration.windows", chosen["windows"], optional=True),
         integer("data.calibration.length", chosen["length"], low=2),
         one_of("data.calibration.order", chosen["order"], ("first", "random")),
     )

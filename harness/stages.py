@@ -47,6 +47,9 @@ def transform(job, adapter: Adapter, calibration: Tensor, probe: Tensor) -> bool
         for part, transform in enumerate(transforms):
             placement = fitted(job, part, transform, subject)
             changed = changed or not placement.empty
+            if placement.empty and not isinstance(transform, Identity):
+                told = f"transform={transform.name} placed nothing, so this is transform=identity"
+                job.metrics["warnings"].append(told)
             job.metrics["notes"] |= dict(placement.notes)
             prepare.place(adapter, placement)
             job.placements.append(placement)
@@ -162,6 +165,8 @@ def quantize(job, adapter: Adapter, calibration: Tensor) -> None:
     damped = [layer["name"] for layer in layers if layer.get("redamped")]
     if damped:
         job.metrics["warnings"].append(f"{len(damped)} linears needed more damping than solver.damp: {', '.join(damped)}")
+    if parts.solver is not None:
+        job.metrics["warnings"] += parts.solver.idle(layers)
     weights = sum(layer.get("weights", 0) for layer in layers)
     job.metrics["bits_per_weight"] = sum(layer.get("bits", 0) for layer in layers) / weights if weights else None
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from composed import small
+from safetensors.torch import load_file
 
 from harness.calibration.block import BlockView
 from harness.calibration.stream import Stream
@@ -127,6 +128,43 @@ def test_awq_runs_after_any_transform_and_resumes(tmp_path, transform, then):
     (outcome.run.path / "status.json").unlink()
     again = execute(cfg, choices)
     assert again.metrics["stages"] == outcome.metrics["stages"]
+
+
+def weights(outcome):
+    """Codes and scales of every solved linear, as bytes."""
+    blocks = [load_file(path) for path in sorted((outcome.run.path / "blocks").glob("*.safetensors"))]
+    return {(index, name): tensor.view(torch.uint8) for index, block in enumerate(blocks)
+            for name, tensor in block.items() if name.endswith((".codes", ".scale", ".global_scale"))}
+
+
+@pytest.mark.parametrize("then", ["rtn", "gptq"])
+def test_a_result_that_is_another_solvers_says_so(tmp_path, then):
+    """Encoders before every site and a format that chooses its own ranges leave nothing to AWQ."""
+    chosen = ["format=fouroversix", "transform=rht"]
+    outcome = execute(*small(tmp_path, "solver=awq", f"solver.then={then}", *chosen))
+    assert outcome.status == "done", outcome.error
+    found, plain = weights(outcome), weights(execute(*small(tmp_path, f"solver={then}", *chosen)))
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(found[key], plain[key]) for key in found)
+    told = "; ".join(outcome.metrics["warnings"])
+    assert "attn_in: an encoder stands before it" in told
+    assert f"so this is solver={then}" in told
+    assert f"awq changed nothing against {then}" in told
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    (["format=int4", "format.weight.group_size=16", "transform=rht"], ["so it only clips ranges"]),
+    (["format=fouroversix", "transform=identity"], ["FourOverSix: it chooses ranges itself"]),
+    (["solver.grid=1", "solver.clip=false"], ["solver.grid=1 tries none", "awq changed nothing against rtn"]),
+    (["format.weight.bits=16", "format.overrides={lm_head: {weight: 4}}"], ["(no site is quantized), so it only clips ranges"]),
+    (["transform=quarot"], []), ([], []),
+], ids=str)
+def test_it_is_said_what_awq_cannot_do(tmp_path, overrides, words):
+    outcome = execute(*small(tmp_path, "solver=awq", "solver.grid=4", *overrides))
+    assert outcome.status == "done", outcome.error
+    told = [warning for warning in outcome.metrics["warnings"] if "awq" in warning or "clip" in warning]
+    assert all(any(word in warning for warning in told) for word in words), told
+    assert len(told) == len(words)
 
 
 def test_knobs_are_checked(tmp_path):

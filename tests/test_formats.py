@@ -68,6 +68,16 @@ FORMATS = {
 BLOCK_MX = ("mxfp4", "mxfp4_even", "mxfp4_ceil", "mxfp4_rceil", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2")
 CLIPPING = ("int5_aimet", "int4_half_range", "int2_mse")  # reach the least code, which has no positive twin
 SYMMETRIC = [name for name, format in FORMATS.items() if format.symmetric and name not in CLIPPING]
+ACTIVATIONS = {name: replace(format, role="activation") for name, format in FORMATS.items()
+               if format.granularity != "channel"} | {
+    "fp4_tensor": FP4(granularity="tensor", group_size=None, role="activation"),
+    "fouroversix_token": FourOverSix(scope="token", role="activation"),
+    "nvfp4_static": NVFP4(scope="static", role="activation"),
+    "int8_static": Integer(bits=8, granularity="tensor", range="static", role="activation"),
+    "int2_static_mse": Integer(bits=2, granularity="tensor", range="static", observer="mse", role="activation"),
+    "int4_token_mse": Integer(granularity="token", observer="mse", role="activation"),
+    "int4_token_patient": Integer(granularity="token", observer="mse", mse=MSE(patience=1), role="activation"),
+}
 
 
 def named(*names):
@@ -78,6 +88,15 @@ def data(*shape, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, generator=g) * torch.exp2(torch.randn(*shape[:-1], 1, generator=g))
     return (x * (1 + 30 * (torch.rand(*shape, generator=g) < 0.01))).to(dtype)
+
+
+@pytest.mark.parametrize("format", ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_a_text_is_read_without_its_neighbours_unless_a_scale_spans_tokens(format):
+    text, other = data(1, 1, 96), 40 * data(1, 9, 96, seed=1)
+    seen = format.calibrated(*torch.aminmax(text)) if format.needs_static else None
+    alone = format.fake(text, global_scale=seen)
+    beside = format.fake(torch.cat([text, other], 1), global_scale=seen)[:, :1]
+    assert torch.equal(alone, beside) != format.spans_tokens
 
 
 def identical(a, b):

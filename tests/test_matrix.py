@@ -11,13 +11,15 @@ from hydra.utils import get_class
 from safetensors.torch import save_file
 
 from harness.calibration.subject import ModelSubject
-from harness.config import option
+from harness.components import components
+from harness.config import option, settings
 from harness.errors import ConfigError
 from harness.formats import NVFP4, Scheme
 from harness.models.families import Adapter
 from harness.models.prepare import fuse_norms, swap
 from harness.models.tiny import Tiny
 from harness.pipeline import execute
+from harness.plan import make_plan
 from harness.transforms import Blocks, Context, Placement
 from harness.transforms.learn import Descent, end_to_end
 from harness.transforms.quarot import QuaRot
@@ -296,6 +298,11 @@ WARNED = [
     ("hadamard", ["solver=rtn"], "worse than identity"),
     ("hadamard", ["solver=rtn", "format.overrides={lm_head: mxfp8}"], "worse than identity"),
     ("identity", ["solver=minmax"], "this is rtn"),
+    ("identity", ["solver=minmax", "format=int8", "format.weight.symmetric=false"], "this is rtn"),
+    ("identity", ["solver=minmax", "format=int8", "format.weight.int_scale=aimet"], "this is rtn"),
+    ("identity", ["solver.scales=dynamic", "format=int8"], "this is scales=static"),
+    ("quarot", ["format=int8", "transform.r1=off", "transform.r2=false", "transform.r4=off"], "this is transform=identity"),
+    ("identity", ["solver=adascale", "solver.iterations=0"], "adascale changed nothing against minmax"),
     ("pca", ["format=int4", "format.weight.group_size=32"], "post_hadamard"),
     ("pca", ["format=mxfp4"], "MXFP4"),
     ("pca", ["format=mxfp8"], "with MXFP8"),
@@ -320,6 +327,34 @@ def test_what_is_doubtful_is_warned_of(tmp_path, transform, overrides, words):
 @pytest.mark.parametrize(("transform", "overrides"), SILENT, ids=str)
 def test_what_is_sound_is_not(tmp_path, transform, overrides):
     assert run(tmp_path, transform, *overrides).metrics["warnings"] == []
+
+
+@pytest.mark.parametrize("options", [["format=int8", "solver.scales=dynamic"], ["format=int8", "solver=minmax",
+                                     "format.weight.symmetric=false"]], ids=str)
+def test_what_is_said_to_be_another_is(tmp_path, options):
+    """The plain solver, on the same format, gives the same figures of every linear."""
+    told, plain = run(tmp_path, "identity", *options), ["solver=rtn"] if "solver=minmax" in options else []
+    other = run(tmp_path, "identity", *[o for o in options if not o.startswith("solver")], *plain)
+    assert other.metrics["run_id"] != told.metrics["run_id"]
+    assert other.metrics["layers"] == told.metrics["layers"]
+
+
+@pytest.mark.parametrize("options", [*[[f"transform={name}"] for name in TRANSFORMS], ["transform=quarot", "transform.r4=off"],
+                                     ["transform=adacodec", "transform.placement=merged"],
+                                     ["transform=adacodec", "transform.placement=site"]], ids=str)
+def test_where_encoders_will_run_is_known_beforehand(tmp_path, options):
+    name = options[0].partition("=")[2]
+    cfg, choices = small(tmp_path, *options, *QUICK.get(name, []))
+    parts, adapter = components(make_plan(settings(cfg), choices)), Adapter(Tiny().load()[0])
+    swap(adapter)
+    transform = next(each for each in parts.transforms if each.name == name)
+    gains = fuse_norms(adapter) if transform.residual else None
+    windows = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(0))
+    for parameter in adapter.model.parameters():
+        parameter.requires_grad_(False)
+    placed = transform.fit(parts.context, ModelSubject(adapter, windows, gains=gains))
+    online = {site for site in parts.context.widths if any(placed.encoder(layer, site) for layer in range(2))}
+    assert set(transform.encodes(parts.context)) == online
 
 
 def test_a_lost_model_comes_with_a_checklist(tmp_path, capsys):

@@ -20,7 +20,7 @@ from harness.models.prepare import swap
 from harness.models.tiny import Tiny
 from harness.pipeline import execute
 from harness.solvers import GPTQ
-from harness.store import RunLocked, locked
+from harness.store import RunLocked, Store, locked
 from harness.transforms import Rotation
 
 FORMATS = sorted(path.stem for path in (ROOT / "conf" / "format").glob("*.yaml") if path.stem != "none")
@@ -169,6 +169,31 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, format, 
     shutil.rmtree(tmp_path)
 
 
+class Watching(GPTQ):
+    """Keeps the Hessian of the first site it is asked to solve."""
+
+    def solve(self, problem):
+        self.__dict__.setdefault("first", problem.hessian.clone())
+        return super().solve(problem)
+
+
+@pytest.mark.parametrize("act", [NVFP4(role="activation"), NVFP4(role="activation", scope="token")], ids=["tensor", "token"])
+def test_a_calibration_text_is_quantized_without_its_neighbours(tmp_path, act):
+    """H of two texts is the mean of H of each, whatever spans the scale of an activation."""
+    ids = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))
+
+    def hessian(name, windows):
+        adapter, solver = Adapter(Tiny().load()[0]), Watching(hessian_input="quantized")
+        swap(adapter)
+        run = Store(tmp_path).run(name)
+        run.start({}, {})
+        blockwise.quantize(adapter, Scheme(weight=NVFP4(), act=act), solver, windows, run, lambda *report: None)
+        return solver.first
+
+    both, one, other = hessian("both", ids), hessian("one", ids[:1]), hessian("other", ids[1:])
+    assert (both - (one + other) / 2).abs().max() < 1e-6 * both.abs().max()
+
+
 def test_force_computes_again_beside_a_sibling(tmp_path):
     """Another run with the same quantized model must not lend its blocks to a forced one."""
     run(tmp_path)
@@ -266,6 +291,49 @@ def test_calibrating_on_the_evaluated_text_is_refused(tmp_path):
     cfg, choices = small(tmp_path, "data=text", f"data.path={tmp_path}", f"data.calibration.path={tmp_path / 'test.txt'}")
     with pytest.raises(ConfigError, match=r"data\.calibration\.path"):
         execute(cfg, choices)
+
+
+SHORT = [f"Sample {n}: the quick brown fox is {n} years old." for n in range(21)]
+
+
+@pytest.mark.parametrize("options", [["transform=pca"], ["solver=awq"], ["solver=adascale", "solver.iterations=2"],
+                                     ["transform=spinquant", "transform.steps=1", "format.act.scope=tensor"]], ids=str)
+def test_a_few_short_samples_calibrate(tmp_path, options):
+    """windows=null: a window of its own length, where the samples together do not fill one."""
+    path = tmp_path / "seed.jsonl"
+    own = [f"data.calibration.path={path}", "data.calibration.length=2048", "data.calibration.windows=null"]
+
+    def calibrated(samples, *more):
+        path.write_text("\n".join(json.dumps({"text": sample}) for sample in samples))
+        outcome = run(tmp_path, *options, *own, *more)
+        assert outcome.status == "done", outcome.error
+        return outcome.metrics
+
+    first, packed = calibrated(SHORT), tokenize(Tiny().load()[1], SHORT)
+    assert first["notes"]["calibration"] == f"1 x {len(packed)} tokens"
+    cut = calibrated(SHORT, "data.calibration.length=64")
+    assert cut["notes"]["calibration"] == f"{len(packed) // 64} x 64 tokens"
+    other = calibrated([*SHORT, "One more."])
+    assert len({run["quant_id"] for run in (first, cut, other)}) == 3
+
+
+def test_as_many_windows_as_there_are_is_the_same_as_their_number(tmp_path):
+    path = tmp_path / "seed.jsonl"
+    path.write_text("\n".join(json.dumps({"text": sample}) for sample in SHORT))
+    count = len(tokenize(Tiny().load()[1], SHORT)) // 64
+    named, null = (run(tmp_path, f"data.calibration.path={path}", f"data.calibration.windows={n}").metrics
+                   for n in (count, "null"))
+    assert null["stages"] == named["stages"]
+    assert null["layers"] == named["layers"]
+    assert "calibration" not in named["notes"]
+
+
+def test_a_text_of_one_token_calibrates_nothing(tmp_path):
+    (tmp_path / "own.txt").write_text("a")
+    own = [f"data.calibration.path={tmp_path / 'own.txt'}", "data.calibration.windows=null"]
+    with pytest.raises(DataError, match=r"data\.calibration\.length=2 tokens need 2 tokens, the text has only 1"):
+        run(tmp_path, *own)
+    assert not any((tmp_path / "runs").glob("tiny*"))
 
 
 def test_two_writers(tmp_path):

@@ -6,10 +6,14 @@ from collections import Counter
 import pytest
 import torch
 from composed import small
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from harness.errors import ConfigError, DataError
 from harness.evaluation.agreement import NOUNS, documents
-from harness.evaluation.zeroshot import ZeroShot, shown, tasks_for_lm_eval, zeroshot
+from harness.evaluation.zeroshot import ZeroShot, shown, tasks_for_lm_eval, together, zeroshot
+from harness.formats import NVFP4, Integer
+from harness.models.families import Adapter
+from harness.models.prepare import swap
 from harness.models.tiny import Tiny
 from harness.pipeline import execute
 
@@ -111,6 +115,57 @@ def test_a_run_keeps_accuracies_and_samples(tmp_path, folder):
     assert list((tmp_path / "runs" / "_shared" / "baselines").glob("*/sums.json"))
     (folder / "sums.jsonl").write_text("\n".join(json.dumps(row) for row in CHOICES[::-1]))
     assert execute(cfg, choices).metrics["run_id"] != outcome.metrics["run_id"], "another text is another run"
+
+
+SPANNING = {
+    "all": ["format.act.scope=tensor"],
+    "one_linear": ["format.overrides={blocks_1: {down_proj: {act: {scope: tensor}}}}"],
+    "head": ["format.overrides={lm_head: {act: {scope: tensor}}}"],
+}
+
+
+@pytest.mark.parametrize("overrides", SPANNING.values(), ids=SPANNING)
+def test_scales_that_span_tokens_give_the_same_scores_in_every_batch(tmp_path, folder, overrides):
+    answers, ids = [], []
+    for batch in (1, 8):
+        tasks = ["eval.zeroshot.tasks=[sums]", f"eval.zeroshot.data_path={folder}", f"eval.zeroshot.batch_size={batch}"]
+        outcome = execute(*small(tmp_path / str(batch), "eval=zeroshot", *tasks, "solver=rtn", *overrides))
+        assert outcome.status == "done", outcome.error
+        answers.append(json.loads((outcome.run.path / "samples" / "quantized" / "sums.json").read_text()))
+        ids.append(outcome.metrics["run_id"])
+    assert answers[0] == answers[1]
+    assert ids[0] == ids[1]
+
+
+def reading(act):
+    """A tiny model whose last site reads its activation in a format."""
+    model, _ = Tiny().load()
+    adapter = Adapter(model)
+    swap(adapter)
+    adapter.blocks[-1].mlp.down_proj.site.format = act
+    return model
+
+
+@pytest.mark.parametrize(("act", "batch"), [
+    (None, 5), (NVFP4(role="activation", scope="token"), 5), (NVFP4(role="activation", scope="static"), 5),
+    (NVFP4(role="activation"), 1), (Integer(role="activation", granularity="token"), 5),
+    (Integer(role="activation", granularity="tensor"), 1),
+], ids=str)
+def test_only_a_scale_that_spans_tokens_parts_the_batch(act, batch):
+    assert together(reading(act), ZeroShot(("sums",), batch_size=5)) == batch
+
+
+@pytest.mark.parametrize(("settings", "batch"), [
+    ({"strategy": "tensor", "dynamic": True}, 1), ({"strategy": "token", "dynamic": True}, 5),
+    ({"strategy": "tensor", "dynamic": False}, 5),
+    ({"strategy": "tensor_group", "group_size": 16, "dynamic": "local", "type": "float", "num_bits": 4}, 5),
+], ids=str)
+def test_a_compressed_tensors_model_is_asked_too(settings, batch):
+    """transformers runs those, by formats of that library."""
+    model = reading(None)
+    read = QuantizationArgs(**settings)
+    model.lm_head.quantization_scheme = QuantizationScheme(targets=["Linear"], input_activations=read)
+    assert together(model, ZeroShot(("sums",), batch_size=5)) == batch
 
 
 @pytest.mark.parametrize(("section", "error", "words"), [

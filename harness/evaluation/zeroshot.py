@@ -6,6 +6,8 @@ include_path, else its own, which need the hub). A file holds one of
     {"query", "choices", "gold"}     which continuation is likeliest; acc by log-likelihood, acc_norm by that over its bytes
     {"context", "continuation"}      whether the continuation is what greedy decoding gives (LAMBADA), and its perplexity
 
+Requests are padded to a batch, except where an activation is read on a scale that spans tokens:
+padding and neighbours would be part of it, so each request is then a forward of its own.
 lm-eval seeds the global generators unless told not to, and it is told not to; what it draws is undone.
 """
 
@@ -112,7 +114,8 @@ def zeroshot(model, tokenizer, chosen: ZeroShot, amp=None, advance: Callable[[],
     named = any(isinstance(task, str) for task in tasks)
     manager = TaskManager(include_path=chosen.include_path, include_defaults=named and chosen.include_path is None)
     shots = chosen.shots if isinstance(chosen.shots, Mapping) else dict.fromkeys(chosen.tasks, chosen.shots)
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=chosen.batch_size, mixed_precision_dtype=amp)
+    batch = together(model, chosen)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, mixed_precision_dtype=amp)
     figures, samples = {}, {}
     for name, task in zip(chosen.tasks, tasks):
         with _undisturbed():
@@ -126,6 +129,18 @@ def zeroshot(model, tokenizer, chosen: ZeroShot, amp=None, advance: Callable[[],
             samples[key] = [_sample(one) for one in kept]
         advance()
     return figures, samples
+
+
+def together(model, chosen: ZeroShot) -> int:
+    """Requests in one forward: batch_size, or one where an activation's scale spans tokens."""
+    from harness.libraries import compressed_tensors
+    from harness.models.quant_linear import SiteInput
+
+    for module in model.modules():
+        own = module.format if isinstance(module, SiteInput) else None
+        if (own is not None and own.spans_tokens) or compressed_tensors.spans_tokens(module):
+            return 1
+    return chosen.batch_size
 
 
 def shown(figures: Mapping) -> tuple[str, float] | None:

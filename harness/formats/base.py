@@ -80,6 +80,13 @@ class Format(ABC):
     def zero_bits(self) -> int:
         return self.bits
 
+    @property
+    def spans_tokens(self) -> bool:
+        """Whether an activation's scales follow from more than one token: then whatever else is in the
+        tensor, other texts and padding too, moves every value of it."""
+        patient = self.observer == "mse" and self.mse.patience is not None  # until no group gains
+        return self.granularity == "tensor" or patient
+
     # geometry
 
     def group(self, n: int) -> int:

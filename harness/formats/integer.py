@@ -112,6 +112,11 @@ class Integer(Format):
     def needs_static(self) -> bool:
         return self.range == "static"
 
+    @property
+    def spans_tokens(self) -> bool:
+        """A calibrated range is no tensor's own, unless it is shrunk by a search over each."""
+        return super().spans_tokens and not (self.needs_static and self.observer == "minmax")
+
     def calibrated(self, low: Tensor, high: Tensor) -> Tensor | None:
         """The range itself, [2]."""
         return torch.stack([low, high]) if self.needs_static else None

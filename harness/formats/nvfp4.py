@@ -54,6 +54,12 @@ class NVFP4(Floating):
     def needs_static(self) -> bool:
         return self.scope == "static" and self.global_scale in ("amax", "amax_256")
 
+    @property
+    def spans_tokens(self) -> bool:
+        """The global scale is the tensor's own with scope=tensor and one of the amax kinds."""
+        own = self.scope == "tensor" and self.global_scale in ("amax", "amax_256")
+        return own or super().spans_tokens
+
     def dynamic(self) -> Format:
         return replace(self, scope="tensor") if self.needs_static else self
 

@@ -115,6 +115,12 @@ class Scheme:
         return any(part is not None for part in (getattr(self, name), *(x.get(name) for x in self.overrides.values())))
 
     @property
+    def spans_tokens(self) -> bool:
+        """Whether any activation is read on scales that span tokens (Format.spans_tokens)."""
+        acts = (self.act, *(own.get("act") for own in self.overrides.values()))
+        return any(act is not None and act.spans_tokens for act in acts)
+
+    @property
     def outside(self) -> bool:
         """Whether anything outside the blocks is quantized."""
         return any(part is not None for (layer, _), own in self.overrides.items() if layer is None for part in own.values())

@@ -1,4 +1,5 @@
-"""compressed-tensors, its insides: whether it finds the cache whose keys and values it is to quantize."""
+"""compressed-tensors, its insides: whether it finds the cache whose keys and values it is to
+quantize, and what its modules take an activation's scale from."""
 
 from __future__ import annotations
 
@@ -21,3 +22,9 @@ def cache_refusal() -> str | None:
         return None
     return (f"compressed-tensors {version('compressed-tensors')} does not find the cache of transformers "
             f"{version('transformers')} and would leave keys and values as they are")
+
+
+def spans_tokens(module) -> bool:
+    """Whether a module of a model that it runs takes its activation's scale from the whole tensor."""
+    act = getattr(getattr(module, "quantization_scheme", None), "input_activations", None)
+    return act is not None and act.dynamic is True and act.strategy == "tensor"

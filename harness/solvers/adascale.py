@@ -18,6 +18,7 @@ and groups, whose scale is rounded as it is stored at every step.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -70,6 +71,11 @@ class AdaScale(Solver):
                 "scale without zero point; use format.weight.symmetric=true and one of int4, fp4, nvfp4, mxfp4."
             )
         return []
+
+    def idle(self, layers: Sequence[Mapping]) -> list[str]:
+        if any(layer.get("best_step") for layer in layers):
+            return []
+        return ["adascale changed nothing against minmax: in no block did a step lower the held-out loss"]
 
     @property
     def windows(self) -> int:

@@ -16,6 +16,7 @@ group's partial output, on all tokens instead of 512.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -30,6 +31,10 @@ from harness.solvers.rtn import RTN
 
 UNCLIPPED = ("q_proj", "k_proj")  # their outputs meet in a product, which a partial output says nothing of
 CLIPS = tuple(1 - step / 20 for step in range(10))
+UNSCALED = {  # why a site of that freedom (Block.scalable) gets no scale
+    "fixed": "an encoder stands before it", "shared": "heads share its values, solver.gqa=skip",
+    "free": "solver.grid=1 tries none",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +61,38 @@ class AWQ(Solver):
         one_of("solver.gqa", self.gqa, ("skip", "mean"))
         one_of("solver.then", self.then, ("rtn", "gptq"))
 
+    def check(self, format: Format) -> list[str]:
+        if not self.clip or clippable(format):
+            return []
+        own = isinstance(format, FourOverSix)
+        why = "it chooses ranges itself" if own else "its groups are no blocks of the Hessian"
+        return [f"solver.clip=true with {type(format).__name__}: {why}, so none is clipped"]
+
+    def check_together(self, formats: Sequence[Format], sites: Mapping[str, str]) -> list[str]:
+        if self.grid > 1 and any(self._scales(freedom) for freedom in sites.values()):
+            return []
+        why = "; ".join(f"{site}: {UNSCALED[freedom]}" for site, freedom in sites.items())
+        clips = self.clip and any(clippable(format) for format in formats)
+        left = "it only clips ranges" if clips else f"this is solver={self.then}"
+        return [f"solver=awq: no channels can be scaled ({why or 'no site is quantized'}), so {left}"]
+
+    def idle(self, layers: Sequence[Mapping]) -> list[str]:
+        own = [value for layer in layers for key, value in layer.items()
+               if key == "clipped" or key.startswith("awq_")]
+        if any(own):
+            return []
+        return [f"awq changed nothing against {self.then}: no scale was merged, and no range clipped"]
+
+    def _scales(self, freedom: str) -> bool:
+        """Whether a site of that freedom (Block.scalable) gets a scale."""
+        return freedom == "free" or (freedom == "shared" and self.gqa == "mean")
+
     def prepare(self, block: Block) -> dict:
         """Merge each site's best scale; returns {awq_<site>: ratio chosen} for the sites where one could be."""
         report = {}
         for site, linears in block.sites.items():
             names = [name for name in linears if name in block.formats]
-            freedom = block.scalable(site)
-            if names and freedom != "fixed" and not (freedom == "shared" and self.gqa == "skip"):
+            if names and self._scales(block.scalable(site)):
                 ratio, scale = self._search(block, site, names)
                 report[f"awq_{site}"] = ratio
                 if ratio > 0:
@@ -97,21 +127,31 @@ class AWQ(Solver):
         return torch.where(scale.isfinite(), scale, 1)
 
     def solve(self, problem: Problem) -> Solution:
-        scales = self.static_scales(problem)
+        """The report says how many groups of the site were `clipped`."""
+        scales, count = self.static_scales(problem), 0
         if self.clip:
             for name, weight in problem.weights.items():
                 if name.rpartition(".")[2] not in UNCLIPPED:
-                    scales[name] = clipped(weight, problem.formats[name], scales[name], problem.hessian)
+                    found = clipped(weight, problem.formats[name], scales[name], problem.hessian)
+                    count += int((_raw(found.scale) != _raw(scales[name].scale)).sum())
+                    scales[name] = found
         solver = {"rtn": RTN, "gptq": GPTQ}[self.then](fuse_global_scale=self.fuse_global_scale)
-        return solver.solve(replace(problem, scales=scales))
+        solution = solver.solve(replace(problem, scales=scales))
+        return replace(solution, report={**solution.report, "clipped": count})
+
+
+def clippable(format: Format) -> bool:
+    """Whether each group's error is a block of H, and the format leaves its range to others."""
+    blocks = format.granularity != "tensor" and format.pad != "zero"
+    return blocks and not isinstance(format, FourOverSix)
 
 
 def clipped(weight: Tensor, format: Format, scales: Scales, hessian: Tensor) -> Scales:
     """Scales of a weight [out, n] whose extremes are shrunk, group by group, by the factor with the least error under the
-    diagonal blocks of the Hessian [n, n]."""
+    diagonal blocks of the Hessian [n, n]; as they are where the format is not clippable."""
+    if not clippable(format):
+        return scales
     blocks = format.split(weight.float())  # [out, groups, g]
-    if format.granularity == "tensor" or format.pad == "zero" or isinstance(format, FourOverSix):
-        return scales  # no group's error is a block of H, or the format searches itself
     groups, width = blocks.shape[-2:]
     within = hessian.view(groups, width, groups, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [groups, g, g]
     peak = blocks.abs().amax(-1, keepdim=True)
@@ -133,8 +173,12 @@ def clipped(weight: Tensor, format: Format, scales: Scales, hessian: Tensor) -> 
 
 
 def _pick(better: Tensor, found: Scales, chosen: Scales) -> Scales:
-    """Scale by scale, `found` where it is better; float8 scales are picked as bytes."""
-    raw = torch.uint8 if found.scale.element_size() == 1 else found.scale.dtype
-    scale = torch.where(better, found.scale.view(raw), chosen.scale.view(raw)).view(found.scale.dtype)
+    """Scale by scale, `found` where it is better."""
+    scale = torch.where(better, _raw(found.scale), _raw(chosen.scale)).view(found.scale.dtype)
     zero = None if found.zero is None else torch.where(better, found.zero, chosen.zero)
     return replace(chosen, scale=scale, zero=zero)
+
+
+def _raw(scale: Tensor) -> Tensor:
+    """Stored scales so that they can be compared and picked: those in float8 as bytes."""
+    return scale.view(torch.uint8) if scale.element_size() == 1 else scale

@@ -110,8 +110,16 @@ class Solver:
         """Refuse a weight format this solver cannot solve for (ConfigError); returns warnings."""
         return []
 
-    def check_together(self, formats: Sequence[Format]) -> None:
-        """Refuse weight formats of one model that this solver cannot have side by side (ConfigError)."""
+    def check_together(self, formats: Sequence[Format], sites: Mapping[str, str]) -> list[str]:
+        """Refuse weight formats of one model that this solver cannot have side by side (ConfigError);
+        returns warnings of what it cannot do here. sites: {site: free | shared | fixed} of those
+        whose linears are quantized, as `Block.scalable` will say."""
+        return []
+
+    def idle(self, layers: Sequence[Mapping]) -> list[str]:
+        """Warnings where the reports of all linears, once solved, say that a plainer solver would
+        have given the same weights."""
+        return []
 
     @property
     def windows(self) -> int | None:

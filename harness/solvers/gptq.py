@@ -16,7 +16,7 @@ Source: GPTQ (arXiv 2210.17323); static activation reordering from MR-GPTQ (arXi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -59,14 +59,18 @@ class GPTQ(Solver):
     def check(self, format: Format) -> list[str]:
         if self.scales == "dynamic" and format.pad == "zero":
             raise ConfigError("solver.scales=dynamic with format.weight.pad=zero: the last group is short; use scales=static.")
+        if self.scales == "dynamic" and format.granularity != "group":
+            return [f"solver.scales=dynamic with format.weight.granularity={format.granularity}: a row is "
+                    "one group, whose scale is due before any error arrives, so this is scales=static"]
         return []
 
-    def check_together(self, formats: Sequence[Format]) -> None:
+    def check_together(self, formats: Sequence[Format], sites: Mapping[str, str]) -> list[str]:
         sizes = {format.group_size for format in formats}
         if self.scales == "dynamic" and len(sizes) > 1:
             listed = ", ".join(map(str, sizes))
             raise ConfigError(f"solver.scales=dynamic with formats of different groups ({listed}): linears of "
                               "one site are solved together; use solver.scales=static.")
+        return []
 
     @property
     def _dtype(self) -> torch.dtype:

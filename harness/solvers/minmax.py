@@ -24,8 +24,12 @@ class MinMax(RTN):
     encodings: ClassVar[str] = "min_max_encodings"
 
     def check(self, format: Format) -> list[str]:
-        named = isinstance(format, Integer)
-        return [] if named else [f"solver=minmax with {type(format).__name__}: its rule is for integers, so this is rtn"]
+        named = isinstance(format, Integer) and format.symmetric
+        if named and minmax(format) != format:
+            return []
+        why = "the format has its rule already" if named else "its rule is for symmetric integers"
+        return [f"solver=minmax with {type(format).__name__} (symmetric={format.symmetric}): {why}, "
+                "so this is rtn with observer=minmax"]
 
     def solve(self, problem: Problem) -> Solution:
         return super().solve(replace(problem, formats={name: minmax(format) for name, format in problem.formats.items()}))

@@ -73,8 +73,10 @@ class AdaCodec(Transform):
         return {"placement": self.place, "decoder": self.decoder}
 
     def leaves(self, context: Context) -> tuple[str, ...]:
-        sites = {"site": tuple(context.widths), "stream": ("down_in",), "merged": ()}[self.place]
-        return tuple(f"an encoder at {site}" for site in sites)
+        return tuple(f"an encoder at {site}" for site in self.encodes(context))
+
+    def encodes(self, context: Context) -> tuple[str, ...]:
+        return {"site": tuple(context.widths), "stream": ("down_in",), "merged": ()}[self.place]
 
     def check(self, context: Context) -> list[str]:
         if context.scheme.act is None:

@@ -111,6 +111,10 @@ class Transform(ABC):
         """What cannot be merged and stays online, in words; a checkpoint for others cannot hold it."""
         return ()
 
+    def encodes(self, context: Context) -> tuple[str, ...]:
+        """Sites of the blocks before which an encoder runs, so that what feeds them takes no scale."""
+        return ()
+
     @property
     def structure(self) -> dict[str, object]:
         """What of the settings a stored placement must have been made with, to be loaded under them."""

@@ -48,7 +48,10 @@ class BlockDiagonal(Transform):
         return orders
 
     def leaves(self, context: Context) -> tuple[str, ...]:
-        return tuple(f"a matrix at {site}" for site in context.widths)
+        return tuple(f"a matrix at {site}" for site in self.encodes(context))
+
+    def encodes(self, context: Context) -> tuple[str, ...]:
+        return tuple(context.widths)
 
     def check(self, context: Context) -> list[str]:
         smallest = min(self.orders(context.widths).values())

@@ -42,7 +42,11 @@ class PCA(Transform):
         self.head = boolean("transform.head", head)
 
     def leaves(self, context: Context) -> tuple[str, ...]:
-        return tuple(f"a dense matrix at {site}" for site in (*context.widths, *([HEAD_SITE] if self.head else [])))
+        sites = (*self.encodes(context), *([HEAD_SITE] if self.head else []))
+        return tuple(f"a dense matrix at {site}" for site in sites)
+
+    def encodes(self, context: Context) -> tuple[str, ...]:
+        return tuple(context.widths)
 
     def check(self, context: Context) -> list[str]:
         for site, width in context.widths.items():

@@ -40,6 +40,9 @@ class QuaRot(Rotations):
     def leaves(self, context: Context) -> tuple[str, ...]:
         return (*super().leaves(context), *(["a mix of heads (transform.online_heads=false)"] if self.online_heads else []))
 
+    def encodes(self, context: Context) -> tuple[str, ...]:
+        return (*super().encodes(context), *(["o_in"] if self.online_heads else []))
+
     def check(self, context: Context) -> list[str]:
         if self.r1 == "hadamard":
             reachable("transform.r1=hadamard", context.hidden, "transform.r1=random")

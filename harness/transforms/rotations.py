@@ -64,6 +64,9 @@ class Rotations(Transform):
         online = (("R3 (transform.r3=off)", self.wants_r3(context)), ("R4 (transform.r4=off)", self.wants_r4(context)))
         return tuple(name for name, on in online if on)
 
+    def encodes(self, context: Context) -> tuple[str, ...]:
+        return ("down_in",) if self.wants_r4(context) else ()
+
     def wants_r3(self, context: Context) -> bool:
         """Whether R3 is placed."""
         return self.r3 == "on" or (self.r3 == "auto" and context.scheme.kv is not None)
