@@ -8,19 +8,18 @@ SpinQuant itself writes a pickle, which is not opened, for unpickling runs code;
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, contiguous_format
 
 from harness.errors import ConfigError, DataError
 from harness.linalg.hadamard import Hadamard
 from harness.linalg.stiefel import deviation, project
+from harness.store import intact, save_tensors
 from harness.transforms.base import Context, Transform
 from harness.transforms.codec import Blocks, Codec
 from harness.transforms.placement import Placement
@@ -35,12 +34,7 @@ def save(path: Path, placement: Placement, facts: Mapping, learned: str = "") ->
     was learned, by which a later run knows the file as its own."""
     tensors: dict[str, Tensor] = {}
     spec = {"learned": learned, "facts": dict(facts), **pack(placement, tensors)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, metadata={"placement": json.dumps(spec)})
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    save_tensors(path, tensors, {"placement": json.dumps(spec)})
 
 
 def pack(placement: Placement, tensors: dict[str, Tensor], start: str = "") -> dict:
@@ -61,12 +55,10 @@ def unpack(spec: Mapping, tensors: Mapping[str, Tensor]) -> Placement:
     return Placement(**single, **keyed, notes=spec["notes"])
 
 
-def found(path: Path, transform: Transform, context: Context) -> Placement | None:
-    """`load`, or None where there is no such file or it is damaged."""
-    try:
-        return load(path, transform, context) if path.is_file() else None
-    except SafetensorError:
-        return None
+def found(path: Path, transform: Transform, context: Context,
+          damaged: Callable[[Path, str], None]) -> Placement | None:
+    """`load`, or None where there is no such file or, as `damaged` is told then, it is damaged."""
+    return None if intact(path, damaged) is None else load(path, transform, context)
 
 
 def load(path: Path, transform: Transform, context: Context) -> Placement:
@@ -89,7 +81,10 @@ def load(path: Path, transform: Transform, context: Context) -> Placement:
 
 
 def check(path: str, transform: Transform, context: Context, facts: Mapping) -> None:
-    """Refuse a file that cannot serve (ConfigError): missing, a pickle, of another model, of other shapes. Reads no matrix."""
+    """Refuse a file that cannot serve (ConfigError): missing, a pickle, damaged, of another model, of other shapes.
+
+    A file of `save` is read whole once, for its digest; those of others have none.
+    """
     field = f"transform.load={path}"
     if not isinstance(path, str) or not Path(path).is_file():
         raise ConfigError(f"{field}: no such file.")
@@ -100,8 +95,15 @@ def check(path: str, transform: Transform, context: Context, facts: Mapping) -> 
     except SafetensorError:
         raise ConfigError(f"{field}: not a safetensors file. A pickled rotation is not opened; save its dictionary again with "
                           "safetensors.torch.save_file.") from None
+    if "digest" in header and intact(Path(path)) is None:
+        raise ConfigError(f"{field}: damaged, its digest does not fit; copy it again, or learn it again with "
+                          "transform.load=null.")
     if "placement" in header:
-        found = json.loads(header["placement"])["facts"]
+        try:
+            found = dict(json.loads(header["placement"])["facts"])
+        except (ValueError, LookupError, TypeError):
+            raise ConfigError(f"{field}: damaged, its header cannot be read; copy it again, or learn it again "
+                              "with transform.load=null.") from None
         for name, wanted in facts.items():
             if found.get(name) != wanted:
                 raise ConfigError(f"{field}: its {name} is {found.get(name)}, this run's is {wanted}; learn it again with "
