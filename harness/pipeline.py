@@ -118,13 +118,14 @@ class Job:
         return Outcome(self.metrics["status"], False, self.metrics, self.run, error)
 
     def _compute(self) -> None:
-        from harness.devices import device
+        from harness.devices import described, device
 
         with device(self.plan.settings["device"], self.store.root / "_shared" / "devices") as found:
             chosen, expected = self.plan.settings["device"], self.plan.device_kind
             if found.type != expected:  # the run's id says otherwise
                 raise ConfigError(f"device={chosen}: the machine has {expected}, torch computes on {found.type}; set "
                                   f"device={found.type}.")
+            self.run.set_environment(compute=described(found))
             self._compute_on(found)
 
     def _compute_on(self, device) -> None:
