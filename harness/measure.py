@@ -95,5 +95,8 @@ def _zeroshot(job, stage: str, adapter: Adapter, folder: Path) -> tuple[dict, di
 
     with job.reporter.stage(f"zero-shot {stage}", len(job.plan.zeroshot.tasks)) as advance:
         figures, samples = zeroshot(adapter.model, job.tokenizer, job.plan.zeroshot, job.amp, advance)
-    kept = {task: records.write_checked(folder / f"{task}.json", documents) for task, documents in samples.items()}
-    return figures, kept
+    digests = {
+        task: records.write_checked(folder / f"{task}.json", documents)
+        for task, documents in samples.items()
+    }
+    return figures, digests

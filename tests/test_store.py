@@ -38,14 +38,15 @@ from harness.store import (
 from harness.store.provenance import PACKAGES
 from harness.store.tensors import DTYPES
 
-VALUE = {"rows": [{"name": "q_proj", "errors": {"int4": 0.1, "ü": 1e-300}}], "none": None, "seconds": 1.5}
-ASIDE = {"hydra-core", "omegaconf", "rich", "plotly", "wandb-workspaces", "PyYAML"}  # no number passes them
+VALUE = {"rows": [{"name": "q_proj", "errors": {"int4": 0.1, "ü": 1e-300}}], "seconds": 1.5}
+ASIDE = {"rich", "plotly", "wandb-workspaces", "PyYAML"}  # no number passes through them
 
 
 def tensors() -> dict:
     """One of every dtype, one without dimensions, one without elements, one that is a view."""
     kept = {name: torch.arange(-4, 4).to(getattr(torch, name)) for name in DTYPES}
-    return kept | {"scalar": torch.tensor(7.25), "none": torch.zeros(0, 3), "view": torch.rand(4, 6).mT[1:]}
+    view = torch.arange(24.0).view(4, 6).mT[1:]
+    return kept | {"scalar": torch.tensor(7.25), "none": torch.zeros(0, 3), "view": view}
 
 
 @pytest.fixture
@@ -60,6 +61,11 @@ def octets(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
+def child(code: str) -> subprocess.Popen:
+    line = [sys.executable, "-c", code]
+    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
 def told(reader, *arguments) -> tuple:
     """(what a reader returns, what it said of damage)."""
     said = []
@@ -71,7 +77,7 @@ def test_a_record_notices_every_flipped_byte(tmp_path, mask):
     path = tmp_path / "a.json"
     write_record(path, VALUE)
     assert told(read_record, path) == (VALUE, [])
-    assert json.loads(path.read_text()) | VALUE == json.loads(path.read_text()), "other tools can read it"
+    assert json.loads(path.read_text()).items() >= VALUE.items(), "other tools can read it"
     content = path.read_bytes()
     for where in range(len(content)):
         path.write_bytes(content[:where] + bytes([content[where] ^ mask]) + content[where + 1 :])
@@ -86,13 +92,15 @@ def test_a_record_notices_every_flipped_byte(tmp_path, mask):
 @pytest.mark.parametrize("mask", [1, 32])
 def test_tensors_notice_every_flipped_byte(tmp_path, mask):
     path = tmp_path / "a.safetensors"
-    save_tensors(path, {"codes": torch.arange(40, dtype=torch.uint8), "scale": torch.tensor(0.5)}, {"report": "{}"})
+    codes = torch.arange(40, dtype=torch.uint8)
+    save_tensors(path, {"codes": codes, "scale": torch.tensor(0.5)}, {"report": "{}"})
     assert told(intact, path) == ({"report": "{}"}, [])
     content = path.read_bytes()
     for where in range(len(content)):
         path.write_bytes(content[:where] + bytes([content[where] ^ mask]) + content[where + 1 :])
         assert told(load_tensors, path) == (None, [path]), where
-    for changed in (b"", content[:9], content[:-1], content + b"\0", content[8:], b"\xff" * 8 + content[8:]):
+    cut = (b"", content[:9], content[:-1], content[8:])
+    for changed in (*cut, content + b"\0", b"\xff" * 8 + content[8:]):
         path.write_bytes(changed)
         assert told(load_tensors, path) == (None, [path])
     path.unlink()
@@ -121,7 +129,7 @@ def test_tensors_come_back_in_every_bit_and_safetensors_reads_them(tmp_path):
         for name, tensor in kept.items():
             assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
             assert torch.equal(octets(read[name]), octets(tensor))
-    assert found["float64"].data_ptr() % 64 == 0, "as torch's own memory is, for the last bit of products"
+    assert found["float64"].data_ptr() % 64 == 0, "as torch's own memory is"
     content = path.read_bytes()
     save_tensors(path, dict(reversed(kept.items())), {"b": "1", "a": "ü"})
     assert path.read_bytes() == content
@@ -163,10 +171,11 @@ def test_a_full_disk_is_named_by_what_appends_and_locks(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="free some space") as raised:
         Run(tmp_path).event("start")
     assert raised.value.filename == str(tmp_path / "events.jsonl")
-    written = os.write
-    monkeypatch.setattr(os, "write", lambda file, text: written(os.open("/dev/full", os.O_WRONLY), text))
-    with pytest.raises(OSError, match="free some space") as raised, locked(tmp_path / "lock"):
-        pass
+    write = os.write
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(os, "write", lambda file, text: write(full.fileno(), text))
+        with pytest.raises(OSError, match="free some space") as raised, locked(tmp_path / "lock"):
+            pass
     assert raised.value.filename == str(tmp_path / "lock")
 
 
@@ -224,9 +233,15 @@ def test_a_stage_that_another_process_makes_is_waited_for_aloud(tmp_path, patien
     said = []
     store = Store(tmp_path, said.append)
     path = store.shared("baselines", "abc")
-    code = f"from harness.store import Store; import time\nwith Store({str(tmp_path)!r}).holding(" \
-           f"Store({str(tmp_path)!r}).shared('baselines', 'abc')):\n print('held', flush=True); time.sleep(1)"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+    code = f"""
+import time
+from harness.store import Store
+store = Store({str(tmp_path)!r})
+with store.holding(store.shared("baselines", "abc")):
+    print("held", flush=True)
+    time.sleep(1)
+"""
+    with child(code) as other:
         assert other.stdout.readline() == "held\n"
         with store.holding(path):
             pass
@@ -238,11 +253,17 @@ def test_a_stage_that_another_process_makes_is_waited_for_aloud(tmp_path, patien
 def test_what_a_killed_writer_left_is_gone_at_the_next_start(tmp_path):
     run = Run(tmp_path / "run")
     run.path.mkdir()
-    for name in ("metrics.json", "blocks/0000.safetensors", "samples/quantized/sums.json", "tracking/run.json"):
-        code = f"from pathlib import Path; from harness.store import replacing; import time\n" \
-               f"with replacing(Path({str(run.path / name)!r})) as path:\n" \
-               " path.write_text('half'); print('half', flush=True); time.sleep(60)"
-        with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as writer:
+    for name in ("metrics.json", "blocks/0", "samples/quantized/a.json", "tracking/b"):
+        code = f"""
+import time
+from pathlib import Path
+from harness.store import replacing
+with replacing(Path({str(run.path / name)!r})) as path:
+    path.write_text("half")
+    print("half", flush=True)
+    time.sleep(60)
+"""
+        with child(code) as writer:
             assert writer.stdout.readline() == "half\n"
             writer.send_signal(signal.SIGKILL)
         assert (run.path / name).with_name(f".{(run.path / name).name}.{writer.pid}").is_file()
@@ -253,16 +274,17 @@ def test_what_a_killed_writer_left_is_gone_at_the_next_start(tmp_path):
         file.write('{"event": "start"}\n{"event": "sta')
     run.start({}, {})
     assert sorted(path for path in run.path.rglob(".*")) == sorted([alive, other])
-    events = [json.loads(line)["event"] for line in (run.path / "events.jsonl").read_text().splitlines()]
-    assert events == ["start", "start"]
+    lines = (run.path / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["start", "start"]
 
 
 def test_what_a_killed_writer_left_of_a_shared_record_is_gone_at_its_next_use(tmp_path, gone):
     store = Store(tmp_path)
     path = store.shared("baselines", "abc")
-    dead = [path.with_name(f".abc.json.{gone}"), path.with_name(f".abc.safetensors.{gone}"),
-            path.with_suffix("") / f".sums.json.{gone}"]
-    kept = [path.with_name(f".abc.json.{os.getpid()}"), path.with_name(f".other.json.{gone}"), path.with_name("abc.json")]
+    names = (f".abc.json.{gone}", f".abc.safetensors.{gone}", f"abc/.sums.json.{gone}")
+    dead = [path.parent / name for name in names]
+    names = (f".abc.json.{os.getpid()}", f".other.json.{gone}", "abc.json")
+    kept = [path.parent / name for name in names]
     for leftover in dead + kept:
         leftover.parent.mkdir(parents=True, exist_ok=True)
         leftover.touch()
@@ -273,8 +295,7 @@ def test_what_a_killed_writer_left_of_a_shared_record_is_gone_at_its_next_use(tm
 def test_the_environment_knows_the_harness_and_every_library_that_computes(tmp_path):
     found = environment()
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", found["harness"])
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    assert (found["commit"] or "").removesuffix("-dirty") == head
+    assert (found["commit"] is not None) == (ROOT / ".git").exists()
     assert found["packages"]["torch"] == torch.__version__
     imported = set()
     for path in (ROOT / "harness").rglob("*.py"):
@@ -283,8 +304,9 @@ def test_the_environment_knows_the_harness_and_every_library_that_computes(tmp_p
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imported.add(node.module.partition(".")[0])
-    own = {name for module in imported for name in packages_distributions().get(module, [])} - {"harness"}
-    assert {name.replace("_", "-") for name in own} - ASIDE <= set(PACKAGES)
+    known = packages_distributions()
+    needed = {name.replace("_", "-") for module in imported for name in known.get(module, [])}
+    assert needed - ASIDE - {"harness"} <= set(PACKAGES)
     cfg, choices = small(tmp_path, "solver=rtn")
     known = json.loads((execute(cfg, choices).run.path / "environment.json").read_text())
     assert {key: known[key] for key in found} == json.loads(json.dumps(found))
@@ -303,7 +325,8 @@ def test_a_source_without_git_has_no_commit(tmp_path, monkeypatch):
     for command in (["add", "a"], [*who, "commit", "-qm", "a"], ["tag", "v1"]):
         subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
     clean = provenance.commit()
-    assert re.fullmatch("[0-9a-f]{40}", clean)
+    head = subprocess.check_output(["git", "-C", str(tmp_path), "rev-parse", "HEAD"], text=True)
+    assert clean == head.strip()
     (tmp_path / "a").write_text("2")
     assert provenance.commit() == f"{clean}-dirty"
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "harness"\nversion = "7.1"\n')

@@ -1,7 +1,8 @@
-"""A damaged record counts as absent: whatever was done to whichever file, the next run says so once,
-computes it again, and ends with the figures of an undisturbed run."""
+"""A damaged record counts as absent: whatever was done to whichever file, the next run says so
+once, computes it again, and ends with the figures of an undisturbed run."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -49,7 +50,8 @@ DAMAGES = {
 
 
 def run(text, root, *overrides):
-    cfg, choices = small(text, *SETTINGS, *overrides, f"run_root={root}", f"transform.save={root}/kept.safetensors")
+    places = (f"run_root={root}", f"transform.save={root}/kept.safetensors")
+    cfg, choices = small(text, *SETTINGS, *overrides, *places)
     return execute(cfg, choices)
 
 
@@ -60,7 +62,8 @@ def damages(outcome) -> list[str]:
 
 
 def numbers(outcome):
-    return {key: outcome.metrics[key] for key in ("stages", "layers", "bits_per_weight", "notes", "marks")}
+    compared = ("stages", "layers", "bits_per_weight", "notes", "marks")
+    return {key: outcome.metrics[key] for key in compared}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,7 @@ def test_a_damaged_record_is_said_once_and_made_again(tmp_path, whole, capsys, k
     damaged = sorted(root.glob(KINDS[kind]))[0]
     before = damaged.read_bytes()
     damaged.write_bytes(DAMAGES[damage](before))
-    if kind not in ("metrics", "kept matrices"):  # what shows that a run is finished is looked at anyway
+    if kind not in ("metrics", "kept matrices"):  # of a finished run these are read anyway
         (root / undisturbed.run.path.name / "status.json").unlink()
     outcome = run(text, root)
     assert outcome.status == "done", outcome.error
@@ -137,18 +140,26 @@ def test_a_status_that_is_none_ends_nothing(tmp_path, whole, name, content):
 
 def test_a_stored_result_is_checked_without_torch(whole, tmp_path):
     text, store, _ = whole
-    code = (
-        "import sys; from composed import small; from harness.pipeline import execute\n"
-        f"cfg, choices = small(__import__('pathlib').Path({str(text)!r}), *{SETTINGS!r}, 'run_root={store}',"
-        f" 'transform.save={store}/kept.safetensors')\n"
-        "print(execute(cfg, choices).stored, 'torch' in sys.modules)"
+    code = f"""
+import sys
+from pathlib import Path
+from composed import small
+from harness.pipeline import execute
+places = ("run_root={store}", "transform.save={store}/kept.safetensors")
+outcome = execute(*small(Path({str(text)!r}), *{SETTINGS!r}, *places))
+print(outcome.stored, "torch" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
     )
-    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=paths, capture_output=True, text=True)
     assert done.stdout.split() == ["True", "False"], done.stderr
 
 
-@pytest.mark.parametrize("damage", ["cut off", "a byte of its head", "a byte of its data", "empty", "garbage"])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_of_the_users_is_refused_before_anything_is_written(tmp_path, whole, damage):
     text, store, _ = whole
     kept = tmp_path / "kept.safetensors"

@@ -47,11 +47,15 @@ class Reference:
         save_tensors(path, {text: torch.cat(states) for text, states in self._kept.items()})
 
     def compare(self, text: str, path: Path, length: int) -> Divergence:
-        """A `watch` that measures another model on the windows [., length] of `text`, against the hidden
-        states in `path`. Raises DataError where they were damaged after the baseline had read them."""
+        """A `watch` that measures another model on the windows [., length] of `text`.
+
+        path: a file of `save`. Raises DataError where it is damaged by now.
+        """
         record = load_tensors(path)
         if record is None:
-            raise DataError(f"{path} was damaged while this run went on; the same command measures it again.")
+            raise DataError(
+                f"{path} was damaged while this run went on; the same command measures it again."
+            )
         return Divergence(self.head, record[0][text].unflatten(0, (-1, length - 1)))
 
 

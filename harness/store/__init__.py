@@ -1,12 +1,13 @@
-"""The run store: `runs/<run_id>/` holds everything a run knows; the directory is the truth, trackers are mirrors.
+"""The run store: `runs/<run_id>/` holds everything a run knows, trackers are mirrors.
 
     config.yaml environment.json status.json metrics.json events.jsonl lock blocks/NNNN.safetensors
     outliers.json samples/<stage>/<task>.json tracking/
     _shared/<kind>/<key>.{json,safetensors,lock}   records many runs read, outside any run
     _sweeps/<sweep>/<job>.json                     one record a sweep job
 
-Every file is replaced in one step, so a reader or a killed writer never leaves a half. Whatever enters a number again is
-checked when it is read: a damaged record is said once and counts as absent. Imports no torch.
+Every file is replaced in one step, so a reader or a killed writer never leaves a half. Whatever
+enters a number again is checked when it is read: a damaged record is said once and counts as
+absent. Imports no torch.
 """
 
 from harness.store.files import (

@@ -1,6 +1,7 @@
 """Files that are replaced in one step, locks between processes, and errors that name the file.
 
-A file is written as `.NAME.PID` beside its place and then renamed; `remove_leftovers` takes away what a killed process left.
+A file is written as `.NAME.PID` beside its place and then renamed; `remove_leftovers` takes away
+what a killed process left of that.
 """
 
 from __future__ import annotations
@@ -171,11 +172,14 @@ def locked(path: Path, wait: bool = False, say: Callable[[str], None] = tell) ->
     with open(path, "a+", encoding="utf-8") as file:
         if not _taken(file):
             if not wait:
-                raise RunLocked(f"{path.parent} is being written by another process ({_holder(file)})")
+                raise RunLocked(
+                    f"{path.parent} is being written by another process ({_holder(file)})"
+                )
             _wait(file, path, say)
+        holder = f"pid {os.getpid()} on {socket.gethostname()} since {now()}"
         with naming(path):
             os.ftruncate(file.fileno(), 0)
-            os.write(file.fileno(), f"pid {os.getpid()} on {socket.gethostname()} since {now()}".encode())
+            os.write(file.fileno(), holder.encode())
         yield
 
 

@@ -1,4 +1,5 @@
-"""What computed a run: the harness and its commit, the libraries that can change a number, the machine."""
+"""What computed a run: the harness and its commit, the libraries that can change a number, the
+machine."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def environment() -> dict:
 
 
 def version() -> str | None:
-    """What pyproject.toml says where the package runs from its source, else the installed version."""
+    """What the source's pyproject.toml says, or, where there is none, the installed version."""
     source = ROOT / "pyproject.toml"
     if source.is_file():
         return tomllib.loads(source.read_text(encoding="utf-8"))["project"]["version"]

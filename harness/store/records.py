@@ -34,7 +34,7 @@ def sha256(content: bytes) -> str:
 
 
 def write_record(path: Path, value: Mapping) -> None:
-    """Replace `path` by a record of `value`, which has at least one key and none called `digest`."""
+    """Replace `path` by a record of `value`, which has keys, but none called `digest`."""
     rest = as_json(dict(value)).removeprefix("{\n")
     write(path, f'{{\n "digest": "{sha256(rest.encode())}",\n{rest}')
 

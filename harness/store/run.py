@@ -31,7 +31,7 @@ class Run:
 
     def __init__(self, path: Path, say: Callable[[str], None] = tell):
         self.path, self._say = path, say
-        # Digest of the learned matrices and of the allocation under which this run's blocks are solved.
+        # Of the learned matrices and the allocation under which this run's blocks are solved.
         self.placement = ""
         self._damaged: dict[Path, str] = {}
         self._digests: dict[str, str] = {}
@@ -39,7 +39,7 @@ class Run:
 
     @property
     def status(self) -> dict:
-        """status.json: {"status": running|done|failed, "quant_id", "stage", "error", "digests", ...}.
+        """status.json: {"status": running|done|failed, "quant_id", "stage", "digests", ...}.
 
         Empty before the first start. digests: {file: SHA-256} of `save`, once the run has ended.
         """

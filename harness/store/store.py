@@ -13,7 +13,7 @@ from harness.store.run import Run
 
 
 class Store:
-    """All runs below one root. say: told in one line of what is damaged and of what is waited for."""
+    """All runs below one root. say: told in one line what is damaged and what is waited for."""
 
     def __init__(self, root: str | Path, say: Callable[[str], None] = tell):
         self.root, self._say = Path(root), say

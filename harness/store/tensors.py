@@ -5,7 +5,7 @@ of the header without it (keys in order) and of the data.
     "data_offsets"}} | data        (https://huggingface.co/docs/safetensors, "Format")
 
 safetensors reads them. It does not write them, for its writer gives every file mode 0600, has no
-errno for a full disk, orders metadata by chance, and leaves a temporary of its own when it is killed.
+errno for a full disk, orders metadata by chance, and leaves a temporary of its own when killed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 from harness.store.files import replacing
 from harness.store.records import MISFIT, Damaged, quiet
 
-# Bytes: where the data begins. torch aligns its own memory so, and the last bit of a product depends
-# on it: a matrix read from a file multiplies like the one that was written.
+# Bytes: where the data begins. torch aligns its own memory so, and the last bit of a product
+# depends on it: a matrix read from a file multiplies like the one that was written.
 ALIGNED = 64
 DTYPES = {
     "float64": "F64",

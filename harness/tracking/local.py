@@ -38,7 +38,8 @@ class Local(Tracker):
         write(self._directory / f"{name.replace('/', '_')}.jsonl", lines)
 
     def finish(self, summary: dict, status: str = "done") -> None:
-        write(self._directory / "summary.json", json.dumps({"status": status, **plain(summary)}, indent=2) + "\n")
+        summary = {"status": status, **plain(summary)}
+        write(self._directory / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def _line(values: dict) -> str:

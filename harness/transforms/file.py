@@ -81,10 +81,8 @@ def load(path: Path, transform: Transform, context: Context) -> Placement:
 
 
 def check(path: str, transform: Transform, context: Context, facts: Mapping) -> None:
-    """Refuse a file that cannot serve (ConfigError): missing, a pickle, damaged, of another model, of other shapes.
-
-    A file of `save` is read whole once, for its digest; those of others have none.
-    """
+    """Refuse a file that cannot serve (ConfigError): missing, a pickle, damaged, of another model, of
+    other shapes. A file of `save` is read whole, for its digest; those of others have none."""
     field = f"transform.load={path}"
     if not isinstance(path, str) or not Path(path).is_file():
         raise ConfigError(f"{field}: no such file.")
@@ -96,14 +94,14 @@ def check(path: str, transform: Transform, context: Context, facts: Mapping) -> 
         raise ConfigError(f"{field}: not a safetensors file. A pickled rotation is not opened; save its dictionary again with "
                           "safetensors.torch.save_file.") from None
     if "digest" in header and intact(Path(path)) is None:
-        raise ConfigError(f"{field}: damaged, its digest does not fit; copy it again, or learn it again with "
-                          "transform.load=null.")
+        raise ConfigError(f"{field}: damaged, its digest does not fit; copy it again, or learn it "
+                          "again with transform.load=null.")
     if "placement" in header:
         try:
             found = dict(json.loads(header["placement"])["facts"])
         except (ValueError, LookupError, TypeError):
-            raise ConfigError(f"{field}: damaged, its header cannot be read; copy it again, or learn it again "
-                              "with transform.load=null.") from None
+            raise ConfigError(f"{field}: damaged, its header cannot be read; copy it again, or "
+                              "learn it again with transform.load=null.") from None
         for name, wanted in facts.items():
             if found.get(name) != wanted:
                 raise ConfigError(f"{field}: its {name} is {found.get(name)}, this run's is {wanted}; learn it again with "
