@@ -27,6 +27,20 @@ def device(chosen: str, folder: Path) -> Iterator[torch.device]:
             yield torch.device("cuda", index)
 
 
+def described(device: torch.device) -> dict:
+    """What of the device and of torch's arithmetic on it can change a number, as plain values."""
+    gpu = device.type == "cuda"
+    return {
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "threads": torch.get_num_threads(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
 @contextmanager
 def free(folder: Path, names: Sequence[str]) -> Iterator[int]:
     """The index of the first of this machine's GPUs `names` that nobody holds; with all of them held, one is shared."""

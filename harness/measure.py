@@ -7,8 +7,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from harness import store as records
@@ -24,32 +22,43 @@ def tokens(job, corpus: Corpus, part: str) -> Tensor:
     """Token ids [N] of a text, tokenized once for all runs of the same model."""
     key = fingerprint(job.plan.model.fingerprint(), corpus.fingerprint(part))
     path = job.store.shared("tokens", key).with_suffix(".safetensors")
-    with records.locked(path.with_suffix(".lock"), wait=True):
-        try:
-            with safe_open(path, "pt") as file:
-                return file.get_tensor("tokens")
-        except (OSError, SafetensorError):
-            ids = tokenize(job.tokenizer, corpus.text(part))
-            with records.replacing(path) as temporary:
-                save_file({"tokens": ids}, temporary)
-            return ids
+    with job.store.holding(path):
+        record = records.load_tensors(path, job.run.damaged)
+        if record is not None:
+            return record[0]["tokens"]
+        ids = tokenize(job.tokenizer, corpus.text(part))
+        records.save_tensors(path, {"tokens": ids})
+        return ids
 
 
 def baseline(job, adapter: Adapter) -> None:
     """The untouched model's figures, measured once for all runs of the same model and texts."""
     path = job.store.shared("baselines", job.plan.baseline_id)
-    job.reference, hidden = Reference(adapter), path.with_suffix(".safetensors")
-    with records.locked(path.with_suffix(".lock"), wait=True):
-        known = records.read_json(path) if hidden.is_file() and not job.plan.settings["force"] else None
+    job.reference = Reference(adapter)
+    with job.store.holding(path):
+        known = None if job.plan.settings["force"] else _known(job, path)
         job.run.event("baseline", source="computed" if known is None else "store")
         if known is None:
             evaluate(job, "baseline", adapter)
-            job.reference.save(hidden)
+            job.reference.save(path.with_suffix(".safetensors"))
             known = {"stage": job.metrics["stages"]["baseline"], "seconds": job.metrics["seconds"]["baseline"]}
-            records.write_json(path, known)
+            records.write_record(path, known)
         else:
             job.reporter.say("baseline: from the store")
     job.metrics["stages"]["baseline"], job.metrics["seconds"]["baseline"] = known["stage"], known["seconds"]
+
+
+def _known(job, path: Path) -> dict | None:
+    """The stored baseline, where its figures, hidden states and answers are all whole."""
+    known = records.read_record(path, job.run.damaged)
+    hidden = records.intact(path.with_suffix(".safetensors"), job.run.damaged)
+    if known is None or hidden is None:
+        return None
+    for task, digest in known["stage"].get("samples", {}).items():
+        answers = path.with_suffix("") / f"{task}.json"
+        if records.checked(answers, digest, job.run.damaged) is None:
+            return None
+    return known
 
 
 def evaluate(job, stage: str, adapter: Adapter) -> None:
@@ -73,19 +82,21 @@ def evaluate(job, stage: str, adapter: Adapter) -> None:
                 result["divergence"][corpus] = watch.figures
         if job.plan.zeroshot is not None:
             folder = shared.with_suffix("") if stage == "baseline" else job.run.path / "samples" / stage
-            result["zeroshot"] = _zeroshot(job, stage, adapter, folder)
+            result["zeroshot"], result["samples"] = _zeroshot(job, stage, adapter, folder)
     job.metrics["stages"][stage] = result
     lost = [corpus for corpus, x in result["ppl"].items() if not math.isfinite(x)]
     if lost:
         raise FloatingPointError(f"the {stage} model's perplexity on {', '.join(lost)} is not finite")
 
 
-def _zeroshot(job, stage: str, adapter: Adapter, folder: Path) -> dict:
-    """Accuracies; what every document got goes to `folder`."""
+def _zeroshot(job, stage: str, adapter: Adapter, folder: Path) -> tuple[dict, dict]:
+    """(accuracies, {task: digest of its file}); what every document got goes to `folder`."""
     from harness.evaluation.zeroshot import zeroshot
 
     with job.reporter.stage(f"zero-shot {stage}", len(job.plan.zeroshot.tasks)) as advance:
         figures, samples = zeroshot(adapter.model, job.tokenizer, job.plan.zeroshot, job.amp, advance)
-    for task, documents in samples.items():
-        records.write_json(folder / f"{task}.json", documents)
-    return figures
+    digests = {
+        task: records.write_checked(folder / f"{task}.json", documents)
+        for task, documents in samples.items()
+    }
+    return figures, digests

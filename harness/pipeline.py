@@ -47,7 +47,7 @@ def execute(cfg, choices: Mapping[str, str | None], sweep: str | None = None, re
     begin; an error after that is recorded in the run directory and returned. command: the line that runs it again."""
     reporter = reporter or Reporter()
     plan = make_plan(settings(cfg), choices)
-    store = Store(plan.settings["run_root"])
+    store = Store(plan.settings["run_root"], reporter.say)
     run = store.run(plan.run_id)
     if _stored(plan, run):
         return Outcome("done", True, run.metrics, run)
@@ -56,7 +56,7 @@ def execute(cfg, choices: Mapping[str, str | None], sweep: str | None = None, re
     from harness.components import components
 
     parts = components(plan)
-    with records.locked(run.path / "lock", wait=sweep is not None):
+    with records.locked(run.path / "lock", wait=sweep is not None, say=reporter.say):
         if _stored(plan, run):  # by who held the lock
             return Outcome("done", True, run.metrics, run)
         return Job(plan, parts, store, run, reporter, command).outcome(sweep)
@@ -71,7 +71,8 @@ def _stored(plan: Plan, run: Run) -> bool:
         return False  # another run has the name by now
     if not isinstance(saved, str):
         return True
-    return json.loads(records.header(Path(saved)).get("placement", "{}")).get("learned") == plan.learned_id
+    kept = records.intact(Path(saved), run.damaged) or {}
+    return json.loads(kept.get("placement", "{}")).get("learned") == plan.learned_id
 
 
 class Job:
@@ -115,22 +116,21 @@ class Job:
         finally:
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.metrics["peak_memory_mb"] = _peak_memory()
-            self.run.save_metrics(self.metrics)
-            self.run.set_status(status=self.metrics["status"])
-            self.run.event("end", status=self.metrics["status"])
+            self.run.end(self.metrics)
             self._mirror()
             if refused and new:  # nothing was computed, and nothing is left
                 shutil.rmtree(self.run.path, ignore_errors=True)
         return Outcome(self.metrics["status"], False, self.metrics, self.run, error)
 
     def _compute(self) -> None:
-        from harness.devices import device
+        from harness.devices import described, device
 
         with device(self.plan.settings["device"], self.store.root / "_shared" / "devices") as found:
             chosen, expected = self.plan.settings["device"], self.plan.device_kind
             if found.type != expected:  # the run's id says otherwise
                 raise ConfigError(f"device={chosen}: the machine has {expected}, torch computes on {found.type}; set "
                                   f"device={found.type}.")
+            self.run.set_environment(compute=described(found))
             self._compute_on(found)
 
     def _compute_on(self, device) -> None:
@@ -178,8 +178,8 @@ class Job:
             if parts.auto is not None:
                 parts = self.parts = replace(parts, scheme=stages.allocation(self, adapter, calibration))
             if parts.scheme.any("weight") or parts.scheme.any("act"):
-                solving = self.store.shared("solving", plan.quant_id).with_suffix(".lock")
-                with records.locked(solving, wait=True):  # several evaluations of one quantized model solve it once
+                # Several evaluations of one quantized model solve it once.
+                with self.store.holding(self.store.shared("solving", plan.quant_id)):
                     stages.quantize(self, adapter, calibration)
             if parts.scheme.kv is not None:
                 for heads in attach(adapter):

@@ -58,7 +58,7 @@ def transform(job, adapter: Adapter, calibration: Tensor, probe: Tensor) -> bool
             job.metrics["notes"]["gate"] = gate(before, after, name, exact)
         if job.plan.calibrates:
             found = outliers(untouched, profiles(adapter, calibration) if changed else untouched)
-            records.write_json(job.run.path / "outliers.json", found)
+            job.run.save("outliers.json", found)
             job.tracker.table("outliers", [_flat(row) for row in found["rows"]])
     return changed
 
@@ -90,8 +90,9 @@ def fitted(job, part: int, transform, subject: ModelSubject) -> Placement:
         placement = file.load(path, transform, context)
     else:
         path = job.store.shared("placements", job.plan.fit_id(part, transform.sees)).with_suffix(".safetensors")
-        with records.locked(path.with_suffix(".lock"), wait=True):
-            placement = None if job.plan.settings["force"] else file.found(path, transform, context)
+        with job.store.holding(path):
+            force, damaged = job.plan.settings["force"], job.run.damaged
+            placement = None if force else file.found(path, transform, context, damaged)
             job.run.event("placement", source="learned" if placement is None else "store", key=path.stem)
             if placement is None:
                 file.save(path, transform.fit(context, subject), facts)
@@ -108,12 +109,13 @@ def allocation(job, adapter: Adapter, calibration: Tensor) -> Scheme:
     """The scheme with every linear's weight format chosen by measured sensitivity; what it chose stands in the notes."""
     auto, scheme = job.parts.auto, job.parts.scheme
     path = job.store.shared("sensitivities", fingerprint(job.plan.allocation_id(), job.run.placement))
-    with job.stage("allocate"), records.locked(path.with_suffix(".lock"), wait=True):
-        rows = None if job.plan.settings["force"] else records.read_json(path)
-        if rows is None:
+    with job.stage("allocate"), job.store.holding(path):
+        known = None if job.plan.settings["force"] else records.read_record(path, job.run.damaged)
+        if known is None:
             with job.reporter.stage("sensitivities", len(adapter.blocks)) as advance:
-                rows = sensitivities(adapter, auto, calibration, advance)
-            records.write_json(path, rows)
+                known = {"rows": sensitivities(adapter, auto, calibration, advance)}
+            records.write_record(path, known)
+    rows = known["rows"]
     overrides = {where: dict(own) for where, own in scheme.overrides.items()}
     rows = [row for row in rows if "weight" not in overrides.get((row["layer"], row["name"]), {})]  # those are decided
     chosen = allocate(rows, auto.bits_per_weight)

@@ -7,11 +7,11 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "harness"
 FLOORS = [
-    {"errors", "checks", "files"},
+    {"errors", "checks", "store"},
     {"formats", "linalg", "config", "libraries"},
     {"transforms", "solvers"},
     {"models", "calibration"},
-    {"evaluation", "export", "tracking", "report", "store"},
+    {"evaluation", "export", "tracking", "report"},
     {"plan", "marks", "components", "allocation", "overrides", "solved", "outside", "blockwise", "hints"},
     {"pipeline", "stages", "measure", "exported", "devices"},
 ]

@@ -15,12 +15,11 @@ import copy
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from harness.errors import DataError
 from harness.models.families import Adapter
-from harness.store import replacing
+from harness.store import load_tensors, save_tensors
 
 WINDOWS = 2  # a text; 4,000 positions tell KL to a few percent
 
@@ -45,13 +44,19 @@ class Reference:
 
     def save(self, path: Path) -> None:
         """Keep what the recorders saw, in one step."""
-        with replacing(path) as temporary:
-            save_file({text: torch.cat(states) for text, states in self._kept.items()}, temporary)
+        save_tensors(path, {text: torch.cat(states) for text, states in self._kept.items()})
 
     def compare(self, text: str, path: Path, length: int) -> Divergence:
-        """A `watch` that measures another model on the windows [., length] of `text` against the hidden states in `path`."""
-        with safe_open(path, "pt") as file:
-            return Divergence(self.head, file.get_tensor(text).unflatten(0, (-1, length - 1)))
+        """A `watch` that measures another model on the windows [., length] of `text`.
+
+        path: a file of `save`. Raises DataError where it is damaged by now.
+        """
+        record = load_tensors(path)
+        if record is None:
+            raise DataError(
+                f"{path} was damaged while this run went on; the same command measures it again."
+            )
+        return Divergence(self.head, record[0][text].unflatten(0, (-1, length - 1)))
 
 
 class Divergence:

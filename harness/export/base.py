@@ -18,11 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.errors import ConfigError
-from harness.files import replacing
 from harness.formats import QTensor, Scheme
 from harness.models.families import Adapter
 from harness.models.quant_linear import SiteInput
-from harness.store import writable, write_json
+from harness.store import replacing, writable, write_json
 from harness.transforms import Context, Placement, Transform
 
 SHARD = 4_000_000_000  # bytes of tensors a file

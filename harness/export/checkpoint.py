@@ -14,13 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from harness.export.base import Exporter, Snapshot, modules
-from harness.files import replacing
 from harness.formats import Scheme
 from harness.models.checkpoint import PLACEMENT, load, sites
 from harness.models.checkpoint_source import RECORD
 from harness.models.families import Adapter
 from harness.models.record import Record
-from harness.store import write_json
+from harness.store import replacing, write_json
 from harness.transforms import Codec, Context, Placement, Transform
 from harness.transforms.packing import pack
 

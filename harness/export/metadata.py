@@ -17,21 +17,20 @@ scales and zero points included.
 
 from __future__ import annotations
 
-import importlib.metadata
 import shlex
-import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from harness.config import ROOT, build
+from harness.config import build
 from harness.export.base import Snapshot
 from harness.export.names import base_of, hub_id, word
 from harness.formats import Format, KVCache
 from harness.models.families import Adapter, head_dim
 from harness.models.quant_linear import QuantLinear
+from harness.store import version
 
 FIGURES = ("ppl", "divergence", "zeroshot", "tokens")
 
@@ -71,7 +70,7 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
         "marks": metrics.get("marks", {}),
         "run_id": metrics.get("run_id"),
         "command": _public(metrics.get("command")),
-        "harness": _version(),
+        "harness": version(),
     }
 
 
@@ -146,11 +145,3 @@ def _kv_bytes(kv: KVCache | None, facts: Mapping) -> dict:
     token = torch.zeros(1, heads * width) if kv.group_size == -1 else torch.zeros(heads, width)
     packed = layers * sum(kv.part(name).quantize(token).bits() for name in ("key", "value")) / 8
     return {"fp16": plain, "quantized": packed, "reduction_percent": 100 * (1 - packed / plain)}
-
-
-def _version() -> str:
-    """The installed version, or, run from its source without being installed, what pyproject.toml says."""
-    try:
-        return importlib.metadata.version("harness")
-    except importlib.metadata.PackageNotFoundError:
-        return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from harness.store import Run, Store, held, read_json
+from harness.store import Run, Store, checked, held
 
 LABELS = ("model", "format", "transform", "solver")  # what a run id begins with
 
@@ -49,7 +49,7 @@ def last(row: dict) -> dict:
 
 def outliers(row: dict) -> dict | None:
     """The run's outliers.json: activations before and after the transform."""
-    return read_json(Path(row["path"]) / "outliers.json")
+    return Run(Path(row["path"])).read("outliers.json")
 
 
 def samples(row: dict, task: str) -> list[dict] | None:
@@ -58,7 +58,8 @@ def samples(row: dict, task: str) -> list[dict] | None:
     folder = Path(row["path"]) / "samples" / str(stage)
     if stage == "baseline":  # shared by all runs of the model
         folder = Store(Path(row["path"]).parent).shared("baselines", str(row["baseline_id"])).with_suffix("")
-    return read_json(folder / f"{task}.json")
+    digests = row["stages"].get(stage, {}).get("samples") or {}
+    return checked(folder / f"{task}.json", digests.get(task))
 
 
 def _options(choices: dict) -> dict[str, str | None]:

@@ -24,7 +24,7 @@ from harness.config import build
 from harness.report.page import write_page
 from harness.report.progress import Reporter
 from harness.report.table import sweep_table
-from harness.store import read_json, write_json
+from harness.store import read_record, write_record
 from harness.tracking import RunInfo
 
 PERIOD = 0.5  # seconds between looks at jobs in other processes
@@ -32,17 +32,17 @@ PERIOD = 0.5  # seconds between looks at jobs in other processes
 
 def record(sweep: Path, job: int, row: dict) -> None:
     """Keep a job's row until the sweep ends; jobs may run in other processes."""
-    write_json(sweep / f"{job:05d}.json", {"job": job, **row})
+    write_record(sweep / f"{job:05d}.json", {"job": job, **row})
 
 
 def records(sweep: Path) -> list[dict]:
     """The rows kept so far."""
-    return [row for row in map(read_json, sorted(sweep.glob("[0-9]*.json"))) if row]
+    return [row for row in map(read_record, sorted(sweep.glob("[0-9]*.json"))) if row]
 
 
 def everyone(sweep: Path) -> list[dict]:
     """A row for every job: the one it kept, or that its process ended before it could."""
-    kept, begun = {row["job"]: row for row in records(sweep)}, read_json(sweep / "sweep.json") or {"overrides": []}
+    kept, begun = {row["job"]: row for row in records(sweep)}, read_record(sweep / "sweep.json") or {"overrides": []}
     lost = {"status": "failed", "error": "no process ended it (one was killed, for lack of memory?); the same command goes on"}
     return [kept.get(job, {"job": job, "overrides": own, **lost}) for job, own in enumerate(begun["overrides"])]
 
@@ -65,7 +65,7 @@ def summary(metrics: dict) -> dict:
 
 def reporter(sweep: Path, job: int) -> Reporter:
     """Who tells of a job: with the sweep's bar above its own in the process that launches, else a file beside its row."""
-    begun = read_json(sweep / "sweep.json") or {"pid": os.getpid(), "jobs": job + 1, "started": time.time()}
+    begun = read_record(sweep / "sweep.json") or {"pid": os.getpid(), "jobs": job + 1, "started": time.time()}
     if begun["pid"] == os.getpid():
         return Reporter(sweep=(len(records(sweep)), begun["jobs"], begun["started"]))
     return Reporter(Console(file=open(sweep / f"{job:05d}.log", "w", buffering=1, encoding="utf-8"), width=140))
@@ -91,7 +91,7 @@ class SweepTable(Callback):
         for old in self._folder.glob("[0-9]*.*"):  # of an earlier sweep, where HARNESS_SWEEP names the folder
             old.unlink()
         begun = {"jobs": len(jobs), "overrides": jobs, "started": time.time(), "pid": os.getpid()}
-        write_json(self._folder / "sweep.json", begun)
+        write_record(self._folder / "sweep.json", begun)
         HydraConfig.instance().set_config(config)  # for who ends the sweep where the launcher gives it up
         if not config.hydra.launcher._target_.endswith("BasicLauncher"):
             self._watcher = threading.Thread(target=self._watch, args=(len(jobs),), daemon=True)

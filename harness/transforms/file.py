@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from harness.errors import ConfigError, DataError
-from harness.files import replacing
 from harness.linalg.stiefel import deviation, project
+from harness.store import intact, save_tensors
 from harness.transforms.base import Context, Transform
 from harness.transforms.codec import Blocks
 from harness.transforms.packing import pack, unpack
@@ -33,16 +32,13 @@ def save(path: Path, placement: Placement, facts: Mapping, learned: str = "") ->
     was learned, by which a later run knows the file as its own."""
     tensors: dict[str, Tensor] = {}
     spec = {"learned": learned, "facts": dict(facts), **pack(placement, tensors)}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"placement": json.dumps(spec)})
+    save_tensors(path, tensors, {"placement": json.dumps(spec)})
 
 
-def found(path: Path, transform: Transform, context: Context) -> Placement | None:
-    """`load`, or None where there is no such file or it is damaged."""
-    try:
-        return load(path, transform, context) if path.is_file() else None
-    except SafetensorError:
-        return None
+def found(path: Path, transform: Transform, context: Context,
+          damaged: Callable[[Path, str], None]) -> Placement | None:
+    """`load`, or None where there is no such file or, as `damaged` is told then, it is damaged."""
+    return None if intact(path, damaged) is None else load(path, transform, context)
 
 
 def load(path: Path, transform: Transform, context: Context) -> Placement:
@@ -71,12 +67,13 @@ def _described(header: Mapping, field: str) -> dict:
     except ValueError:
         spec = None
     if not isinstance(spec, dict):
-        raise ConfigError(f"{field}: its description is damaged; learn the matrices again with transform.load=null.")
+        raise ConfigError(f"{field}: damaged, its header cannot be read; learn the matrices again with transform.load=null.")
     return spec
 
 
 def check(path: str, transform: Transform, context: Context, facts: Mapping) -> None:
-    """Refuse a file that cannot serve (ConfigError): missing, a pickle, of another model, of other shapes. Reads no matrix."""
+    """Refuse a file that cannot serve (ConfigError): missing, a pickle, damaged, of another model, of
+    other shapes. A file of `save` is read whole, for its digest; those of others have none."""
     field = f"transform.load={path}"
     if not isinstance(path, str) or not Path(path).is_file():
         raise ConfigError(f"{field}: no such file.")
@@ -87,10 +84,13 @@ def check(path: str, transform: Transform, context: Context, facts: Mapping) -> 
     except SafetensorError:
         raise ConfigError(f"{field}: not a safetensors file. A pickled rotation is not opened; save its dictionary again with "
                           "safetensors.torch.save_file.") from None
+    if "digest" in header and intact(Path(path)) is None:
+        raise ConfigError(f"{field}: damaged, its digest does not fit; copy it again, or learn it "
+                          "again with transform.load=null.")
     if "placement" in header:
         found = _described(header, field).get("facts")
         if not isinstance(found, Mapping):
-            raise ConfigError(f"{field}: does not say what its matrices belong to; learn them again.")
+            raise ConfigError(f"{field}: damaged, it does not say what its matrices belong to; learn them again.")
         for name, wanted in facts.items():
             if found.get(name) != wanted:
                 raise ConfigError(f"{field}: its {name} is {found.get(name)}, this run's is {wanted}; learn it again with "

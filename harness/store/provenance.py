@@ -1,0 +1,82 @@
+"""What computed a run: the harness and its commit, the libraries that can change a number, the
+machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "accelerate",
+    "datasets",
+    "numpy",
+    "scipy",
+    "gguf",
+    "compressed-tensors",
+    "lm-eval",
+    "huggingface-hub",
+    "hydra-core",
+    "omegaconf",
+    "wandb",
+    "fast-hadamard-transform",
+)
+
+
+def environment() -> dict:
+    """Versions and the machine; of the environment variables none, so no secret can be among them.
+
+    What torch knows of the device is added once the run has one: harness/devices.py.
+    """
+    return {
+        "harness": version(),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "packages": {name: _installed(name) for name in PACKAGES},
+    }
+
+
+def version() -> str | None:
+    """What the source's pyproject.toml says, or, where there is none, the installed version."""
+    source = ROOT / "pyproject.toml"
+    if source.is_file():
+        return tomllib.loads(source.read_text(encoding="utf-8"))["project"]["version"]
+    return _installed("harness")
+
+
+def commit() -> str | None:
+    """The source's git commit, with `-dirty` where tracked files differ from it.
+
+    None where the source is no checkout, or git is missing or refuses.
+    """
+    if not (ROOT / ".git").exists():
+        return None
+    told = ("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty")
+    try:
+        done = subprocess.run(
+            ["git", "--no-optional-locks", "-C", str(ROOT), *told],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
