@@ -155,7 +155,7 @@ class Job:
                 {name: (len(self.texts[name]), len(ids) // chosen.length) for name, ids in read.items()},
                 {} if plan.zeroshot is None else dict.fromkeys(plan.zeroshot.tasks, plan.zeroshot.limit),
             )
-        amp = plan.settings["model"]["amp"]
+        amp = plan.model.amp
         self.amp = None if amp is None else getattr(torch, amp)
         measure.baseline(self, adapter)
 

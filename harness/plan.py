@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.calibration.corpus import Corpus, Samples, TextFolder
-from harness.checks import boolean, integer, known_keys, one_of
+from harness.checks import integer, one_of, typed
 from harness.config import ROOT, build, fingerprint, option
 from harness.errors import ConfigError, DataError
 from harness.evaluation.zeroshot import ZeroShot
+from harness.models.load import ModelSource
 
-EXPORT = ("name", "_target_", "path", "base", "dataset", "training", "peft", "push_to", "scale_dtype", "pseudo")
+NAMES = dict.fromkeys(("base", "dataset", "training", "peft"), str | None)
+EXPORT = {"name": str, "_target_": str, "path": str, **NAMES, "push_to": str | None}
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Plan:
     def __post_init__(self):
         chosen = self.settings
         model = self._model()
-        tested = [[[c.name, c.fingerprint("evaluation")] for c in self.corpora], vars(self.evaluation), chosen["model"]["amp"]]
+        tested = [[[c.name, c.fingerprint("evaluation")] for c in self.corpora], vars(self.evaluation), self.model.amp]
         if self.zeroshot is not None:
             tested.append(self.zeroshot.fingerprint())
         made = [model, self._format(), self._transform(), chosen["solver"], chosen["seed"]]
@@ -79,13 +81,13 @@ class Plan:
     def quantizes(self) -> bool:
         """Whether any weight, activation, key or value is quantized."""
         chosen = self.settings["format"]
-        return bool(chosen["overrides"]) or any(chosen[part]["bits"] != 16 for part in ("weight", "act", "kv"))
+        return bool(chosen["overrides"]) or any(chosen[part].get("bits") != 16 for part in ("weight", "act", "kv"))
 
     @property
     def calibrates(self) -> bool:
         """Whether the calibration text can matter."""
         chosen = self.settings["transform"]
-        return self.quantizes or not chosen["_target_"].endswith(".Identity") or chosen.get("smooth") is not None
+        return self.quantizes or not str(chosen.get("_target_")).endswith(".Identity") or chosen.get("smooth") is not None
 
     def fit_id(self, part: int, sees: tuple[str, ...]) -> str:
         """The key of what one part of the transform learns, seeing these parts of the format; the solver never changes it."""
@@ -111,7 +113,7 @@ class Plan:
 
     def _model(self) -> list:
         """What of the model and the machine changes numbers."""
-        return [self.model.fingerprint(), self.settings["model"]["dtype"], self.device_kind]
+        return [self.model.fingerprint(), self.model.dtype, self.device_kind]
 
     def _format(self) -> dict:
         """The format's settings, with what stands behind the options that overrides and candidates name."""
@@ -152,11 +154,8 @@ class Plan:
 def make_plan(settings: dict, choices: Mapping[str, str | None]) -> Plan:
     """Build the torch-free parts of a run. Raises ConfigError or DataError."""
     data, chosen = settings["data"], settings["data"]["calibration"]
-    known_keys("export.", settings["export"], EXPORT)
-    known_keys("eval.", settings["eval"], ("name", "perplexity", "streaming", "zeroshot"))
-    boolean("eval.streaming", settings["eval"]["streaming"])
-    known_keys("format.", settings["format"], ("name", "weight", "act", "kv", "overrides", "auto"))
-    known_keys("data.calibration.", chosen, ("windows", "length", "order", "path", "activations"))
+    known = EXPORT if settings["export"].get("_target_") else {"name": str}
+    typed("export.", settings["export"], known | {"scale_dtype": str, "pseudo": bool}, needed=known)
     one_of("data.calibration.activations", chosen["activations"], ("memory", "disk"))
     corpus = _corpus(data)
     calibration = Windows(
@@ -164,15 +163,16 @@ def make_plan(settings: dict, choices: Mapping[str, str | None]) -> Plan:
         integer("data.calibration.length", chosen["length"], low=2),
         one_of("data.calibration.order", chosen["order"], ("first", "random")),
     )
-    perplexity = {"windows": None, "length": None, "corpora": None, **settings["eval"]["perplexity"]}
-    known_keys("eval.perplexity.", perplexity, ("windows", "length", "corpora"))
+    perplexity = settings["eval"]["perplexity"]
     evaluation = Windows(
         integer("eval.perplexity.windows", perplexity["windows"], optional=True),
         integer("eval.perplexity.length", perplexity["length"], low=2),
     )
-    model = build(unnamed(settings["model"]), "model")
+    model = build(settings["model"], "model", ModelSource)
     corpora: dict[str, Corpus] = {}
-    for name in _names("eval.perplexity.corpora", perplexity["corpora"]):
+    if not perplexity["corpora"]:
+        raise ConfigError("eval.perplexity.corpora=[]: needs at least one corpus, e.g. [data, pydoc].")
+    for name in perplexity["corpora"]:
         each = corpus if name == "data" else _other("eval.perplexity.corpora", name)
         mark = each.fingerprint("evaluation")
         if any(other.name == each.name and key != mark for key, other in corpora.items()):
@@ -192,12 +192,6 @@ def _long_enough(field: str, windows: Windows, text: str | list[str]) -> None:
             f"{field}.windows={windows.count} of {field}.length={windows.length} tokens need {wanted} tokens, the text has "
             f"{available} bytes; lower one of them, or give a longer text."
         )
-
-
-def _names(field: str, value) -> list[str]:
-    if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
-        raise ConfigError(f"{field}={value}: needs a list of at least one corpus, e.g. [data, pydoc].")
-    return value
 
 
 def _other(field: str, name: str) -> Corpus:
@@ -225,7 +219,7 @@ def _is_option(name: str) -> bool:
 
 
 def _corpus(data: Mapping) -> Corpus:
-    return build({k: v for k, v in data.items() if k not in ("calibration", "beside")}, "data")
+    return build({k: v for k, v in data.items() if k not in ("calibration", "beside")}, "data", Corpus)
 
 
 def unnamed(section: Mapping) -> dict:

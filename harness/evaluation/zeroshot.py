@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy
 
-from harness.checks import integer, known_keys, nearest
+from harness.checks import integer, nearest, typed
 from harness.errors import ConfigError, DataError
 from harness.evaluation.agreement import NAME, documents
 
@@ -39,7 +40,7 @@ class ZeroShot:
     data_path: str | None = None
     include_path: str | None = None
     limit: int | None = None
-    shots: int | Mapping[str, int] | None = None
+    shots: int | Mapping[str, int | None] | None = None
     batch_size: int = 8
 
     @classmethod
@@ -47,10 +48,9 @@ class ZeroShot:
         """From `eval.zeroshot`; None where it is off. Raises ConfigError."""
         if section is None:
             return None
-        known_keys("eval.zeroshot.", section, cls.__dataclass_fields__)
-        tasks = section.get("tasks")
-        listed = isinstance(tasks, list) and tasks and all(isinstance(task, str) for task in tasks)
-        if not listed or len(set(tasks)) < len(tasks):
+        typed("eval.zeroshot.", section, get_type_hints(cls), needed=("tasks",))
+        tasks = section["tasks"]
+        if not tasks or len(set(tasks)) < len(tasks):
             raise ConfigError(f"eval.zeroshot.tasks={tasks}: needs a list of tasks, each once, e.g. [agreement].")
         integer("eval.zeroshot.limit", section.get("limit"), optional=True)
         integer("eval.zeroshot.batch_size", section.get("batch_size", 8))

@@ -145,7 +145,7 @@ def _format(spec: Mapping) -> Format | KVCache:
     known = getattr(formats, target.removeprefix("harness.formats."), None)
     if not (isinstance(known, type) and issubclass(known, Format | KVCache)):
         raise DataError(f"{RECORD}: {target} is no number format of this project.")
-    return build(spec, RECORD)
+    return build(spec, RECORD, Format | KVCache)
 
 
 def _placements(folder: Path) -> list:

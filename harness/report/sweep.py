@@ -25,7 +25,7 @@ from harness.report.page import write_page
 from harness.report.progress import Reporter
 from harness.report.table import sweep_table
 from harness.store import read_json, write_json
-from harness.tracking import RunInfo
+from harness.tracking import RunInfo, Tracker
 
 PERIOD = 0.5  # seconds between looks at jobs in other processes
 
@@ -135,7 +135,7 @@ def _write_page(config, folder: Path, runs: set[str]) -> None:
     """One page of the sweep's runs; W&B gets it as the artifact of a run of its own in the sweep's group."""
     path = write_page(Path(config.run_root), folder / "report.html", runs)
     print(f"page: {path}")
-    tracker = build(OmegaConf.to_container(config.tracking, resolve=True), "tracking")
+    tracker = build(OmegaConf.to_container(config.tracking, resolve=True), "tracking", Tracker)
     tracker.start({}, RunInfo(folder.name, None, folder, group=folder.name, job_type="sweep"))
     tracker.page(path)
     tracker.finish({"runs": len(runs)})
