@@ -28,6 +28,7 @@ from harness.checks import integer, nearest, typed
 from harness.errors import ConfigError, DataError
 from harness.evaluation.agreement import NAME, documents
 
+CHOICE, CONTINUATION = ("query", "choices", "gold"), ("context", "continuation")
 METRICS = ("acc_norm", "acc", "exact_match", "mc2", "mc1")  # the first that a task has is the one shown
 
 
@@ -171,20 +172,27 @@ def _configured(chosen: ZeroShot, name: str):
 
 
 def _read(path: Path) -> list[dict]:
-    """The documents of a file. Raises DataError naming the line."""
+    """The documents of a file, one a line that ends in \\n, with the keys of their kind alone. Raises DataError naming the
+    line."""
+    try:
+        content = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"eval.zeroshot: {path} is not UTF-8 ({error.reason} at byte {error.start}); convert it.") from None
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError:
             raise DataError(f"eval.zeroshot: {path} line {number} is not JSON.") from None
-        if not isinstance(row, dict) or not (_is_choice(row) or _is_continuation(row)):
+        kinds = {CHOICE: _is_choice, CONTINUATION: _is_continuation}
+        own = next((keys for keys, fits in kinds.items() if isinstance(row, dict) and fits(row)), None)
+        if own is None:
             raise DataError(f"eval.zeroshot: {path} line {number} has neither query, choices (texts), gold (the index of "
                             "one) nor context and continuation (texts).")
-        rows.append(row)
-    if not rows or any(("context" in row) != ("context" in rows[0]) for row in rows):
+        rows.append({key: row[key] for key in own})
+    if not rows or any(row.keys() != rows[0].keys() for row in rows):
         raise DataError(f"eval.zeroshot: {path} is empty or mixes two kinds of documents.")
     return rows
 
