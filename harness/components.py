@@ -126,7 +126,7 @@ def _check_lengths(plan: Plan, facts: Mapping) -> None:
                 f"{reach}): one mask is streamed through all blocks; use at most {reach}."
             )
     longest = facts.get("max_position_embeddings")
-    for where, windows in (("data.calibration", plan.calibration), ("eval.perplexity", plan.evaluation)):
+    for where, windows in (streamed | {"eval.perplexity": plan.evaluation}).items():
         if longest and windows.length > longest:
             raise ConfigError(f"{where}.length={windows.length} is more than the model's {longest} positions; lower it.")
 

@@ -144,11 +144,12 @@ class Job:
             assert_finite(model)
             self.shelf = plan.model.shelf(model, self.scratch)
             adapter = Adapter(model, self.shelf)
-            chosen = plan.calibration
-            ids = measure.tokens(self, plan.calibration_corpus, "calibration")
-            calibration = windows(ids, chosen.length, chosen.count, chosen.order, plan.settings["seed"])
             chosen, read = plan.evaluation, {c.name: measure.tokens(self, c, "evaluation") for c in plan.corpora}
             self.texts = {name: windows(x, chosen.length, chosen.count, field="eval.perplexity") for name, x in read.items()}
+            calibration = next(iter(self.texts.values()))  # of a run that calibrates nothing: for the gate to probe with
+            if plan.calibrates:
+                own, ids = plan.calibration, measure.tokens(self, plan.calibration_corpus, "calibration")
+                calibration = windows(ids, own.length, own.count, own.order, plan.settings["seed"])
             self.metrics["marks"] = marks(
                 plan.calibrated, any(t.learned for t in parts.transforms),
                 plan.settings["transform"].get("load") is not None,

@@ -73,9 +73,11 @@ class Plan:
     @property
     def calibrated(self) -> str | None:
         """Name of the corpus whose text calibrates: that of an evaluated one where it is the same text, whoever named it."""
+        if not self.calibrates:
+            return None
         mark = self.calibration_corpus.fingerprint("calibration")
         same = (c.name for c in self.corpora if not isinstance(c, Samples) and c.fingerprint("calibration") == mark)
-        return next(same, self.calibration_corpus.name) if self.calibrates else None
+        return next(same, self.calibration_corpus.name)
 
     @property
     def quantizes(self) -> bool:
@@ -133,7 +135,8 @@ class Plan:
 
     def check(self) -> None:
         """Texts and model are there and the texts long enough (ConfigError, DataError). Loads no weight."""
-        self.calibration_corpus.check()
+        if self.calibrates:
+            self.calibration_corpus.check()
         if self.zeroshot is not None:
             self.zeroshot.check()
         for corpus in self.corpora:
