@@ -42,7 +42,7 @@ def job(cfg) -> None:
             name = next(f"{group}={choices[group]}" for group in ("sweeps", "experiment") if choices[group])
             sys.exit(refuse(f"{name} goes through {', '.join(left)}: python run.py -m {shlex.join(given)}"))
         try:
-            outcome = execute(cfg, choices, command=command)
+            outcome = execute(cfg, choices, command=command, overrides=given)
         except Exception as error:
             sys.exit(failed(error, given))
         if outcome.stored:
@@ -54,7 +54,7 @@ def job(cfg) -> None:
         return
     sweep, row = Path(hydra_cfg.sweep.dir), {"overrides": given}
     try:
-        outcome = execute(cfg, choices, sweep.name, reporter(sweep, hydra_cfg.job.num), command)
+        outcome = execute(cfg, choices, sweep.name, reporter(sweep, hydra_cfg.job.num), command, given)
         row |= summary(outcome.metrics) | {"stored": outcome.stored, "run_id": outcome.run.path.name, "error": outcome.error}
     except Exception as error:
         row |= {"status": "failed", "error": reason(error, given) or f"{type(error).__name__}: {error}"}

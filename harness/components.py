@@ -19,15 +19,16 @@ from harness.errors import ConfigError
 from harness.export.base import Exporter, check_destination
 from harness.export.names import Name
 from harness.formats import Format, KVCache, Scheme
+from harness.formats.integer import SCALE_DTYPES
 from harness.models.families import context_of, family_of
 from harness.overrides import resolve
 from harness.plan import Plan, unnamed
 from harness.solvers import Solver
 from harness.store import writable
-from harness.tracking import Tracker
 from harness.transforms import Transform, file
 from harness.transforms.identity import Identity
 from harness.transforms.smoothquant import NORM_SITES, PRODUCT_SITES, SmoothQuant
+from harness.unread import unread
 
 PARTS = {"weight": Format, "act": Format, "kv": KVCache}
 
@@ -95,14 +96,17 @@ def components(plan: Plan) -> Components:
         candidates = [] if auto is None else [replace(scheme, weight=format) for format in auto.candidates.values()]
         told = [warning for each in (scheme, *candidates) for warning in exporter.check(each, transforms, context)]
         warnings += dict.fromkeys(told)
-    tracker = build(settings["tracking"], "tracking", Tracker)
-    return Components(scheme, auto, transforms, solver, context, tracker, exporter, warnings)
+    built = {f"format.{part}": format for part, format in parts.items()} | {"solver": solver, "transform": transforms[-1]}
+    warnings += unread(plan, built)
+    return Components(scheme, auto, transforms, solver, context, plan.tracker, exporter, warnings)
 
 
 def _exporter(plan: Plan, scheme: Scheme, family):
     """What writes the checkpoint, if one is asked for."""
     section = plan.settings["export"]
     target = section.get("_target_")
+    if "scale_dtype" in section:
+        one_of("export.scale_dtype", section["scale_dtype"], (*SCALE_DTYPES, "input"))
     if target is None:
         return None
     if not plan.quantizes:

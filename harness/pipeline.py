@@ -14,7 +14,7 @@ import resource
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from harness.marks import marks
 from harness.plan import Plan, make_plan
 from harness.report.progress import Reporter
 from harness.store import Run, Store
+from harness.unread import unread
 
 PROBE = (2, 128)  # windows x tokens on which the gate compares logits
 
@@ -41,15 +42,16 @@ class Outcome:
 
 
 def execute(cfg, choices: Mapping[str, str | None], sweep: str | None = None, reporter: Reporter | None = None,
-            command: str | None = None) -> Outcome:
+            command: str | None = None, overrides: Sequence[str] = ()) -> Outcome:
     """Run what `cfg` describes, or find it done. Raises ConfigError or DataError before anything is written when it cannot
-    begin; an error after that is recorded in the run directory and returned. command: the line that runs it again."""
+    begin; an error after that is recorded in the run directory and returned. command: the line that runs it again; overrides:
+    what it says of settings."""
     reporter = reporter or Reporter()
-    plan = make_plan(settings(cfg), choices)
+    plan = make_plan(settings(cfg), choices, overrides)
     store = Store(plan.settings["run_root"])
     run = store.run(plan.run_id)
     if _stored(plan, run):
-        return Outcome("done", True, run.metrics, run)
+        return _shown(plan, run)
     store.check()
     plan.check()
     from harness.components import components
@@ -57,7 +59,7 @@ def execute(cfg, choices: Mapping[str, str | None], sweep: str | None = None, re
     parts = components(plan)
     with records.locked(run.path / "lock", wait=sweep is not None):
         if _stored(plan, run):  # by who held the lock
-            return Outcome("done", True, run.metrics, run)
+            return _shown(plan, run)
         return Job(plan, parts, store, run, reporter, command).outcome(sweep)
 
 
@@ -73,6 +75,12 @@ def _stored(plan: Plan, run: Run) -> bool:
     if not isinstance(saved, str):
         return True
     return json.loads(records.header(Path(saved)).get("placement", "{}")).get("learned") == plan.learned_id
+
+
+def _shown(plan: Plan, run: Run) -> Outcome:
+    """A stored result, with what is to be said of settings that change none."""
+    warnings = list(dict.fromkeys([*run.metrics["warnings"], *unread(plan)]))
+    return Outcome("done", True, run.metrics | {"warnings": warnings}, run)
 
 
 class Job:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from harness.config import ROOT, build, fingerprint, option
 from harness.errors import ConfigError, DataError
 from harness.evaluation.zeroshot import ZeroShot
 from harness.models.load import ModelSource
+from harness.tracking import Tracker
 
 NAMES = dict.fromkeys(("base", "dataset", "training", "peft"), str | None)
 EXPORT = {"name": str, "_target_": str, "path": str, **NAMES, "push_to": str | None}
@@ -34,7 +35,8 @@ class Windows:
 
 @dataclass(frozen=True)
 class Plan:
-    """`settings`: the resolved configuration; `choices`: {group: option}; the rest is built from them, without torch."""
+    """`settings`: the resolved configuration; `choices`: {group: option}; `given`: settings that the command line names. The
+    rest is built from them, without torch."""
 
     settings: dict
     choices: dict
@@ -43,7 +45,9 @@ class Plan:
     calibration: Windows
     corpora: tuple[Corpus, ...]
     evaluation: Windows
-    zeroshot: ZeroShot | None = None
+    zeroshot: ZeroShot | None
+    tracker: Tracker
+    given: tuple[str, ...] = ()
     quant_id: str = field(init=False)
     run_id: str = field(init=False)
     baseline_id: str = field(init=False)
@@ -154,11 +158,14 @@ class Plan:
             )
 
 
-def make_plan(settings: dict, choices: Mapping[str, str | None]) -> Plan:
-    """Build the torch-free parts of a run. Raises ConfigError or DataError."""
+def make_plan(settings: dict, choices: Mapping[str, str | None], overrides: Sequence[str] = ()) -> Plan:
+    """Build the torch-free parts of a run. overrides: those of the command line. Raises ConfigError or DataError."""
+    _check_fixed(settings, choices, overrides)
     data, chosen = settings["data"], settings["data"]["calibration"]
     known = EXPORT if settings["export"].get("_target_") else {"name": str}
     typed("export.", settings["export"], known | {"scale_dtype": str, "pseudo": bool}, needed=known)
+    files = {key: settings["transform"][key] for key in ("save", "load") if key in settings["transform"]}
+    typed("transform.", files, dict.fromkeys(files, str | None))
     one_of("data.calibration.activations", chosen["activations"], ("memory", "disk"))
     corpus = _corpus(data)
     calibration = Windows(
@@ -183,7 +190,23 @@ def make_plan(settings: dict, choices: Mapping[str, str | None]) -> Plan:
         corpora.setdefault(mark, each)
     calibration_corpus = corpus if chosen["path"] is None else Samples(chosen["path"])
     return Plan(settings, dict(choices), model, calibration_corpus, calibration, tuple(corpora.values()), evaluation,
-                ZeroShot.of(settings["eval"]["zeroshot"]))
+                ZeroShot.of(settings["eval"]["zeroshot"]), build(settings["tracking"], "tracking", Tracker),
+                tuple(map(_key, overrides)))
+
+
+def _check_fixed(settings: Mapping, choices: Mapping[str, str | None], overrides: Sequence[str]) -> None:
+    """Refuse what looks like a setting and is what an option is: its name, its class."""
+    for group in ("format", "transform", "solver", "eval", "export"):
+        name = settings[group].get("name")
+        if choices.get(group) not in (None, name):
+            raise ConfigError(f"{group}.name={name}: is no setting, it is what the option is called; choose {group}={name}.")
+    for override in overrides:
+        if "_target_" in override and not _key(override).startswith("format.overrides"):
+            raise ConfigError(f"{override}: the class is no setting, the option of {override.partition('.')[0]} decides it.")
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
 
 
 def _long_enough(field: str, windows: Windows, text: str | list[str]) -> None:
