@@ -77,7 +77,7 @@ def typed(field: str, section: Mapping, hints: Mapping[str, object], needed: Ite
 
 
 def _fits(value, hint) -> bool:
-    origin, inner = get_origin(hint) or hint, get_args(hint)
+    origin, inner = _parts(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
     if origin in (int, float):
@@ -89,8 +89,13 @@ def _fits(value, hint) -> bool:
     return isinstance(value, origin)
 
 
+def _parts(hint) -> tuple[type, tuple]:
+    """(list, (str,)) of list[str]; what stands for null is its type."""
+    return get_origin(hint) or (NoneType if hint is None else hint), get_args(hint)
+
+
 def _words(hint) -> str:
-    origin, inner = get_origin(hint) or hint, get_args(hint)
+    origin, inner = _parts(hint)
     if origin in (Union, UnionType):
         return " or ".join(dict.fromkeys(map(_words, inner)))
     if issubclass(origin, Sequence) and origin is not str:

@@ -43,7 +43,8 @@ def build(node: Mapping, field: str, base):
         if off:
             known_keys(f"{field}.", node, ("bits", "_target_"))
             return None
-        raise ConfigError(f"{field}._target_={target}: names no class, so nothing can be built from {field}.")
+        group = field.partition(".")[0]
+        raise ConfigError(f"{field}={dict(node)}: the option of {group} has no class for it; choose another {group}.")
     cls = _class(str(target), field, base)
     arguments = {key: value for key, value in node.items() if key != "_target_"}
     hints = get_type_hints(cls if is_dataclass(cls) else cls.__init__)

@@ -163,6 +163,8 @@ def make_plan(settings: dict, choices: Mapping[str, str | None], overrides: Sequ
     _check_fixed(settings, choices, overrides)
     data, chosen = settings["data"], settings["data"]["calibration"]
     known = EXPORT if settings["export"].get("_target_") else {"name": str}
+    if not settings["solver"].get("_target_"):
+        typed("solver.", settings["solver"], {"name": str, "_target_": None})
     typed("export.", settings["export"], known | {"scale_dtype": str, "pseudo": bool}, needed=known)
     files = {key: settings["transform"][key] for key in ("save", "load") if key in settings["transform"]}
     typed("transform.", files, dict.fromkeys(files, str | None))
