@@ -1,5 +1,6 @@
 """Every YAML of conf/ and sweeps/ composes, and what it describes can be built and checked."""
 
+import re
 from collections.abc import Mapping
 
 import pytest
@@ -27,6 +28,13 @@ def test_option_composes_and_says_what_it_is(group, name):
     assert lines[0].startswith("# "), "the first comment says what the option is"
     if group in NAMED:
         assert cfg[group].name == name
+
+
+def test_help_lists_what_hydra_leaves_out():
+    shown = OmegaConf.load(ROOT / "conf" / "config.yaml").hydra.help.template
+    (sweeps,), (launchers,) = (re.findall(rf"^{group}: (.*)$", shown, re.M) for group in ("sweeps", "hydra/launcher"))
+    assert sweeps.split(", ") == [name for group, name in OPTIONS if group == "sweeps"]
+    assert {path.stem for path in (ROOT / "conf" / "hydra" / "launcher").glob("*.yaml")} < set(launchers.split(", "))
 
 
 @pytest.mark.parametrize(("group", "name"), [o for o in OPTIONS if o[0] in ("transform", "solver", "format")])
