@@ -21,7 +21,7 @@ from torch import Tensor
 
 from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
-from harness.checks import known_keys, number
+from harness.checks import number, typed
 from harness.config import build, option
 from harness.errors import ConfigError
 from harness.formats import Format
@@ -46,9 +46,10 @@ def auto_of(section: Mapping | None, weight: Mapping, serves: Mapping | None = N
     int4 with N bits; the observer and the arithmetic are those of format.weight. serves: `export.serves.weight`."""
     if section is None:
         return None
-    known_keys("format.auto.", section, ("bits_per_weight", "candidates"))
+    hints = {"bits_per_weight": float, "candidates": list[str]}
+    typed("format.auto.", section, hints, needed=hints)
     names = section["candidates"]
-    if not isinstance(names, list) or len(names) < 2 or len(set(names)) != len(names):
+    if len(names) < 2 or len(set(names)) != len(names):
         raise ConfigError(f"format.auto.candidates={names}: needs a list of at least two formats, each once.")
     candidates = {}
     for name in names:
@@ -59,7 +60,7 @@ def auto_of(section: Mapping | None, weight: Mapping, serves: Mapping | None = N
             chosen = option("format", name)["weight"]
         if "_target_" in chosen:
             chosen = as_served(chosen, serves) | {key: weight[key] for key in SHARED if key in weight}
-        candidates[name] = build(chosen, f"format.auto.candidates.{name}")
+        candidates[name] = build(chosen, f"format.auto.candidates.{name}", Format)
         if candidates[name] is None:
             raise ConfigError(f"format.auto.candidates: {name} quantizes no weights; leave it out.")
     return Auto(number("format.auto.bits_per_weight", section["bits_per_weight"], 1, 16), candidates)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Union, get_args, get_origin
 
 from harness.errors import ConfigError
+
+WORDS = {NoneType: "null", bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 
 
 def one_of(field: str, value, legal: Iterable):
@@ -51,10 +55,52 @@ def names(field: str, value, legal: Iterable) -> list:
 def known_keys(field: str, section: Mapping, known: Iterable[str]) -> None:
     """Refuse a key that nothing would read, and a section that is none."""
     if not isinstance(section, Mapping):
-        raise ConfigError(f"{field.rstrip('.')}={section}: needs the settings {', '.join(known)}.")
+        raise ConfigError(f"{field.rstrip('.')}={section}: this is a group of settings: {', '.join(known)}.")
     for key in section:
         if key not in known:
             raise ConfigError(f"{field}{key}: no such setting.{nearest(key, known)} Known: {', '.join(known)}.")
+
+
+def typed(field: str, section: Mapping, hints: Mapping[str, object], needed: Iterable[str] = ()) -> None:
+    """Refuse a key of `section` that `hints` {key: its type} lacks, a value of another type, and the lack of a `needed` key.
+
+    field: what stands before a key, with its dot. A float may be written as a whole number, a truth value is no number, a list
+    may stand for any sequence. What a type leaves open (ranges, legal words) is for who reads the value.
+    """
+    known_keys(field, section, hints)
+    for key in needed:
+        if key not in section:
+            raise ConfigError(f"{field}{key}: this setting is missing, and nothing runs without it.")
+    for key, value in section.items():
+        if not _fits(value, hints[key]):
+            raise ConfigError(f"{field}{key}={value}: needs {_words(hints[key])}.")
+
+
+def _fits(value, hint) -> bool:
+    origin, inner = _parts(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin in (int, float):
+        return not isinstance(value, bool) and isinstance(value, int | origin)
+    if issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(_fits(own, one) for one in inner[1:] for own in value.values())
+    if issubclass(origin, Sequence) and origin is not str:
+        return isinstance(value, list | tuple) and all(_fits(own, one) for one in inner[:1] for own in value)
+    return isinstance(value, origin)
+
+
+def _parts(hint) -> tuple[type, tuple]:
+    """(list, (str,)) of list[str]; what stands for null is its type."""
+    return get_origin(hint) or (NoneType if hint is None else hint), get_args(hint)
+
+
+def _words(hint) -> str:
+    origin, inner = _parts(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(map(_words, inner)))
+    if issubclass(origin, Sequence) and origin is not str:
+        return "a list" + "".join(f", each {_words(one)}" for one in inner[:1])
+    return WORDS.get(origin, "a group of settings")
 
 
 def nearest(name, known: Iterable) -> str:

@@ -13,19 +13,24 @@ from pathlib import Path
 import torch
 
 from harness.allocation import auto_of
-from harness.checks import known_keys, names, one_of
+from harness.checks import one_of, typed
 from harness.config import build
 from harness.errors import ConfigError
-from harness.export.base import check_destination
+from harness.export.base import Exporter, check_destination
 from harness.export.names import Name
-from harness.formats import Scheme
+from harness.formats import Format, KVCache, Scheme
+from harness.formats.integer import SCALE_DTYPES
 from harness.models.families import context_of, family_of
 from harness.overrides import resolve
 from harness.plan import Plan, unnamed
+from harness.solvers import Solver
 from harness.store import writable
-from harness.transforms import file
+from harness.transforms import Transform, file
 from harness.transforms.identity import Identity
 from harness.transforms.smoothquant import NORM_SITES, PRODUCT_SITES, SmoothQuant
+from harness.unread import unread
+
+PARTS = {"weight": Format, "act": Format, "kv": KVCache}
 
 
 @dataclass(frozen=True)
@@ -49,14 +54,14 @@ def components(plan: Plan) -> Components:
     _check_device(settings["device"])
     facts = plan.model.facts()
     family = family_of(facts.get("model_type"))
-    parts = {part: build(settings["format"][part], f"format.{part}") for part in ("weight", "act", "kv")}
+    parts = {part: build(settings["format"][part], f"format.{part}", base) for part, base in PARTS.items()}
     serves = settings["export"].get("serves") or {}
     scheme = Scheme(**parts, overrides=resolve(settings["format"], family, facts["num_hidden_layers"], serves))
     auto = auto_of(settings["format"]["auto"], settings["format"]["weight"], serves.get("weight"))
     if auto is not None and scheme.weight is None:
         raise ConfigError("format.auto with format.weight.bits=16: there is nothing to allocate; set format.weight, or "
                           "format.auto=null.")
-    solver = build(unnamed(settings["solver"]), "solver") if settings["solver"]["_target_"] else None
+    solver = build(unnamed(settings["solver"]), "solver", Solver) if settings["solver"].get("_target_") else None
     transforms = transforms_of(settings["transform"])
     learned = [t for t in transforms if t.learned]
     solver_name = plan.choices.get("solver", "solver")
@@ -95,18 +100,22 @@ def components(plan: Plan) -> Components:
             dtype = str(facts.get("dtype") or dtype).removeprefix("torch.")
         told = [warning for each in (scheme, *candidates) for warning in exporter.check(each, transforms, context, dtype)]
         warnings += dict.fromkeys(told)
-    return Components(scheme, auto, transforms, solver, context, build(settings["tracking"], "tracking"), exporter, warnings)
+    built = {f"format.{part}": format for part, format in parts.items()} | {"solver": solver, "transform": transforms[-1]}
+    warnings += unread(plan, built)
+    return Components(scheme, auto, transforms, solver, context, plan.tracker, exporter, warnings)
 
 
 def _exporter(plan: Plan, scheme: Scheme, family):
     """What writes the checkpoint, if one is asked for."""
     section = plan.settings["export"]
     target = section.get("_target_")
+    if "scale_dtype" in section:
+        one_of("export.scale_dtype", section["scale_dtype"], (*SCALE_DTYPES, "input"))
     if target is None:
         return None
     if not plan.quantizes:
         raise ConfigError(f"export={section['name']} with format=none: nothing is quantized; choose a format, or export=none.")
-    exporter = build({key: section[key] for key in ("_target_", "pseudo") if key in section}, "export")
+    exporter = build({key: section[key] for key in ("_target_", "pseudo") if key in section}, "export", Exporter)
     check_destination(section)
     Name.of(plan.settings, plan.choices, scheme, family.head)
     return exporter
@@ -115,7 +124,8 @@ def _exporter(plan: Plan, scheme: Scheme, family):
 def _check_lengths(plan: Plan, facts: Mapping) -> None:
     """Refuse windows that the model's positions cannot hold."""
     longest = facts.get("max_position_embeddings")
-    for where, windows in (("data.calibration", plan.calibration), ("eval.perplexity", plan.evaluation)):
+    read = {"data.calibration": plan.calibration} if plan.calibrates else {}
+    for where, windows in (read | {"eval.perplexity": plan.evaluation}).items():
         if longest and windows.length > longest:
             raise ConfigError(f"{where}.length={windows.length} is more than the model's {longest} positions; lower it.")
 
@@ -180,24 +190,22 @@ def _scalable(scheme: Scheme, transforms: list, context) -> dict[str, str]:
 def transforms_of(section: Mapping) -> list:
     """The transform, with SmoothQuant before or after it where `smooth` asks for that."""
     own = {key: value for key, value in section.items() if key not in ("name", "smooth", "save", "load")}
-    transform, smooth = build(own, "transform"), section.get("smooth")
+    transform, smooth = build(own, "transform", Transform), section.get("smooth")
     transform.name = section["name"]
     if smooth is None:
         return [transform]
-    if not isinstance(smooth, dict):
-        raise ConfigError(f"transform.smooth={smooth}: needs null, or alpha and when.")
-    known_keys("transform.smooth.", smooth, ("alpha", "when", "sites"))
+    typed("transform.smooth.", smooth, {"alpha": float, "when": str, "sites": list[str] | None})
     when = one_of("transform.smooth.when", smooth.get("when", "before"), ("before", "after"))
     if when == "after" and not transform.residual:
         raise ConfigError(f"transform.smooth.when=after with transform={section['name']}: only a rotated residual stream has a "
                           "basis of its own to smooth in; set transform.smooth.when=before.")
     legal = {"before": PRODUCT_SITES, "after": NORM_SITES}[when] if transform.residual else (*NORM_SITES, *PRODUCT_SITES)
-    sites = smooth.get("sites")
-    for site in () if sites is None else names("transform.smooth.sites", sites, (*NORM_SITES, *PRODUCT_SITES)):
+    sites = {"sites": list(legal)} | {key: value for key, value in smooth.items() if key != "when" and value is not None}
+    stacked = build({"_target_": "harness.transforms.smoothquant.SmoothQuant", **sites}, "transform.smooth", SmoothQuant)
+    for site in stacked.sites:
         if site not in legal:
-            raise ConfigError(f"transform.smooth.sites={sites} with transform.smooth.when={when}: under a rotated residual "
-                              f"stream {site} cannot be smoothed then; legal: {', '.join(legal)}.")
-    stacked = SmoothQuant(smooth.get("alpha", 0.5), sites or list(legal), field="transform.smooth")
+            raise ConfigError(f"transform.smooth.sites={smooth['sites']} with transform.smooth.when={when}: under a rotated "
+                              f"residual stream {site} cannot be smoothed then; legal: {', '.join(legal)}.")
     return [stacked, transform] if when == "before" else [transform, stacked]
 
 

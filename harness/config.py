@@ -6,54 +6,73 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from omegaconf import OmegaConf
 
-from harness.checks import boolean, integer, known_keys, nearest, one_of
+from harness.checks import integer, known_keys, nearest, one_of, typed
 from harness.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = ("model", "data", "format", "transform", "solver", "eval", "export", "tracking",
-            "seed", "device", "on_error", "force", "run_root")
+PACKAGE = __name__.partition(".")[0]
+WINDOWS = {"windows": int | None, "length": int}
+FIELDS = {  # {section: {setting: its type}} of what no class is built from
+    "": {"model": Mapping, "data": Mapping, "format": Mapping, "transform": Mapping, "solver": Mapping, "eval": Mapping,
+         "export": Mapping, "tracking": Mapping, "seed": int, "device": str, "on_error": str, "force": bool, "run_root": str},
+    "data.calibration": WINDOWS | {"order": str, "path": str | None, "activations": str},
+    "format": {"name": str, "weight": Mapping, "act": Mapping, "kv": Mapping, "overrides": Mapping | None,
+               "auto": Mapping | None},
+    "eval": {"name": str, "perplexity": Mapping, "streaming": bool, "zeroshot": Mapping | None},
+    "eval.perplexity": WINDOWS | {"corpora": list[str]},
+}
 RESULTS_VERSION = 2  # raised by every change that moves a number, so that no stale result is replayed
 
 
-def build(node, field: str = ""):
-    """Instantiate `node` (a plain container with `_target_` keys), limited to this package's classes and functions.
+def build(node: Mapping, field: str, base):
+    """An instance of the class that `node["_target_"]` names, from the other keys; None where `bits` is 16: the part is off.
 
-    A part whose `bits` is 16 is off and becomes None. Raises ConfigError for a foreign target or an unknown key of `field`.
+    base: a class, or a union of some; only classes under it that this package itself defines are built, whatever else a module
+    of it imports. Values stay plain: a `_target_` inside one builds nothing. Keys and types are checked of a part that is off,
+    too. Raises ConfigError naming `field`, which tells where the node stands.
     """
-    if isinstance(node, list):
-        return [build(item, field) for item in node]
-    if not isinstance(node, Mapping):
-        return node
-    if node.get("bits") == 16:
-        return None
-    target = node.get("_target_")
-    arguments = {k: build(v, f"{field}.{k}" if field else k) for k, v in node.items() if k != "_target_"}
+    target, off = node.get("_target_"), node.get("bits") == 16
     if target is None:
-        if "_target_" in node or "bits" in node:
-            raise ConfigError(f"{field}._target_={target}: names no class, so nothing can be built from {field}.")
-        return arguments
-    module, _, name = str(target).rpartition(".")
-    if module.partition(".")[0] != "harness":
-        raise ConfigError(f"{field}._target_={target}: only classes of this package (harness.*) are built.")
+        if off:
+            known_keys(f"{field}.", node, ("bits", "_target_"))
+            return None
+        group = field.partition(".")[0]
+        raise ConfigError(f"{field}={dict(node)}: the option of {group} has no class for it; choose another {group}.")
+    cls = _class(str(target), field, base)
+    arguments = {key: value for key, value in node.items() if key != "_target_"}
+    hints = get_type_hints(cls if is_dataclass(cls) else cls.__init__)
+    typed(f"{field}.", arguments, {key: hints.get(key, object) for key in inspect.signature(cls).parameters})
+    if off:
+        return None
     try:
-        factory = getattr(import_module(module), name)
+        return cls(**arguments)
+    except ConfigError as error:  # a class knows its fields, only the configuration knows where they stand
+        raise ConfigError(str(error).replace(f"{cls.__name__}: ", f"{field}.", 1)) from None
+    except TypeError as error:  # a field without a default was left out, or the class is abstract
+        raise ConfigError(f"{field}: {cls.__name__} cannot be built from {arguments} ({error}).") from None
+
+
+def _class(target: str, field: str, base) -> type:
+    """The class of that name. Raises ConfigError where it is none of ours, or of another kind than `base`."""
+    module, _, name = target.rpartition(".")
+    if module.partition(".")[0] != PACKAGE:
+        raise ConfigError(f"{field}._target_={target}: only classes of this package ({PACKAGE}.*) are built.")
+    try:
+        found = getattr(import_module(module), name)
     except (ImportError, AttributeError):
         raise ConfigError(f"{field}._target_={target}: there is no such class.") from None
-    known = inspect.signature(factory).parameters
-    for key in arguments:
-        if key not in known:
-            raise ConfigError(f"{field}.{key}: {name} has no such field.{nearest(key, known)} Fields: {', '.join(known)}.")
-    try:
-        return factory(**arguments)
-    except ConfigError as error:  # a class knows its fields, only the configuration knows where they stand
-        raise ConfigError(str(error).replace(f"{name}: ", f"{field}.", 1)) from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{field}: {name} cannot be built from {arguments} ({error}).") from None
+    ours = isinstance(found, type) and found.__module__.partition(".")[0] == PACKAGE
+    if not ours or not issubclass(found, base):
+        kinds = " or ".join(kind.__name__ for kind in get_args(base) or [base])
+        raise ConfigError(f"{field}._target_={target}: no class of this package that can stand there ({kinds}).")
+    return found
 
 
 def option(group: str, name: str) -> dict:
@@ -69,31 +88,21 @@ def option(group: str, name: str) -> dict:
 
 
 def settings(cfg) -> dict:
-    """The resolved configuration as a plain dict, its root fields checked."""
+    """The resolved configuration as a plain dict; sections that no class is built from are checked as far as FIELDS goes."""
     plain = OmegaConf.to_container(cfg, resolve=True)
-    known_keys("", plain, SECTIONS)
-    for field in SECTIONS:
-        if field not in plain:
-            raise ConfigError(f"{field}: this setting was deleted, and nothing runs without it.")
-    for field in ("model", "data", "format", "transform", "solver", "eval", "export", "tracking", "data.calibration",
-                  "eval.perplexity", "format.weight", "format.act", "format.kv"):
-        if not isinstance(_at(plain, field), dict):
-            raise ConfigError(f"{field}={_at(plain, field)}: this is a group of settings; set one of those inside it.")
+    for section, hints in FIELDS.items():
+        found = plain
+        for key in filter(None, section.split(".")):
+            found = found.get(key)
+        typed(f"{section}." if section else "", found, hints, needed=hints)
     integer("seed", plain["seed"], low=0)
-    if not isinstance(plain["run_root"], str) or not plain["run_root"]:
-        raise ConfigError(f"run_root={plain['run_root']}: needs a folder.")
     one_of("on_error", plain["on_error"], ("raise", "record"))
-    boolean("force", plain["force"])
     device = plain["device"]
-    if device not in ("auto", "cpu", "cuda") and not (str(device).startswith("cuda:") and str(device)[5:].isdigit()):
+    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
         raise ConfigError(f"device={device}: needs auto, cpu, cuda or cuda:N.")
+    if not plain["run_root"]:
+        raise ConfigError(f"run_root={plain['run_root']}: needs a folder.")
     return plain
-
-
-def _at(settings: dict, field: str):
-    for key in field.split("."):
-        settings = settings.get(key) if isinstance(settings, dict) else None
-    return settings
 
 
 def fingerprint(*parts) -> str:

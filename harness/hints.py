@@ -24,18 +24,28 @@ def explain(error: Exception, arguments: list[str]) -> str:
         folder = CONF.parent / "sweeps" if group == "sweeps" else CONF / group
         known = sorted(p.stem for p in folder.glob("*.yaml"))
         return f"{group}={name}: no such option.{nearest(name, known)} Options: {', '.join(known)}."
+    if match := re.search(r"Interpolation key '(.+)' not found\s+full_key: (\S+)", text):
+        return f"{match[2]}=${{{match[1]}}}: there is no setting {match[1]} to take it from."
     if match := re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text):
         key = match.group(1)
-        known = _keys(_compose(arguments, key))
+        known = _known(arguments, key)
         groups = [p.name for p in CONF.iterdir() if p.is_dir()] + ["sweeps"]
         return f"{key}: no such setting.{nearest(key, [*known, *groups])} `python run.py --cfg job` lists all."
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(dict.fromkeys(lines))
 
 
-def _compose(arguments: list[str], failed: str) -> DictConfig:
-    """The configuration without values: the chosen options only, so that their own keys can be suggested."""
-    choices = [a for a in arguments if re.fullmatch(r"\w+=[\w-]+", a) and not a.startswith(f"{failed}=")]
+def _known(arguments: list[str], failed: str) -> list[str]:
+    """The settings of the chosen options, of each in turn where a sweep goes through several."""
+    words = [word for word in arguments if re.fullmatch(r"\w+=[\w,-]+", word) and not word.startswith(f"{failed}=")]
+    choices = {group: names.split(",") for group, _, names in (word.partition("=") for word in words)}
+    turns = max(map(len, choices.values()), default=1)
+    found = [_compose([f"{group}={names[turn % len(names)]}" for group, names in choices.items()]) for turn in range(turns)]
+    return list(dict.fromkeys(key for config in found for key in _keys(config)))
+
+
+def _compose(choices: list[str]) -> DictConfig:
+    """The configuration of some options, or the default one where that cannot be composed."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             return compose("config", overrides=choices)

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from harness.checks import nearest
 from harness.config import build, option
 from harness.errors import ConfigError
+from harness.formats import Format
 from harness.models.families import Family
 
 PARTS = ("weight", "act")
@@ -103,7 +104,7 @@ def _outside(field: str, value, chosen: Mapping, embedding: bool) -> dict:
     parts = _parts(field, value, chosen)
     if not embedding:
         quantized = parts.get("weight") is not None
-        return {"weight": None, "act": build(chosen["act"], "format.act") if quantized else None} | parts
+        return {"weight": None, "act": build(chosen["act"], "format.act", Format) if quantized else None} | parts
     if isinstance(value, Mapping) and "act" in value:
         raise ConfigError(f"{field}.act: tokens are looked up there, no activation is read; set weight only.")
     return {"weight": parts.get("weight")}
@@ -126,7 +127,7 @@ def _parts(field: str, value, chosen: Mapping) -> dict:
 def _part(field: str, part: str, value, chosen: Mapping):
     """The Format of one part, or None at 16 bits."""
     if isinstance(value, str):
-        return build(as_served(_option(field, value)[part], chosen["serves"].get(part)), field)
+        return build(as_served(_option(field, value)[part], chosen["serves"].get(part)), field, Format)
     base = chosen[part]
     if isinstance(value, int) and not isinstance(value, bool):
         if value == 16:
@@ -139,7 +140,7 @@ def _part(field: str, part: str, value, chosen: Mapping):
         raise ConfigError(f"{field}={dict(value)}: format.{part} is off, so there is nothing to change; give an option of "
                           "format such as int8.")
     try:
-        return build(changed, field)
+        return build(changed, field, Format)
     except ConfigError as error:
         raise ConfigError(f"{error} For another number format name its option, e.g. {field}=mxfp8.") from None
 
@@ -161,7 +162,7 @@ def _option(field: str, name: str) -> dict:
 
 def _one_activation(resolved: Mapping, chosen: Mapping, family: Family, layers: int) -> None:
     """Linears that read one activation must agree on its format, for it is quantized once."""
-    base = build(chosen["act"], "format.act")
+    base = build(chosen["act"], "format.act", Format)
     for layer in range(layers):
         for site in family.sites:
             acts = [resolved.get((layer, name), {}).get("act", base) for name in site.linears]

@@ -14,7 +14,7 @@ import resource
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from harness.models.about import about, held
 from harness.plan import Plan, make_plan
 from harness.report.progress import Reporter
 from harness.store import Run, Store
+from harness.unread import unread
 
 PROBE = (2, 128)  # windows x tokens on which the gate compares logits
 
@@ -42,15 +43,16 @@ class Outcome:
 
 
 def execute(cfg, choices: Mapping[str, str | None], sweep: str | None = None, reporter: Reporter | None = None,
-            command: str | None = None) -> Outcome:
+            command: str | None = None, overrides: Sequence[str] = ()) -> Outcome:
     """Run what `cfg` describes, or find it done. Raises ConfigError or DataError before anything is written when it cannot
-    begin; an error after that is recorded in the run directory and returned. command: the line that runs it again."""
+    begin; an error after that is recorded in the run directory and returned. command: the line that runs it again; overrides:
+    what it says of settings."""
     reporter = reporter or Reporter()
-    plan = make_plan(settings(cfg), choices)
+    plan = make_plan(settings(cfg), choices, overrides)
     store = Store(plan.settings["run_root"], reporter.say)
     run = store.run(plan.run_id)
     if _stored(plan, run):
-        return Outcome("done", True, run.metrics, run)
+        return _shown(plan, run)
     store.check()
     plan.check()
     from harness.components import components
@@ -58,7 +60,7 @@ def execute(cfg, choices: Mapping[str, str | None], sweep: str | None = None, re
     parts = components(plan)
     with records.locked(run.path / "lock", wait=sweep is not None, say=reporter.say):
         if _stored(plan, run):  # by who held the lock
-            return Outcome("done", True, run.metrics, run)
+            return _shown(plan, run)
         return Job(plan, parts, store, run, reporter, command).outcome(sweep)
 
 
@@ -73,6 +75,12 @@ def _stored(plan: Plan, run: Run) -> bool:
         return True
     kept = records.intact(Path(saved), run.damaged) or {}
     return json.loads(kept.get("placement", "{}")).get("learned") == plan.learned_id
+
+
+def _shown(plan: Plan, run: Run) -> Outcome:
+    """A stored result, with what is to be said of settings that change none."""
+    warnings = list(dict.fromkeys([*run.metrics["warnings"], *unread(plan)]))
+    return Outcome("done", True, run.metrics | {"warnings": warnings}, run)
 
 
 class Job:
@@ -150,22 +158,25 @@ class Job:
             assert_finite(model)
             self.shelf = plan.model.shelf(model, self.scratch)
             adapter = Adapter(model, self.shelf)
-            ids = measure.tokens(self, plan.calibration_corpus, "calibration")
-            chosen = plan.calibration.within(len(ids))
-            calibration = windows(ids, chosen.length, chosen.count, chosen.order, plan.settings["seed"])
-            if plan.calibrates and chosen.count is None:
-                self.metrics["notes"]["calibration"] = "{} x {} tokens".format(*calibration.shape)
             chosen, read = plan.evaluation, {c.name: measure.tokens(self, c, "evaluation") for c in plan.corpora}
-            for name, x in {plan.calibration_corpus.name: ids, **read}.items():
-                refuse_unknown_ids(name, x, model.get_input_embeddings().num_embeddings)
             self.texts = {name: windows(x, chosen.length, chosen.count, field="eval.perplexity") for name, x in read.items()}
+            calibration = next(iter(self.texts.values()))  # of a run that calibrates nothing: for the gate to probe with
+            used = dict(read)
+            if plan.calibrates:
+                ids = used["calibration"] = measure.tokens(self, plan.calibration_corpus, "calibration")
+                own = plan.calibration.within(len(ids))
+                calibration = windows(ids, own.length, own.count, own.order, plan.settings["seed"])
+                if own.count is None:
+                    self.metrics["notes"]["calibration"] = "{} x {} tokens".format(*calibration.shape)
+            for name, x in used.items():
+                refuse_unknown_ids(name, x, model.get_input_embeddings().num_embeddings)
             self.metrics["marks"] = marks(
                 plan.calibrated, any(t.learned for t in parts.transforms),
                 plan.settings["transform"].get("load") is not None,
                 {name: (len(self.texts[name]), len(ids) // chosen.length) for name, ids in read.items()},
                 {} if plan.zeroshot is None else dict.fromkeys(plan.zeroshot.tasks, plan.zeroshot.limit),
             )
-        amp = plan.settings["model"]["amp"]
+        amp = plan.model.amp
         self.amp = None if amp is None else getattr(torch, amp)
         measure.baseline(self, adapter)
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from harness.calibration.corpus import Corpus, Samples, TextFolder
-from harness.checks import boolean, integer, known_keys, one_of
+from harness.checks import integer, one_of, typed
 from harness.config import ROOT, build, fingerprint, option
 from harness.errors import ConfigError, DataError
 from harness.evaluation.zeroshot import ZeroShot
+from harness.models.load import ModelSource
+from harness.tracking import Tracker
 
-EXPORT = ("name", "_target_", "path", "base", "dataset", "training", "peft", "push_to", "serves", "pseudo")
+NAMES = dict.fromkeys(("base", "dataset", "training", "peft"), str | None)
+EXPORT = {"name": str, "_target_": str, "path": str, **NAMES, "push_to": str | None}
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Windows:
 
 @dataclass(frozen=True)
 class Plan:
-    """`settings`: the resolved configuration; `choices`: {group: option}; the rest is built from them, without torch."""
+    """`settings`: the resolved configuration; `choices`: {group: option}; `given`: settings that the command line names. The
+    rest is built from them, without torch."""
 
     settings: dict
     choices: dict
@@ -46,7 +50,9 @@ class Plan:
     calibration: Windows
     corpora: tuple[Corpus, ...]
     evaluation: Windows
-    zeroshot: ZeroShot | None = None
+    zeroshot: ZeroShot | None
+    tracker: Tracker
+    given: tuple[str, ...] = ()
     quant_id: str = field(init=False)
     run_id: str = field(init=False)
     baseline_id: str = field(init=False)
@@ -54,7 +60,7 @@ class Plan:
     def __post_init__(self):
         chosen = self.settings
         model = self._model()
-        tested = [[[c.name, c.fingerprint("evaluation")] for c in self.corpora], vars(self.evaluation), chosen["model"]["amp"]]
+        tested = [[[c.name, c.fingerprint("evaluation")] for c in self.corpora], vars(self.evaluation), self.model.amp]
         if self.zeroshot is not None:
             tested.append(self.zeroshot.fingerprint())
         made = [model, self._format(), self._transform(), chosen["solver"], chosen["seed"]]
@@ -76,21 +82,23 @@ class Plan:
     @property
     def calibrated(self) -> str | None:
         """Name of the corpus whose text calibrates: that of an evaluated one where it is the same text, whoever named it."""
+        if not self.calibrates:
+            return None
         mark = self.calibration_corpus.fingerprint("calibration")
         same = (c.name for c in self.corpora if not isinstance(c, Samples) and c.fingerprint("calibration") == mark)
-        return next(same, self.calibration_corpus.name) if self.calibrates else None
+        return next(same, self.calibration_corpus.name)
 
     @property
     def quantizes(self) -> bool:
         """Whether any weight, activation, key or value is quantized."""
         chosen = self.settings["format"]
-        return bool(chosen["overrides"]) or any(chosen[part]["bits"] != 16 for part in ("weight", "act", "kv"))
+        return bool(chosen["overrides"]) or any(chosen[part].get("bits") != 16 for part in ("weight", "act", "kv"))
 
     @property
     def calibrates(self) -> bool:
         """Whether the calibration text can matter."""
         chosen = self.settings["transform"]
-        return self.quantizes or not chosen["_target_"].endswith(".Identity") or chosen.get("smooth") is not None
+        return self.quantizes or not str(chosen.get("_target_")).endswith(".Identity") or chosen.get("smooth") is not None
 
     def fit_id(self, part: int, sees: tuple[str, ...]) -> str:
         """The key of what one part of the transform learns, seeing these parts of the format; the solver never changes it."""
@@ -116,7 +124,7 @@ class Plan:
 
     def _model(self) -> list:
         """What of the model and the machine changes numbers."""
-        return [self.model.fingerprint(), self.settings["model"]["dtype"], self.device_kind]
+        return [self.model.fingerprint(), self.model.dtype, self.device_kind]
 
     def _format(self) -> dict:
         """The format's settings, with what stands behind the options that overrides and candidates name, and what changes
@@ -139,7 +147,8 @@ class Plan:
 
     def check(self) -> None:
         """Texts and model are there and the texts long enough (ConfigError, DataError). Loads no weight."""
-        self.calibration_corpus.check()
+        if self.calibrates:
+            self.calibration_corpus.check()
         if self.zeroshot is not None:
             self.zeroshot.check()
         for corpus in self.corpora:
@@ -157,14 +166,16 @@ class Plan:
             )
 
 
-def make_plan(settings: dict, choices: Mapping[str, str | None]) -> Plan:
-    """Build the torch-free parts of a run. Raises ConfigError or DataError."""
+def make_plan(settings: dict, choices: Mapping[str, str | None], overrides: Sequence[str] = ()) -> Plan:
+    """Build the torch-free parts of a run. overrides: those of the command line. Raises ConfigError or DataError."""
+    _check_fixed(settings, choices, overrides)
     data, chosen = settings["data"], settings["data"]["calibration"]
-    known_keys("export.", settings["export"], EXPORT)
-    known_keys("eval.", settings["eval"], ("name", "perplexity", "streaming", "zeroshot"))
-    boolean("eval.streaming", settings["eval"]["streaming"])
-    known_keys("format.", settings["format"], ("name", "weight", "act", "kv", "overrides", "auto"))
-    known_keys("data.calibration.", chosen, ("windows", "length", "order", "path", "activations"))
+    known = EXPORT if settings["export"].get("_target_") else {"name": str}
+    if not settings["solver"].get("_target_"):
+        typed("solver.", settings["solver"], {"name": str, "_target_": None})
+    typed("export.", settings["export"], known | {"serves": Mapping[str, Mapping[str, str]], "pseudo": bool}, needed=known)
+    files = {key: settings["transform"][key] for key in ("save", "load") if key in settings["transform"]}
+    typed("transform.", files, dict.fromkeys(files, str | None))
     one_of("data.calibration.activations", chosen["activations"], ("memory", "disk"))
     corpus = _corpus(data)
     calibration = Windows(
@@ -172,15 +183,16 @@ def make_plan(settings: dict, choices: Mapping[str, str | None]) -> Plan:
         integer("data.calibration.length", chosen["length"], low=2),
         one_of("data.calibration.order", chosen["order"], ("first", "random")),
     )
-    perplexity = {"windows": None, "length": None, "corpora": None, **settings["eval"]["perplexity"]}
-    known_keys("eval.perplexity.", perplexity, ("windows", "length", "corpora"))
+    perplexity = settings["eval"]["perplexity"]
     evaluation = Windows(
         integer("eval.perplexity.windows", perplexity["windows"], optional=True),
         integer("eval.perplexity.length", perplexity["length"], low=2),
     )
-    model = build(unnamed(settings["model"]), "model")
+    model = build(settings["model"], "model", ModelSource)
     corpora: dict[str, Corpus] = {}
-    for name in _names("eval.perplexity.corpora", perplexity["corpora"]):
+    if not perplexity["corpora"]:
+        raise ConfigError("eval.perplexity.corpora=[]: needs at least one corpus, e.g. [data, pydoc].")
+    for name in perplexity["corpora"]:
         each = corpus if name == "data" else _other("eval.perplexity.corpora", name)
         mark = each.fingerprint("evaluation")
         if any(other.name == each.name and key != mark for key, other in corpora.items()):
@@ -188,7 +200,23 @@ def make_plan(settings: dict, choices: Mapping[str, str | None]) -> Plan:
         corpora.setdefault(mark, each)
     calibration_corpus = corpus if chosen["path"] is None else Samples(chosen["path"])
     return Plan(settings, dict(choices), model, calibration_corpus, calibration, tuple(corpora.values()), evaluation,
-                ZeroShot.of(settings["eval"]["zeroshot"]))
+                ZeroShot.of(settings["eval"]["zeroshot"]), build(settings["tracking"], "tracking", Tracker),
+                tuple(map(_key, overrides)))
+
+
+def _check_fixed(settings: Mapping, choices: Mapping[str, str | None], overrides: Sequence[str]) -> None:
+    """Refuse what looks like a setting and is what an option is: its name, its class."""
+    for group in ("format", "transform", "solver", "eval", "export"):
+        name = settings[group].get("name")
+        if choices.get(group) not in (None, name):
+            raise ConfigError(f"{group}.name={name}: is no setting, it is what the option is called; choose {group}={name}.")
+    for override in overrides:
+        if "_target_" in override and not _key(override).startswith("format.overrides"):
+            raise ConfigError(f"{override}: the class is no setting, the option of {override.partition('.')[0]} decides it.")
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
 
 
 def _long_enough(field: str, windows: Windows, text: str | list[str]) -> None:
@@ -200,12 +228,6 @@ def _long_enough(field: str, windows: Windows, text: str | list[str]) -> None:
             f"{field}.windows={windows.count} of {field}.length={windows.length} tokens need {wanted} tokens, the text has "
             f"{available} bytes; lower one of them, or give a longer text."
         )
-
-
-def _names(field: str, value) -> list[str]:
-    if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
-        raise ConfigError(f"{field}={value}: needs a list of at least one corpus, e.g. [data, pydoc].")
-    return value
 
 
 def _other(field: str, name: str) -> Corpus:
@@ -233,7 +255,7 @@ def _is_option(name: str) -> bool:
 
 
 def _corpus(data: Mapping) -> Corpus:
-    return build({k: v for k, v in data.items() if k not in ("calibration", "beside")}, "data")
+    return build({k: v for k, v in data.items() if k not in ("calibration", "beside")}, "data", Corpus)
 
 
 def unnamed(section: Mapping) -> dict:

@@ -84,7 +84,7 @@ def fitted(job, part: int, transform, subject: ModelSubject) -> Placement:
     if not transform.learned:
         return transform.fit(job.parts.context, subject)
     section, context, facts = job.plan.settings["transform"], job.parts.context, placement_facts(job.plan, transform)
-    if section["load"] is not None:
+    if section.get("load") is not None:
         path = Path(section["load"])
         job.run.event("placement", source=str(path))
         placement = file.load(path, transform, context)
@@ -100,7 +100,7 @@ def fitted(job, part: int, transform, subject: ModelSubject) -> Placement:
             else:
                 job.reporter.say("transform: learned before, from the store")
     job.run.placement = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    if section["save"] is not None:
+    if section.get("save") is not None:
         file.save(Path(section["save"]), placement, facts, job.plan.learned_id)
     return placement
 

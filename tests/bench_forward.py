@@ -17,7 +17,7 @@ from harness.models.families import Adapter, context_of
 from harness.models.prepare import fuse_norms, swap
 from harness.models.quant_linear import QuantLinear
 from harness.solvers import RTN
-from harness.transforms import Blocks, Context, Placement
+from harness.transforms import Blocks, Context, Placement, Transform
 from harness.transforms.learn import Orthogonal
 from harness.transforms.losses import loss_of
 
@@ -59,7 +59,7 @@ def learning() -> None:
     model, tokens = load()
     subject, context = subject_of(model, windows(tokens["calibration"], 512, 4))
     weights = [m.weight for m in model.modules() if isinstance(m, QuantLinear)] + list(model.parameters())
-    transforms = {name: build(own_settings(name), "transform") for name in ("adacodec", "spinquant")}
+    transforms = {name: build(own_settings(name), "transform", Transform) for name in ("adacodec", "spinquant")}
 
     def plain(ids) -> float:
         for weight in weights:
@@ -110,9 +110,9 @@ def online() -> None:
     for site in inputs:
         site.format = act
     widths = context.widths
-    hadamard = build(own_settings("hadamard"), "transform").fit(context, subject)
+    hadamard = build(own_settings("hadamard"), "transform", Transform).fit(context, subject)
     encoders = {(None, site): Blocks(torch.randn(n // 64, 64, 64)) for site, n in widths.items()}
-    r4 = {(None, "down_in"): build(own_settings("quarot"), "transform").draw(context, widths["down_in"], "R4")}
+    r4 = {(None, "down_in"): build(own_settings("quarot"), "transform", Transform).draw(context, widths["down_in"], "R4")}
     dense = {(None, site): Blocks(torch.randn(1, n, n)) for site, n in widths.items()}
     variants = {"none": {}, "Hadamard blocks of 64 at every site": hadamard.online, "QuaRot's R4": r4,
                 "block encoders of 64 at every site": encoders, "PCA, dense at every site": dense}

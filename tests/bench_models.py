@@ -9,8 +9,9 @@ from harness.blockwise import quantize
 from harness.calibration.shipped import Pydoc
 from harness.calibration.windows import tokenize
 from harness.config import build, option
-from harness.formats import Scheme
+from harness.formats import Format, Scheme
 from harness.models.families import Adapter
+from harness.models.load import ModelSource
 from harness.models.prepare import swap
 from harness.store import Run
 
@@ -19,11 +20,11 @@ EVALUATION = (4, 2048)
 
 
 def nvfp4() -> Scheme:
-    return Scheme(**{k: build(v) for k, v in option("format", "nvfp4").items() if k in ("weight", "act")})
+    return Scheme(**{k: build(v, k, Format) for k, v in option("format", "nvfp4").items() if k in ("weight", "act")})
 
 
 def load():
-    model, tokenizer = build(option("model", "smollm2_135m")).load()
+    model, tokenizer = build(option("model", "smollm2_135m"), "model", ModelSource).load()
     return model, {part: tokenize(tokenizer, Pydoc().text(part)) for part in ("calibration", "evaluation")}
 
 

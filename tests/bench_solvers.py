@@ -21,6 +21,7 @@ from harness.calibration.windows import tokenize, windows
 from harness.config import build, option
 from harness.formats import Integer
 from harness.models.families import Adapter
+from harness.models.load import ModelSource
 from harness.models.prepare import swap
 from harness.models.tiny import byte_tokenizer
 from harness.solvers import GPTQ, Problem
@@ -169,7 +170,7 @@ def _peak(folder: str) -> None:
     import transformers
 
     torch.set_num_threads(1)
-    tiny, tokenizer = build(option("model", "tiny")).load()
+    tiny, tokenizer = build(option("model", "tiny"), "model", ModelSource).load()
     tokens = tokenize(tokenizer, Pydoc().text("calibration"))
     quantized(tiny, nvfp4(), GPTQ(), windows(tokens, 64, 2))  # a small run, so that all that is imported late is here
     libraries = _resident("VmRSS")

@@ -11,10 +11,10 @@ import pytest
 from composed import ROOT, SMALL
 
 
-def command(tmp_path, *arguments, **kwargs):
-    env = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+def command(tmp_path, *arguments, env=None):
+    env = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **(env or {})}
     line = [sys.executable, str(ROOT / "run.py"), *arguments]
-    return subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, **kwargs)
+    return subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_one_run_and_the_stored_result(tmp_path):
@@ -49,7 +49,11 @@ def test_one_run_and_the_stored_result(tmp_path):
         (["format.weight._target_=null"], ["format.weight._target_"]),
         (["tracking.entity=5"], ["tracking.entity=5"]),
         (["solver=null"], ["solver"]),
-        (["sweeps=bits"], ["sweeps=bits", "-m"]),
+        (["sweeps=bits"], ["sweeps=bits", "python run.py -m"]),
+        (["experiment=pca_table", "transform=pca"], ["experiment=pca_table goes through", "solver", "python run.py -m"]),
+        (["-m", "transform=quarot,pca", "transform.posthadamard=true"], ["transform.posthadamard", "transform.post_hadamard"]),
+        (["-m", "--cfg", "job"], ["--cfg", "-m"]),
+        (["data=text", "data.path=${nowhere}"], ["data.path=${nowhere}: there is no setting nowhere"]),
         (["solver=rtn", "solver.hessian_input=quantized"], ["solver.hessian_input=quantized"]),
     ],
     ids=str,
@@ -94,6 +98,30 @@ def test_named_sweep(tmp_path):
     got = command(tmp_path, "-m", *SMALL, "sweeps=group_size")
     assert got.returncode == 0, got.stderr
     assert "4 jobs, 0 failed" in got.stdout
+
+
+def test_flags_may_stand_behind_overrides(tmp_path):
+    got = command(tmp_path, *SMALL, "solver=none", "-m", "format=none", "run_root=~/runs", env={"HOME": str(tmp_path)})
+    assert got.returncode == 0, got.stderr
+    assert "1 jobs, 0 failed" in got.stdout
+    assert list((tmp_path / "runs").glob("*/metrics.json")), "~ is the home folder"
+    shown = command(tmp_path, "solver=rtn", "--cfg", "job", "format=int4")
+    assert shown.returncode == 0, shown.stderr
+    assert "harness.formats.Integer" in shown.stdout
+
+
+def test_termination_is_told_and_recorded(tmp_path):
+    line = [*SMALL, "solver=adascale", "solver.iterations=100000"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *line], cwd=tmp_path, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not any("solve" in path.read_text() for path in tmp_path.glob("runs/*/events.jsonl")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 143, told
+    assert told.strip().splitlines()[-1].startswith("terminated; the same command goes on")
+    (status,) = tmp_path.glob("runs/*/status.json")
+    assert json.loads(status.read_text())["status"] == "failed"
 
 
 def test_kill_minus_nine_loses_nothing(tmp_path):

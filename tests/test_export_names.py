@@ -7,13 +7,14 @@ import pytest
 import yaml
 from composed import composed
 
+from harness.components import PARTS
 from harness.config import build, settings
 from harness.errors import ConfigError
 from harness.export.base import Snapshot
 from harness.export.card import card
 from harness.export.metadata import metadata
 from harness.export.names import LONGEST, Name, base_of, hub_id
-from harness.formats import NVFP4, KVCache, Scheme
+from harness.formats import NVFP4, Format, KVCache, Scheme
 from harness.models import prepare
 from harness.models.families import FAMILIES, Adapter
 from harness.models.load import untie
@@ -27,7 +28,7 @@ COMMAND = "python run.py format=w4a4kv4 'data.path=a|b'"
 def run_name(*overrides: str, **export) -> Name:
     cfg, choices = composed(*overrides)
     plain = settings(cfg) | {"export": {"base": None, "dataset": None, "training": None, "peft": None, **export}}
-    parts = {part: build(plain["format"][part]) for part in ("weight", "act", "kv")}
+    parts = {part: build(plain["format"][part], f"format.{part}", base) for part, base in PARTS.items()}
     scheme = Scheme(**parts, overrides=resolve(plain["format"], FAMILIES["llama"], 2))
     return Name.of(plain, choices, scheme, "lm_head")
 
@@ -162,7 +163,7 @@ def about(tmp_path_factory):
     prepare.swap(adapter)
     untie(model)
     plain = settings(cfg)
-    parts = {part: build(plain["format"][part]) for part in ("weight", "act")}
+    parts = {part: build(plain["format"][part], f"format.{part}", Format) for part in ("weight", "act")}
     chosen = {"model.layers.0.self_attn.q_proj": parts["weight"], "model.layers.1.mlp.down_proj": NVFP4()}
     qtensors = {name: format.quantize(model.get_submodule(name).weight) for name, format in chosen.items()}
     metrics = {

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from harness.calibration.subject import ModelSubject
 from harness.config import build, option
 from harness.errors import ConfigError
-from harness.formats import NVFP4, Integer, KVCache, Scheme
+from harness.formats import NVFP4, Format, Integer, KVCache, Scheme
 from harness.linalg.hadamard import Hadamard, hadamard
 from harness.linalg.stiefel import deviation, project, qr_orth, random_orthogonal
 from harness.models.attention import attach
@@ -21,7 +21,7 @@ from harness.models.live import live
 from harness.models.prepare import fuse_norms, place, swap
 from harness.models.quant_linear import SiteInput
 from harness.models.tiny import Tiny
-from harness.transforms import Blocks, Context, Diagonal, Kronecker, Placement, Role, Rotation, fold, merge
+from harness.transforms import Blocks, Context, Diagonal, Kronecker, Placement, Role, Rotation, Transform, fold, merge
 from harness.transforms.layerwise import Ridge
 from harness.transforms.learn import Descent, Orthogonal, Teacher, held_out_loss
 from harness.transforms.pca import PCA, principal_axes
@@ -32,7 +32,7 @@ from harness.transforms.smoothquant import NORM_SITES, PRODUCT_SITES, SmoothQuan
 F64 = torch.float64
 IDS, WINDOWS = token_ids(), token_ids(4, 32, seed=2)
 INT8 = Integer(bits=8, granularity="token", role="activation")
-NVFP4_ACT = build(option("format", "nvfp4")["act"])
+NVFP4_ACT = build(option("format", "nvfp4")["act"], "format.act", Format)
 OFF = {"r1": "off", "r2": False, "r3": "off", "r4": "off"}
 ALL = {"r1": "hadamard", "r2": True, "r3": "on", "r4": "on"}
 ROTATIONS = [
@@ -101,7 +101,7 @@ def layer_part(adapter, name, layer=0):
 
 def transform(name, **settings):
     own = {k: v for k, v in option("transform", name).items() if k not in ("name", "smooth", "save", "load")}
-    return build({**own, **settings}, "transform")
+    return build({**own, **settings}, "transform", Transform)
 
 
 # rotations

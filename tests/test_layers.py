@@ -12,7 +12,7 @@ FLOORS = [
     {"transforms", "solvers"},
     {"models", "calibration"},
     {"evaluation", "export", "tracking", "report"},
-    {"plan", "marks", "components", "allocation", "overrides", "solved", "outside", "blockwise", "hints"},
+    {"plan", "unread", "marks", "components", "allocation", "overrides", "solved", "outside", "blockwise", "hints"},
     {"pipeline", "stages", "measure", "exported", "devices"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

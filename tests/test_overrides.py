@@ -10,7 +10,7 @@ from safetensors import safe_open
 from harness.config import build, option, settings
 from harness.errors import ConfigError
 from harness.export.encodings import encoding
-from harness.formats import MX, Integer
+from harness.formats import MX, Format, Integer
 from harness.models.families import FAMILIES
 from harness.overrides import resolve
 from harness.pipeline import execute
@@ -39,7 +39,7 @@ def test_values_may_be_bits_options_or_settings():
     found = resolved({"down_proj": "mxfp8", "up_proj": {"weight": {"group_size": 32}}, "q_proj": {"weight": 16}})
     assert isinstance(found[0, DOWN]["weight"], MX)
     assert found[0, DOWN]["act"].role == "activation"
-    assert found[0, UP] == {"weight": build(option("format", "int4")["weight"] | {"group_size": 32})}
+    assert found[0, UP] == {"weight": build(option("format", "int4")["weight"] | {"group_size": 32}, "format.weight", Format)}
     assert found[0, Q] == {"weight": None}
 
 
@@ -47,7 +47,7 @@ def test_outside_the_blocks_only_what_is_named():
     assert resolved({}) == {}
     found = resolved({"lm_head": 8, "embed_tokens": 8})
     assert found[None, "lm_head"]["weight"].bits == 8
-    assert found[None, "lm_head"]["act"] == build(option("format", "int4")["act"])
+    assert found[None, "lm_head"]["act"] == build(option("format", "int4")["act"], "format.act", Format)
     assert set(found[None, "model.embed_tokens"]) == {"weight"}
     assert resolved({"lm_head": 16})[None, "lm_head"] == {"weight": None, "act": None}
 

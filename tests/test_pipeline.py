@@ -94,6 +94,15 @@ def test_untouched_model(tmp_path):
     assert metrics["bits_per_weight"] == 32
 
 
+@pytest.mark.parametrize("unread", ["data.calibration.windows=200000", "data.calibration.length=8192",
+                                    "data.calibration.path=nowhere.txt"])
+def test_calibration_settings_are_no_matter_where_nothing_calibrates(tmp_path, unread):
+    plain, other = (run(tmp_path / name, "format=none", "solver=none", *own) for name, own in (("a", []), ("b", [unread])))
+    assert other.status == "done", other.error
+    assert other.metrics["stages"] == plain.metrics["stages"]
+    assert other.metrics["run_id"] == plain.metrics["run_id"]
+
+
 def test_activations_alone_and_weights_alone(tmp_path):
     both = run(tmp_path, "format=nvfp4", "solver=rtn").metrics["stages"]["quantized"]["ppl"]["pydoc"]
     weights = run(tmp_path, "format=nvfp4", "solver=rtn", "format.act.bits=16").metrics["stages"]["quantized"]["ppl"]["pydoc"]

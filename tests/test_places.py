@@ -6,7 +6,7 @@ from test_matrix import run
 from harness.config import build, option
 from harness.errors import ConfigError
 from harness.formats import NVFP4, Scheme
-from harness.transforms import Context
+from harness.transforms import Context, Transform
 from harness.transforms.quarot import QuaRot
 
 
@@ -63,6 +63,6 @@ def test_a_head_without_a_hadamard_matrix_takes_the_way_out():
 def test_codecs_take_blocks_that_divide_the_head():
     settings = {k: v for k, v in option("transform", "adacodec").items() if k not in ("name", "smooth", "save", "load")}
     widths, scheme = {"attn_in": 96, "o_in": 96, "mlp_in": 96, "down_in": 160}, Scheme(act=NVFP4(role="activation"))
-    context, codec = Context(widths, 1, 2, 2, 48, scheme, 0), build(settings, "transform")
+    context, codec = Context(widths, 1, 2, 2, 48, scheme, 0), build(settings, "transform", Transform)
     codec.check(context)
     assert codec._block(context) == 16

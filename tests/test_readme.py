@@ -6,11 +6,11 @@ import torch
 from composed import ROOT
 
 
-def test_python_examples_run_one_after_the_other():
+def test_each_python_example_runs_by_itself():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    names: dict = {}
     with torch.random.fork_rng(devices=[]):
         for block in blocks:
+            names: dict = {}
             exec(block, names)
     assert len(blocks) == 2
     assert names["placements"]["quarot"].residual is not None

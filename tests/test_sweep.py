@@ -7,11 +7,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 
+import pytest
 from composed import ROOT, SMALL
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException
 from test_cli import command
 
 from harness.devices import free
+from harness.report.sweep import sweep
 
 GRID = ["format=nvfp4,int4", "transform=hadamard,dartquant", "solver=rtn,gptq", "data.calibration.windows=16"]
 
@@ -88,6 +93,30 @@ def test_a_run_that_two_jobs_of_a_sweep_want_is_computed_once(tmp_path):
     assert "2 jobs, 0 failed" in swept.stdout
     blocks = [event["index"] for _, event in events(tmp_path / "runs") if event["event"] == "block"]
     assert len(blocks) == len(set(blocks)) > 0
+
+
+def rows(tmp_path, monkeypatch, *words):
+    """The overrides of each job of a sweep, nothing run."""
+    monkeypatch.setenv("HARNESS_ROOT", str(ROOT))
+    monkeypatch.setenv("HARNESS_SWEEP", "sweep")
+    found = []
+    sweep(lambda cfg: found.append(list(HydraConfig.get().overrides.task)), ["tracking=local", f"run_root={tmp_path}", *words])
+    return [" ".join(word for word in row if not word.startswith(("tracking=", "run_root="))) for row in found]
+
+
+def test_a_setting_applies_to_the_rows_whose_options_have_it(tmp_path, monkeypatch):
+    jobs = partial(rows, tmp_path, monkeypatch)
+    assert jobs("experiment=adascale_qsim", "solver.iterations=20,30") == [
+        "solver=minmax experiment=adascale_qsim",
+        "solver=adascale_paper experiment=adascale_qsim solver.iterations=20",
+        "solver=adascale_paper experiment=adascale_qsim solver.iterations=30",
+    ], "and a row that lacks what varies stands once"
+    assert jobs("transform=identity,quarot,pca", "transform.r3=on", "transform.head=false") == [
+        "transform=identity", "transform=quarot transform.r3=on", "transform=pca transform.head=False"]
+    assert jobs("eval=perplexity,zeroshot", "eval.zeroshot.limit=5", "++data.beside=c4") == [
+        "eval=perplexity ++data.beside=c4", "eval=zeroshot eval.zeroshot.limit=5 ++data.beside=c4"]
+    with pytest.raises(ConfigCompositionException, match=r"solver\.iterationz"):
+        jobs("experiment=adascale_qsim", "solver.iterationz=20")
 
 
 def test_a_row_is_run_again_by_its_command(tmp_path):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from harness.config import build
 from harness.errors import ConfigError
-from harness.tracking import Local, RunInfo, Several, Tracker, Wandb, build
+from harness.tracking import Local, RunInfo, Several, Tracker, Trackers, Wandb
 from harness.tracking.base import without_secrets
 
 CONFIG = {
@@ -267,12 +268,11 @@ print(len(warnings), "offline" in warnings[0])
 
 
 def test_settings_that_cannot_work():
-    with pytest.raises(ConfigError, match=r"tracking\.mode='ofline'.*offline"):
-        build(mode="ofline")
-    with pytest.raises(ConfigError, match=r"tracking\.wandb='maybe'"):
-        build(wandb="maybe")
-    with pytest.raises(ConfigError, match=r"tracking\.tags='a'.*\[a\]"):
-        build(tags="a")
+    target = {"_target_": "harness.tracking.Trackers"}
+    for settings, told in (({"mode": "ofline"}, r"mode='ofline'.*offline"), ({"wandb": "maybe"}, "wandb=maybe: needs true"),
+                           ({"tags": "a"}, "tags=a: needs a list, each a word"), ({"name": 5}, "name=5: needs a word or null")):
+        with pytest.raises(ConfigError, match=rf"tracking\.{told}"):
+            build(target | settings, "tracking", Tracker)
 
 
 def test_both_configurations_have_the_same_fields():
@@ -283,5 +283,5 @@ def test_both_configurations_have_the_same_fields():
 
 
 def test_the_built_tracker_always_writes_locally(run):
-    play(build(wandb=False), run)
+    play(Trackers(wandb=False), run)
     assert (run.directory / "tracking" / "summary.json").exists()

@@ -61,6 +61,19 @@ def test_accuracy_by_hand(folder):
     assert shown(figures["words"])[0] == "acc"
 
 
+def test_lines_end_at_newlines_and_a_row_is_what_its_own_keys_say(folder):
+    """U+2028 and U+0085 are letters of a JSON string; what else a row holds, of whatever type, is not looked at."""
+    more = [{"context": "A story.", "id": 1}, {"context": None, "id": "two"}, {}]
+    rows = [{**row, "query": f"Read:\u2028{row['query']}\x85"} for row in CHOICES]
+    for name, extra in (("plain", [{}] * 12), ("richer", more * 4)):
+        lines = [json.dumps(row | own, ensure_ascii=False) for row, own in zip(rows, extra)]
+        (folder / f"{name}.jsonl").write_bytes("\r\n".join(lines).encode())
+    figures, samples = zeroshot(*Tiny().load(), ZeroShot.of({"tasks": ["plain", "richer"], "data_path": str(folder)}))
+    assert figures["plain"]["n"] == 12
+    assert figures["richer"] == figures["plain"]
+    assert samples["richer"] == samples["plain"]
+
+
 def test_the_same_as_lm_eval_itself(folder):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -184,9 +197,9 @@ def test_bad_settings_are_refused(section, error, words):
     ("{", "line 1 is not JSON"), ('{"query": "a"}', "line 1 has neither"),
     ('{"query": "a", "choices": ["x", "y"], "gold": 7}', "line 1 has neither"),
     ('{"context": "a", "continuation": 5}', "line 1 has neither"), ("", "empty"),
-    (json.dumps(CHOICES[0]) + "\n" + json.dumps(WORDS[0]), "mixes"),
+    (json.dumps(CHOICES[0]) + "\n" + json.dumps(WORDS[0]), "mixes"), ("\xe9", "not UTF-8"),
 ])
 def test_bad_files_are_named(folder, content, words):
-    (folder / "sums.jsonl").write_text(content)
+    (folder / "sums.jsonl").write_bytes(content.encode("latin-1"))
     with pytest.raises(DataError, match=words):
         ZeroShot.of({"tasks": ["sums"], "data_path": str(folder)})

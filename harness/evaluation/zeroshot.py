@@ -22,13 +22,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy
 
-from harness.checks import integer, known_keys, nearest
+from harness.checks import integer, nearest, typed
 from harness.errors import ConfigError, DataError
 from harness.evaluation.agreement import NAME, documents
 
+CHOICE, CONTINUATION = ("query", "choices", "gold"), ("context", "continuation")
 METRICS = ("acc_norm", "acc", "exact_match", "mc2", "mc1")  # the first that a task has is the one shown
 
 
@@ -41,7 +43,7 @@ class ZeroShot:
     data_path: str | None = None
     include_path: str | None = None
     limit: int | None = None
-    shots: int | Mapping[str, int] | None = None
+    shots: int | Mapping[str, int | None] | None = None
     batch_size: int = 8
 
     @classmethod
@@ -49,10 +51,9 @@ class ZeroShot:
         """From `eval.zeroshot`; None where it is off. Raises ConfigError."""
         if section is None:
             return None
-        known_keys("eval.zeroshot.", section, cls.__dataclass_fields__)
-        tasks = section.get("tasks")
-        listed = isinstance(tasks, list) and tasks and all(isinstance(task, str) for task in tasks)
-        if not listed or len(set(tasks)) < len(tasks):
+        typed("eval.zeroshot.", section, get_type_hints(cls), needed=("tasks",))
+        tasks = section["tasks"]
+        if not tasks or len(set(tasks)) < len(tasks):
             raise ConfigError(f"eval.zeroshot.tasks={tasks}: needs a list of tasks, each once, e.g. [agreement].")
         integer("eval.zeroshot.limit", section.get("limit"), optional=True)
         integer("eval.zeroshot.batch_size", section.get("batch_size", 8))
@@ -186,20 +187,27 @@ def _configured(chosen: ZeroShot, name: str):
 
 
 def _read(path: Path) -> list[dict]:
-    """The documents of a file. Raises DataError naming the line."""
+    """The documents of a file, one a line that ends in \\n, with the keys of their kind alone. Raises DataError naming the
+    line."""
+    try:
+        content = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"eval.zeroshot: {path} is not UTF-8 ({error.reason} at byte {error.start}); convert it.") from None
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError:
             raise DataError(f"eval.zeroshot: {path} line {number} is not JSON.") from None
-        if not isinstance(row, dict) or not (_is_choice(row) or _is_continuation(row)):
+        kinds = {CHOICE: _is_choice, CONTINUATION: _is_continuation}
+        own = next((keys for keys, fits in kinds.items() if isinstance(row, dict) and fits(row)), None)
+        if own is None:
             raise DataError(f"eval.zeroshot: {path} line {number} has neither query, choices (texts), gold (the index of "
                             "one) nor context and continuation (texts).")
-        rows.append(row)
-    if not rows or any(("context" in row) != ("context" in rows[0]) for row in rows):
+        rows.append({key: row[key] for key in own})
+    if not rows or any(row.keys() != rows[0].keys() for row in rows):
         raise DataError(f"eval.zeroshot: {path} is empty or mixes two kinds of documents.")
     return rows
 

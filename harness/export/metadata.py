@@ -29,6 +29,7 @@ from harness.export.base import Snapshot
 from harness.export.names import base_of, hub_id, word
 from harness.formats import Format, KVCache
 from harness.models.families import Adapter, head_dim
+from harness.models.load import ModelSource
 from harness.models.quant_linear import QuantLinear
 from harness.store import version
 
@@ -132,7 +133,7 @@ def _sizes(adapter: Adapter, tied: bool, stored_bits: int, folder: Path) -> dict
 
 def _tied(section: Mapping) -> bool:
     """Whether the model came with one matrix for head and embedding."""
-    return bool(build(section, "model").facts().get("tie_word_embeddings"))
+    return bool(build(section, "model", ModelSource).facts().get("tie_word_embeddings"))
 
 
 def _kv_bytes(kv: KVCache | None, facts: Mapping) -> dict:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from harness.config import build
 from harness.errors import ConfigError
+from harness.models.load import ModelSource
 
 if TYPE_CHECKING:
     from harness.export.base import Snapshot
@@ -159,7 +160,7 @@ def base_of(model: Mapping) -> str:
     """What names of a model begin with: the last part of its hub id or folder, else the model's own name."""
     if hub_id(model) is not None:
         return Path(hub_id(model)).name
-    return Path(model["path"]).expanduser().resolve().name if model.get("path") else build(model, "model").name
+    return Path(model["path"]).expanduser().resolve().name if model.get("path") else build(model, "model", ModelSource).name
 
 
 def hub_id(model: Mapping) -> str | None:

@@ -77,6 +77,11 @@ class Format(ABC):
         one_of(f"{type(self).__name__}: {field}", getattr(self, field), legal)
 
     @property
+    def unread(self) -> tuple[str, ...]:
+        """Fields without effect as the others are set."""
+        return () if self.observer == "mse" else ("mse",)
+
+    @property
     def zero_bits(self) -> int:
         return self.bits
 

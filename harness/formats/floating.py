@@ -41,6 +41,10 @@ class Floating(Format):
             )
 
     @property
+    def unread(self) -> tuple[str, ...]:
+        return (*super().unread, *([] if self.observer == "mse" else ["mse_on_rounded_scale"]))
+
+    @property
     def grid(self) -> Grid:
         return E2M1
 

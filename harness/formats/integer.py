@@ -81,6 +81,12 @@ class Integer(Format):
             raise ConfigError("Integer: zp=float_offset needs symmetric=false; a symmetric grid has no offset.")
 
     @property
+    def unread(self) -> tuple[str, ...]:
+        offset = ["zp_order", "zp_range"]
+        muted = [*offset, "incl0"] if self.symmetric else ["int_range", "int_scale"]
+        return (*super().unread, *muted, *(offset if self.zp == "float_offset" else []))
+
+    @property
     def signed(self) -> bool:
         return self.symmetric or (self.zp_range == "signed" and self.zp == "rounded")
 

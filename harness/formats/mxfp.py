@@ -51,6 +51,10 @@ class MX(Floating):
                               "(granularity=group, group_size=32); FP4 takes other groups.")
 
     @property
+    def unread(self) -> tuple[str, ...]:
+        return (*super().unread, *([] if self.mx_scale == "even" else ["mx_even_mbits"]))
+
+    @property
     def grid(self) -> Grid:
         return GRIDS[self.element]
 

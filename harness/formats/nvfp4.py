@@ -51,6 +51,11 @@ class NVFP4(Floating):
             raise ConfigError(f"{name}: scope={self.scope} is for activations; a weight has scope=tensor.")
 
     @property
+    def unread(self) -> tuple[str, ...]:
+        muted = {"fixed": ["scope"], "none": ["scope", "fixed_decode_scale"]}.get(self.global_scale, ["fixed_decode_scale"])
+        return (*super().unread, *muted)
+
+    @property
     def needs_static(self) -> bool:
         return self.scope == "static" and self.global_scale in ("amax", "amax_256")
 

@@ -40,6 +40,8 @@ class KVCache:
         except ConfigError as error:
             raise ConfigError(str(error).replace("Integer: ", "KVCache: ", 1)) from None
 
+    unread = ()  # fields without effect
+
     def part(self, name: str) -> Integer:
         """The format of one head's vectors [.., head_dim]; name: key | value."""
         grouped = self.group_size not in (None, -1)

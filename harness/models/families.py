@@ -52,7 +52,6 @@ class Family:
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
-    qk_norm: bool = False
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -125,7 +124,7 @@ FAMILIES = {
         _LLAMA,
         replace(_LLAMA, name="mistral"),
         replace(_LLAMA, name="qwen2"),
-        replace(_LLAMA, name="qwen3", qk_norm=True),
+        replace(_LLAMA, name="qwen3"),
     )
 }
 

@@ -1,5 +1,8 @@
-"""A multirun from its start to its end: how many jobs, how far they are, one table and one page of all of them, failed ones
+"""A multirun from its start to its end: which jobs, how far they are, one table and one page of all of them, failed ones
 included, and the exit status that `on_error` asks for.
+
+Hydra's own multirun composes the default options with every override first, and hands the same overrides to every job; here a
+setting that only some of the chosen options have applies to those. Hydra still composes, and its launchers launch.
 
     _sweeps/<sweep>/sweep.json     {"jobs", "overrides": of each, "started", "pid": of the process that launches}
     _sweeps/<sweep>/NNNNN.json     a finished job's row;  NNNNN.log what it said, where jobs run in other processes
@@ -8,24 +11,33 @@ included, and the exit status that `on_error` asks for.
 from __future__ import annotations
 
 import os
-import sys
+import re
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
+from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.hydra_config import HydraConfig
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.experimental.callback import Callback
-from omegaconf import OmegaConf, flag_override
+from hydra.core.plugins import Plugins
+from hydra.errors import ConfigCompositionException
+from hydra.types import HydraContext, RunMode
+from omegaconf import OmegaConf
 from rich.console import Console
 
-from harness.config import build
+from harness.config import ROOT, build
 from harness.report.page import write_page
 from harness.report.progress import Reporter
 from harness.report.table import sweep_table
 from harness.store import read_record, write_record
-from harness.tracking import RunInfo
+from harness.tracking import RunInfo, Tracker
 
 PERIOD = 0.5  # seconds between looks at jobs in other processes
 
@@ -71,71 +83,113 @@ def reporter(sweep: Path, job: int) -> Reporter:
     return Reporter(Console(file=open(sweep / f"{job:05d}.log", "w", buffering=1, encoding="utf-8"), width=140))
 
 
-class SweepTable(Callback):
-    """Hydra calls this before the first job and once all have ended."""
+def sweep(task: Callable, overrides: list[str]) -> int:
+    """Run `task`, a function of a composed configuration, for every job of a sweep; print its table, write its page. Returns
+    the exit status: 1 when a job failed and `on_error=raise`.
 
-    def __getstate__(self) -> dict:
-        """Nothing: launchers send it along with every job, and a thread cannot travel."""
-        return {}
-
-    def on_multirun_start(self, config, **kwargs) -> None:
-        """Let a setting of the command line replace the one that an option sweeps over, and count the jobs."""
-        given = config.hydra.overrides.task
-        named = {override.partition("=")[0].lstrip("+") for override in given}
-        swept = {key: value for key, value in (config.hydra.sweeper.get("params") or {}).items() if key not in named}
-        with flag_override(config, "readonly", False):
-            config.hydra.sweeper.params = swept or None
-        parsed = OverridesParser.create().parse_overrides([*(f"{key}={value}" for key, value in swept.items()), *given])
-        jobs = [list(own) for own in BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]]
-        self._folder, self._ended, self._watcher = Path(config.hydra.sweep.dir), threading.Event(), None
-        for old in self._folder.glob("[0-9]*.*"):  # of an earlier sweep, where HARNESS_SWEEP names the folder
+    Raises what Hydra raises for overrides that cannot be composed, before anything is written.
+    """
+    with initialize_config_dir(str(ROOT / "conf"), job_name="run", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        config, _, _ = _fitting(partial(loader.load_configuration, "config", run_mode=RunMode.MULTIRUN),
+                                [*overrides, "hydra.mode=MULTIRUN"])
+        jobs = _jobs(loader, config, overrides)
+        folder = Path(config.hydra.sweep.dir)
+        for old in folder.glob("[0-9]*.*"):  # of an earlier sweep, where HARNESS_SWEEP names the folder
             old.unlink()
         begun = {"jobs": len(jobs), "overrides": jobs, "started": time.time(), "pid": os.getpid()}
-        write_record(self._folder / "sweep.json", begun)
-        HydraConfig.instance().set_config(config)  # for who ends the sweep where the launcher gives it up
-        if not config.hydra.launcher._target_.endswith("BasicLauncher"):
-            self._watcher = threading.Thread(target=self._watch, args=(len(jobs),), daemon=True)
-            self._watcher.start()
-
-    def on_multirun_end(self, config, **kwargs) -> None:
-        """Print the table, write the page; exit with status 1 when a job failed and `on_error=raise`."""
-        if self._watcher is not None:
-            self._ended.set()
-            self._watcher.join()
-        close(config)
-
-    def _watch(self, jobs: int) -> None:
-        """Show how far jobs in other processes are: the sweep's bar, and the last line of each that runs."""
-        with Reporter().stage("sweep", jobs) as advance:
-            done, ended = 0, False
-            while not ended:
-                ended = self._ended.wait(PERIOD)
-                finished = {row["job"] for row in records(self._folder)}
-                logs = {int(path.stem): path for path in self._folder.glob("[0-9]*.log")}
-                lines = [f"job {job}: {_last_line(path)}" for job, path in sorted(logs.items()) if job not in finished]
-                for _ in range(len(finished) - done):
-                    advance()
-                done = len(finished)
-                advance(" | ".join(lines), steps=0)
+        write_record(folder / "sweep.json", begun)
+        context = HydraContext(config_loader=loader, callbacks=Callbacks())
+        launcher = Plugins.instance().instantiate_launcher(context, task, config)
+        with _watched(folder, len(jobs), launcher), suppress(BrokenExecutor):  # a worker was killed, and the pool gave up
+            for job in launcher.launch(jobs, initial_job_idx=0):
+                _ = job.return_value  # raises what the job did
+        return _close(config, folder)
 
 
-def close(config) -> None:
-    """The table and the page of a sweep, of what it has. SystemExit with status 1 when a job failed and `on_error=raise`."""
-    folder = Path(config.hydra.sweep.dir)
-    rows = everyone(folder)
+def swept(config, overrides: Iterable[str]) -> dict[str, str]:
+    """{setting: its values} that a chosen option goes through, without those that the command line sets."""
+    named = {_key(override) for override in overrides}
+    return {key: values for key, values in (config.hydra.sweeper.get("params") or {}).items() if key not in named}
+
+
+def _jobs(loader, config, overrides: list[str]) -> list[list[str]]:
+    """The overrides of each job: every combination, each without the settings that its options do not have.
+
+    Raises Hydra's error for a setting that no job has.
+    """
+    parsed = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in swept(config, overrides).items()), *overrides])
+    rows = BasicSweeper.split_arguments([one for one in parsed if not one.is_hydra_override()], max_batch_size=None)[0]
+    fitted = [_fitting(partial(loader.load_sweep_config, config), list(row))[1:] for row in rows]
+    for key, error in fitted[0][1].items():
+        if all(key in missing for _, missing in fitted):
+            raise error
+    once = {tuple(own) if missing else row: own for row, (own, missing) in enumerate(fitted)}  # rows that became alike
+    return list(once.values())
+
+
+def _fitting(compose: Callable, overrides: list[str]) -> tuple[object, list[str], dict[str, Exception]]:
+    """(the configuration, the overrides that it has a place for, {key: Hydra's error} of those that it has not)."""
+    missing: dict[str, Exception] = {}
+    while True:
+        own = [override for override in overrides if _key(override) not in missing]
+        try:
+            return compose(own), own, missing
+        except ConfigCompositionException as error:
+            found = re.match(r"Could not override '([^']+)'", str(error))
+            if found is None or found[1] not in map(_key, own):
+                raise
+            missing[found[1]] = error
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+@contextmanager
+def _watched(folder: Path, jobs: int, launcher) -> Iterator[None]:
+    """While jobs run in other processes, show how far they are."""
+    if isinstance(launcher, BasicLauncher):
+        yield
+        return
+    ended = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(folder, jobs, ended), daemon=True)
+    watcher.start()
     try:
-        sweep_table(rows)
-        _write_page(config, folder, {row["run_id"] for row in rows if row.get("run_id")})
-    finally:  # Hydra turns an exception of a callback into a warning; the exit status must not depend on a table
-        if config.on_error != "record" and any(row["status"] != "done" for row in rows):
-            sys.exit(1)
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _watch(folder: Path, jobs: int, over: threading.Event) -> None:
+    """The sweep's bar, and the last line of each job that runs."""
+    with Reporter().stage("sweep", jobs) as advance:
+        done, ended = 0, False
+        while not ended:
+            ended = over.wait(PERIOD)
+            finished = {row["job"] for row in records(folder)}
+            logs = {int(path.stem): path for path in folder.glob("[0-9]*.log")}
+            lines = [f"job {job}: {_last_line(path)}" for job, path in sorted(logs.items()) if job not in finished]
+            for _ in range(len(finished) - done):
+                advance()
+            done = len(finished)
+            advance(" | ".join(lines), steps=0)
+
+
+def _close(config, folder: Path) -> int:
+    """The table and the page of a sweep, of what it has; the exit status."""
+    rows = everyone(folder)
+    sweep_table(rows)
+    _write_page(config, folder, {row["run_id"] for row in rows if row.get("run_id")})
+    return int(config.on_error != "record" and any(row["status"] != "done" for row in rows))
 
 
 def _write_page(config, folder: Path, runs: set[str]) -> None:
     """One page of the sweep's runs; W&B gets it as the artifact of a run of its own in the sweep's group."""
     path = write_page(Path(config.run_root), folder / "report.html", runs)
     print(f"page: {path}")
-    tracker = build(OmegaConf.to_container(config.tracking, resolve=True), "tracking")
+    tracker = build(OmegaConf.to_container(config.tracking, resolve=True), "tracking", Tracker)
     tracker.start({}, RunInfo(folder.name, None, folder, group=folder.name, job_type="sweep"))
     tracker.page(path)
     tracker.finish({"runs": len(runs)})

@@ -154,7 +154,7 @@ def sweep_table(rows: list[dict], console: Console | None = None) -> None:
         _line(console, f"warning (job {', '.join(numbers)}): {warning}", style="yellow")
     if any(_lost(row.get("ppl", {}), row.get("baseline", {})) for row in rows):
         _line(console, CHECKLIST)
-    _line(console, f"a row again: {shlex.join(['python', 'run.py', *shared])} <its overrides> hydra.mode=RUN")
+    _line(console, f"a row again: {shlex.join(['python', 'run.py', *shared])} <its overrides>")
 
 
 def _marked(text: str, marks: str | None) -> str:

@@ -41,6 +41,7 @@ class AdaScale(Solver):
     s3 (and s4); Adam, both falling to 0 by a cosine. lwc: learn beta and gamma. flexround: learn s2, s3. mix: share of the
     elements taken from the quantized prefix."""
 
+    unread: ClassVar[tuple[str, ...]] = ("sequencing", "hessian_input")
     scope: ClassVar[str] = "block"
     encodings: ClassVar[str] = "encodings"
 

@@ -84,7 +84,7 @@ class Solver:
 
     scope: `site` = `solve` sees one site at a time; `block` = `solve_block` sees a whole block. prepares: whether `prepare` is
     to be called with each block before its sites are solved. encodings: the folder of the run that gets the integer weights'
-    encodings.
+    encodings. unread: settings without effect.
 
     sequencing: `sites` = later sites of a block see earlier ones quantized (true-sequential); `block` = one pass a block.
     hessian_input: `fp` = X E, `quantized` = Q(X E), the input as it will be read; `auto` = quantized where a trained decoder
@@ -93,6 +93,7 @@ class Solver:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    unread: ClassVar[tuple[str, ...]] = ()
     scope: ClassVar[str] = "site"
     prepares: ClassVar[bool] = False
     encodings: ClassVar[str | None] = None

@@ -67,6 +67,8 @@ class AdaCodec(Transform):
         self.exact = decoder == "tied"
         self.free_decoder = decoder != "tied"
         self.residual = placement != "site"
+        if decoder == "ridge":  # solved for, not learned
+            self.unread = ("objective", "steps", "batch", "lr", "optimizer", "max_angle", "cap")
 
     @property
     def structure(self) -> dict[str, object]:

@@ -93,7 +93,8 @@ class Transform(ABC):
     name: of the option it was built from, for messages. exact: the function of the model must not change (the gate holds it to
     that). residual: the residual stream is rotated, so the head is untied and norm weights are fused first. learned: fitting
     costs so much that its result is stored. free_decoder: quantized inputs are not those of the original weights, so a
-    Hessian has to see them quantized. sees: the parts of the format that change what is learned.
+    Hessian has to see them quantized. sees: the parts of the format that change what is learned. unread: settings
+    without effect as the others are set.
     """
 
     name: str = "transform"
@@ -102,6 +103,7 @@ class Transform(ABC):
     learned: bool = False
     free_decoder: bool = False
     sees: tuple[str, ...] = ("act", "kv")
+    unread: tuple[str, ...] = ()
 
     def check(self, context: Context) -> list[str]:
         """Refuse what cannot work (ConfigError), before any weight is loaded; returns warnings for the result table."""

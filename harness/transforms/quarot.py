@@ -28,8 +28,8 @@ from harness.transforms.rotations import Rotations
 class QuaRot(Rotations):
     """r1: hadamard (of full order) | random (Haar) | off | a block size. online_heads: mix whole heads, online."""
 
-    def __init__(self, r1: str | int = "hadamard", r2: bool = True, r3: str = "auto", r4: str = "auto",
-                 online_heads: bool = False, random_signs: bool = True):
+    def __init__(self, r1: str | int | bool = "hadamard", r2: bool = True, r3: str | bool = "auto",
+                 r4: str | bool = "auto", online_heads: bool = False, random_signs: bool = True):
         super().__init__(r2, r3, r4, random_signs)
         self.r1 = "off" if r1 is False else r1
         self.online_heads = boolean("transform.online_heads", online_heads)

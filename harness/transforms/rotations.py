@@ -28,7 +28,7 @@ class Rotations(Transform):
 
     residual = True
 
-    def __init__(self, r2: bool = True, r3: str = "auto", r4: str = "auto", random_signs: bool = True):
+    def __init__(self, r2: bool = True, r3: str | bool = "auto", r4: str | bool = "auto", random_signs: bool = True):
         self.r2, self.random_signs = boolean("transform.r2", r2), boolean("transform.random_signs", random_signs)
         self.r3, self.r4 = switch("transform.r3", r3), switch("transform.r4", r4)
 

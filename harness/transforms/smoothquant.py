@@ -27,12 +27,12 @@ NORM_SITES, PRODUCT_SITES = ("attn_in", "mlp_in"), ("o_in", "down_in")
 
 
 class SmoothQuant(Transform):
-    """alpha in [0, 1]; sites: where, default all four. field: how error messages call this part of the configuration."""
+    """alpha in [0, 1]; sites: where, default all four."""
 
-    def __init__(self, alpha: float = 0.5, sites: list[str] | None = None, field: str = "transform"):
-        number(f"{field}.alpha", alpha, 0, 1)
+    def __init__(self, alpha: float = 0.5, sites: list[str] | None = None):
+        number("SmoothQuant: alpha", alpha, 0, 1)
         known = (*NORM_SITES, *PRODUCT_SITES)
-        self.alpha, self.sites = alpha, known if sites is None else tuple(names(f"{field}.sites", sites, known))
+        self.alpha, self.sites = alpha, known if sites is None else tuple(names("SmoothQuant: sites", sites, known))
 
     def check(self, context: Context) -> list[str]:
         act = context.scheme.act

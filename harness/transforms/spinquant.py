@@ -32,8 +32,8 @@ class SpinQuant(QuaRot):
     learned = True
 
     def __init__(self, objective: str, steps: int, batch: int, lr: float, optimizer: str = "cayley",
-                 max_angle: float | None = None, cap: str = "tensor", r1: str | int = "hadamard", r2: bool = True,
-                 r3: str = "auto", r4: str = "auto", random_signs: bool = True):
+                 max_angle: float | None = None, cap: str = "tensor", r1: str | int | bool = "hadamard",
+                 r2: bool = True, r3: str | bool = "auto", r4: str | bool = "auto", random_signs: bool = True):
         super().__init__(r1, r2, r3, r4, random_signs=random_signs)
         self.objective = one_of("transform.objective", objective, ("lm", "kd"))
         if self.r1 == "off" and not self.r2:

@@ -24,14 +24,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import count
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
-from harness.checks import boolean, integer, known_keys, names, number, one_of
-from harness.errors import ConfigError
+from harness.checks import integer, names, number, one_of, typed
 from harness.linalg.hadamard import reachable
 from harness.linalg.stiefel import project, qr_orth
 from harness.transforms.base import Context, Subject, generator
@@ -63,16 +63,12 @@ class Calibration:
     @classmethod
     def of(cls, settings: Mapping, field: str) -> Calibration:
         """From a part of the configuration. Raises ConfigError for a key or a value that makes no sense."""
-        known_keys(f"{field}.", settings, [f.name for f in fields(cls)])
-        for name in ("lr", "epochs", "batch"):
-            if name not in settings:
-                raise ConfigError(f"{field}.{name}: this setting is missing.")
+        typed(f"{field}.", settings, get_type_hints(cls), needed=("lr", "epochs", "batch"))
         own = cls(**settings)
         number(f"{field}.lr", own.lr, 0, 1e6)
         integer(f"{field}.epochs", own.epochs, low=0)
         integer(f"{field}.batch", own.batch)
         number(f"{field}.momentum", own.momentum, 0, 1)
-        boolean(f"{field}.cosine", own.cosine)
         integer(f"{field}.steps_per_epoch", own.steps_per_epoch, optional=True)
         if own.grad_clip is not None:
             number(f"{field}.grad_clip", own.grad_clip, 1e-12, 1e12)
@@ -123,7 +119,8 @@ class Whip(Rotations):
     sees = ()  # R1 and R2 come from float activations
 
     def __init__(self, schedule: str, r1_targets: list[str], max_tokens_per_site: int, r1: Mapping, r2: Mapping | None,
-                 share: float = 1.0, sinks: float = 0.0, r3: str = "auto", r4: str = "auto", random_signs: bool = True):
+                 share: float = 1.0, sinks: float = 0.0, r3: str | bool = "auto", r4: str | bool = "auto",
+                 random_signs: bool = True):
         super().__init__(r2 is not None, r3, r4, random_signs)
         self.schedule = one_of("transform.schedule", schedule, SCHEDULES)
         self.sites = [TARGETS[target] for target in names("transform.r1_targets", r1_targets, TARGETS)]
