@@ -25,7 +25,8 @@ FIELDS = {  # {section: {setting: its type}} of what no class is built from
     "data.calibration": WINDOWS | {"order": str, "path": str | None, "activations": str},
     "format": {"name": str, "weight": Mapping, "act": Mapping, "kv": Mapping, "overrides": Mapping | None,
                "auto": Mapping | None},
-    "eval": {"name": str, "perplexity": Mapping, "streaming": bool, "zeroshot": Mapping | None},
+    "eval": {"name": str, "perplexity": Mapping, "layer_windows": int | None, "streaming": bool,
+             "zeroshot": Mapping | None},
     "eval.perplexity": WINDOWS | {"corpora": list[str]},
 }
 RESULTS_VERSION = 2  # raised by every change that moves a number, so that no stale result is replayed

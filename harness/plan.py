@@ -64,6 +64,8 @@ class Plan:
         if self.zeroshot is not None:
             tested.append(self.zeroshot.fingerprint())
         made = [model, self._format(), self._transform(), chosen["solver"], chosen["seed"]]
+        if self.quantizes:
+            made.append(chosen["eval"]["layer_windows"])
         if self.calibrates:
             made += [self.calibration_corpus.fingerprint("calibration"), vars(self.calibration)]
         labels = "-".join(str(self.choices.get(group) or group) for group in ("model", "format", "transform", "solver"))
@@ -183,6 +185,7 @@ def make_plan(settings: dict, choices: Mapping[str, str | None], overrides: Sequ
         integer("data.calibration.length", chosen["length"], low=2),
         one_of("data.calibration.order", chosen["order"], ("first", "random")),
     )
+    integer("eval.layer_windows", settings["eval"]["layer_windows"], optional=True)
     perplexity = settings["eval"]["perplexity"]
     evaluation = Windows(
         integer("eval.perplexity.windows", perplexity["windows"], optional=True),

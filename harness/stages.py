@@ -128,9 +128,20 @@ def allocation(job, adapter: Adapter, calibration: Tensor) -> Scheme:
     return replace(scheme, overrides=overrides)
 
 
+def _reads(parts) -> bool:
+    """Whether solving makes anything of the calibration text, rather than only measuring errors on it."""
+    scheme, solver = parts.scheme, parts.solver
+    acts = [scheme.act, *(own.get("act") for own in scheme.overrides.values())]
+    if any(act is not None and act.needs_static for act in acts):
+        return True
+    return solver is not None and bool(solver.needs or solver.prepares or solver.scope == "block")
+
+
 def quantize(job, adapter: Adapter, calibration: Tensor) -> None:
     """Solve the weights block by block, going on from what the store has; reports, encodings and bits per weight."""
     plan, parts = job.plan, job.parts
+    if not _reads(parts):
+        calibration = calibration[: plan.settings["eval"]["layer_windows"]]
     found = 0 if plan.settings["force"] else job.store.adopt_blocks(job.run, plan.quant_id)
     if found:
         job.reporter.say(f"quantize: {found} of {len(adapter.blocks)} blocks are in the store")

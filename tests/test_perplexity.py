@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from harness.calibration.windows import windows
-from harness.evaluation.perplexity import perplexity, window_losses
+from harness.evaluation.perplexity import LOGITS_AT_ONCE, perplexity, window_losses
+from harness.formats import NVFP4
 from harness.models.families import Adapter
+from harness.models.prepare import swap_head
 from harness.models.tiny import VOCABULARY, Tiny
 
 LENGTH = 300  # more than the tokens whose logits are held at once, and no multiple of them
@@ -58,3 +60,15 @@ def test_progress_is_told_once_a_window(model):
     calls = []
     window_losses(Adapter(model), ids(3 * 40).view(3, 40), advance=lambda: calls.append(1))
     assert len(calls) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scope", ["tensor", "token"])
+def test_a_head_whose_scale_spans_tokens_reads_a_window_at_once(scope):
+    """Not the pieces in which logits are made: their number is no setting of the run."""
+    adapter, length = Adapter(Tiny().load()[0]), 2 * LOGITS_AT_ONCE
+    swap_head(adapter).site.format = NVFP4(role="activation", scope=scope)
+    window = ids(length)
+    hidden = adapter.backbone(window[None], use_cache=False).last_hidden_state[:, :-1]
+    wanted = torch.nn.functional.cross_entropy(adapter.head(hidden)[0], window[1:], reduction="sum")
+    torch.testing.assert_close(window_losses(adapter, window[None])[0].float(), wanted, rtol=1e-6, atol=0)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from harness.calibration.stream import Stream
 from harness.models.families import Adapter
+from harness.models.quant_linear import QuantLinear
 
 LOGITS_AT_ONCE = 256  # tokens whose logits are held at a time; a vocabulary of 150,000 makes that 150 MB
 Watch = Callable[[int, int, Tensor, Tensor], None]
@@ -34,17 +35,23 @@ def window_losses(adapter: Adapter, windows: Tensor, amp: torch.dtype | None = N
     device = adapter.device
     with torch.autocast(device.type, dtype=amp) if amp is not None else nullcontext():
         passed = _by_block(adapter, windows, advance) if streaming else _by_window(adapter, windows, advance)
-        losses = []
+        losses, piece = [], _piece(adapter, windows.shape[1])
         for index, (hidden, window) in enumerate(zip(passed, windows)):
             ids = window.to(device)
             loss = torch.zeros((), dtype=torch.float64, device=device)
-            for part, (states, targets) in enumerate(zip(hidden[:-1].split(LOGITS_AT_ONCE), ids[1:].split(LOGITS_AT_ONCE))):
+            for part, (states, targets) in enumerate(zip(hidden[:-1].split(piece), ids[1:].split(piece))):
                 logits = adapter.head(states[None])[0].float()  # a window is a batch of one, also to who quantizes tokens
                 loss += nn.functional.cross_entropy(logits, targets, reduction="none").double().sum()
                 if watch is not None:
-                    watch(index, part * LOGITS_AT_ONCE, states, logits)
+                    watch(index, part * piece, states, logits)
             losses.append(loss.cpu())
     return torch.stack(losses)
+
+
+def _piece(adapter: Adapter, length: int) -> int:
+    """Tokens that pass the head at a time: all of a window where a scale of its input is taken over more than one."""
+    act = adapter.head.site.format if isinstance(adapter.head, QuantLinear) else None
+    return length if act is not None and act.spans_tokens else LOGITS_AT_ONCE
 
 
 def steps(adapter: Adapter, windows: Tensor, streaming: bool) -> int:
