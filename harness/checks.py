@@ -72,20 +72,21 @@ def typed(field: str, section: Mapping, hints: Mapping[str, object], needed: Ite
         if key not in section:
             raise ConfigError(f"{field}{key}: this setting is missing, and nothing runs without it.")
     for key, value in section.items():
-        if not _fits(value, hints[key]):
+        if not fits(value, hints[key]):
             raise ConfigError(f"{field}{key}={value}: needs {_words(hints[key])}.")
 
 
-def _fits(value, hint) -> bool:
+def fits(value, hint) -> bool:
+    """Whether a plain value is of a type, e.g. Mapping[str, float | None]; see `typed`."""
     origin, inner = _parts(hint)
     if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
+        return any(fits(value, one) for one in inner)
     if origin in (int, float):
         return not isinstance(value, bool) and isinstance(value, int | origin)
     if issubclass(origin, Mapping):
-        return isinstance(value, Mapping) and all(_fits(own, one) for one in inner[1:] for own in value.values())
+        return isinstance(value, Mapping) and all(fits(own, one) for one in inner[1:] for own in value.values())
     if issubclass(origin, Sequence) and origin is not str:
-        return isinstance(value, list | tuple) and all(_fits(own, one) for one in inner[:1] for own in value)
+        return isinstance(value, list | tuple) and all(fits(own, one) for one in inner[:1] for own in value)
     return isinstance(value, origin)
 
 

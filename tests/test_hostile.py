@@ -22,6 +22,7 @@ from harness.models.checkpoint_source import CheckpointModel
 from harness.models.families import context_of
 from harness.models.tiny import Tiny
 from harness.pipeline import execute
+from harness.report.__main__ import main as report
 from harness.transforms import file
 
 TARGETS = {  # of this package, of the standard library, of a file beside the checkpoint
@@ -131,3 +132,22 @@ def test_the_metadata_of_a_checkpoint(folder, tmp_path, target):
         assert outcome.status == "done", outcome.error
         assert not any(witness.parent.iterdir())
         assert "planted" not in sys.modules
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_records_of_a_run(tmp_path, target, capsys):
+    outcome = execute(*small(tmp_path))
+    witness = tmp_path / "witness" / "file"
+    witness.parent.mkdir()
+    for name in ("metrics.json", "status.json"):
+        path = outcome.run.path / name
+        whole = path.read_text()
+        record = json.loads(whole)
+        for place in places(record):
+            path.write_text(json.dumps(planted(record, place, TARGETS[target](witness))))
+            for command in ("ls", "show", "page"):
+                words = [outcome.run.path.name] if command == "show" else []
+                report([command, str(tmp_path / "runs"), *words])
+            assert not any(witness.parent.iterdir())
+            assert "planted" not in sys.modules
+        path.write_text(whole)

@@ -30,7 +30,7 @@ def warnings(tmp_path, *overrides):
     (["transform=adacodec", "transform.placement=site", "transform.decoder=ridge", "transform.lr=1"],
      "transform.lr", "AdaCodec as it is set"),
     (["tracking.entity=me"], "tracking.entity", "tracking.wandb=false"),
-    (["export=compressed_tensors", "export.scale_dtype=fp16"], "export.scale_dtype", "format=nvfp4"),
+    (["export=compressed_tensors", "export.serves.weight.scale_dtype=fp16"], "export.serves.weight.scale_dtype", "format=nvfp4"),
     (["format=none", "solver=none", "data.calibration.order=random"], "data.calibration.order", "nothing to calibrate"),
 ], ids=str)
 def test_a_setting_without_effect_is_a_warning(tmp_path, overrides, key, why):
@@ -42,7 +42,8 @@ def test_a_setting_without_effect_is_a_warning(tmp_path, overrides, key, why):
     ["format.kv.bits=16", "tracking.wandb=false"], ["format.kv.bits=4", "format.kv.clip_k=0.9"],
     ["format.weight.observer=mse", "format.weight.mse.grid=50"], ["solver.hessian_input=fp", "solver.sequencing=block"],
     ["format.weight.global_scale=fixed", "format.weight.fixed_decode_scale=0.25"],
-    ["format=int4", "format.weight.group_size=32", "export=compressed_tensors", "export.scale_dtype=bf16"],
+    ["format=int4", "format.weight.group_size=32", "export=compressed_tensors", "export.serves.weight.scale_dtype=bf16"],
+    ["tracking=local", "format=int8", "eval=zeroshot"],
     ["format.act.bits=16", "format.act.fp4_ties=away", "format.overrides={down_proj: {act: 4}}"],
 ], ids=str)
 def test_a_setting_that_is_read_is_not(tmp_path, overrides):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from harness.report import shapes
 from harness.store import Run, Store, checked, held
 
 LABELS = ("model", "format", "transform", "solver")  # what a run id begins with
@@ -21,7 +22,7 @@ def row(run: Run) -> dict:
     `labels`, the choices as they are shown: of a checkpoint measured again those that made it. Fields a run never reached, or
     that are not what they should be, are empty."""
     try:
-        status, metrics = dict(run.status), dict(run.metrics or {})
+        status, metrics = shapes.sound(run.status, shapes.STATUS), shapes.metrics(run.metrics)
         state = status.get("status", "interrupted")
         if state == "running" and not held(run.path / "lock"):
             state = "interrupted"
@@ -30,14 +31,12 @@ def row(run: Run) -> dict:
     empty = {"quant_id": status.get("quant_id"), "baseline_id": None, "choices": {}, "stages": {}, "bits_per_weight": None,
              "seconds": {}, "peak_memory_mb": None, "layers": [], "warnings": [], "marks": {}, "notes": {},
              "holds": {}, "command": status.get("command")}
-    sound = {key: value for key, value in metrics.items()
-             if empty.get(key) is None or isinstance(value, type(empty[key]))}
     kept = {key: status.get(key) for key in ("stage", "error", "started", "updated", "sweep")}
-    found = empty | sound | kept | {"run_id": run.path.name, "status": state, "path": str(run.path)}
-    found["choices"] = dict(zip(LABELS, run.path.name.rsplit("-", 4))) | _options(found["choices"])
-    found["labels"] = found["choices"] | _options(found["holds"])
-    stages = {name: stage for name, stage in found["stages"].items() if isinstance(stage, dict)}
-    found["stages"] = {name: stage | {"ppl": _with_nan(stage.get("ppl") or {})} for name, stage in stages.items()}
+    found = empty | metrics | kept | {"run_id": run.path.name, "status": state, "path": str(run.path)}
+    found["choices"] = dict(zip(LABELS, run.path.name.rsplit("-", 4))) | found["choices"]
+    found["labels"] = found["choices"] | found["holds"]
+    stages = found["stages"].items()
+    found["stages"] = {name: stage | {"ppl": _with_nan(stage.get("ppl", {}))} for name, stage in stages}
     return found
 
 
@@ -60,10 +59,6 @@ def samples(row: dict, task: str) -> list[dict] | None:
         folder = Store(Path(row["path"]).parent).shared("baselines", str(row["baseline_id"])).with_suffix("")
     digests = row["stages"].get(stage, {}).get("samples") or {}
     return checked(folder / f"{task}.json", digests.get(task))
-
-
-def _options(choices: dict) -> dict[str, str | None]:
-    return {group: option for group, option in choices.items() if option is None or isinstance(option, str)}
 
 
 def _with_nan(figures: dict) -> dict:

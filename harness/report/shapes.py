@@ -1,0 +1,36 @@
+"""What the fields of a run's records are, as far as tables and pages count on it: metrics.json and status.json are files, and
+what is in them may have come from anywhere. A field of another shape is as good as none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from harness.checks import fits
+
+NUMBER = float | None
+FIGURES = Mapping[str, Mapping[str, NUMBER]]  # {corpus or task: {metric: value}}
+STAGE = {
+    "ppl": Mapping[str, NUMBER], "losses": Mapping[str, list[NUMBER]], "tokens": int,
+    "divergence": FIGURES, "zeroshot": FIGURES, "samples": Mapping[str, str],
+}
+METRICS = {
+    "run_id": str, "quant_id": str | None, "baseline_id": str | None, "status": str, "choices": Mapping[str, str | None],
+    "command": str | None, "marks": Mapping[str, list[str]], "stages": Mapping[str, Mapping], "bits_per_weight": NUMBER,
+    "seconds": Mapping[str, float], "peak_memory_mb": NUMBER, "layers": list[Mapping[str, float | str | None]],
+    "warnings": list[str], "notes": Mapping, "holds": Mapping[str, str | None], "export": Mapping,
+}
+STATUS = dict.fromkeys(("status", "stage", "error", "started", "updated", "sweep", "quant_id", "command"), str | None)
+
+
+def sound(record: object, shape: Mapping[str, object]) -> dict:
+    """The fields of a record that are of their shape."""
+    found = record if isinstance(record, Mapping) else {}
+    return {key: found[key] for key, hint in shape.items() if key in found and fits(found[key], hint)}
+
+
+def metrics(record: object) -> dict:
+    """metrics.json as far as it is sound, stage by stage."""
+    found = sound(record, METRICS)
+    if "stages" in found:
+        found["stages"] = {name: sound(stage, STAGE) for name, stage in found["stages"].items()}
+    return found
