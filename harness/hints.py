@@ -56,6 +56,8 @@ def _compose(choices: list[str]) -> DictConfig:
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     keys = []
     for key in config:
+        if key == "_target_":
+            continue
         name = f"{prefix}{key}"
         keys.append(name)
         value = config._get_node(key)

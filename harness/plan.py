@@ -204,7 +204,7 @@ def make_plan(settings: dict, choices: Mapping[str, str | None], overrides: Sequ
     calibration_corpus = corpus if chosen["path"] is None else Samples(chosen["path"])
     return Plan(settings, dict(choices), model, calibration_corpus, calibration, tuple(corpora.values()), evaluation,
                 ZeroShot.of(settings["eval"]["zeroshot"]), build(settings["tracking"], "tracking", Tracker),
-                tuple(map(_key, overrides)))
+                tuple(key for key in map(_key, overrides) if "." in key))
 
 
 def _check_fixed(settings: Mapping, choices: Mapping[str, str | None], overrides: Sequence[str]) -> None:

@@ -117,6 +117,8 @@ def test_a_setting_applies_to_the_rows_whose_options_have_it(tmp_path, monkeypat
         "eval=perplexity ++data.beside=c4", "eval=zeroshot eval.zeroshot.limit=5 ++data.beside=c4"]
     with pytest.raises(ConfigCompositionException, match=r"solver\.iterationz"):
         jobs("experiment=adascale_qsim", "solver.iterationz=20")
+    with pytest.raises(ConfigCompositionException, match=r"hydra\.sweeper\.nope"):
+        jobs("solver=rtn,gptq", "hydra.sweeper.nope=1")
 
 
 def test_a_row_is_run_again_by_its_command(tmp_path):

@@ -39,7 +39,7 @@ def test_a_setting_without_effect_is_a_warning(tmp_path, overrides, key, why):
 
 
 @pytest.mark.parametrize("overrides", [
-    ["format.kv.bits=16", "tracking.wandb=false"], ["format.kv.bits=4", "format.kv.clip_k=0.9"],
+    ["format.kv.bits=16", "tracking=local", "tracking.wandb=false"], ["format.kv.bits=4", "format.kv.clip_k=0.9"],
     ["format.weight.observer=mse", "format.weight.mse.grid=50"], ["solver.hessian_input=fp", "solver.sequencing=block"],
     ["format.weight.global_scale=fixed", "format.weight.fixed_decode_scale=0.25"],
     ["format=int4", "format.weight.group_size=32", "export=compressed_tensors", "export.serves.weight.scale_dtype=bf16"],

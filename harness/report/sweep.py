@@ -91,8 +91,11 @@ def sweep(task: Callable, overrides: list[str]) -> int:
     """
     with initialize_config_dir(str(ROOT / "conf"), job_name="run", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        config, _, _ = _fitting(partial(loader.load_configuration, "config", run_mode=RunMode.MULTIRUN),
-                                [*overrides, "hydra.mode=MULTIRUN"])
+        compose = partial(loader.load_configuration, "config", run_mode=RunMode.MULTIRUN)
+        config, _, missing = _fitting(compose, [*overrides, "hydra.mode=MULTIRUN"])
+        unknown = [error for key, error in missing.items() if key.startswith("hydra.")]
+        if unknown:  # which no job could have
+            raise unknown[0]
         jobs = _jobs(loader, config, overrides)
         folder = Path(config.hydra.sweep.dir)
         for old in folder.glob("[0-9]*.*"):  # of an earlier sweep, where HARNESS_SWEEP names the folder
