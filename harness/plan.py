@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from harness.calibration.corpus import Corpus, Samples, TextFolder
-from harness.checks import integer, one_of, typed
+from harness.checks import integer, known_keys, one_of, typed
 from harness.config import ROOT, build, fingerprint, option
 from harness.errors import ConfigError, DataError
 from harness.evaluation.zeroshot import ZeroShot
@@ -21,6 +21,10 @@ from harness.models.load import ModelSource
 from harness.tracking import Tracker
 
 NAMES = dict.fromkeys(("base", "dataset", "training", "peft"), str | None)
+SERVES = {  # what an export may say of how its engine computes, whatever the format
+    "scale_dtype": ("float32", "bf16", "fp16", "input"), "compute_dtype": ("float32", "input"),
+    "zp_order": ("round_then_add", "add_then_round"), "zp_range": ("unsigned", "signed"),
+}
 EXPORT = {"name": str, "_target_": str, "path": str, **NAMES, "push_to": str | None}
 
 
@@ -176,6 +180,10 @@ def make_plan(settings: dict, choices: Mapping[str, str | None], overrides: Sequ
     if not settings["solver"].get("_target_"):
         typed("solver.", settings["solver"], {"name": str, "_target_": None})
     typed("export.", settings["export"], known | {"serves": Mapping[str, Mapping[str, str]], "pseudo": bool}, needed=known)
+    for part, rules in settings["export"].get("serves", {}).items():
+        known_keys(f"export.serves.{part}.", rules, SERVES)
+        for key, value in rules.items():
+            one_of(f"export.serves.{part}.{key}", value, SERVES[key])
     files = {key: settings["transform"][key] for key in ("save", "load") if key in settings["transform"]}
     typed("transform.", files, dict.fromkeys(files, str | None))
     one_of("data.calibration.activations", chosen["activations"], ("memory", "disk"))

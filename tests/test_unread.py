@@ -30,7 +30,8 @@ def warnings(tmp_path, *overrides):
     (["transform=adacodec", "transform.placement=site", "transform.decoder=ridge", "transform.lr=1"],
      "transform.lr", "AdaCodec as it is set"),
     (["tracking.entity=me"], "tracking.entity", "tracking.wandb=false"),
-    (["export=compressed_tensors", "export.serves.weight.scale_dtype=fp16"], "export.serves.weight.scale_dtype", "format=nvfp4"),
+    (["export=compressed_tensors", "export.serves.weight.scale_dtype=fp16"],
+     "export.serves.weight.scale_dtype", "format=nvfp4"),
     (["format=none", "solver=none", "data.calibration.order=random"], "data.calibration.order", "nothing to calibrate"),
 ], ids=str)
 def test_a_setting_without_effect_is_a_warning(tmp_path, overrides, key, why):
@@ -76,7 +77,9 @@ def test_what_a_format_does_not_read_changes_no_bit(cls, own, others):
     ("model.name=5", "model.name=5: needs a word or null"), ("+export.path=elsewhere", "export.path: no such setting"),
     ("+solver.nope=1", "solver.nope"), ("+eval.zeroshot={tasks: [agreement], nope: 1}", "eval.zeroshot.nope"),
     ("+format.kv.nope=1", "format.kv.nope"), ("+transform.save=5", "transform.save=5: needs a word or null"),
-    ("++export.scale_dtype=foo", "export.scale_dtype=foo"),
+    ("++export.scale_dtype=foo", "export.scale_dtype: no such setting"),
+    ("++export.serves={weight: {scale_dtype: foo}}", "export.serves.weight.scale_dtype=foo"),
+    ("++export.serves={act: {nope: input}}", "export.serves.act.nope"),
 ], ids=str)
 def test_what_an_option_is_and_what_it_has_not_cannot_be_set(tmp_path, override, named):
     cfg, choices = small(tmp_path, override)
