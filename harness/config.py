@@ -29,7 +29,7 @@ FIELDS = {  # {section: {setting: its type}} of what no class is built from
              "zeroshot": Mapping | None},
     "eval.perplexity": WINDOWS | {"corpora": list[str]},
 }
-RESULTS_VERSION = 2  # raised by every change that moves a number, so that no stale result is replayed
+RESULTS_VERSION = 3  # raised by every change that moves a number, so that no stale result is replayed
 
 
 def build(node: Mapping, field: str, base):

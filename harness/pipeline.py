@@ -166,6 +166,7 @@ class Job:
                 ids = used["calibration"] = measure.tokens(self, plan.calibration_corpus, "calibration")
                 own = plan.calibration.within(len(ids))
                 calibration = windows(ids, own.length, own.count, own.order, plan.settings["seed"])
+                self.metrics["calibration"] = dict(zip(("windows", "length"), calibration.shape))
                 if own.count is None:
                     self.metrics["notes"]["calibration"] = "{} x {} tokens".format(*calibration.shape)
             for name, x in used.items():

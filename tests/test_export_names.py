@@ -241,11 +241,12 @@ def test_a_model_from_elsewhere_has_no_base_model(about):
     assert (about["base_model"], about["model"]) == (None, "tiny-llama")
     text = card(json.loads(json.dumps(about)), "harness")
     fields = yaml.safe_load(text.split("---\n")[1])
-    assert not {"base_model", "base_model_relation"} & set(fields)
+    assert not {"base_model", "base_model_relation", "license"} & set(fields)
     assert "\ntiny-llama by QuaRot and GPTQ: " in text
-    text = card(about | {"base_model": "owner/its-model", "revision": "v1"}, "harness")
+    text = card(about | {"base_model": "owner/its-model", "revision": "v1", "license": "llama3.1"}, "harness")
     fields = yaml.safe_load(text.split("---\n")[1])
     assert (fields["base_model"], fields["base_model_relation"]) == ("owner/its-model", "quantized")
+    assert fields["license"] == "llama3.1"
     assert "\nowner/its-model (revision v1) by " in text
 
 

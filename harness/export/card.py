@@ -33,7 +33,8 @@ def _front(metadata: Mapping, layout: str) -> str:
     """Every value as JSON, which YAML reads: nothing in it can be taken for syntax."""
     tags = list(dict.fromkeys(["quantized", *metadata["formats"], *_methods(metadata), layout.replace("_", "-")]))
     base = {"base_model": metadata["base_model"], "base_model_relation": "quantized"} if metadata["base_model"] else {}
-    fields = base | {"library_name": LIBRARY[layout], "pipeline_tag": "text-generation", "tags": tags}
+    licence = {"license": metadata["license"]} if metadata["license"] else {}
+    fields = base | licence | {"library_name": LIBRARY[layout], "pipeline_tag": "text-generation", "tags": tags}
     return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"])
 
 

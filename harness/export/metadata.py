@@ -1,6 +1,6 @@
 """What a checkpoint is, as plain values: quantization_metadata.json, from which the model card is written too.
 
-    {"name", "model", "base_model", "revision", "method": {"transform", "solver"}, "seed",
+    {"name", "model", "base_model", "revision", "license", "method": {"transform", "solver"}, "seed",
      "calibration": {"corpus", "windows", "length", "order"},
      "bits": {"weights", "activations", "kv", "head": {"format", "bits", "group_size", "granularity", "symmetric"}},
      "quantized": "210/211", "formats": {format: tensors}, "layers": [{"name", "format", "bits", "group_size", "shape",
@@ -52,9 +52,10 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
         "model": base_of(section),
         "base_model": remote,
         "revision": section.get("revision") if remote else None,
+        "license": section.get("license"),
         "method": {"transform": choices["transform"], "solver": choices["solver"]},
         "seed": settings["seed"],
-        "calibration": _calibration(settings["data"], choices["data"]),
+        "calibration": _calibration(settings["data"], choices["data"], metrics.get("calibration", {})),
         "bits": {
             "weights": _part(scheme.weight), "activations": _part(scheme.act), "kv": _cache(scheme.kv),
             "head": _part(scheme.part("weight", None, adapter.family.head)),
@@ -108,11 +109,11 @@ def _cache(kv: KVCache | None) -> dict:
             "symmetric": kv.symmetric}
 
 
-def _calibration(data: Mapping, option: str) -> dict:
-    """Of a text of one's own the file's name only: where it lies is nobody's business."""
+def _calibration(data: Mapping, option: str, used: Mapping) -> dict:
+    """Of a text of one's own the file's name only: where it lies is nobody's business. used: the windows there were."""
     chosen = data["calibration"]
     corpus = Path(chosen["path"]).name if chosen["path"] else data["name"] or Path(data.get("path") or option).name
-    return {"corpus": corpus, **{key: chosen[key] for key in ("windows", "length", "order")}}
+    return {"corpus": corpus, **{key: chosen[key] for key in ("windows", "length", "order")}, **used}
 
 
 def _sizes(adapter: Adapter, tied: bool, stored_bits: int, folder: Path) -> dict:

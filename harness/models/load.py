@@ -26,13 +26,14 @@ class ModelSource:
     """What every source offers.
 
     dtype: the weights' dtype, `auto` = as they are stored. amp: autocast dtype of the forward passes, for those who run them.
-    trust_remote_code: let a hub repository run its own Python.
+    trust_remote_code: let a hub repository run its own Python. license: by the hub's word for it, for the cards of exports.
     """
 
     name: str | None = None
     dtype: str = "float32"
     amp: str | None = None
     trust_remote_code: bool = False
+    license: str | None = None
     quantized: ClassVar[bool] = False  # whether it is to be measured as it is, for quantizing it again would mean nothing
 
     def __post_init__(self):
