@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from test_tracking import CONFIG, play, records, without_login
+from test_tracking import CONFIG, needs_wandb, play, records, without_login
 
 from harness.store import Run, locked, write_json
 from harness.tracking import Local, RunInfo, Several, Wandb, dashboard, replay
 
+pytestmark = needs_wandb
 VOLATILE = ("_timestamp", "runtime", "_wandb", "local_path", "artifact_path", "client_id")
 STORED = {**CONFIG, "model": {**CONFIG["model"], "path": "somewhere"}, "tracking": {"project": "mine", "tags": ["extra"]}}
 CHOICES = {"model": "tiny", "format": "int4", "export": None, "tracking": "local"}

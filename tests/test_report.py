@@ -224,7 +224,8 @@ def test_marks_are_letters():
 
 def test_ls_as_a_command(root):
     """In a process of its own, from the folder above the runs; and it loads no torch."""
-    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"} | {"PYTHONPATH": str(ROOT)}
+    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
     def command(*arguments):
         return subprocess.run([sys.executable, *arguments], cwd=root.parent, env=environment, capture_output=True, text=True)

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from harness.config import build
 from harness.errors import ConfigError
 from harness.tracking import Local, RunInfo, Several, Tracker, Trackers, Wandb
 from harness.tracking.base import without_secrets
+
+needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
 
 CONFIG = {
     "model": {"name": "smol", "path": Path("somewhere"), "tokenizer": "smol", "hf_token": "hf_hidden"},
@@ -171,6 +174,7 @@ def test_an_interrupt_is_no_failure_of_a_tracker(run):
         several.log({}, 0)
 
 
+@needs_wandb
 def test_wandb_offline_run_read_back(run, nowhere, capfd):
     """Without a login the run goes offline by itself, silently, and its file holds everything."""
     warnings = []
@@ -223,6 +227,7 @@ def test_wandb_offline_run_read_back(run, nowhere, capfd):
     assert b"hidden" not in text
 
 
+@needs_wandb
 def test_a_setting_wins_over_the_environment_and_null_leaves_it(run, nowhere, tmp_path):
     for name in ("PROJECT", "ENTITY", "NAME"):
         nowhere.setenv(f"WANDB_{name}", f"env-{name.lower()}")
@@ -238,6 +243,7 @@ def test_a_setting_wins_over_the_environment_and_null_leaves_it(run, nowhere, tm
     assert (won["project"], won["entity"], won["display_name"]) == ("mine", "me", "this")
 
 
+@needs_wandb
 def test_online_without_a_login_is_offline_and_says_so(run, nowhere):
     warnings = []
     play(Wandb(mode="online", warn=warnings.append), run)
@@ -245,6 +251,7 @@ def test_online_without_a_login_is_offline_and_says_so(run, nowhere):
     assert records(run.directory)["exit"]
 
 
+@needs_wandb
 def test_an_unreachable_server_leaves_an_offline_run(run, nowhere):
     """In a process of its own: W&B reads where its server is once per process."""
     nowhere.setenv("WANDB_API_KEY", "0123456789" * 4)
