@@ -95,7 +95,7 @@ def test_the_evaluated_model_comes_back_in_every_bit(case, snapshots):
     snapshot, folder = snapshots(case)
     wanted = logits(snapshot.adapter.model)
     for packed in (False, True):
-        model, tokenizer = harness.load(folder, packed=packed)
+        model, tokenizer = harness.load(folder, snapshot.adapter.device, packed=packed)
         assert torch.equal(logits(model), wanted)
         assert model.dtype == snapshot.adapter.model.dtype
     assert tokenizer("a word").input_ids == snapshot.tokenizer("a word").input_ids
@@ -189,7 +189,7 @@ def test_a_checkpoint_as_the_model_of_a_run(snapshots, tmp_path):
     source.check()
     assert source.facts()["model_type"] == "qwen3"
     assert source.fingerprint() != CheckpointModel(path=str(snapshots("mixed")[1])).fingerprint()
-    model, _ = source.load()
+    model, _ = source.load(snapshot.adapter.device)
     assert model.config.use_cache is False
     swap(Adapter(model))
     assert torch.equal(logits(model), logits(snapshot.adapter.model)), "what is swapped already stays as it is"
@@ -216,7 +216,7 @@ def test_a_compressed_tensors_folder_is_dequantized(snapshots, tmp_path):
     source.check()
     model, _ = source.load()
     for name, quantized in snapshot.qtensors.items():
-        assert torch.equal(model.get_submodule(name).weight, quantized.dequantize().bfloat16())
+        assert torch.equal(model.get_submodule(name).weight, quantized.dequantize().bfloat16().cpu())
 
 
 def test_a_folder_of_another_kind_is_no_checkpoint(tmp_path):

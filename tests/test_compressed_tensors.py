@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from harness.errors import ConfigError, DataError
 from harness.export import layouts
 from harness.export.base import Snapshot, write_checkpoint
 from harness.export.compressed_tensors import CompressedTensors
-from harness.formats import FP4, MX, NVFP4, FourOverSix, Integer, KVCache, QTensor, Scales, Scheme
+from harness.formats import FP4, MX, NVFP4, Format, FourOverSix, Integer, KVCache, QTensor, Scales, Scheme
 from harness.libraries.compressed_tensors import cache_refusal
 from harness.models import checkpoint_source
 from harness.models.attention import attach
@@ -183,7 +184,8 @@ def checkpoints(tmp_path_factory):
         asked[str(each.folder)] = (IDS, {n: t.bfloat16() for n, t in (floats | quantized).items()})
     torch.save(asked, root / "asked.pt")
     (root / "loader.py").write_text(LOADER)
-    outside = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    elsewhere = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and not Path(p, "harness").is_dir()]
+    outside = os.environ | {"PYTHONPATH": os.pathsep.join(elsewhere)}  # without this project
     outside |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "loader.py", "asked.pt", "found.pt"]
     done = subprocess.run(command, cwd=root, env=outside, capture_output=True, text=True, check=False)
@@ -382,7 +384,7 @@ def activations(dtype: torch.dtype) -> torch.Tensor:
 def test_activations_are_evaluated_as_they_are_served(chosen, dtype):
     """What compressed-tensors computes at run time from what config.json says, in every bit."""
     cfg, _ = composed("export=compressed_tensors", *chosen)
-    act = build(settings(cfg)["format"]["act"], "format.act")
+    act = build(settings(cfg)["format"]["act"], "format.act", Format)
     layouts.refuse(act, "format.act")
     if layouts.served(dtype, [act]) != dtype and dtype != torch.float32:
         pytest.skip("no model of this format is served in float16")
@@ -399,7 +401,7 @@ def test_activations_are_evaluated_as_they_are_served(chosen, dtype):
 def test_keys_and_values_are_evaluated_as_they_are_served(group, dtype):
     cfg, _ = composed("export=compressed_tensors", "format=w4a4kv4", "format.kv.clip_k=1.0", "format.kv.clip_v=1.0",
                       f"format.kv.group_size={group}")
-    kv = build(settings(cfg)["format"]["kv"], "format.kv")
+    kv = build(settings(cfg)["format"]["kv"], "format.kv", KVCache)
     x, args = activations(dtype).view(2, 96, 2, 32).transpose(1, 2), QuantizationArgs(**layouts.cache_scheme(kv, 32))
     served = fake_quantize(x, *compute_dynamic_scales_and_zp(x, args, None), args)
     assert torch.equal(kv.fake(x, "key"), served)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 from composed import small
-from test_tracking import records, without_login
+from test_tracking import needs_wandb, records, without_login
 
 from harness.pipeline import execute
 from harness.tracking.replay import Record
@@ -77,6 +77,7 @@ def test_head_and_embedding_are_no_blocks(tmp_path):
             assert curve(outcome, f"outside/{name}/{key}") == [(0, layers[where][key])]
 
 
+@needs_wandb
 def test_every_family_has_its_own_axis_in_wandb(tmp_path, monkeypatch):
     without_login(monkeypatch, tmp_path)
     overrides = ["tracking=wandb", "tracking.mode=offline", "transform=dartquant", "solver=rtn", "format=int4",

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, version
 
 import pytest
 import torch
@@ -296,7 +296,7 @@ def test_the_environment_knows_the_harness_and_every_library_that_computes(tmp_p
     found = environment()
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", found["harness"])
     assert (found["commit"] is not None) == (ROOT / ".git").exists()
-    assert found["packages"]["torch"] == torch.__version__
+    assert found["packages"]["torch"] == version("torch")
     imported = set()
     for path in (ROOT / "harness").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
