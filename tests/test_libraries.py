@@ -7,13 +7,13 @@ import torch
 from preserved import CACHE
 
 from harness.calibration.corpus import HubText
-from harness.libraries import compressed_tensors, datasets
+from harness.libraries import compressed_tensors, datasets, hydra
 from harness.libraries import transformers as inside
 from harness.models.tiny import Tiny
 
 
 def says(library: str, what: str) -> str:
-    return f"{library} {version(library)} {what}; harness/libraries/{library.replace('-', '_')}.py says how it was"
+    return f"{library} {version(library)} {what}; harness/libraries/ says how it was"
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +134,9 @@ def test_a_set_in_the_local_cache_is_found_without_the_hub(monkeypatch, tmp_path
     assert datasets.offline(), says("datasets", "has another switch for working offline")
     assert datasets.cached_builder("owner/name", "plain") is None, says("datasets", "refuses an unknown set otherwise")
     assert HubText("owner/name", "plain", "test")._cached() is None
+
+
+def test_a_sweep_is_split_into_every_combination():
+    parsed = hydra.OverridesParser.create().parse_overrides(["a=1,2", "b=x,y", "c=[1,2]"])
+    rows = [["a=1", "b=x", "c=[1,2]"], ["a=1", "b=y", "c=[1,2]"], ["a=2", "b=x", "c=[1,2]"], ["a=2", "b=y", "c=[1,2]"]]
+    assert hydra.jobs_of(parsed) == rows, says("hydra-core", "splits the values of a sweep otherwise")

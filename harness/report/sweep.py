@@ -21,18 +21,15 @@ from functools import partial
 from pathlib import Path
 
 from hydra import initialize_config_dir
-from hydra._internal.callbacks import Callbacks
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException
-from hydra.types import HydraContext, RunMode
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from harness.config import ROOT, build
+from harness.libraries.hydra import BasicLauncher, Callbacks, HydraContext, OverridesParser, jobs_of
 from harness.report.page import write_page
 from harness.report.progress import Reporter
 from harness.report.table import sweep_table
@@ -122,8 +119,8 @@ def _jobs(loader, config, overrides: list[str]) -> list[list[str]]:
     Raises Hydra's error for a setting that no job has.
     """
     parsed = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in swept(config, overrides).items()), *overrides])
-    rows = BasicSweeper.split_arguments([one for one in parsed if not one.is_hydra_override()], max_batch_size=None)[0]
-    fitted = [_fitting(partial(loader.load_sweep_config, config), list(row))[1:] for row in rows]
+    rows = jobs_of([one for one in parsed if not one.is_hydra_override()])
+    fitted = [_fitting(partial(loader.load_sweep_config, config), row)[1:] for row in rows]
     for key, error in fitted[0][1].items():
         if all(key in missing for _, missing in fitted):
             raise error
