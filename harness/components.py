@@ -19,7 +19,6 @@ from harness.errors import ConfigError
 from harness.export.base import Exporter, check_destination
 from harness.export.names import Name
 from harness.formats import Format, KVCache, Scheme
-from harness.formats.integer import SCALE_DTYPES
 from harness.models.families import context_of, family_of
 from harness.overrides import resolve
 from harness.plan import Plan, unnamed
@@ -109,8 +108,6 @@ def _exporter(plan: Plan, scheme: Scheme, family):
     """What writes the checkpoint, if one is asked for."""
     section = plan.settings["export"]
     target = section.get("_target_")
-    if "scale_dtype" in section:
-        one_of("export.scale_dtype", section["scale_dtype"], (*SCALE_DTYPES, "input"))
     if target is None:
         return None
     if not plan.quantizes:

@@ -12,7 +12,7 @@ from harness.plan import Plan
 def unread(plan: Plan, built: Mapping[str, object] | None = None) -> list[str]:
     """One sentence for each. built: {section: what was made from it}, once that is known; None where a section is off."""
     return [f"{key} has no effect with {why}" for key in plan.given for section, switch, why in _muted(plan, built or {})
-            if "." in key and key != switch and f"{key}.".startswith(f"{section}.")]
+            if key != switch and f"{key}.".startswith(f"{section}.")]
 
 
 def _muted(plan: Plan, built: Mapping[str, object]) -> Iterator[tuple[str, str, str]]:

@@ -113,7 +113,7 @@ class Hub(ModelSource):
 
         if self._folder is not None:
             return self._folder
-        wanted, here = [SINGLE, "model-*.safetensors", INDEX], self._cached()
+        wanted, here = ["model*.safetensors", INDEX], self._cached()
         return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=wanted, local_files_only=here))
 
     def fingerprint(self) -> str:
