@@ -76,18 +76,16 @@ def sensitivities(adapter: Adapter, auto: Auto, windows: Tensor, advance: Callab
     rows, stream = [], Stream(adapter, windows)
     for layer, block in enumerate(adapter.blocks):
         with adapter.open(layer):
-            for branch in adapter.family.branches:
-                for site, activations in ((branch.entry, stream.entry), (branch.exit, stream.exit)):
-                    shared = block.get_submodule(site.linears[0]).site
-                    statistics = Statistics(adapter.width(site, layer), stream.tokens, adapter.device, hessian=True)
-                    for x in activations(block, branch):
-                        statistics.add(shared.encode(x))
-                    statistics.finish()
-                    for name in site.linears:
-                        weight = block.get_submodule(name).weight
-                        found = _candidates(weight, auto.candidates, statistics.hessian, fisher[layer, name])
-                        rows.append({"layer": layer, "name": name, "weights": weight.numel(), **found})
-                stream.close(block, branch)
+            for site, activations in stream.walk(block):
+                shared = block.get_submodule(site.linears[0]).site
+                statistics = Statistics(adapter.width(site, layer), stream.tokens, adapter.device, hessian=True)
+                for x in activations:
+                    statistics.add(shared.encode(x))
+                statistics.finish()
+                for name in site.linears:
+                    weight = block.get_submodule(name).weight
+                    found = _candidates(weight, auto.candidates, statistics.hessian, fisher[layer, name])
+                    rows.append({"layer": layer, "name": name, "weights": weight.numel(), **found})
         advance()
     return rows
 

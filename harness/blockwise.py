@@ -145,18 +145,17 @@ class _Block:
                 self.tensors |= {f"{site}.merged": scale for site, scale in view.merged.items()}
             if whole:
                 self._solve_whole(stream, view, shared)
-        for branch in self.adapter.family.branches:
-            for site, activations in ((branch.entry, stream.entry), (branch.exit, stream.exit)):
-                statistics = None if self.found is not None else self._statistics(site, stream, hessian=not whole)
-                for x in activations(self.block, branch) if statistics or site is branch.exit else ():
-                    if statistics:
-                        self._observe(site, statistics, x)
-                if statistics and whole:
-                    self._calibrate(site, statistics.range)
-                elif statistics:
-                    statistics.finish()
-                    self._settle(site, statistics, *self._solved(site, statistics), shared)
-            stream.close(self.block, branch)
+        for site, activations in stream.walk(self.block):
+            if self.found is not None:
+                continue
+            statistics = self._statistics(site, stream, hessian=not whole)
+            for x in activations:
+                self._observe(site, statistics, x)
+            if whole:
+                self._calibrate(site, statistics.range)
+            else:
+                statistics.finish()
+                self._settle(site, statistics, *self._solved(site, statistics), shared)
 
     def install(self) -> None:
         """Take weights, merged scales and activation scales from what was found; nothing is streamed."""

@@ -1,11 +1,9 @@
-"""Imports go down only: each floor may use the ones below it and itself."""
-
-import ast
-from pathlib import Path
+"""Imports go down only: each floor may use the ones below it and itself, and no
+file imports itself by way of others."""
 
 import pytest
+from imports import by_file, circle, floors
 
-PACKAGE = Path(__file__).parent.parent / "harness"
 FLOORS = [
     {"errors", "checks", "store"},
     {"formats", "linalg", "config", "libraries"},
@@ -18,22 +16,24 @@ FLOORS = [
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 
 
-def imported(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.Import | ast.ImportFrom):
-            continue
-        for module in [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]:
-            parts = (module or "").split(".")
-            if parts[0] == "harness":
-                names |= {parts[1]} if len(parts) > 1 else {a.name for a in node.names}
-    return names
+FILES = by_file()
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_go_down(path):
-    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if part == "__init__":
-        assert not imported(path)
+@pytest.mark.parametrize("module", FILES)
+def test_imports_go_down(module):
+    rooms = [name.split(".")[1] for name in FILES[module] if "." in name]
+    if module == "harness":
+        assert not rooms
         return
-    assert {name for name in imported(path) if LEVEL[name] > LEVEL[part]} == set()
+    assert [room for room in rooms if LEVEL[room] > LEVEL[module.split(".")[1]]] == []
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    assert circle(FILES) == []
+
+
+def test_a_circle_and_the_floors_are_found():
+    """Of two files on one floor, too, which the floors alone would let pass."""
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"b"}})) == {"b", "c"}
+    assert floors({"a": {"b", "c"}, "b": {"c"}, "c": set(), "d": set()}) == 3

@@ -260,7 +260,7 @@ def test_static_scale_is_that_of_the_solved_model(tmp_path):
 
 
 def test_stream_is_the_forward_of_the_model():
-    """Unequal micro-batches pass the blocks as the model itself does; the Hessian is 2/N X^T X, all of it."""
+    """Unequal micro-batches pass the blocks as the model itself does."""
     model, _ = Tiny(family="qwen3").load()
     adapter = Adapter(model)
     ids = torch.randint(256, (5, 40), generator=torch.Generator().manual_seed(1))
@@ -268,12 +268,33 @@ def test_stream_is_the_forward_of_the_model():
         stream = Stream(adapter, ids, tokens_at_once=80)
         assert [len(hidden) for hidden in stream.hidden] == [2, 2, 1]
         for block in adapter.blocks:
-            for branch in adapter.family.branches:
-                for _ in stream.exit(block, branch):
-                    pass
-                stream.close(block, branch)
+            stream.advance(block)
         wanted = model(ids, output_hidden_states=True).hidden_states[-1]
         assert torch.allclose(model.model.norm(torch.cat(stream.hidden)), wanted, atol=1e-5)
+
+
+def test_a_walk_goes_through_the_sites_and_on_with_what_their_linears_become():
+    """What a caller leaves unread still passes; a linear changed at its site computes what follows."""
+    model, _ = Tiny().load()
+    adapter = Adapter(model)
+    ids = torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(1))
+    block, seen = adapter.blocks[0], {}
+    with torch.no_grad():
+        stream = Stream(adapter, ids, tokens_at_once=64)
+        for site, activations in stream.walk(block):
+            seen[site.name] = next(activations).clone()
+            if site.name == "down_in":
+                block.mlp.down_proj.weight.mul_(3)
+        wanted = model(ids, output_hidden_states=True).hidden_states[1]
+        block.mlp.down_proj.weight.div_(3)
+        before = model(ids, output_hidden_states=True).hidden_states[1]
+    assert list(seen) == [site.name for site in adapter.family.sites]
+    assert [x.shape[-1] for x in seen.values()] == [adapter.width(site) for site in adapter.family.sites]
+    assert torch.allclose(torch.cat(stream.hidden), wanted, atol=1e-5)
+    assert not torch.allclose(before, wanted, atol=1e-3)
+
+
+def test_statistics_hold_the_whole_hessian_the_range_and_every_other_row():
     x = torch.randn(700, 1000, generator=torch.Generator().manual_seed(2))
     statistics = Statistics(1000, 700, x.device, hessian=True)
     for part in x.split(300):

@@ -24,12 +24,10 @@ def profiles(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], dict]:
     stream, found = Stream(adapter, windows[:WINDOWS]), {}
     for layer, block in enumerate(adapter.blocks):
         with adapter.open(layer):
-            for branch in adapter.family.branches:
-                for site, activations in ((branch.entry, stream.entry), (branch.exit, stream.exit)):
-                    encode = block.get_submodule(site.linears[0]).site.encode
-                    seen = [encode(x).float().flatten() for x in activations(block, branch)]
-                    found[layer, site.name] = _profile(torch.cat(seen))
-                stream.close(block, branch)
+            for site, activations in stream.walk(block):
+                encode = block.get_submodule(site.linears[0]).site.encode
+                seen = [encode(x).float().flatten() for x in activations]
+                found[layer, site.name] = _profile(torch.cat(seen))
     return found
 
 

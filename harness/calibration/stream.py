@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harness.models.families import Adapter, Branch
+from harness.models.families import Adapter, Branch, Site
 
 
 class _Reached(Exception):
@@ -117,26 +117,38 @@ class Stream:
                  for key, value in self.context[block][0].items()}
         return self.hidden[0][:1], alone
 
-    def entry(self, block: nn.Module, branch: Branch) -> Iterator[Tensor]:
+    def walk(self, block: nn.Module) -> Iterator[tuple[Site, Iterator[Tensor]]]:
+        """Pass a block site by site: each site in the order of the forward, with what it reads, one micro-batch at a time.
+
+        A caller reads as much of it as it wants, once, and may then change the site's linears: the stream goes on with
+        what they have become.
+        """
+        for branch in self.adapter.family.branches:
+            yield branch.entry, self._entry(block, branch)
+            activations = self._exit(block, branch)
+            yield branch.exit, activations
+            for _ in activations:  # what the caller left; the branch's output needs all of it
+                pass
+            self._close(block, branch)
+
+    def _entry(self, block: nn.Module, branch: Branch) -> Iterator[Tensor]:
         """The branch's entry activations, one micro-batch at a time."""
         norm = block.get_submodule(branch.entry.norm)
         for hidden in self.hidden:
             yield norm(hidden)
 
-    def exit(self, block: nn.Module, branch: Branch) -> Iterator[Tensor]:
-        """What the branch's last linear is about to read, one micro-batch at a time; kept until `close`."""
+    def _exit(self, block: nn.Module, branch: Branch) -> Iterator[Tensor]:
+        """What the branch's last linear is about to read, one micro-batch at a time; kept until `_close`."""
         module, last = block.get_submodule(branch.module), block.get_submodule(branch.exit.linears[0])
         self._read = self._room(self._hidden, last.in_features, self._hidden.shape[:2])
-        for context, x, kept in zip(self.context[block], self.entry(block, branch), self._read.split(self._batch)):
+        for context, x, kept in zip(self.context[block], self._entry(block, branch), self._read.split(self._batch)):
             args, _ = arguments_at(last, lambda x=x, context=context: module(x, **(context if branch.context else {})))
             yield kept.copy_(args[0])
 
     def advance(self, block: nn.Module) -> None:
         """Pass a whole block as it is."""
-        for branch in self.adapter.family.branches:
-            for _ in self.exit(block, branch):
-                pass
-            self.close(block, branch)
+        for _ in self.walk(block):
+            pass
 
     def leave(self) -> Iterator[Tensor]:
         """What the output head reads, once all blocks are passed: the final norm's output, one micro-batch at a time."""
@@ -144,8 +156,8 @@ class Stream:
         for hidden in self.hidden:
             yield norm(hidden)
 
-    def close(self, block: nn.Module, branch: Branch) -> None:
-        """Run the last linear on what `exit` kept and add the branch to the residual stream, in place."""
+    def _close(self, block: nn.Module, branch: Branch) -> None:
+        """Run the last linear on what `_exit` kept and add the branch to the residual stream, in place."""
         last = block.get_submodule(branch.exit.linears[0])
         for hidden, read in zip(self.hidden, self._read.split(self._batch)):
             hidden += last(read)

@@ -52,15 +52,12 @@ class ModelSubject:
         with self.stage(title, len(self.adapter.blocks)) as advance:
             for layer, block in enumerate(self.adapter.blocks):
                 with self.adapter.open(layer):
-                    for branch in self.adapter.family.branches:
-                        for site, activations in ((branch.entry, stream.entry), (branch.exit, stream.exit)):
-                            kept = collector(layer, site.name, self.adapter.width(site)) if site.name in sites else None
-                            for x in activations(block, branch) if kept or site is branch.exit else ():
-                                if kept:
-                                    kept.add(x)
-                            if kept:
-                                found[layer, site.name] = kept.finish()
-                        stream.close(block, branch)
+                    for site, activations in stream.walk(block):
+                        if site.name in sites:
+                            kept = collector(layer, site.name, self.adapter.width(site))
+                            for x in activations:
+                                kept.add(x)
+                            found[layer, site.name] = kept.finish()
                 advance(note(found))
         if HEAD_SITE in sites:
             kept = collector(None, HEAD_SITE, self.adapter.head.weight.shape[1])

@@ -7,15 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from harness.formats.packing import pack_nibbles, unpack_nibbles
 
-if TYPE_CHECKING:
-    from harness.formats.base import Format
+
+class CodeFormat(Protocol):
+    """What a quantized tensor asks of its format (base.Format): the widths in bits of a code and of a zero point, whether
+    codes carry a sign, and their values."""
+
+    bits: int
+    zero_bits: int
+    signed: bool
+
+    def decode(self, codes: Tensor, scales: Scales, dtype: torch.dtype = torch.float32) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class QTensor:
 
     codes: Tensor
     scales: Scales
-    format: Format
+    format: CodeFormat
     dtype: torch.dtype
 
     @property
@@ -65,7 +73,7 @@ class QTensor:
         return {"codes": codes, **self.scales.tensors()}
 
     @classmethod
-    def from_state(cls, format: Format, state: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> QTensor:
+    def from_state(cls, format: CodeFormat, state: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> QTensor:
         """Inverse of `state`; shape and dtype are those of the original tensor."""
         codes = unpack_nibbles(state["codes"], shape[-1], format.signed) if format.bits <= 4 else state["codes"]
         return cls(codes.view(shape), Scales(**{k: t for k, t in state.items() if k != "codes"}), format, dtype)

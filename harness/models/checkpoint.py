@@ -27,9 +27,9 @@ from harness.errors import DataError
 from harness.formats import Format, QTensor, Scales
 from harness.libraries.transformers import empty_plain_cache
 from harness.models.attention import attach, cache
-from harness.models.checkpoint_source import DIGESTS, RECORD, recorded
 from harness.models.facts import config_of, read_object
 from harness.models.families import Adapter
+from harness.models.layout import DIGESTS, RECORD, recorded
 from harness.models.prepare import attach_online, swap, swap_head
 from harness.models.quant_linear import QuantLinear, SiteInput
 from harness.models.record import Record

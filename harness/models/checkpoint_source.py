@@ -10,12 +10,10 @@ from pathlib import Path
 
 from harness.errors import ConfigError, DataError
 from harness.libraries.compressed_tensors import cache_refusal
-from harness.models.facts import config_of, facts_of, read_object
+from harness.models.facts import config_of, facts_of
+from harness.models.layout import DIGESTS, RECORD
 from harness.models.load import ModelSource
 from harness.models.weights import stored, weight_files
-
-VERSION = 1  # of the project's own layout
-RECORD, DIGESTS = "harness.json", "digests.json"
 
 
 @dataclass(kw_only=True)
@@ -106,15 +104,3 @@ def _compressed(folder: Path, dtype, device):
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long, device=device))  # the first forward unpacks the weights
     return model, AutoTokenizer.from_pretrained(folder)
-
-
-def recorded(folder: Path) -> dict:
-    """What harness.json says. Raises DataError for a folder of another kind, and for a layout that came later."""
-    if not (folder / RECORD).is_file():
-        raise DataError(f"{folder} is no checkpoint of this project: it has no {RECORD}.")
-    record = read_object(folder / RECORD)
-    version = record.get("version")
-    if not isinstance(version, int) or version > VERSION:
-        raise DataError(f"{folder / RECORD} has layout version {version}, and {VERSION} is the last one known here; load it "
-                        "with the version of this project that wrote it.")
-    return record

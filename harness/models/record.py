@@ -19,7 +19,7 @@ import torch
 from harness import formats
 from harness.errors import ConfigError, DataError
 from harness.formats import Format, KVCache
-from harness.models.checkpoint_source import RECORD, VERSION, recorded
+from harness.models.layout import RECORD, VERSION, recorded
 
 SPELLED = "harness.formats."  # in front of a class's name in the file
 FLOATS = ("float32", "bfloat16", "float16")
