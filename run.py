@@ -63,13 +63,13 @@ def job(cfg) -> None:
 
 def reason(error: Exception, words: list[str]) -> str | None:
     """What to say of an error of the configuration, an input or the system; None for any other, which is a bug."""
-    from harness.errors import ConfigError, DataError
+    from harness.config.errors import ConfigError, DataError
     from harness.store import RunLocked
 
     if isinstance(error, ConfigError | DataError | RunLocked):
         return str(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
-        from harness.hints import explain
+        from harness.config.hints import explain
 
         return explain(error, words)
     if isinstance(error, OSError):

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
-from harness.checks import number, typed
-from harness.config import build, option
-from harness.errors import ConfigError
+from harness.config.build import build, option
+from harness.config.checks import number, typed
+from harness.config.errors import ConfigError
 from harness.formats import Format
 from harness.models.families import Adapter
 from harness.overrides import as_served

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from harness.allocation import auto_of
-from harness.checks import one_of, typed
-from harness.config import build
-from harness.errors import ConfigError
+from harness.config.build import build
+from harness.config.checks import one_of, typed
+from harness.config.errors import ConfigError
 from harness.export.base import Exporter, check_destination
 from harness.export.names import Name
 from harness.formats import Format, KVCache, Scheme

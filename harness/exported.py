@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from harness.errors import DataError
+from harness.config.errors import DataError
 from harness.evaluation.perplexity import perplexity, window_losses
 from harness.export.base import Exporter, Snapshot, cast, digests, write_checkpoint
 from harness.export.card import card

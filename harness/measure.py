@@ -12,7 +12,7 @@ from torch import Tensor
 from harness import store as records
 from harness.calibration.corpus import Corpus
 from harness.calibration.windows import tokenize
-from harness.config import fingerprint
+from harness.config.build import fingerprint
 from harness.evaluation.divergence import Reference
 from harness.evaluation.perplexity import perplexity, steps, window_losses
 from harness.models.families import Adapter

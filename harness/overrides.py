@@ -18,9 +18,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from harness.checks import nearest
-from harness.config import build, option
-from harness.errors import ConfigError
+from harness.config.build import build, option
+from harness.config.checks import nearest
+from harness.config.errors import ConfigError
 from harness.formats import Format
 from harness.models.families import Family
 

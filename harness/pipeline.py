@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import store as records
-from harness.config import settings
-from harness.errors import ConfigError, DataError
+from harness.config.build import settings
+from harness.config.errors import ConfigError, DataError
 from harness.marks import marks
 from harness.models.about import about, held
 from harness.plan import Plan, make_plan

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from harness.calibration.corpus import Corpus, Samples, TextFolder
-from harness.checks import integer, known_keys, one_of, typed
-from harness.config import ROOT, build, fingerprint, option
-from harness.errors import ConfigError, DataError
+from harness.config.build import ROOT, build, fingerprint, option
+from harness.config.checks import integer, known_keys, one_of, typed
+from harness.config.errors import ConfigError, DataError
 from harness.evaluation.zeroshot import ZeroShot
 from harness.models.load import ModelSource
 from harness.tracking import Tracker

@@ -18,7 +18,7 @@ from harness.allocation import allocate, sensitivities
 from harness.calibration.outliers import outliers, profiles
 from harness.calibration.subject import ModelSubject
 from harness.components import placement_facts
-from harness.config import fingerprint
+from harness.config.build import fingerprint
 from harness.evaluation.gate import exact_logits, gate, stream_gate
 from harness.export.encodings import save_encodings
 from harness.formats import Scheme

@@ -10,7 +10,7 @@ from bench_models import EVALUATION, load, nvfp4, quantized, row
 
 from harness.calibration.subject import ModelSubject
 from harness.calibration.windows import windows
-from harness.config import build, option
+from harness.config.build import build, option
 from harness.evaluation.perplexity import window_losses
 from harness.formats import Scheme
 from harness.models.families import Adapter, context_of

@@ -8,7 +8,7 @@ from pathlib import Path
 from harness.blockwise import quantize
 from harness.calibration.shipped import Pydoc
 from harness.calibration.windows import tokenize
-from harness.config import build, option
+from harness.config.build import build, option
 from harness.formats import Format, Scheme
 from harness.models.families import Adapter
 from harness.models.load import ModelSource

@@ -18,7 +18,7 @@ from harness.calibration.shipped import Pydoc
 from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
 from harness.calibration.windows import tokenize, windows
-from harness.config import build, option
+from harness.config.build import build, option
 from harness.formats import Integer
 from harness.models.families import Adapter
 from harness.models.load import ModelSource

@@ -8,7 +8,7 @@ import torch
 from composed import small
 
 from harness.calibration.subject import quiet, unlogged
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.formats import FP4, MX, NVFP4, FourOverSix, Integer
 from harness.pipeline import execute
 from harness.solvers import AdaScale, MinMax, Problem

@@ -7,7 +7,7 @@ import torch
 from composed import small
 
 from harness.allocation import Auto, allocate, auto_of, sensitivities
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Integer
 from harness.models.families import Adapter
 from harness.models.prepare import swap

@@ -9,7 +9,7 @@ from harness.calibration.block import BlockView
 from harness.calibration.stream import Stream
 from harness.calibration.subject import quiet
 from harness.components import components
-from harness.config import settings
+from harness.config.build import settings
 from harness.formats import MX, NVFP4, Integer, Scheme
 from harness.linalg.hadamard import Hadamard
 from harness.models.families import Adapter

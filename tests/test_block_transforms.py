@@ -8,8 +8,8 @@ import torch
 from composed import ROOT
 from omegaconf import OmegaConf
 
-from harness.config import build
-from harness.errors import ConfigError
+from harness.config.build import build
+from harness.config.errors import ConfigError
 from harness.formats import MX, NVFP4, Integer, Scheme
 from harness.linalg import hadamard
 from harness.transforms import Blocks, Context, Rotation, Transform

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 import harness
 from harness import measure
-from harness.errors import ConfigError, DataError
+from harness.config.errors import ConfigError, DataError
 from harness.export import base
 from harness.export.base import Snapshot, digests, write_checkpoint
 from harness.export.checkpoint import Checkpoint

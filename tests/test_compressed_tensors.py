@@ -23,8 +23,8 @@ from test_golden import compressed_tensors_format
 
 from harness import blockwise
 from harness.calibration.subject import ModelSubject
-from harness.config import build, settings
-from harness.errors import ConfigError, DataError
+from harness.config.build import build, settings
+from harness.config.errors import ConfigError, DataError
 from harness.export import layouts
 from harness.export.base import Snapshot, write_checkpoint
 from harness.export.compressed_tensors import CompressedTensors

@@ -7,10 +7,10 @@ import pytest
 from composed import ROOT, composed
 from omegaconf import OmegaConf
 
-from harness.checks import typed
 from harness.components import PARTS, transforms_of
-from harness.config import build, fingerprint
-from harness.errors import ConfigError
+from harness.config.build import build, fingerprint
+from harness.config.checks import typed
+from harness.config.errors import ConfigError
 from harness.formats import Format
 from harness.solvers import Solver
 

@@ -8,7 +8,7 @@ import torch
 from harness.calibration.corpus import PARTS, HubText, Samples, TextFolder
 from harness.calibration.shipped import Pydoc, Stdlib
 from harness.calibration.windows import tokenize, windows
-from harness.errors import ConfigError, DataError
+from harness.config.errors import ConfigError, DataError
 from harness.models.tiny import byte_tokenizer
 
 

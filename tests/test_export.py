@@ -15,8 +15,8 @@ from safetensors import safe_open
 import harness
 from harness.calibration.subject import ModelSubject
 from harness.components import transforms_of
-from harness.config import option
-from harness.errors import ConfigError
+from harness.config.build import option
+from harness.config.errors import ConfigError
 from harness.export.names import Name
 from harness.exported import WINDOWS
 from harness.formats import NVFP4, Scheme

@@ -8,8 +8,8 @@ import yaml
 from composed import composed
 
 from harness.components import PARTS
-from harness.config import build, settings
-from harness.errors import ConfigError
+from harness.config.build import build, settings
+from harness.config.errors import ConfigError
 from harness.export.base import Snapshot
 from harness.export.card import card
 from harness.export.metadata import metadata

@@ -10,8 +10,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from harness.calibration.subject import ModelSubject
-from harness.config import build, option
-from harness.errors import ConfigError
+from harness.config.build import build, option
+from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Format, Integer, KVCache, Scheme
 from harness.linalg.hadamard import Hadamard, hadamard
 from harness.linalg.stiefel import deviation, project, qr_orth, random_orthogonal

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from harness.errors import ConfigError, DataError
+from harness.config.errors import ConfigError, DataError
 from harness.formats import (
     E2M1,
     E2M3,

@@ -15,7 +15,7 @@ from composed import small
 from safetensors.torch import load_file
 
 from harness import blockwise
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.export.base import Snapshot, write_checkpoint
 from harness.export.fp_quant import FPQuant, decoded
 from harness.formats import MX, NVFP4, FourOverSix, Integer, KVCache, Scheme

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from composed import small
 
-from harness.errors import ConfigError, DataError
+from harness.config.errors import ConfigError, DataError
 from harness.models.tiny import Tiny
 from harness.pipeline import execute
 

@@ -12,7 +12,7 @@ from composed import small
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from harness.errors import ConfigError, DataError
+from harness.config.errors import ConfigError, DataError
 from harness.pipeline import execute
 from harness.report.progress import Reporter
 

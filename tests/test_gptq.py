@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from harness.errors import ConfigError, DataError
+from harness.config.errors import ConfigError, DataError
 from harness.formats import MX, NVFP4, FourOverSix, Integer, QTensor
 from harness.solvers import GPTQ, RTN, Problem
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.linalg import Hadamard, factors, hadamard, random_signs
 from harness.linalg.paley import constructible, paley
 

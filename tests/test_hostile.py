@@ -14,8 +14,8 @@ from test_checkpoint import snapshots  # noqa: F401  a fixture
 
 import harness
 from harness.components import transforms_of
-from harness.config import option
-from harness.errors import ConfigError, DataError
+from harness.config.build import option
+from harness.config.errors import ConfigError, DataError
 from harness.export.base import digests
 from harness.formats import Scheme
 from harness.models.checkpoint_source import CheckpointModel

@@ -9,8 +9,8 @@ from composed import small
 from test_pipeline import run
 
 from harness.calibration.shipped import Pydoc
-from harness.config import settings
-from harness.errors import ConfigError
+from harness.config.build import settings
+from harness.config.errors import ConfigError
 from harness.plan import Plan, make_plan
 
 PCA = ("transform=pca", "format=int4", "format.weight.group_size=32", "solver=rtn")

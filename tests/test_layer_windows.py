@@ -4,7 +4,7 @@ import pytest
 from composed import small
 
 from harness import blockwise, stages
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.pipeline import execute
 
 DYNAMIC = ["format=nvfp4", "format.act.scope=token"]

@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import AutoConfig
 
-from harness.errors import ConfigError, DataError
+from harness.config.errors import ConfigError, DataError
 from harness.models.families import Adapter
 from harness.models.hub import Hub
 from harness.models.load import assert_finite, untie

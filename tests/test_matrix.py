@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from harness.calibration.subject import ModelSubject
 from harness.components import components
-from harness.config import option, settings
-from harness.errors import ConfigError
+from harness.config.build import option, settings
+from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Scheme
 from harness.models.families import Adapter
 from harness.models.prepare import fuse_norms, swap

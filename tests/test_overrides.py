@@ -7,8 +7,8 @@ import torch
 from composed import small
 from safetensors import safe_open
 
-from harness.config import build, option, settings
-from harness.errors import ConfigError
+from harness.config.build import build, option, settings
+from harness.config.errors import ConfigError
 from harness.export.encodings import encoding
 from harness.formats import MX, Format, Integer
 from harness.models.families import FAMILIES

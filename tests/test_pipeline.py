@@ -13,7 +13,7 @@ from harness.calibration.shipped import Pydoc
 from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
 from harness.calibration.windows import tokenize, windows
-from harness.errors import ConfigError, DataError
+from harness.config.errors import ConfigError, DataError
 from harness.formats import NVFP4, Scheme
 from harness.models.families import Adapter
 from harness.models.prepare import swap

@@ -6,7 +6,7 @@ from preserved import context_of, exact_model, logits, token_ids
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.formats import Integer, KVCache, Scheme
 from harness.linalg.hadamard import Hadamard, random_signs
 from harness.linalg.stiefel import random_orthogonal

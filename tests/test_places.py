@@ -3,8 +3,8 @@
 import pytest
 from test_matrix import run
 
-from harness.config import build, option
-from harness.errors import ConfigError
+from harness.config.build import build, option
+from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Scheme
 from harness.transforms import Context, Transform
 from harness.transforms.quarot import QuaRot

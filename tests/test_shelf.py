@@ -4,7 +4,7 @@ import pytest
 import torch
 from composed import small
 
-from harness.errors import DataError
+from harness.config.errors import DataError
 from harness.evaluation.perplexity import window_losses
 from harness.models.families import Adapter
 from harness.models.hub import Hub

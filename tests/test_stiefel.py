@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.linalg import stiefel
 from harness.linalg.stiefel import CayleySGD, cayley, deviation, project, qr_orth, random_orthogonal
 

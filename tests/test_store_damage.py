@@ -10,7 +10,7 @@ import sys
 import pytest
 from composed import ROOT, small
 
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.pipeline import execute
 from harness.store import Store
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from harness.config import build
-from harness.errors import ConfigError
+from harness.config.build import build
+from harness.config.errors import ConfigError
 from harness.tracking import Local, RunInfo, Several, Tracker, Trackers, Wandb
 from harness.tracking.base import without_secrets
 

@@ -5,8 +5,8 @@ import torch
 from composed import small
 
 from harness.components import components
-from harness.config import settings
-from harness.errors import ConfigError
+from harness.config.build import settings
+from harness.config.errors import ConfigError
 from harness.formats import MX, NVFP4, FourOverSix, Integer
 from harness.pipeline import execute
 from harness.plan import make_plan

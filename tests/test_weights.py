@@ -9,7 +9,7 @@ from composed import small
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness.errors import DataError
+from harness.config.errors import DataError
 from harness.evaluation.perplexity import window_losses
 from harness.models.families import Adapter
 from harness.models.hub import Hub

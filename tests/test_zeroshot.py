@@ -8,7 +8,7 @@ import torch
 from composed import small
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-from harness.errors import ConfigError, DataError
+from harness.config.errors import ConfigError, DataError
 from harness.evaluation.agreement import NOUNS, documents
 from harness.evaluation.zeroshot import ZeroShot, shown, tasks_for_lm_eval, together, zeroshot
 from harness.formats import NVFP4, Integer

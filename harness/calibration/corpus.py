@@ -17,7 +17,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
-from harness.errors import ConfigError, DataError
+from harness.config.errors import ConfigError, DataError
 from harness.libraries.datasets import cached_builder, offline
 
 PARTS = ("calibration", "evaluation")

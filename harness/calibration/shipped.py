@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from harness.calibration.corpus import PARTS, Corpus
-from harness.errors import DataError
+from harness.config.errors import DataError
 
 MODULES = (
     "argparse", "ast", "calendar", "collections", "configparser", "csv", "datetime", "difflib", "dis", "doctest", "fractions",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from harness.errors import ConfigError, DataError
+from harness.config.errors import ConfigError, DataError
 
 ORDERS = ("first", "random")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness.errors import DataError
+from harness.config.errors import DataError
 from harness.models.families import Adapter
 from harness.store import load_tensors, save_tensors
 

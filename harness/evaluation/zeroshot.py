@@ -26,8 +26,8 @@ from typing import get_type_hints
 
 import numpy
 
-from harness.checks import integer, nearest, typed
-from harness.errors import ConfigError, DataError
+from harness.config.checks import integer, nearest, typed
+from harness.config.errors import ConfigError, DataError
 from harness.evaluation.agreement import NAME, documents
 
 CHOICE, CONTINUATION = ("query", "choices", "gold"), ("context", "continuation")

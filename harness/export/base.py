@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.formats import QTensor, Scheme
 from harness.models.families import Adapter
 from harness.models.quant_linear import SiteInput

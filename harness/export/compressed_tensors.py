@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.export import layouts
 from harness.export.base import Exporter, Snapshot, cast, modules
 from harness.formats import Format, FourOverSix, Scheme

@@ -27,7 +27,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from harness.errors import ConfigError, DataError
+from harness.config.errors import ConfigError, DataError
 from harness.formats import FP4, MX, NVFP4, Format, FourOverSix, Integer, KVCache, QTensor, pack_nibbles
 from harness.libraries.compressed_tensors import cache_refusal
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from harness.config import build
+from harness.config.build import build
 from harness.export.base import Snapshot
 from harness.export.names import base_of, hub_id, word
 from harness.formats import Format, KVCache

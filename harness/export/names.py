@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.config import build
-from harness.errors import ConfigError
+from harness.config.build import build
+from harness.config.errors import ConfigError
 from harness.models.load import ModelSource
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from harness.checks import boolean, integer, one_of
-from harness.errors import ConfigError, DataError
+from harness.config.checks import boolean, integer, one_of
+from harness.config.errors import ConfigError, DataError
 from harness.formats.observers import MSE
 from harness.formats.qtensor import QTensor, Scales
 

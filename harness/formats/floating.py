@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.checks import boolean, integer
-from harness.errors import ConfigError
+from harness.config.checks import boolean, integer
+from harness.config.errors import ConfigError
 from harness.formats.base import Format, over
 from harness.formats.grids import E2M1, Grid
 from harness.formats.observers import absmax, search

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.formats.base import over
 from harness.formats.grids import E4M3
 from harness.formats.nvfp4 import NVFP4

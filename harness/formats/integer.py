@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from harness.checks import integer, number
-from harness.errors import ConfigError
+from harness.config.checks import integer, number
+from harness.config.errors import ConfigError
 from harness.formats.base import Format, over
 from harness.formats.observers import absmax, search
 from harness.formats.qtensor import Scales

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.formats.base import over
 from harness.formats.floating import Floating
 from harness.formats.grids import GRIDS, Grid

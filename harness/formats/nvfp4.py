@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from harness.checks import number
-from harness.errors import ConfigError
+from harness.config.checks import number
+from harness.config.errors import ConfigError
 from harness.formats.base import Format, over
 from harness.formats.floating import Floating
 from harness.formats.grids import E4M3

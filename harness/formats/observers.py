@@ -22,8 +22,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from harness.checks import integer, known_keys, number, one_of
-from harness.errors import ConfigError
+from harness.config.checks import integer, known_keys, number, one_of
+from harness.config.errors import ConfigError
 
 
 @dataclass(frozen=True)

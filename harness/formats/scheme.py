@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from harness.checks import integer, number
-from harness.errors import ConfigError
+from harness.config.checks import integer, number
+from harness.config.errors import ConfigError
 from harness.formats.base import Format
 from harness.formats.integer import Integer
 

@@ -16,7 +16,7 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.linalg.paley import constructible, paley
 
 BACKENDS = ("auto", "kernel", "torch")

@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 
 METHODS = ("exact", "fixed_point")
 CAPS = ("tensor", "block")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from harness.errors import DataError
+from harness.config.errors import DataError
 from harness.models.facts import read_object
 
 ABOUT = "quantization_metadata.json"

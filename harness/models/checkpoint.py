@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from harness.errors import DataError
+from harness.config.errors import DataError
 from harness.formats import Format, QTensor, Scales
 from harness.libraries.transformers import empty_plain_cache
 from harness.models.attention import attach, cache

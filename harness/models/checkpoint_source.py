@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from harness.errors import ConfigError, DataError
+from harness.config.errors import ConfigError, DataError
 from harness.libraries.compressed_tensors import cache_refusal
 from harness.models.facts import config_of, facts_of
 from harness.models.layout import DIGESTS, RECORD

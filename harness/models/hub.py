@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from harness.errors import ConfigError, DataError
+from harness.config.errors import ConfigError, DataError
 from harness.models.facts import config_of, facts_of, reason
 from harness.models.load import ModelSource
 from harness.models.weights import INDEX, SINGLE, Weights, shard_names, weights_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness.errors import DataError
+from harness.config.errors import DataError
 from harness.models.facts import read_object
 
 VERSION = 1

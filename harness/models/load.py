@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from harness.errors import ConfigError, DataError
+from harness.config.errors import ConfigError, DataError
 
 DTYPES = ("float32", "bfloat16", "auto")
 AMPS = (None, "bfloat16")

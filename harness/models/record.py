@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from harness import formats
-from harness.errors import ConfigError, DataError
+from harness.config.errors import ConfigError, DataError
 from harness.formats import Format, KVCache
 from harness.models.layout import RECORD, VERSION, recorded
 

@@ -6,7 +6,7 @@ query/key norm changes the logits and is caught. For Qwen3 heads * head_dim = 28
 
 from dataclasses import dataclass
 
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.models.load import ModelSource
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

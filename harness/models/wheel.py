@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from math import isclose
 from pathlib import Path
 
-from harness.errors import DataError
+from harness.config.errors import DataError
 from harness.models.facts import facts_of
 from harness.models.load import ModelSource
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.report import rows as stored
 from harness.report.figures import figures, in_order, number
 from harness.report.marks import legend, letters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.report.rows import LABELS
 
 

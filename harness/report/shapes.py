@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from harness.checks import fits
+from harness.config.checks import fits
 
 NUMBER = float | None
 FIGURES = Mapping[str, Mapping[str, NUMBER]]  # {corpus or task: {metric: value}}

@@ -28,7 +28,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from harness.config import ROOT, build
+from harness.config.build import ROOT, build
 from harness.libraries.hydra import BasicLauncher, Callbacks, HydraContext, OverridesParser, jobs_of
 from harness.report.page import write_page
 from harness.report.progress import Reporter

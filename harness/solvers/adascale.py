@@ -25,8 +25,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from harness.checks import boolean, integer, number
-from harness.errors import ConfigError
+from harness.config.checks import boolean, integer, number
+from harness.config.errors import ConfigError
 from harness.formats import Format, FourOverSix, QTensor, Scales
 from harness.solvers.base import Block, Problem, Solution, Solver
 from harness.solvers.minmax import MinMax, minmax

@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from harness.checks import boolean, integer, one_of
+from harness.config.checks import boolean, integer, one_of
 from harness.formats import Format, FourOverSix, Scales
 from harness.solvers.base import Block, Problem, Solution, Solver
 from harness.solvers.gptq import GPTQ

@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from harness.checks import boolean, one_of
+from harness.config.checks import boolean, one_of
 from harness.formats import Format, QTensor, Scales
 
 

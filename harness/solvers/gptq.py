@@ -23,8 +23,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from harness.checks import integer, number, one_of
-from harness.errors import ConfigError, DataError
+from harness.config.checks import integer, number, one_of
+from harness.config.errors import ConfigError, DataError
 from harness.formats import Format, Scales
 from harness.solvers.base import Problem, Solution, Solver
 

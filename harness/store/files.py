@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 
 PATIENCE = 1.0  # seconds that a wait for another process stays silent
 POLL = 0.02  # seconds between looks at a lock meanwhile

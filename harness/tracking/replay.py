@@ -15,7 +15,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from harness.errors import DataError
+from harness.config.errors import DataError
 from harness.store import Run, RunLocked, Store, locked, read_json
 from harness.tracking.base import RunInfo, Tracker
 from harness.tracking.wandb import Wandb

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.tracking.base import RunInfo, Tracker, plain, without_secrets
 
 log = logging.getLogger(__name__)

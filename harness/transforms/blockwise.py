@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import torch
 
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.transforms.base import Context, Subject, Transform
 from harness.transforms.codec import Codec
 from harness.transforms.placement import Placement

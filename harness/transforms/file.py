@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from harness.errors import ConfigError, DataError
+from harness.config.errors import ConfigError, DataError
 from harness.linalg.stiefel import deviation, project
 from harness.store import intact, save_tensors
 from harness.transforms.base import Context, Transform

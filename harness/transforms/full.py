@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.checks import one_of
-from harness.errors import ConfigError
+from harness.config.checks import one_of
+from harness.config.errors import ConfigError
 from harness.linalg.hadamard import factors, hadamard
 from harness.linalg.stiefel import qr_orth, random_orthogonal
 from harness.transforms.base import generator

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 from harness.linalg.hadamard import hadamard
 from harness.transforms.blockwise import BlockDiagonal
 from harness.transforms.codec import Blocks, Codec

@@ -10,8 +10,8 @@ already isolates outliers; it helps INT4 strongly and MXFP4 activations.
 
 from __future__ import annotations
 
-from harness.checks import boolean
-from harness.errors import ConfigError
+from harness.config.checks import boolean
+from harness.config.errors import ConfigError
 from harness.formats import NVFP4
 from harness.linalg.hadamard import Hadamard, random_signs, reachable
 from harness.transforms.base import Context, generator

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.checks import integer, number
-from harness.errors import ConfigError
+from harness.config.checks import integer, number
+from harness.config.errors import ConfigError
 from harness.transforms.base import generator
 from harness.transforms.blockwise import BlockDiagonal
 from harness.transforms.codec import Blocks, Codec

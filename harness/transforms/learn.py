@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.checks import integer, number, one_of
-from harness.errors import ConfigError
+from harness.config.checks import integer, number, one_of
+from harness.config.errors import ConfigError
 from harness.formats import Scheme
 from harness.linalg.stiefel import CAPS, CayleySGD, cayley, project
 from harness.transforms.base import Subject

@@ -14,7 +14,7 @@ from typing import get_args, get_origin, get_type_hints
 
 from torch import Tensor, contiguous_format
 
-from harness.errors import DataError
+from harness.config.errors import DataError
 from harness.linalg.hadamard import Hadamard
 from harness.transforms.codec import Codec
 from harness.transforms.placement import Placement

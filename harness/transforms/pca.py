@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.checks import boolean, integer, one_of
-from harness.errors import ConfigError
+from harness.config.checks import boolean, integer, one_of
+from harness.config.errors import ConfigError
 from harness.formats import MX, Integer
 from harness.linalg.hadamard import hadamard, reachable
 from harness.transforms.base import Context, Subject, Transform

@@ -15,8 +15,8 @@ from dataclasses import replace
 
 import torch
 
-from harness.checks import boolean
-from harness.errors import ConfigError
+from harness.config.checks import boolean
+from harness.config.errors import ConfigError
 from harness.linalg.hadamard import Hadamard, hadamard, reachable
 from harness.linalg.stiefel import random_orthogonal
 from harness.transforms.base import Context, Subject, generator

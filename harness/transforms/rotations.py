@@ -14,8 +14,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 
-from harness.checks import boolean
-from harness.errors import ConfigError
+from harness.config.checks import boolean
+from harness.config.errors import ConfigError
 from harness.formats import NVFP4
 from harness.linalg.hadamard import Hadamard, random_signs, reachable
 from harness.transforms.base import Context, Subject, Transform, generator

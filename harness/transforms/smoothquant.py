@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.checks import names, number
+from harness.config.checks import names, number
 from harness.formats import MX, NVFP4
 from harness.transforms.base import Context, Subject, Transform
 from harness.transforms.codec import Diagonal

@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from harness.checks import one_of
-from harness.errors import ConfigError
+from harness.config.checks import one_of
+from harness.config.errors import ConfigError
 from harness.linalg.stiefel import deviation
 from harness.transforms.base import Context, Subject
 from harness.transforms.codec import Blocks, Codec

@@ -31,7 +31,7 @@ from typing import get_type_hints
 import torch
 from torch import Tensor
 
-from harness.checks import integer, names, number, one_of, typed
+from harness.config.checks import integer, names, number, one_of, typed
 from harness.linalg.hadamard import reachable
 from harness.linalg.stiefel import project, qr_orth
 from harness.transforms.base import Context, Subject, generator

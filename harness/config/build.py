@@ -13,10 +13,10 @@ from typing import get_args, get_type_hints
 
 from omegaconf import OmegaConf
 
-from harness.checks import integer, known_keys, nearest, one_of, typed
-from harness.errors import ConfigError
+from harness.config.checks import integer, known_keys, nearest, one_of, typed
+from harness.config.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGE = __name__.partition(".")[0]
 WINDOWS = {"windows": int | None, "length": int}
 FIELDS = {  # {section: {setting: its type}} of what no class is built from

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Union, get_args, get_origin
 
-from harness.errors import ConfigError
+from harness.config.errors import ConfigError
 
 WORDS = {NoneType: "null", bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 

@@ -1,0 +1,1 @@
+"""Settings: classes built from them, checks of single values, the errors a user can cause. Imports no torch."""
