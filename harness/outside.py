@@ -10,6 +10,7 @@ from torch import Tensor
 
 from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
+from harness.codecs.placement import HEAD_SITE
 from harness.formats import QTensor, Scheme
 from harness.models.families import Adapter
 from harness.models.load import untie
@@ -18,7 +19,6 @@ from harness.models.quant_linear import QuantLinear
 from harness.solved import decibel, relative, stored, swap_in
 from harness.solvers import Problem, Solver
 from harness.store import Run
-from harness.transforms.placement import HEAD_SITE
 
 
 class Outside:

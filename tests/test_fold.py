@@ -10,6 +10,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from harness.calibration.subject import ModelSubject
+from harness.codecs import fold
 from harness.config.build import build, option
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Format, Integer, KVCache, Scheme
@@ -21,7 +22,7 @@ from harness.models.live import live
 from harness.models.prepare import fuse_norms, place, swap
 from harness.models.quant_linear import SiteInput
 from harness.models.tiny import Tiny
-from harness.transforms import Blocks, Context, Diagonal, Kronecker, Placement, Role, Rotation, Transform, fold, merge
+from harness.transforms import Blocks, Context, Diagonal, Kronecker, Placement, Role, Rotation, Transform, merge
 from harness.transforms.layerwise import Ridge
 from harness.transforms.learn import Descent, Orthogonal, Teacher, held_out_loss
 from harness.transforms.pca import PCA, principal_axes

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from harness.codecs.packing import pack
 from harness.export.base import Exporter, Snapshot, modules
 from harness.formats import Scheme
 from harness.models.checkpoint import PLACEMENT, load, sites
@@ -21,7 +22,6 @@ from harness.models.layout import RECORD
 from harness.models.record import Record
 from harness.store import replacing, write_json
 from harness.transforms import Codec, Context, Placement, Transform
-from harness.transforms.packing import pack
 
 
 class Checkpoint(Exporter):

@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from harness.codecs.codec import Blocks, Rotation
 from harness.config.checks import boolean
 from harness.config.errors import ConfigError
 from harness.export.base import Exporter, Snapshot, modules
@@ -38,8 +39,7 @@ from harness.models.quant_linear import QuantLinear, SiteInput
 from harness.models.shelf import assign
 from harness.models.weights import weight_files
 from harness.transforms import Codec, Context, Transform
-from harness.transforms.blockwise import common_blocks
-from harness.transforms.codec import Blocks, Rotation
+from harness.transforms.block_diagonal import common_blocks
 from harness.transforms.gsr import SequencyBlocks
 from harness.transforms.hadamard import HadamardBlocks
 

@@ -23,6 +23,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from harness.codecs.packing import unpack
+from harness.codecs.placement import HEAD_SITE
 from harness.config.errors import DataError
 from harness.formats import Format, QTensor, Scales
 from harness.libraries.transformers import empty_plain_cache
@@ -35,8 +37,6 @@ from harness.models.quant_linear import QuantLinear, SiteInput
 from harness.models.record import Record
 from harness.models.shelf import assign
 from harness.models.weights import tensor_files, weight_files
-from harness.transforms.packing import unpack
-from harness.transforms.placement import HEAD_SITE
 
 PLACEMENT = "placement.safetensors"
 PARTS = ("codes", *(field.name for field in fields(Scales)))  # of a quantized weight

@@ -12,11 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from harness.codecs.placement import HEAD_SITE
 from harness.config.checks import nearest
 from harness.config.errors import ConfigError
 from harness.formats import Scheme
 from harness.transforms import Context, Role
-from harness.transforms.placement import HEAD_SITE
 
 
 @dataclass(frozen=True)

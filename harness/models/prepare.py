@@ -16,12 +16,13 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from harness.codecs import fold
+from harness.codecs.placement import HEAD_SITE
 from harness.models.attention import attach
 from harness.models.families import Adapter
 from harness.models.load import untie
 from harness.models.quant_linear import QuantLinear, SiteInput
-from harness.transforms import Chain, Codec, Placement, Role, fold
-from harness.transforms.placement import HEAD_SITE
+from harness.transforms import Chain, Codec, Placement, Role
 
 
 def swap(adapter: Adapter) -> None:

@@ -27,17 +27,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from harness.codecs.codec import Blocks, Diagonal
+from harness.codecs.placement import Placement, Role
 from harness.config.checks import one_of
 from harness.config.errors import ConfigError
 from harness.linalg.hadamard import Hadamard, random_signs, reachable
 from harness.linalg.stiefel import deviation
 from harness.transforms.base import Context, Subject, Transform, generator
-from harness.transforms.blockwise import BLOCKS, common_blocks
-from harness.transforms.codec import Blocks, Diagonal
+from harness.transforms.block_diagonal import BLOCKS, common_blocks
 from harness.transforms.layerwise import Ridge, reconstruct
 from harness.transforms.learn import Descent, end_to_end
 from harness.transforms.pca import principal_axes
-from harness.transforms.placement import Placement, Role
 from harness.transforms.sampling import Covariance
 
 FLOOR = 1e-5  # least magnitude of a norm weight that is divided by

@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from harness.codecs.placement import Placement, Role
 from harness.formats import Format, Scheme
-from harness.transforms.placement import Placement, Role
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from harness.transforms.blockwise import BlockDiagonal
-from harness.transforms.codec import Blocks, Codec
+from harness.codecs.codec import Blocks, Codec
+from harness.transforms.block_diagonal import BlockDiagonal
 from harness.transforms.dct import angles
 
 

@@ -18,10 +18,10 @@ import math
 import torch
 from torch import Tensor
 
+from harness.codecs.codec import Blocks, Codec
 from harness.linalg.hadamard import hadamard, random_signs, reachable
 from harness.transforms.base import generator
-from harness.transforms.blockwise import BlockDiagonal
-from harness.transforms.codec import Blocks, Codec
+from harness.transforms.block_diagonal import BlockDiagonal
 
 FLOOR = 1 / 8
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from harness.codecs.codec import Blocks
+from harness.codecs.packing import pack, unpack
+from harness.codecs.placement import Placement
 from harness.config.errors import ConfigError, DataError
 from harness.linalg.stiefel import deviation, project
 from harness.store import intact, save_tensors
 from harness.transforms.base import Context, Transform
-from harness.transforms.codec import Blocks
-from harness.transforms.packing import pack, unpack
-from harness.transforms.placement import Placement
 from harness.transforms.rotations import Rotations
 
 R2_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.R2")

@@ -16,13 +16,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from harness.codecs.codec import Blocks, Codec
 from harness.config.checks import one_of
 from harness.config.errors import ConfigError
 from harness.linalg.hadamard import factors, hadamard
 from harness.linalg.stiefel import qr_orth, random_orthogonal
 from harness.transforms.base import generator
-from harness.transforms.blockwise import BlockDiagonal
-from harness.transforms.codec import Blocks, Codec
+from harness.transforms.block_diagonal import BlockDiagonal
 
 PARAMETRIZATIONS = ("general", "orthogonal", "svd")
 INITS = ("identity", "orthogonal", "hadamard", "xavier")

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from harness.codecs.codec import Blocks, Codec
 from harness.config.errors import ConfigError
 from harness.linalg.hadamard import hadamard
-from harness.transforms.blockwise import BlockDiagonal
-from harness.transforms.codec import Blocks, Codec
+from harness.transforms.block_diagonal import BlockDiagonal
 
 
 class SequencyBlocks(BlockDiagonal):

@@ -10,13 +10,13 @@ already isolates outliers; it helps INT4 strongly and MXFP4 activations.
 
 from __future__ import annotations
 
+from harness.codecs.codec import Codec, Rotation
 from harness.config.checks import boolean
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4
 from harness.linalg.hadamard import Hadamard, random_signs, reachable
 from harness.transforms.base import Context, generator
-from harness.transforms.blockwise import BlockDiagonal
-from harness.transforms.codec import Codec, Rotation
+from harness.transforms.block_diagonal import BlockDiagonal
 
 
 class HadamardBlocks(BlockDiagonal):

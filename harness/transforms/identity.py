@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from harness.codecs.placement import Placement
 from harness.transforms.base import Context, Subject, Transform
-from harness.transforms.placement import Placement
 
 
 class Identity(Transform):

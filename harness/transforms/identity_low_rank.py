@@ -14,11 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from harness.codecs.codec import Blocks, Codec
 from harness.config.checks import integer, number
 from harness.config.errors import ConfigError
 from harness.transforms.base import generator
-from harness.transforms.blockwise import BlockDiagonal
-from harness.transforms.codec import Blocks, Codec
+from harness.transforms.block_diagonal import BlockDiagonal
 
 
 class IdentityLowRank(BlockDiagonal):

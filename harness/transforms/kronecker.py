@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 
+from harness.codecs.codec import Codec, Kronecker
 from harness.transforms.base import generator
-from harness.transforms.codec import Codec, Kronecker
 from harness.transforms.full import FullMatrix, dense
 
 

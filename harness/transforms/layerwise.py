@@ -15,10 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from harness.codecs.codec import Blocks, Codec
 from harness.formats import Format
 from harness.linalg.blocks import times
 from harness.transforms.base import Context, Subject
-from harness.transforms.codec import Blocks, Codec
 from harness.transforms.learn import Best, Descent, Orthogonal
 from harness.transforms.sampling import Reservoir
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from harness.codecs.placement import Placement
 from harness.config.checks import integer, number, one_of
 from harness.config.errors import ConfigError
 from harness.formats import Scheme
 from harness.linalg.stiefel import CAPS, CayleySGD, cayley, project
 from harness.transforms.base import Subject
 from harness.transforms.losses import loss_of
-from harness.transforms.placement import Placement
 
 CHECKS = 8  # how often the held-out loss is taken
 OPTIMIZERS = ("cayley", "fixed_point", "cayley_adam")

@@ -16,13 +16,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from harness.codecs.codec import Blocks
+from harness.codecs.placement import HEAD_SITE, Placement
 from harness.config.checks import boolean, integer, one_of
 from harness.config.errors import ConfigError
 from harness.formats import MX, Integer
 from harness.linalg.hadamard import hadamard, reachable
 from harness.transforms.base import Context, Subject, Transform
-from harness.transforms.codec import Blocks
-from harness.transforms.placement import HEAD_SITE, Placement
 from harness.transforms.sampling import Covariance
 
 

@@ -15,13 +15,13 @@ from dataclasses import replace
 
 import torch
 
+from harness.codecs.codec import Blocks, Codec, Kronecker, Rotation
+from harness.codecs.placement import Placement
 from harness.config.checks import boolean
 from harness.config.errors import ConfigError
 from harness.linalg.hadamard import Hadamard, hadamard, reachable
 from harness.linalg.stiefel import random_orthogonal
 from harness.transforms.base import Context, Subject, generator
-from harness.transforms.codec import Blocks, Codec, Kronecker, Rotation
-from harness.transforms.placement import Placement
 from harness.transforms.rotations import Rotations
 
 

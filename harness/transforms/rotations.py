@@ -14,13 +14,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 
+from harness.codecs.codec import Codec, Rotation
+from harness.codecs.placement import Placement
 from harness.config.checks import boolean
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4
 from harness.linalg.hadamard import Hadamard, random_signs, reachable
 from harness.transforms.base import Context, Subject, Transform, generator
-from harness.transforms.codec import Codec, Rotation
-from harness.transforms.placement import Placement
 
 
 class Rotations(Transform):

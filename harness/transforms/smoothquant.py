@@ -16,11 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from harness.codecs.codec import Diagonal
+from harness.codecs.placement import Placement
 from harness.config.checks import names, number
 from harness.formats import MX, NVFP4
 from harness.transforms.base import Context, Subject, Transform
-from harness.transforms.codec import Diagonal
-from harness.transforms.placement import Placement
 
 FLOOR = 1e-5
 NORM_SITES, PRODUCT_SITES = ("attn_in", "mlp_in"), ("o_in", "down_in")

@@ -16,13 +16,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from harness.codecs.codec import Blocks, Codec
+from harness.codecs.placement import Placement
 from harness.config.checks import one_of
 from harness.config.errors import ConfigError
 from harness.linalg.stiefel import deviation
 from harness.transforms.base import Context, Subject
-from harness.transforms.codec import Blocks, Codec
 from harness.transforms.learn import Descent, end_to_end
-from harness.transforms.placement import Placement
 from harness.transforms.quarot import QuaRot
 
 

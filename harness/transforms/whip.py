@@ -31,11 +31,11 @@ from typing import get_type_hints
 import torch
 from torch import Tensor
 
+from harness.codecs.codec import Blocks, Codec
 from harness.config.checks import integer, names, number, one_of, typed
 from harness.linalg.hadamard import reachable
 from harness.linalg.stiefel import project, qr_orth
 from harness.transforms.base import Context, Subject, generator
-from harness.transforms.codec import Blocks, Codec
 from harness.transforms.rotations import Rotations
 from harness.transforms.sampling import Starts
 

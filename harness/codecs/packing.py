@@ -14,10 +14,10 @@ from typing import get_args, get_origin, get_type_hints
 
 from torch import Tensor, contiguous_format
 
+from harness.codecs.codec import Codec
+from harness.codecs.placement import Placement
 from harness.config.errors import DataError
 from harness.linalg.hadamard import Hadamard
-from harness.transforms.codec import Codec
-from harness.transforms.placement import Placement
 
 SINGLE = ("residual", "query_key")
 KEYED = ("merged", "online", "encoders", "decoders")

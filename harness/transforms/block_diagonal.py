@@ -14,10 +14,10 @@ from collections.abc import Mapping
 
 import torch
 
+from harness.codecs.codec import Codec
+from harness.codecs.placement import Placement
 from harness.config.errors import ConfigError
 from harness.transforms.base import Context, Subject, Transform
-from harness.transforms.codec import Codec
-from harness.transforms.placement import Placement
 
 BLOCKS = (128, 64, 32, 16)
 

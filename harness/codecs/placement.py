@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from harness.transforms.codec import Chain, Codec, Repeated
+from harness.codecs.codec import Chain, Codec, Repeated
 
 Where = tuple[int | None, str]
 HEAD_SITE = "head_in"  # what the output head reads; it stands outside the blocks, under layer None

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from harness.transforms.placement import Placement, Role
+from harness.codecs.placement import Placement, Role
 
 
 def fold(weights: Mapping[str, Tensor], placement: Placement, roles: Mapping[str, Role]) -> dict[str, Tensor]:
