@@ -25,7 +25,7 @@ from harness.config.build import build, option
 from harness.config.checks import number, typed
 from harness.config.errors import ConfigError
 from harness.formats import Format
-from harness.models.families import Adapter
+from harness.models.adapter import Adapter
 from harness.overrides import as_served
 
 

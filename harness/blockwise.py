@@ -20,9 +20,9 @@ from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
 from harness.calibration.subject import quiet, unlogged
 from harness.formats import QTensor, Scheme
-from harness.models.families import Adapter, Site
+from harness.models.adapter import Adapter, Site
+from harness.models.offload import trim
 from harness.models.quant_linear import QuantLinear, SiteInput
-from harness.models.shelf import trim
 from harness.outside import Outside
 from harness.solved import decibel, relative, stored, swap_in
 from harness.solvers import Problem, Solver

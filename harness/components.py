@@ -19,7 +19,7 @@ from harness.config.errors import ConfigError
 from harness.export.base import Exporter, check_destination
 from harness.export.names import Name
 from harness.formats import Format, KVCache, Scheme
-from harness.models.families import context_of, family_of
+from harness.models.adapter import context_of, family_of
 from harness.overrides import resolve
 from harness.plan import Plan, unnamed
 from harness.solvers import Solver

@@ -24,7 +24,7 @@ from harness.export.metadata import metadata
 from harness.export.names import name_of
 from harness.formats import QTensor
 from harness.models.about import ABOUT, about
-from harness.models.families import Adapter
+from harness.models.adapter import Adapter
 from harness.solved import Solved
 from harness.store import locked, write, write_json
 

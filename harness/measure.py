@@ -15,7 +15,7 @@ from harness.calibration.windows import tokenize
 from harness.config.build import fingerprint
 from harness.evaluation.divergence import Reference
 from harness.evaluation.perplexity import perplexity, steps, window_losses
-from harness.models.families import Adapter
+from harness.models.adapter import Adapter
 
 
 def tokens(job, corpus: Corpus, part: str) -> Tensor:

@@ -12,10 +12,10 @@ from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
 from harness.codecs.placement import HEAD_SITE
 from harness.formats import QTensor, Scheme
-from harness.models.families import Adapter
-from harness.models.load import untie
-from harness.models.prepare import swap_head
+from harness.models.adapter import Adapter
+from harness.models.merge import swap_head
 from harness.models.quant_linear import QuantLinear
+from harness.models.source import untie
 from harness.solved import decibel, relative, stored, swap_in
 from harness.solvers import Problem, Solver
 from harness.store import Run

@@ -22,7 +22,7 @@ from harness.config.build import build, option
 from harness.config.checks import nearest
 from harness.config.errors import ConfigError
 from harness.formats import Format
-from harness.models.families import Family
+from harness.models.adapter import Family
 
 PARTS = ("weight", "act")
 RANGE = re.compile(r"(?:first|last)_(\d+)|blocks_(\d+)(?:_(\d+))?")

@@ -146,9 +146,9 @@ class Job:
 
         from harness import exported, measure, stages
         from harness.calibration.windows import refuse_unknown_ids, windows
+        from harness.models.adapter import Adapter
         from harness.models.attention import attach
-        from harness.models.families import Adapter
-        from harness.models.load import assert_finite
+        from harness.models.source import assert_finite
 
         plan, parts = self.plan, self.parts
         with self.stage("load"):

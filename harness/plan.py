@@ -17,7 +17,7 @@ from harness.config.build import ROOT, build, fingerprint, option
 from harness.config.checks import integer, known_keys, one_of, typed
 from harness.config.errors import ConfigError, DataError
 from harness.evaluation.zeroshot import ZeroShot
-from harness.models.load import ModelSource
+from harness.models.source import ModelSource
 from harness.tracking import Tracker
 
 NAMES = dict.fromkeys(("base", "dataset", "training", "peft"), str | None)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from harness.calibration.statistics import Statistics
 from harness.formats import Format, QTensor, Scheme
-from harness.models.families import Adapter
+from harness.models.adapter import Adapter
 from harness.models.quant_linear import QuantLinear
 from harness.store import Run
 

@@ -22,8 +22,8 @@ from harness.config.build import fingerprint
 from harness.evaluation.gate import exact_logits, gate, stream_gate
 from harness.export.encodings import save_encodings
 from harness.formats import Scheme
-from harness.models import prepare
-from harness.models.families import Adapter
+from harness.models import merge as prepare
+from harness.models.adapter import Adapter
 from harness.solved import solved
 from harness.transforms import Placement, file
 from harness.transforms.identity import Identity

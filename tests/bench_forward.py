@@ -13,8 +13,8 @@ from harness.calibration.windows import windows
 from harness.config.build import build, option
 from harness.evaluation.perplexity import window_losses
 from harness.formats import Scheme
-from harness.models.families import Adapter, context_of
-from harness.models.prepare import fuse_norms, swap
+from harness.models.adapter import Adapter, context_of
+from harness.models.merge import fuse_norms, swap
 from harness.models.quant_linear import QuantLinear
 from harness.solvers import RTN
 from harness.transforms import Blocks, Context, Placement, Transform

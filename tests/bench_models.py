@@ -10,9 +10,9 @@ from harness.calibration.shipped import Pydoc
 from harness.calibration.windows import tokenize
 from harness.config.build import build, option
 from harness.formats import Format, Scheme
-from harness.models.families import Adapter
-from harness.models.load import ModelSource
-from harness.models.prepare import swap
+from harness.models.adapter import Adapter
+from harness.models.merge import swap
+from harness.models.source import ModelSource
 from harness.store import Run
 
 CALIBRATION = (32, 512)

@@ -20,9 +20,9 @@ from harness.calibration.stream import Stream
 from harness.calibration.windows import tokenize, windows
 from harness.config.build import build, option
 from harness.formats import Integer
-from harness.models.families import Adapter
-from harness.models.load import ModelSource
-from harness.models.prepare import swap
+from harness.models.adapter import Adapter
+from harness.models.merge import swap
+from harness.models.source import ModelSource
 from harness.models.tiny import byte_tokenizer
 from harness.solvers import GPTQ, Problem
 from harness.solvers.adascale import Rounding, distance

@@ -7,8 +7,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from harness.formats import Scheme
-from harness.models import families
-from harness.models.families import Adapter
+from harness.models import adapter as families
+from harness.models.adapter import Adapter
 from harness.models.tiny import Tiny
 from harness.transforms import Context
 

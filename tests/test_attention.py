@@ -7,9 +7,9 @@ from transformers.cache_utils import DynamicCache
 
 from harness.formats import KVCache
 from harness.linalg.hadamard import Hadamard, random_signs
+from harness.models.adapter import Adapter
 from harness.models.attention import NAME, HeadsInput, attach, cache, detach
-from harness.models.families import Adapter
-from harness.models.prepare import place
+from harness.models.merge import place
 from harness.models.tiny import FAMILIES, Tiny
 from harness.transforms import Placement, Rotation
 

@@ -12,8 +12,8 @@ from harness.components import components
 from harness.config.build import settings
 from harness.formats import MX, NVFP4, Integer, Scheme
 from harness.linalg.hadamard import Hadamard
-from harness.models.families import Adapter
-from harness.models.prepare import place, swap
+from harness.models.adapter import Adapter
+from harness.models.merge import place, swap
 from harness.models.tiny import Tiny
 from harness.pipeline import execute
 from harness.plan import make_plan

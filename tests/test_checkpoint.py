@@ -16,10 +16,10 @@ from harness.export import base
 from harness.export.base import Snapshot, digests, write_checkpoint
 from harness.export.checkpoint import Checkpoint
 from harness.export.compressed_tensors import CompressedTensors
+from harness.models.adapter import Adapter
 from harness.models.checkpoint import PackedLinear
 from harness.models.checkpoint_source import CheckpointModel
-from harness.models.families import Adapter
-from harness.models.prepare import swap
+from harness.models.merge import swap
 from harness.models.record import spec
 from harness.models.tiny import Tiny
 from harness.pipeline import execute

@@ -31,10 +31,10 @@ from harness.export.compressed_tensors import CompressedTensors
 from harness.formats import FP4, MX, NVFP4, Format, FourOverSix, Integer, KVCache, QTensor, Scales, Scheme
 from harness.libraries.compressed_tensors import cache_refusal
 from harness.models import checkpoint_source
+from harness.models.adapter import Adapter, context_of
 from harness.models.attention import attach
 from harness.models.checkpoint_source import CheckpointModel
-from harness.models.families import Adapter, context_of
-from harness.models.prepare import fuse_norms, place, swap
+from harness.models.merge import fuse_norms, place, swap
 from harness.models.tiny import Tiny
 from harness.solved import solved
 from harness.solvers import RTN

@@ -10,8 +10,8 @@ from harness.calibration.outliers import EDGES, outliers, profiles
 from harness.evaluation.divergence import WINDOWS, Reference
 from harness.evaluation.perplexity import LOGITS_AT_ONCE, window_losses
 from harness.marks import marks
-from harness.models.families import Adapter
-from harness.models.prepare import place, swap
+from harness.models.adapter import Adapter
+from harness.models.merge import place, swap
 from harness.models.tiny import Tiny
 from harness.pipeline import execute
 from harness.transforms import Blocks, Placement

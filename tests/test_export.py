@@ -22,9 +22,9 @@ from harness.exported import WINDOWS
 from harness.formats import NVFP4, Scheme
 from harness.libraries.compressed_tensors import cache_refusal
 from harness.models.about import ABOUT, held
-from harness.models.families import Adapter, context_of
-from harness.models.load import assert_finite
-from harness.models.prepare import fuse_norms, swap
+from harness.models.adapter import Adapter, context_of
+from harness.models.merge import fuse_norms, swap
+from harness.models.source import assert_finite
 from harness.models.tiny import Tiny, byte_tokenizer
 from harness.pipeline import execute
 

@@ -15,9 +15,9 @@ from harness.export.card import card
 from harness.export.metadata import metadata
 from harness.export.names import LONGEST, Name, base_of, hub_id
 from harness.formats import NVFP4, Format, KVCache, Scheme
-from harness.models import prepare
-from harness.models.families import FAMILIES, Adapter
-from harness.models.load import untie
+from harness.models import merge as prepare
+from harness.models.adapter import FAMILIES, Adapter
+from harness.models.source import untie
 from harness.models.tiny import Tiny
 from harness.overrides import resolve
 

@@ -16,12 +16,12 @@ from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Format, Integer, KVCache, Scheme
 from harness.linalg.hadamard import Hadamard, hadamard
 from harness.linalg.stiefel import deviation, project, qr_orth, random_orthogonal
+from harness.models.adapter import FAMILIES, Adapter
 from harness.models.attention import attach
-from harness.models.families import FAMILIES, Adapter
-from harness.models.live import live
-from harness.models.prepare import fuse_norms, place, swap
+from harness.models.merge import fuse_norms, place, swap
 from harness.models.quant_linear import SiteInput
 from harness.models.tiny import Tiny
+from harness.models.unmerged import live
 from harness.transforms import Blocks, Context, Diagonal, Kronecker, Placement, Role, Rotation, Transform, merge
 from harness.transforms.layerwise import Ridge
 from harness.transforms.learn import Descent, Orthogonal, Teacher, held_out_loss

@@ -20,8 +20,8 @@ from harness.export.base import Snapshot, write_checkpoint
 from harness.export.fp_quant import FPQuant, decoded
 from harness.formats import MX, NVFP4, FourOverSix, Integer, KVCache, Scheme
 from harness.linalg.hadamard import hadamard
-from harness.models.families import Adapter, context_of
-from harness.models.prepare import place, swap
+from harness.models.adapter import Adapter, context_of
+from harness.models.merge import place, swap
 from harness.models.tiny import Tiny
 from harness.pipeline import execute
 from harness.solved import solved

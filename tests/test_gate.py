@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from harness import stages
 from harness.evaluation.gate import exact_logits, stream_gate
 from harness.evaluation.perplexity import window_losses
-from harness.models import families, prepare
-from harness.models.families import FAMILIES, Adapter
+from harness.models import adapter as families
+from harness.models import merge as prepare
+from harness.models.adapter import FAMILIES, Adapter
 from harness.models.tiny import Tiny, byte_tokenizer
 from harness.pipeline import execute
 

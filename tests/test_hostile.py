@@ -18,8 +18,8 @@ from harness.config.build import option
 from harness.config.errors import ConfigError, DataError
 from harness.export.base import digests
 from harness.formats import Scheme
+from harness.models.adapter import context_of
 from harness.models.checkpoint_source import CheckpointModel
-from harness.models.families import context_of
 from harness.models.tiny import Tiny
 from harness.pipeline import execute
 from harness.report.__main__ import main as report

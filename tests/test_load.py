@@ -10,9 +10,9 @@ import yaml
 from transformers import AutoConfig
 
 from harness.config.errors import ConfigError, DataError
-from harness.models.families import Adapter
+from harness.models.adapter import Adapter
 from harness.models.hub import Hub
-from harness.models.load import assert_finite, untie
+from harness.models.source import assert_finite, untie
 from harness.models.tiny import FAMILIES, Tiny, byte_tokenizer
 from harness.models.wheel import Wheel
 

@@ -15,8 +15,8 @@ from harness.components import components
 from harness.config.build import option, settings
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Scheme
-from harness.models.families import Adapter
-from harness.models.prepare import fuse_norms, swap
+from harness.models.adapter import Adapter
+from harness.models.merge import fuse_norms, swap
 from harness.models.tiny import Tiny
 from harness.pipeline import execute
 from harness.plan import make_plan

@@ -11,7 +11,7 @@ from harness.config.build import build, option, settings
 from harness.config.errors import ConfigError
 from harness.export.encodings import encoding
 from harness.formats import MX, Format, Integer
-from harness.models.families import FAMILIES
+from harness.models.adapter import FAMILIES
 from harness.overrides import resolve
 from harness.pipeline import execute
 from harness.plan import make_plan

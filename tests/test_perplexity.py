@@ -8,8 +8,8 @@ import torch
 from harness.calibration.windows import windows
 from harness.evaluation.perplexity import LOGITS_AT_ONCE, perplexity, window_losses
 from harness.formats import NVFP4
-from harness.models.families import Adapter
-from harness.models.prepare import swap_head
+from harness.models.adapter import Adapter
+from harness.models.merge import swap_head
 from harness.models.tiny import VOCABULARY, Tiny
 
 LENGTH = 300  # more than the tokens whose logits are held at once, and no multiple of them

@@ -15,8 +15,8 @@ from harness.calibration.stream import Stream
 from harness.calibration.windows import tokenize, windows
 from harness.config.errors import ConfigError, DataError
 from harness.formats import NVFP4, Scheme
-from harness.models.families import Adapter
-from harness.models.prepare import swap
+from harness.models.adapter import Adapter
+from harness.models.merge import swap
 from harness.models.tiny import Tiny
 from harness.pipeline import execute
 from harness.solvers import GPTQ

@@ -10,7 +10,7 @@ from harness.config.errors import ConfigError
 from harness.formats import Integer, KVCache, Scheme
 from harness.linalg.hadamard import Hadamard, random_signs
 from harness.linalg.stiefel import random_orthogonal
-from harness.models.prepare import fuse_norms, place, swap
+from harness.models.merge import fuse_norms, place, swap
 from harness.transforms import Blocks, Chain, Codec, Diagonal, Kronecker, Placement, Repeated, Rotation, file
 from harness.transforms.identity import Identity
 from harness.transforms.pca import PCA

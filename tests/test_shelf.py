@@ -6,7 +6,7 @@ from composed import small
 
 from harness.config.errors import DataError
 from harness.evaluation.perplexity import window_losses
-from harness.models.families import Adapter
+from harness.models.adapter import Adapter
 from harness.models.hub import Hub
 from harness.models.tiny import Tiny
 from harness.pipeline import execute

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness.config.errors import DataError
 from harness.evaluation.perplexity import window_losses
-from harness.models.families import Adapter
+from harness.models.adapter import Adapter
 from harness.models.hub import Hub
 from harness.models.tiny import Tiny, byte_tokenizer
 from harness.pipeline import execute

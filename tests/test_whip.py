@@ -11,8 +11,8 @@ from preserved import context_of, token_ids
 from harness.calibration.subject import ModelSubject
 from harness.linalg.hadamard import Hadamard, random_signs
 from harness.linalg.stiefel import deviation, random_orthogonal
-from harness.models.families import Adapter
-from harness.models.prepare import fuse_norms, swap
+from harness.models.adapter import Adapter
+from harness.models.merge import fuse_norms, swap
 from harness.models.tiny import Tiny
 from harness.transforms.dartquant import DartQuant
 from harness.transforms.jointquant import JointQuant

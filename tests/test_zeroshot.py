@@ -12,8 +12,8 @@ from harness.config.errors import ConfigError, DataError
 from harness.evaluation.agreement import NOUNS, documents
 from harness.evaluation.zeroshot import ZeroShot, shown, tasks_for_lm_eval, together, zeroshot
 from harness.formats import NVFP4, Integer
-from harness.models.families import Adapter
-from harness.models.prepare import swap
+from harness.models.adapter import Adapter
+from harness.models.merge import swap
 from harness.models.tiny import Tiny
 from harness.pipeline import execute
 

@@ -13,8 +13,8 @@ from torch.func import functional_call
 from harness.calibration.stream import Stream, arguments_at
 from harness.calibration.subject import quiet, unlogged
 from harness.formats import Scheme
-from harness.models.families import Adapter, Branch, Site
-from harness.models.prepare import place
+from harness.models.adapter import Adapter, Branch, Site
+from harness.models.merge import place
 from harness.transforms import Diagonal, Placement
 
 PROBE = 4096  # tokens on which `inputs` and `parent` work

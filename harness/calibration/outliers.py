@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from harness.calibration.stream import Stream
-from harness.models.families import Adapter
+from harness.models.adapter import Adapter
 
 EDGES = torch.arange(-20.0, 12.5, 0.5)  # of log2 |x|: 64 bins of half an octave
 WINDOWS = 4  # calibration windows looked at

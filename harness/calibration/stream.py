@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harness.models.families import Adapter, Branch, Site
+from harness.models.adapter import Adapter, Branch, Site
 
 
 class _Reached(Exception):

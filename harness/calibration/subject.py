@@ -11,8 +11,8 @@ from torch import Tensor
 from harness.calibration.stream import Stream
 from harness.codecs.placement import HEAD_SITE
 from harness.formats import Scheme
-from harness.models.families import Adapter
-from harness.models.live import live
+from harness.models.adapter import Adapter
+from harness.models.unmerged import live
 from harness.transforms import Placement
 
 HELD = 10  # every tenth of the calibration windows, at the end, is kept to choose the best iterate by

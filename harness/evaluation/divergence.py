@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from harness.config.errors import DataError
-from harness.models.families import Adapter
+from harness.models.adapter import Adapter
 from harness.store import load_tensors, save_tensors
 
 WINDOWS = 2  # a text; 4,000 positions tell KL to a few percent

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from harness.calibration.stream import Stream, arriving
-from harness.models.families import Adapter
+from harness.models.adapter import Adapter
 
 FLOAT_MAX, FLOAT_MEAN = 1e-4, 1e-4  # float32: max |delta| against max |logit|, and mean |delta|
 HALF_MAX, HALF_MEAN = 4.0, 3.0  # 16 bits: max and mean |after - exact| against those of |before - exact|

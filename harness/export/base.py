@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from harness.config.errors import ConfigError
 from harness.formats import QTensor, Scheme
-from harness.models.families import Adapter
+from harness.models.adapter import Adapter
 from harness.models.quant_linear import SiteInput
 from harness.store import replacing, writable, write_json
 from harness.transforms import Context, Placement, Transform

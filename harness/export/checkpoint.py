@@ -16,8 +16,8 @@ from torch import Tensor
 from harness.codecs.packing import pack
 from harness.export.base import Exporter, Snapshot, modules
 from harness.formats import Scheme
+from harness.models.adapter import Adapter
 from harness.models.checkpoint import PLACEMENT, load, sites
-from harness.models.families import Adapter
 from harness.models.layout import RECORD
 from harness.models.record import Record
 from harness.store import replacing, write_json

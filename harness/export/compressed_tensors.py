@@ -29,7 +29,7 @@ from harness.config.errors import ConfigError
 from harness.export import layouts
 from harness.export.base import Exporter, Snapshot, cast, modules
 from harness.formats import Format, FourOverSix, Scheme
-from harness.models.families import FAMILIES, head_dim
+from harness.models.adapter import FAMILIES, head_dim
 from harness.models.quant_linear import QuantLinear
 from harness.transforms import Context, Transform
 

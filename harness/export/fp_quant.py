@@ -35,8 +35,8 @@ from harness.config.checks import boolean
 from harness.config.errors import ConfigError
 from harness.export.base import Exporter, Snapshot, modules
 from harness.formats import MX, NVFP4, Format, QTensor, Scheme, pack_nibbles
+from harness.models.offload import assign
 from harness.models.quant_linear import QuantLinear, SiteInput
-from harness.models.shelf import assign
 from harness.models.weights import weight_files
 from harness.transforms import Codec, Context, Transform
 from harness.transforms.block_diagonal import common_blocks

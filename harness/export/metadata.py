@@ -28,9 +28,9 @@ from harness.config.build import build
 from harness.export.base import Snapshot
 from harness.export.names import base_of, hub_id, word
 from harness.formats import Format, KVCache
-from harness.models.families import Adapter, head_dim
-from harness.models.load import ModelSource
+from harness.models.adapter import Adapter, head_dim
 from harness.models.quant_linear import QuantLinear
+from harness.models.source import ModelSource
 from harness.store import version
 
 FIGURES = ("ppl", "divergence", "zeroshot", "tokens")

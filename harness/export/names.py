@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from harness.config.build import build
 from harness.config.errors import ConfigError
-from harness.models.load import ModelSource
+from harness.models.source import ModelSource
 
 if TYPE_CHECKING:
     from harness.export.base import Snapshot

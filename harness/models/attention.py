@@ -23,7 +23,7 @@ from harness.libraries.transformers import (
     sdpa_attention_forward,
     use_attention,
 )
-from harness.models.families import Adapter
+from harness.models.adapter import Adapter
 from harness.transforms import Codec
 
 NAME = "harness_kv"

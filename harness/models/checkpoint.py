@@ -28,14 +28,14 @@ from harness.codecs.placement import HEAD_SITE
 from harness.config.errors import DataError
 from harness.formats import Format, QTensor, Scales
 from harness.libraries.transformers import empty_plain_cache
+from harness.models.adapter import Adapter
 from harness.models.attention import attach, cache
 from harness.models.facts import config_of, read_object
-from harness.models.families import Adapter
 from harness.models.layout import DIGESTS, RECORD, recorded
-from harness.models.prepare import attach_online, swap, swap_head
+from harness.models.merge import attach_online, swap, swap_head
+from harness.models.offload import assign
 from harness.models.quant_linear import QuantLinear, SiteInput
 from harness.models.record import Record
-from harness.models.shelf import assign
 from harness.models.weights import tensor_files, weight_files
 
 PLACEMENT = "placement.safetensors"

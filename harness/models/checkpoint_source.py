@@ -12,7 +12,7 @@ from harness.config.errors import ConfigError, DataError
 from harness.libraries.compressed_tensors import cache_refusal
 from harness.models.facts import config_of, facts_of
 from harness.models.layout import DIGESTS, RECORD
-from harness.models.load import ModelSource
+from harness.models.source import ModelSource
 from harness.models.weights import stored, weight_files
 
 

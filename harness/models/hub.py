@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness.config.errors import ConfigError, DataError
 from harness.models.facts import config_of, facts_of, reason
-from harness.models.load import ModelSource
+from harness.models.source import ModelSource
 from harness.models.weights import INDEX, SINGLE, Weights, shard_names, weights_of
 
 HUB_TIMEOUT = 2.0  # seconds `check` waits for a hub that does not answer
@@ -58,7 +58,7 @@ class Hub(ModelSource):
         import torch
         from transformers import AutoModelForCausalLM
 
-        from harness.models.shelf import skeleton
+        from harness.models.offload import skeleton
 
         weights = self._weights
         dtype = getattr(torch, weights.dtype if self.dtype == "auto" else self.dtype)
@@ -71,8 +71,8 @@ class Hub(ModelSource):
         return self.ready(model, device), self._tokenizer
 
     def shelf(self, model, scratch: Path):
-        from harness.models.families import Adapter
-        from harness.models.shelf import Shelf
+        from harness.models.adapter import Adapter
+        from harness.models.offload import Shelf
 
         if self.weights == "memory":
             return None

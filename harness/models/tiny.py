@@ -7,7 +7,7 @@ query/key norm changes the logits and is caught. For Qwen3 heads * head_dim = 28
 from dataclasses import dataclass
 
 from harness.config.errors import ConfigError
-from harness.models.load import ModelSource
+from harness.models.source import ModelSource
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from harness.config.errors import DataError
 from harness.models.facts import facts_of
-from harness.models.load import ModelSource
+from harness.models.source import ModelSource
 
 
 @dataclass(kw_only=True)

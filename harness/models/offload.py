@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.libraries.transformers import tied_names
-from harness.models.families import family_of
-from harness.models.load import refuse_nonfinite
+from harness.models.adapter import family_of
+from harness.models.source import refuse_nonfinite
 
 
 def read(names: Mapping[str, Path], dtype: torch.dtype, device) -> dict[str, Tensor]:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from harness.codecs import fold
 from harness.codecs.placement import HEAD_SITE
+from harness.models.adapter import Adapter
 from harness.models.attention import attach
-from harness.models.families import Adapter
-from harness.models.load import untie
 from harness.models.quant_linear import QuantLinear, SiteInput
+from harness.models.source import untie
 from harness.transforms import Chain, Codec, Placement, Role
 
 

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 
 from harness.formats import Scheme
 from harness.libraries.transformers import attention_name
+from harness.models.adapter import Adapter
 from harness.models.attention import NAME, attach, detach
-from harness.models.families import Adapter
 from harness.models.quant_linear import QuantLinear
 from harness.transforms import Placement
 
