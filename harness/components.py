@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from harness.allocation import auto_of
 from harness.config.build import build
 from harness.config.checks import one_of, typed
 from harness.config.errors import ConfigError
@@ -20,8 +19,9 @@ from harness.export.base import Exporter, check_destination
 from harness.export.names import Name
 from harness.formats import Format, KVCache, Scheme
 from harness.models.adapter import context_of, family_of
-from harness.overrides import resolve
 from harness.plan import Plan, unnamed
+from harness.quantize.allocation import auto_of
+from harness.quantize.overrides import resolve
 from harness.solvers import Solver
 from harness.store import writable
 from harness.transforms import Transform, file

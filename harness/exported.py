@@ -25,7 +25,7 @@ from harness.export.names import name_of
 from harness.formats import QTensor
 from harness.models.about import ABOUT, about
 from harness.models.adapter import Adapter
-from harness.solved import Solved
+from harness.quantize.weights import Solved
 from harness.store import locked, write, write_json
 
 WINDOWS = 2  # of each corpus, on which the loaded model is compared

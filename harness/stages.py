@@ -12,9 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness import blockwise
 from harness import store as records
-from harness.allocation import allocate, sensitivities
 from harness.calibration.outliers import outliers, profiles
 from harness.calibration.subject import ModelSubject
 from harness.components import placement_facts
@@ -24,7 +22,9 @@ from harness.export.encodings import save_encodings
 from harness.formats import Scheme
 from harness.models import merge as prepare
 from harness.models.adapter import Adapter
-from harness.solved import solved
+from harness.quantize import blocks as blockwise
+from harness.quantize.allocation import allocate, sensitivities
+from harness.quantize.weights import solved
 from harness.transforms import Placement, file
 from harness.transforms.identity import Identity
 

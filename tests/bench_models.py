@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from harness.blockwise import quantize
 from harness.calibration.shipped import Pydoc
 from harness.calibration.windows import tokenize
 from harness.config.build import build, option
@@ -13,6 +12,7 @@ from harness.formats import Format, Scheme
 from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.source import ModelSource
+from harness.quantize.blocks import quantize
 from harness.store import Run
 
 CALIBRATION = (32, 512)

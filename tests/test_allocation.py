@@ -6,13 +6,13 @@ import pytest
 import torch
 from composed import small
 
-from harness.allocation import Auto, allocate, auto_of, sensitivities
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Integer
 from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.tiny import Tiny
 from harness.pipeline import execute
+from harness.quantize.allocation import Auto, allocate, auto_of, sensitivities
 
 
 def rows(count, seed):

@@ -23,7 +23,7 @@ from harness.models.merge import swap
 from harness.models.record import spec
 from harness.models.tiny import Tiny
 from harness.pipeline import execute
-from harness.solved import Solved
+from harness.quantize.weights import Solved
 from harness.store import write_json
 
 CASES = {

@@ -21,7 +21,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_golden import compressed_tensors_format
 
-from harness import blockwise
 from harness.calibration.subject import ModelSubject
 from harness.config.build import build, settings
 from harness.config.errors import ConfigError, DataError
@@ -36,7 +35,8 @@ from harness.models.attention import attach
 from harness.models.checkpoint_source import CheckpointModel
 from harness.models.merge import fuse_norms, place, swap
 from harness.models.tiny import Tiny
-from harness.solved import solved
+from harness.quantize import blocks as blockwise
+from harness.quantize.weights import solved
 from harness.solvers import RTN
 from harness.store import Run
 from harness.transforms import Placement

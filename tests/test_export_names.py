@@ -19,7 +19,7 @@ from harness.models import merge as prepare
 from harness.models.adapter import FAMILIES, Adapter
 from harness.models.source import untie
 from harness.models.tiny import Tiny
-from harness.overrides import resolve
+from harness.quantize.overrides import resolve
 
 EXAMPLE = "Qwen3-0.6B-openmath_SFT_LoRa256_QuaRot_w4_g64_a4_kv4_headfp16"
 COMMAND = "python run.py format=w4a4kv4 'data.path=a|b'"

@@ -14,7 +14,6 @@ import torch
 from composed import small
 from safetensors.torch import load_file
 
-from harness import blockwise
 from harness.config.errors import ConfigError
 from harness.export.base import Snapshot, write_checkpoint
 from harness.export.fp_quant import FPQuant, decoded
@@ -24,7 +23,8 @@ from harness.models.adapter import Adapter, context_of
 from harness.models.merge import place, swap
 from harness.models.tiny import Tiny
 from harness.pipeline import execute
-from harness.solved import solved
+from harness.quantize import blocks as blockwise
+from harness.quantize.weights import solved
 from harness.solvers import RTN
 from harness.store import Run
 from harness.transforms.gsr import SequencyBlocks

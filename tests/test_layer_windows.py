@@ -3,9 +3,10 @@
 import pytest
 from composed import small
 
-from harness import blockwise, stages
+from harness import stages
 from harness.config.errors import ConfigError
 from harness.pipeline import execute
+from harness.quantize import blocks as blockwise
 
 DYNAMIC = ["format=nvfp4", "format.act.scope=token"]
 

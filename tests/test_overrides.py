@@ -12,9 +12,9 @@ from harness.config.errors import ConfigError
 from harness.export.encodings import encoding
 from harness.formats import MX, Format, Integer
 from harness.models.adapter import FAMILIES
-from harness.overrides import resolve
 from harness.pipeline import execute
 from harness.plan import make_plan
+from harness.quantize.overrides import resolve
 
 FAMILY, LAYERS = FAMILIES["llama"], 6
 DOWN, UP, Q = "mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"

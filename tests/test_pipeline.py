@@ -8,7 +8,6 @@ import pytest
 import torch
 from composed import ROOT, small
 
-from harness import blockwise
 from harness.calibration.shipped import Pydoc
 from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
@@ -19,6 +18,7 @@ from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.tiny import Tiny
 from harness.pipeline import execute
+from harness.quantize import blocks as blockwise
 from harness.solvers import GPTQ
 from harness.store import RunLocked, Store, locked
 from harness.transforms import Rotation

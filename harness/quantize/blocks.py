@@ -23,8 +23,8 @@ from harness.formats import QTensor, Scheme
 from harness.models.adapter import Adapter, Site
 from harness.models.offload import trim
 from harness.models.quant_linear import QuantLinear, SiteInput
-from harness.outside import Outside
-from harness.solved import decibel, relative, stored, swap_in
+from harness.quantize.embeddings import Outside
+from harness.quantize.weights import decibel, relative, stored, swap_in
 from harness.solvers import Problem, Solver
 from harness.store import Run
 from harness.transforms import generator

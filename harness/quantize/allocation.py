@@ -26,7 +26,7 @@ from harness.config.checks import number, typed
 from harness.config.errors import ConfigError
 from harness.formats import Format
 from harness.models.adapter import Adapter
-from harness.overrides import as_served
+from harness.quantize.overrides import as_served
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from harness.models.adapter import Adapter
 from harness.models.merge import swap_head
 from harness.models.quant_linear import QuantLinear
 from harness.models.source import untie
-from harness.solved import decibel, relative, stored, swap_in
+from harness.quantize.weights import decibel, relative, stored, swap_in
 from harness.solvers import Problem, Solver
 from harness.store import Run
 
