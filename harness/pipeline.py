@@ -21,7 +21,7 @@ from pathlib import Path
 from harness import store as records
 from harness.config.build import settings
 from harness.config.errors import ConfigError, DataError
-from harness.marks import marks
+from harness.evaluation.caveats import marks
 from harness.models.about import about, held
 from harness.plan import Plan, make_plan
 from harness.report.progress import Reporter

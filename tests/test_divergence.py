@@ -7,9 +7,9 @@ import torch
 from composed import small
 
 from harness.calibration.outliers import EDGES, outliers, profiles
+from harness.evaluation.caveats import marks
 from harness.evaluation.divergence import WINDOWS, Reference
 from harness.evaluation.perplexity import LOGITS_AT_ONCE, window_losses
-from harness.marks import marks
 from harness.models.adapter import Adapter
 from harness.models.merge import place, swap
 from harness.models.tiny import Tiny
