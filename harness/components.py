@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
+from harness.checkpoints.base import Exporter, check_destination
+from harness.checkpoints.names import Name
 from harness.config.build import build
 from harness.config.checks import one_of, typed
 from harness.config.errors import ConfigError
-from harness.export.base import Exporter, check_destination
-from harness.export.names import Name
 from harness.formats import Format, KVCache, Scheme
 from harness.models.adapter import context_of, family_of
 from harness.plan import Plan, unnamed

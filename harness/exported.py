@@ -16,14 +16,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from harness.checkpoints.about import ABOUT, about
+from harness.checkpoints.base import Exporter, Snapshot, cast, digests, write_checkpoint
+from harness.checkpoints.card import card
+from harness.checkpoints.metadata import metadata
+from harness.checkpoints.names import name_of
 from harness.config.errors import DataError
 from harness.evaluation.perplexity import perplexity, window_losses
-from harness.export.base import Exporter, Snapshot, cast, digests, write_checkpoint
-from harness.export.card import card
-from harness.export.metadata import metadata
-from harness.export.names import name_of
 from harness.formats import QTensor
-from harness.models.about import ABOUT, about
 from harness.models.adapter import Adapter
 from harness.quantize.weights import Solved
 from harness.store import locked, write, write_json

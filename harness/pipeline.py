@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import store as records
+from harness.checkpoints.about import about, held
 from harness.config.build import settings
 from harness.config.errors import ConfigError, DataError
 from harness.evaluation.caveats import marks
-from harness.models.about import about, held
 from harness.plan import Plan, make_plan
 from harness.report.progress import Reporter
 from harness.store import Run, Store

@@ -15,10 +15,10 @@ from torch import Tensor
 from harness import store as records
 from harness.calibration.outliers import outliers, profiles
 from harness.calibration.subject import ModelSubject
+from harness.checkpoints.encodings import save_encodings
 from harness.components import placement_facts
 from harness.config.build import fingerprint
 from harness.evaluation.gate import exact_logits, gate, stream_gate
-from harness.export.encodings import save_encodings
 from harness.formats import Scheme
 from harness.models import merge as prepare
 from harness.models.adapter import Adapter

@@ -11,16 +11,16 @@ from safetensors import safe_open
 
 import harness
 from harness import measure
+from harness.checkpoints import base
+from harness.checkpoints.base import Snapshot, digests, write_checkpoint
+from harness.checkpoints.compressed_tensors import CompressedTensors
+from harness.checkpoints.native import PackedLinear
+from harness.checkpoints.native_writer import Checkpoint
+from harness.checkpoints.record import spec
+from harness.checkpoints.source import CheckpointModel
 from harness.config.errors import ConfigError, DataError
-from harness.export import base
-from harness.export.base import Snapshot, digests, write_checkpoint
-from harness.export.checkpoint import Checkpoint
-from harness.export.compressed_tensors import CompressedTensors
 from harness.models.adapter import Adapter
-from harness.models.checkpoint import PackedLinear
-from harness.models.checkpoint_source import CheckpointModel
 from harness.models.merge import swap
-from harness.models.record import spec
 from harness.models.tiny import Tiny
 from harness.pipeline import execute
 from harness.quantize.weights import Solved
@@ -194,7 +194,7 @@ def test_a_checkpoint_as_the_model_of_a_run(snapshots, tmp_path):
     swap(Adapter(model))
     assert torch.equal(logits(model), logits(snapshot.adapter.model)), "what is swapped already stays as it is"
     cfg, choices = small(tmp_path, "format=none", "transform=identity", "solver=none")
-    target = "harness.models.checkpoint_source.CheckpointModel"
+    target = "harness.checkpoints.source.CheckpointModel"
     cfg.model = {"_target_": target, "name": None, "path": str(folder), "dtype": "auto", "amp": None,
                  "trust_remote_code": False}
     outcome = execute(cfg, choices)

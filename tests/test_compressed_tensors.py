@@ -22,17 +22,17 @@ from safetensors.torch import save_file
 from test_golden import compressed_tensors_format
 
 from harness.calibration.subject import ModelSubject
+from harness.checkpoints import layouts
+from harness.checkpoints import source as checkpoint_source
+from harness.checkpoints.base import Snapshot, write_checkpoint
+from harness.checkpoints.compressed_tensors import CompressedTensors
+from harness.checkpoints.source import CheckpointModel
 from harness.config.build import build, settings
 from harness.config.errors import ConfigError, DataError
-from harness.export import layouts
-from harness.export.base import Snapshot, write_checkpoint
-from harness.export.compressed_tensors import CompressedTensors
 from harness.formats import FP4, MX, NVFP4, Format, FourOverSix, Integer, KVCache, QTensor, Scales, Scheme
 from harness.libraries.compressed_tensors import cache_refusal
-from harness.models import checkpoint_source
 from harness.models.adapter import Adapter, context_of
 from harness.models.attention import attach
-from harness.models.checkpoint_source import CheckpointModel
 from harness.models.merge import fuse_norms, place, swap
 from harness.models.tiny import Tiny
 from harness.quantize import blocks as blockwise

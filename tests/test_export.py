@@ -14,14 +14,14 @@ from safetensors import safe_open
 
 import harness
 from harness.calibration.subject import ModelSubject
+from harness.checkpoints.about import ABOUT, held
+from harness.checkpoints.names import Name
 from harness.components import transforms_of
 from harness.config.build import option
 from harness.config.errors import ConfigError
-from harness.export.names import Name
 from harness.exported import WINDOWS
 from harness.formats import NVFP4, Scheme
 from harness.libraries.compressed_tensors import cache_refusal
-from harness.models.about import ABOUT, held
 from harness.models.adapter import Adapter, context_of
 from harness.models.merge import fuse_norms, swap
 from harness.models.source import assert_finite
@@ -248,7 +248,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, layout, full_disk):
 
 def test_what_does_not_come_back_is_no_checkpoint(tmp_path, monkeypatch):
     """A layout that loses the last bit of a scale is caught by the gate, and an older checkpoint of that name stays."""
-    from harness.export.compressed_tensors import CompressedTensors
+    from harness.checkpoints.compressed_tensors import CompressedTensors
 
     good = run(tmp_path, "export=compressed_tensors")
     weights = Path(good.metrics["export"]["path"]) / "model.safetensors"

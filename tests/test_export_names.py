@@ -7,13 +7,13 @@ import pytest
 import yaml
 from composed import composed
 
+from harness.checkpoints.base import Snapshot
+from harness.checkpoints.card import card
+from harness.checkpoints.metadata import metadata
+from harness.checkpoints.names import LONGEST, Name, base_of, hub_id
 from harness.components import PARTS
 from harness.config.build import build, settings
 from harness.config.errors import ConfigError
-from harness.export.base import Snapshot
-from harness.export.card import card
-from harness.export.metadata import metadata
-from harness.export.names import LONGEST, Name, base_of, hub_id
 from harness.formats import NVFP4, Format, KVCache, Scheme
 from harness.models import merge as prepare
 from harness.models.adapter import FAMILIES, Adapter

@@ -14,9 +14,9 @@ import torch
 from composed import small
 from safetensors.torch import load_file
 
+from harness.checkpoints.base import Snapshot, write_checkpoint
+from harness.checkpoints.fp_quant import FPQuant, decoded
 from harness.config.errors import ConfigError
-from harness.export.base import Snapshot, write_checkpoint
-from harness.export.fp_quant import FPQuant, decoded
 from harness.formats import MX, NVFP4, FourOverSix, Integer, KVCache, Scheme
 from harness.linalg.hadamard import hadamard
 from harness.models.adapter import Adapter, context_of

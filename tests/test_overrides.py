@@ -7,9 +7,9 @@ import torch
 from composed import small
 from safetensors import safe_open
 
+from harness.checkpoints.encodings import encoding
 from harness.config.build import build, option, settings
 from harness.config.errors import ConfigError
-from harness.export.encodings import encoding
 from harness.formats import MX, Format, Integer
 from harness.models.adapter import FAMILIES
 from harness.pipeline import execute

@@ -23,6 +23,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from harness.checkpoints.native_files import DIGESTS, RECORD, recorded
+from harness.checkpoints.record import Record
 from harness.codecs.packing import unpack
 from harness.codecs.placement import HEAD_SITE
 from harness.config.errors import DataError
@@ -31,11 +33,9 @@ from harness.libraries.transformers import empty_plain_cache
 from harness.models.adapter import Adapter
 from harness.models.attention import attach, cache
 from harness.models.facts import config_of, read_object
-from harness.models.layout import DIGESTS, RECORD, recorded
 from harness.models.merge import attach_online, swap, swap_head
 from harness.models.offload import assign
 from harness.models.quant_linear import QuantLinear, SiteInput
-from harness.models.record import Record
 from harness.models.weights import tensor_files, weight_files
 
 PLACEMENT = "placement.safetensors"

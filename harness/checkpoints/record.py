@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from harness import formats
+from harness.checkpoints.native_files import RECORD, VERSION, recorded
 from harness.config.errors import ConfigError, DataError
 from harness.formats import Format, KVCache
-from harness.models.layout import RECORD, VERSION, recorded
 
 SPELLED = "harness.formats."  # in front of a class's name in the file
 FLOATS = ("float32", "bfloat16", "float16")

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 
+from harness.checkpoints.base import Snapshot
+from harness.checkpoints.names import base_of, hub_id, word
 from harness.config.build import build
-from harness.export.base import Snapshot
-from harness.export.names import base_of, hub_id, word
 from harness.formats import Format, KVCache
 from harness.models.adapter import Adapter, head_dim
 from harness.models.quant_linear import QuantLinear

@@ -30,10 +30,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from harness.checkpoints.base import Exporter, Snapshot, modules
 from harness.codecs.codec import Blocks, Rotation
 from harness.config.checks import boolean
 from harness.config.errors import ConfigError
-from harness.export.base import Exporter, Snapshot, modules
 from harness.formats import MX, NVFP4, Format, QTensor, Scheme, pack_nibbles
 from harness.models.offload import assign
 from harness.models.quant_linear import QuantLinear, SiteInput

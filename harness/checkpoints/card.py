@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
-from harness.export.names import spelled
+from harness.checkpoints.names import spelled
 from harness.report.figures import accuracy, number
 from harness.report.marks import legend, letters
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from harness.checkpoints.native_files import DIGESTS, RECORD
 from harness.config.errors import ConfigError, DataError
 from harness.libraries.compressed_tensors import cache_refusal
 from harness.models.facts import config_of, facts_of
-from harness.models.layout import DIGESTS, RECORD
 from harness.models.source import ModelSource
 from harness.models.weights import stored, weight_files
 
@@ -34,7 +34,7 @@ class CheckpointModel(ModelSource):
     def check(self) -> None:
         folder, where = self._there(), f"model.path={self.path}"
         if self._own:
-            from harness.models.record import Record
+            from harness.checkpoints.record import Record
 
             Record.read(folder)
             return
@@ -58,7 +58,7 @@ class CheckpointModel(ModelSource):
 
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         if self._own:
-            from harness.models.checkpoint import load
+            from harness.checkpoints.native import load
 
             model, tokenizer = load(self._folder, device, dtype)
         else:

@@ -27,7 +27,7 @@ from harness.config.errors import ConfigError
 from harness.models.source import ModelSource
 
 if TYPE_CHECKING:
-    from harness.export.base import Snapshot
+    from harness.checkpoints.base import Snapshot
     from harness.formats import Format, Scheme
 
 BASE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from harness.checkpoints import layouts
+from harness.checkpoints.base import Exporter, Snapshot, cast, modules
 from harness.config.errors import ConfigError
-from harness.export import layouts
-from harness.export.base import Exporter, Snapshot, cast, modules
 from harness.formats import Format, FourOverSix, Scheme
 from harness.models.adapter import FAMILIES, head_dim
 from harness.models.quant_linear import QuantLinear

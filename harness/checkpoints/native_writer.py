@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from harness.checkpoints.base import Exporter, Snapshot, modules
+from harness.checkpoints.native import PLACEMENT, load, sites
+from harness.checkpoints.native_files import RECORD
+from harness.checkpoints.record import Record
 from harness.codecs.packing import pack
-from harness.export.base import Exporter, Snapshot, modules
 from harness.formats import Scheme
 from harness.models.adapter import Adapter
-from harness.models.checkpoint import PLACEMENT, load, sites
-from harness.models.layout import RECORD
-from harness.models.record import Record
 from harness.store import replacing, write_json
 from harness.transforms import Codec, Context, Placement, Transform
 
