@@ -28,7 +28,7 @@ MULTIRUN = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def job(cfg) -> None:
     """One run, or one job of a sweep; neither raises what is no bug: Hydra would announce it, and other jobs would not run."""
-    from harness.pipeline import execute
+    from harness.pipeline.job import execute
     from harness.report.sweep import record, reporter, summary, swept
     from harness.report.table import run_table
 

@@ -10,7 +10,7 @@ from composed import small
 from harness.calibration.subject import quiet, unlogged
 from harness.config.errors import ConfigError
 from harness.formats import FP4, MX, NVFP4, FourOverSix, Integer
-from harness.pipeline import execute
+from harness.pipeline.job import execute
 from harness.solvers import AdaScale, MinMax, Problem
 from harness.solvers.adascale import Rounding, distance
 from harness.solvers.minmax import minmax

@@ -11,7 +11,7 @@ from harness.formats import NVFP4, Integer
 from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.tiny import Tiny
-from harness.pipeline import execute
+from harness.pipeline.job import execute
 from harness.quantize.allocation import Auto, allocate, auto_of, sensitivities
 
 

@@ -8,15 +8,15 @@ from safetensors.torch import load_file
 from harness.calibration.block import BlockView
 from harness.calibration.stream import Stream
 from harness.calibration.subject import quiet
-from harness.components import components
 from harness.config.build import settings
 from harness.formats import MX, NVFP4, Integer, Scheme
 from harness.linalg.hadamard import Hadamard
 from harness.models.adapter import Adapter
 from harness.models.merge import place, swap
 from harness.models.tiny import Tiny
-from harness.pipeline import execute
-from harness.plan import make_plan
+from harness.pipeline.build import components
+from harness.pipeline.job import execute
+from harness.pipeline.plan import make_plan
 from harness.solvers import AWQ, RTN, Problem
 from harness.solvers.awq import clipped
 from harness.transforms import Placement, Rotation

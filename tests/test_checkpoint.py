@@ -10,7 +10,6 @@ from preserved import CACHE
 from safetensors import safe_open
 
 import harness
-from harness import measure
 from harness.checkpoints import base
 from harness.checkpoints.base import Snapshot, digests, write_checkpoint
 from harness.checkpoints.compressed_tensors import CompressedTensors
@@ -22,7 +21,7 @@ from harness.config.errors import ConfigError, DataError
 from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.tiny import Tiny
-from harness.pipeline import execute
+from harness.pipeline.job import execute, measure
 from harness.quantize.weights import Solved
 from harness.store import write_json
 

@@ -7,11 +7,11 @@ import pytest
 from composed import ROOT, composed
 from omegaconf import OmegaConf
 
-from harness.components import PARTS, transforms_of
 from harness.config.build import build, fingerprint
 from harness.config.checks import typed
 from harness.config.errors import ConfigError
 from harness.formats import Format
+from harness.pipeline.build import PARTS, transforms_of
 from harness.solvers import Solver
 
 OPTIONS = [(p.parent.name, p.stem) for p in sorted((ROOT / "conf").glob("*/*.yaml")) + sorted((ROOT / "sweeps").glob("*.yaml"))]

@@ -7,7 +7,7 @@ import pytest
 from composed import small
 from test_tracking import needs_wandb, records, without_login
 
-from harness.pipeline import execute
+from harness.pipeline.job import execute
 from harness.tracking.replay import Record
 
 SHORT = ["transform.steps=6", "transform.batch=1"]

@@ -13,7 +13,7 @@ from harness.evaluation.perplexity import LOGITS_AT_ONCE, window_losses
 from harness.models.adapter import Adapter
 from harness.models.merge import place, swap
 from harness.models.tiny import Tiny
-from harness.pipeline import execute
+from harness.pipeline.job import execute
 from harness.transforms import Blocks, Placement
 
 LENGTH = LOGITS_AT_ONCE + 40  # a whole piece and a short one

@@ -16,17 +16,17 @@ import harness
 from harness.calibration.subject import ModelSubject
 from harness.checkpoints.about import ABOUT, held
 from harness.checkpoints.names import Name
-from harness.components import transforms_of
 from harness.config.build import option
 from harness.config.errors import ConfigError
-from harness.exported import WINDOWS
 from harness.formats import NVFP4, Scheme
 from harness.libraries.compressed_tensors import cache_refusal
 from harness.models.adapter import Adapter, context_of
 from harness.models.merge import fuse_norms, swap
 from harness.models.source import assert_finite
 from harness.models.tiny import Tiny, byte_tokenizer
-from harness.pipeline import execute
+from harness.pipeline.build import transforms_of
+from harness.pipeline.export import WINDOWS
+from harness.pipeline.job import execute
 
 PLAIN = ["format=nvfp4", "solver=rtn"]
 RIGHT = {"harness": ["transform=quarot", "format.kv.bits=4"], "compressed_tensors": ["transform=quarot", "transform.r4=off"]}

@@ -11,7 +11,6 @@ from harness.checkpoints.base import Snapshot
 from harness.checkpoints.card import card
 from harness.checkpoints.metadata import metadata
 from harness.checkpoints.names import LONGEST, Name, base_of, hub_id
-from harness.components import PARTS
 from harness.config.build import build, settings
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Format, KVCache, Scheme
@@ -19,6 +18,7 @@ from harness.models import merge as prepare
 from harness.models.adapter import FAMILIES, Adapter
 from harness.models.source import untie
 from harness.models.tiny import Tiny
+from harness.pipeline.build import PARTS
 from harness.quantize.overrides import resolve
 
 EXAMPLE = "Qwen3-0.6B-openmath_SFT_LoRa256_QuaRot_w4_g64_a4_kv4_headfp16"

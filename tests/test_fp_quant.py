@@ -22,7 +22,7 @@ from harness.linalg.hadamard import hadamard
 from harness.models.adapter import Adapter, context_of
 from harness.models.merge import place, swap
 from harness.models.tiny import Tiny
-from harness.pipeline import execute
+from harness.pipeline.job import execute
 from harness.quantize import blocks as blockwise
 from harness.quantize.weights import solved
 from harness.solvers import RTN

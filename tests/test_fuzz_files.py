@@ -10,7 +10,7 @@ from composed import small
 
 from harness.config.errors import ConfigError, DataError
 from harness.models.tiny import Tiny
-from harness.pipeline import execute
+from harness.pipeline.job import execute
 
 ODD = (None, "foo", "", -1, 0, 3.7, 1e9, 10**30, True, [], {}, [1], {"a": 1}, "float8", float("nan"))
 CONFIGS, INDICES, TASKS = 36, 12, 20  # draws

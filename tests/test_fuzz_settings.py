@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from harness.config.errors import ConfigError, DataError
-from harness.pipeline import execute
+from harness.pipeline.job import execute
 from harness.report.progress import Reporter
 
 ODD = (None, "foo", "", -1, 0, 1e9, True, [], {}, 3.7, float("nan"))

@@ -8,14 +8,13 @@ import torch
 from composed import small
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness import stages
 from harness.evaluation.gate import exact_logits, stream_gate
 from harness.evaluation.perplexity import window_losses
 from harness.models import adapter as families
 from harness.models import merge as prepare
 from harness.models.adapter import FAMILIES, Adapter
 from harness.models.tiny import Tiny, byte_tokenizer
-from harness.pipeline import execute
+from harness.pipeline.job import execute, stages
 
 IDS = torch.randint(256, (2, 96), generator=torch.Generator().manual_seed(0))
 

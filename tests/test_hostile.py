@@ -15,13 +15,13 @@ from test_checkpoint import snapshots  # noqa: F401  a fixture
 import harness
 from harness.checkpoints.base import digests
 from harness.checkpoints.source import CheckpointModel
-from harness.components import transforms_of
 from harness.config.build import option
 from harness.config.errors import ConfigError, DataError
 from harness.formats import Scheme
 from harness.models.adapter import context_of
 from harness.models.tiny import Tiny
-from harness.pipeline import execute
+from harness.pipeline.build import transforms_of
+from harness.pipeline.job import execute
 from harness.report.__main__ import main as report
 from harness.transforms import file
 

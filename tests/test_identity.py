@@ -11,7 +11,7 @@ from test_pipeline import run
 from harness.calibration.shipped import Pydoc
 from harness.config.build import settings
 from harness.config.errors import ConfigError
-from harness.plan import Plan, make_plan
+from harness.pipeline.plan import Plan, make_plan
 
 PCA = ("transform=pca", "format=int4", "format.weight.group_size=32", "solver=rtn")
 

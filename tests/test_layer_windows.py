@@ -3,9 +3,8 @@
 import pytest
 from composed import small
 
-from harness import stages
 from harness.config.errors import ConfigError
-from harness.pipeline import execute
+from harness.pipeline.job import execute, stages
 from harness.quantize import blocks as blockwise
 
 DYNAMIC = ["format=nvfp4", "format.act.scope=token"]

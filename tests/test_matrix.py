@@ -11,15 +11,15 @@ from hydra.utils import get_class
 from safetensors.torch import save_file
 
 from harness.calibration.subject import ModelSubject
-from harness.components import components
 from harness.config.build import option, settings
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Scheme
 from harness.models.adapter import Adapter
 from harness.models.merge import fuse_norms, swap
 from harness.models.tiny import Tiny
-from harness.pipeline import execute
-from harness.plan import make_plan
+from harness.pipeline.build import components
+from harness.pipeline.job import execute
+from harness.pipeline.plan import make_plan
 from harness.transforms import Blocks, Context, Placement
 from harness.transforms.learn import Descent, end_to_end
 from harness.transforms.quarot import QuaRot

@@ -12,8 +12,8 @@ from harness.config.build import build, option, settings
 from harness.config.errors import ConfigError
 from harness.formats import MX, Format, Integer
 from harness.models.adapter import FAMILIES
-from harness.pipeline import execute
-from harness.plan import make_plan
+from harness.pipeline.job import execute
+from harness.pipeline.plan import make_plan
 from harness.quantize.overrides import resolve
 
 FAMILY, LAYERS = FAMILIES["llama"], 6

@@ -17,7 +17,7 @@ from harness.formats import NVFP4, Scheme
 from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.tiny import Tiny
-from harness.pipeline import execute
+from harness.pipeline.job import execute
 from harness.quantize import blocks as blockwise
 from harness.solvers import GPTQ
 from harness.store import RunLocked, Store, locked

@@ -129,7 +129,7 @@ def test_the_dashboard_names_what_a_run_logs(tmp_path, capsys):
     pytest.importorskip("wandb_workspaces")
     from composed import small
 
-    from harness.pipeline import execute
+    from harness.pipeline.job import execute
 
     cfg, choices = small(tmp_path)
     run = execute(cfg, choices, sweep="bits").run

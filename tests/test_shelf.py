@@ -9,7 +9,7 @@ from harness.evaluation.perplexity import window_losses
 from harness.models.adapter import Adapter
 from harness.models.hub import Hub
 from harness.models.tiny import Tiny
-from harness.pipeline import execute
+from harness.pipeline.job import execute
 
 TRANSFORMS = {
     "identity": [], "quarot": [], "pca": [], "hadamard": [], "jointquant": ["transform.r1.epochs=1"],

@@ -17,7 +17,7 @@ import torch
 from composed import ROOT, small
 from safetensors.torch import load_file
 
-from harness.pipeline import execute
+from harness.pipeline.job import execute
 from harness.store import (
     Run,
     RunLocked,

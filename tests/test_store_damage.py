@@ -11,7 +11,7 @@ import pytest
 from composed import ROOT, small
 
 from harness.config.errors import ConfigError
-from harness.pipeline import execute
+from harness.pipeline.job import execute
 from harness.store import Store
 
 SETTINGS = (
@@ -144,7 +144,7 @@ def test_a_stored_result_is_checked_without_torch(whole, tmp_path):
 import sys
 from pathlib import Path
 from composed import small
-from harness.pipeline import execute
+from harness.pipeline.job import execute
 places = ("run_root={store}", "transform.save={store}/kept.safetensors")
 outcome = execute(*small(Path({str(text)!r}), *{SETTINGS!r}, *places))
 print(outcome.stored, "torch" in sys.modules)

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from test_cli import command
 
-from harness.devices import free
+from harness.pipeline.devices import free
 from harness.report.sweep import sweep
 
 GRID = ["format=nvfp4,int4", "transform=hadamard,dartquant", "solver=rtn,gptq", "data.calibration.windows=16"]

@@ -4,12 +4,12 @@ import pytest
 import torch
 from composed import small
 
-from harness.components import components
 from harness.config.build import settings
 from harness.config.errors import ConfigError
 from harness.formats import MX, NVFP4, FourOverSix, Integer
-from harness.pipeline import execute
-from harness.plan import make_plan
+from harness.pipeline.build import components
+from harness.pipeline.job import execute
+from harness.pipeline.plan import make_plan
 
 
 def warnings(tmp_path, *overrides):

@@ -14,7 +14,7 @@ from harness.evaluation.perplexity import window_losses
 from harness.models.adapter import Adapter
 from harness.models.hub import Hub
 from harness.models.tiny import Tiny, byte_tokenizer
-from harness.pipeline import execute
+from harness.pipeline.job import execute
 
 UP = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.layers.1.input_layernorm.weight"

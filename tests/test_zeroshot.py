@@ -15,7 +15,7 @@ from harness.formats import NVFP4, Integer
 from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.tiny import Tiny
-from harness.pipeline import execute
+from harness.pipeline.job import execute
 
 CHOICES = [
     {"query": f"Question: {n} plus one?\n", "choices": [str(n + 1), str(n + 2), "none"], "gold": n % 3} for n in range(12)

@@ -23,10 +23,10 @@ from harness.checkpoints.about import about, held
 from harness.config.build import settings
 from harness.config.errors import ConfigError, DataError
 from harness.evaluation.caveats import marks
-from harness.plan import Plan, make_plan
+from harness.pipeline.plan import Plan, make_plan
+from harness.pipeline.unread import unread
 from harness.report.progress import Reporter
 from harness.store import Run, Store
-from harness.unread import unread
 
 PROBE = (2, 128)  # windows x tokens on which the gate compares logits
 
@@ -55,7 +55,7 @@ def execute(cfg, choices: Mapping[str, str | None], sweep: str | None = None, re
         return _shown(plan, run)
     store.check()
     plan.check()
-    from harness.components import components
+    from harness.pipeline.build import components
 
     parts = components(plan)
     with records.locked(run.path / "lock", wait=sweep is not None, say=reporter.say):
@@ -131,7 +131,7 @@ class Job:
         return Outcome(self.metrics["status"], False, self.metrics, self.run, error)
 
     def _compute(self) -> None:
-        from harness.devices import described, device
+        from harness.pipeline.devices import described, device
 
         with device(self.plan.settings["device"], self.store.root / "_shared" / "devices") as found:
             chosen, expected = self.plan.settings["device"], self.plan.device_kind
@@ -144,11 +144,12 @@ class Job:
     def _compute_on(self, device) -> None:
         import torch
 
-        from harness import exported, measure, stages
         from harness.calibration.windows import refuse_unknown_ids, windows
         from harness.models.adapter import Adapter
         from harness.models.attention import attach
         from harness.models.source import assert_finite
+        from harness.pipeline.job import export as exported
+        from harness.pipeline.job import measure, stages
 
         plan, parts = self.plan, self.parts
         with self.stage("load"):

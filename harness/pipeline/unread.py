@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from harness.plan import Plan
+from harness.pipeline.plan import Plan
 
 
 def unread(plan: Plan, built: Mapping[str, object] | None = None) -> list[str]:

@@ -16,12 +16,12 @@ from harness import store as records
 from harness.calibration.outliers import outliers, profiles
 from harness.calibration.subject import ModelSubject
 from harness.checkpoints.encodings import save_encodings
-from harness.components import placement_facts
 from harness.config.build import fingerprint
 from harness.evaluation.gate import exact_logits, gate, stream_gate
 from harness.formats import Scheme
 from harness.models import merge as prepare
 from harness.models.adapter import Adapter
+from harness.pipeline.build import placement_facts
 from harness.quantize import blocks as blockwise
 from harness.quantize.allocation import allocate, sensitivities
 from harness.quantize.weights import solved

@@ -19,7 +19,8 @@ from harness.config.checks import one_of, typed
 from harness.config.errors import ConfigError
 from harness.formats import Format, KVCache, Scheme
 from harness.models.adapter import context_of, family_of
-from harness.plan import Plan, unnamed
+from harness.pipeline.plan import Plan, unnamed
+from harness.pipeline.unread import unread
 from harness.quantize.allocation import auto_of
 from harness.quantize.overrides import resolve
 from harness.solvers import Solver
@@ -27,7 +28,6 @@ from harness.store import writable
 from harness.transforms import Transform, file
 from harness.transforms.identity import Identity
 from harness.transforms.smoothquant import NORM_SITES, PRODUCT_SITES, SmoothQuant
-from harness.unread import unread
 
 PARTS = {"weight": Format, "act": Format, "kv": KVCache}
 
