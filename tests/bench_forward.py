@@ -8,16 +8,16 @@ import time
 import torch
 from bench_models import EVALUATION, load, nvfp4, quantized, row
 
-from harness.calibration.subject import ModelSubject
+from harness.calibration.subject import StreamedModel
 from harness.calibration.windows import windows
 from harness.config.build import build, option
 from harness.evaluation.perplexity import window_losses
 from harness.formats import Scheme
-from harness.models.adapter import Adapter, context_of
+from harness.models.adapter import Adapter, shape_of
 from harness.models.merge import fuse_norms, swap
 from harness.models.quant_linear import QuantLinear
 from harness.solvers import RTN
-from harness.transforms import Blocks, Context, Placement, Transform
+from harness.transforms import Blocks, ModelShape, Placement, Transform
 from harness.transforms.learn import Orthogonal
 from harness.transforms.losses import loss_of
 
@@ -41,15 +41,15 @@ def evaluation() -> None:
         row(f"ratio on {threads} thread(s)", seconds[1] / seconds[0], "", bound)
 
 
-def subject_of(model, ids) -> tuple[ModelSubject, Context]:
+def subject_of(model, ids) -> tuple[StreamedModel, ModelShape]:
     """The model ready for a residual transform, and what the transforms know of it. NVFP4 activations."""
     adapter = Adapter(model)
     swap(adapter)
     fuse_norms(adapter)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    context = context_of(model.config.to_dict(), Scheme(act=nvfp4().act))
-    return ModelSubject(adapter, ids), context
+    context = shape_of(model.config.to_dict(), Scheme(act=nvfp4().act))
+    return StreamedModel(adapter, ids), context
 
 
 def learning() -> None:
@@ -65,7 +65,7 @@ def learning() -> None:
         for weight in weights:
             weight.requires_grad_(True)
         start = time.process_time()
-        with subject.live(Placement(), context.scheme):
+        with subject.unmerged(Placement(), context.scheme):
             loss_of(subject.logits(ids), ids, None).backward()
         seconds = time.process_time() - start
         for weight in weights:
@@ -75,7 +75,7 @@ def learning() -> None:
 
     def step(transform, moving, ids, teacher) -> float:
         start = time.process_time()
-        with subject.live(transform.build(context, subject, moving.matrices()), context.scheme):
+        with subject.unmerged(transform.build(context, subject, moving.matrices()), context.scheme):
             loss_of(subject.logits(ids), ids, teacher).backward()
         moving.step()
         return time.process_time() - start

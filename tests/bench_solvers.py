@@ -122,7 +122,7 @@ def adascale() -> None:
     swap(adapter)
     with torch.no_grad():
         stream = Stream(adapter, windows(tokens["calibration"], 2048, 1))
-        block, hidden, context = adapter.blocks[0], stream.hidden[0], stream.context[adapter.blocks[0]][0]
+        block, hidden, context = adapter.blocks[0], stream.hidden[0], stream.block_kwargs[adapter.blocks[0]][0]
         target = block(hidden, **context)
     linears = {name: block.get_submodule(name) for site in adapter.family.sites for name in site.linears}
     plain = {name: torch.nn.Parameter(linear.weight.clone()) for name, linear in linears.items()}

@@ -7,10 +7,10 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from harness.formats import Scheme
-from harness.models import adapter as families
+from harness.models import adapter as architecture
 from harness.models.adapter import Adapter
 from harness.models.tiny import Tiny
-from harness.transforms import Context
+from harness.transforms import ModelShape
 
 # what transformers calls a forward's past keys and values: from 5.24 on, and before
 CACHE = next(x for x in ("cache", "past_key_values") if x in inspect.signature(LlamaForCausalLM.forward).parameters)
@@ -41,8 +41,8 @@ def token_ids(count: int = 2, length: int = 40, seed: int = 1) -> torch.Tensor:
     return torch.randint(256, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
-def context_of(adapter: Adapter, scheme: Scheme | None = None, seed: int = 0, solver: str | None = "rtn") -> Context:
-    return families.context_of(adapter.model.config.to_dict(), scheme or Scheme(), seed, solver)
+def shape_of(adapter: Adapter, scheme: Scheme | None = None, seed: int = 0, solver: str | None = "rtn") -> ModelShape:
+    return architecture.shape_of(adapter.model.config.to_dict(), scheme or Scheme(), seed, solver)
 
 
 @torch.no_grad()

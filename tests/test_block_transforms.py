@@ -12,7 +12,7 @@ from harness.config.build import build
 from harness.config.errors import ConfigError
 from harness.formats import MX, NVFP4, Integer, Scheme
 from harness.linalg import hadamard
-from harness.transforms import Blocks, Context, Rotation, Transform
+from harness.transforms import Blocks, ModelShape, Rotation, Transform
 from harness.transforms.dct import dct
 from harness.transforms.dst import dst
 from harness.transforms.fast_food import fast_food
@@ -49,7 +49,7 @@ def transform(name, **settings):
 
 def context(widths=WIDTHS, seed=0, scheme=None, solver=None):
     shape = {"layers": 2, "heads": 9, "kv_heads": 3, "head_dim": 32}
-    return Context(widths=widths, scheme=scheme or Scheme(), seed=seed, solver=solver, **shape)
+    return ModelShape(widths=widths, scheme=scheme or Scheme(), seed=seed, solver=solver, **shape)
 
 
 def codecs(name, seed=0, widths=WIDTHS, **settings):

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_golden import compressed_tensors_format
 
-from harness.calibration.subject import ModelSubject
+from harness.calibration.subject import StreamedModel
 from harness.checkpoints import layouts
 from harness.checkpoints import source as checkpoint_source
 from harness.checkpoints.base import Snapshot, write_checkpoint
@@ -31,11 +31,11 @@ from harness.config.build import build, settings
 from harness.config.errors import ConfigError, DataError
 from harness.formats import FP4, MX, NVFP4, Format, FourOverSix, Integer, KVCache, QTensor, Scales, Scheme
 from harness.libraries.compressed_tensors import cache_refusal
-from harness.models.adapter import Adapter, context_of
+from harness.models.adapter import Adapter, shape_of
 from harness.models.attention import attach
 from harness.models.merge import fuse_norms, place, swap
 from harness.models.tiny import Tiny
-from harness.quantize import blocks as blockwise
+from harness.quantize import blocks
 from harness.quantize.weights import solved
 from harness.solvers import RTN
 from harness.store import Run
@@ -148,19 +148,19 @@ def make(folder, family: str, scheme: Scheme, rotate: bool, dtype=torch.float32)
     for parameter in model.parameters():  # the rotary table stays float32
         parameter.data = parameter.data.to(dtype)
     adapter, placements = Adapter(model), []
-    context = context_of(model.config.to_dict(), scheme)
+    context = shape_of(model.config.to_dict(), scheme)
     transform = QuaRot(r3="off", r4="off") if rotate else Identity()
     CompressedTensors().check(scheme, [transform], context)
     swap(adapter)
     if rotate:
         gains = fuse_norms(adapter)
-        placements = [transform.fit(context, ModelSubject(adapter, IDS, gains=gains))]
+        placements = [transform.fit(context, StreamedModel(adapter, IDS, gains=gains))]
         place(adapter, placements[0])
     rounded(model)
     run = Run(folder.with_name(folder.name + ".run"))
     run.path.mkdir(parents=True)
     if scheme.weight is not None:
-        blockwise.quantize(adapter, scheme, RTN(), IDS, run, lambda *_: None)
+        blocks.quantize(adapter, scheme, RTN(), IDS, run, lambda *_: None)
     for heads in attach(adapter) if scheme.kv is not None else ():
         heads.format = scheme.kv
     qtensors = {name: q for i in range(2 + scheme.outside) for name, q in solved(adapter, scheme, run, i).items()}
@@ -321,7 +321,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("field", REFUSED)
 def test_formats_that_the_layout_cannot_hold(field):
-    context = context_of(Tiny().facts(), REFUSED[field])
+    context = shape_of(Tiny().facts(), REFUSED[field])
     with pytest.raises(ConfigError, match=f"^{re.escape(field)}.* with export=compressed_tensors: .* use export=harness"):
         CompressedTensors().check(REFUSED[field], [Identity()], context)
 
@@ -331,12 +331,12 @@ def test_formats_that_the_layout_cannot_hold(field):
 def test_what_stays_online_is_refused(transform, left):
     scheme = Scheme(weight=NV, act=NV_ACT)
     with pytest.raises(ConfigError, match=f"transform=.* with export=compressed_tensors: .*{left}.* use export=harness"):
-        CompressedTensors().check(scheme, [Identity(), transform], context_of(Tiny().facts(), scheme))
+        CompressedTensors().check(scheme, [Identity(), transform], shape_of(Tiny().facts(), scheme))
 
 
 def test_what_is_served_otherwise_is_warned_of():
     scheme = Scheme(weight=FourOverSix(), act=NV_ACT, kv=KV4 if CACHED else None)
-    context = context_of(Tiny().facts(), scheme)
+    context = shape_of(Tiny().facts(), scheme)
     words = [*["kv"][: CACHED], "FourOverSix", "served in bfloat16 and evaluated in"]
     for dtype in ("float32", "float16", "auto", "bfloat16"):
         warned = CompressedTensors().check(scheme, [], context, dtype)
@@ -350,14 +350,14 @@ def test_a_cache_that_nothing_would_quantize_is_refused(tmp_path, monkeypatch):
     scheme = Scheme(kv=KV4)
     monkeypatch.setattr(layouts, "cache_refusal", lambda: "one does not find the cache of the other")
     with pytest.raises(ConfigError, match=r"format\.kv\.bits=4 with export=compressed_tensors: one does not find"):
-        CompressedTensors().check(scheme, [], context_of(Tiny().facts(), scheme))
+        CompressedTensors().check(scheme, [], shape_of(Tiny().facts(), scheme))
     monkeypatch.setattr(checkpoint_source, "cache_refusal", lambda: "one does not find the cache of the other")
     scheme = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 4}}
     (tmp_path / "config.json").write_text(json.dumps(Tiny().facts() | {"quantization_config": scheme}))
     save_file({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(DataError, match=r"kv_cache_scheme: one does not find"):
         CheckpointModel(path=str(tmp_path)).check()
-    assert CompressedTensors().check(Scheme(weight=NV), [], context_of(Tiny().facts(), Scheme(weight=NV))) == []
+    assert CompressedTensors().check(Scheme(weight=NV), [], shape_of(Tiny().facts(), Scheme(weight=NV))) == []
 
 
 def activations(dtype: torch.dtype) -> torch.Tensor:
@@ -451,7 +451,7 @@ def test_small_scales_of_a_float16_model_are_held_by_both_dtypes():
 
 def test_a_placement_that_stays_online_is_not_written(checkpoints):
     made, _ = checkpoints["nvfp4", True]
-    codec = QuaRot().draw(context_of(made.snapshot.adapter.model.config.to_dict(), Scheme()), 384, "R4")
+    codec = QuaRot().draw(shape_of(made.snapshot.adapter.model.config.to_dict(), Scheme()), 384, "R4")
     late = replace(made.snapshot, placements=[*made.snapshot.placements, Placement(online={(None, "down_in"): codec})])
     with pytest.raises(ConfigError, match="online"):
         CompressedTensors().config(late)

@@ -13,14 +13,14 @@ from composed import small
 from safetensors import safe_open
 
 import harness
-from harness.calibration.subject import ModelSubject
+from harness.calibration.subject import StreamedModel
 from harness.checkpoints.about import ABOUT, held
 from harness.checkpoints.names import Name
 from harness.config.build import option
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Scheme
 from harness.libraries.compressed_tensors import cache_refusal
-from harness.models.adapter import Adapter, context_of
+from harness.models.adapter import Adapter, shape_of
 from harness.models.merge import fuse_norms, swap
 from harness.models.source import assert_finite
 from harness.models.tiny import Tiny, byte_tokenizer
@@ -313,8 +313,8 @@ def test_what_a_transform_says_stays_online_is_what_does(settings):
     (transform,) = transforms_of(option("transform", name) | settings | {"name": name})
     gains = fuse_norms(adapter) if transform.residual else None
     tokens = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(0))
-    context = context_of(adapter.model.config.to_dict(), Scheme(act=NVFP4(role="activation")))
-    placement = transform.fit(context, ModelSubject(adapter, tokens, gains=gains))
+    context = shape_of(adapter.model.config.to_dict(), Scheme(act=NVFP4(role="activation")))
+    placement = transform.fit(context, StreamedModel(adapter, tokens, gains=gains))
     assert bool(transform.leaves(context)) == bool(placement.online or placement.query_key)
 
 

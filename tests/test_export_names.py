@@ -14,7 +14,7 @@ from harness.checkpoints.names import LONGEST, Name, base_of, hub_id
 from harness.config.build import build, settings
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Format, KVCache, Scheme
-from harness.models import merge as prepare
+from harness.models import merge
 from harness.models.adapter import FAMILIES, Adapter
 from harness.models.source import untie
 from harness.models.tiny import Tiny
@@ -160,7 +160,7 @@ def about(tmp_path_factory):
     cfg, choices = composed("model=tiny", "format=w4a4kv4", "transform=quarot", "seed=3")
     model, tokenizer = Tiny().load()
     adapter = Adapter(model)
-    prepare.swap(adapter)
+    merge.swap(adapter)
     untie(model)
     plain = settings(cfg)
     parts = {part: build(plain["format"][part], f"format.{part}", Format) for part in ("weight", "act")}

@@ -5,11 +5,11 @@ from itertools import product
 
 import pytest
 import torch
-from preserved import context_of, exact_model, logits, token_ids
+from preserved import exact_model, logits, shape_of, token_ids
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from harness.calibration.subject import ModelSubject
+from harness.calibration.subject import StreamedModel
 from harness.codecs import fold
 from harness.config.build import build, option
 from harness.config.errors import ConfigError
@@ -21,8 +21,8 @@ from harness.models.attention import attach
 from harness.models.merge import fuse_norms, place, swap
 from harness.models.quant_linear import SiteInput
 from harness.models.tiny import Tiny
-from harness.models.unmerged import live
-from harness.transforms import Blocks, Context, Diagonal, Kronecker, Placement, Role, Rotation, Transform, merge
+from harness.models.unmerged import unmerged
+from harness.transforms import Blocks, Diagonal, Kronecker, ModelShape, Placement, Role, Rotation, Transform, merge
 from harness.transforms.layerwise import Ridge
 from harness.transforms.learn import Descent, Orthogonal, Teacher, held_out_loss
 from harness.transforms.pca import PCA, principal_axes
@@ -78,12 +78,12 @@ def prepared(family, tie=True, fuse=True, model=exact_model):
 
 
 def subject_of(adapter, windows=WINDOWS):
-    return ModelSubject(adapter, windows, lambda title, total: nullcontext(lambda note="": None))
+    return StreamedModel(adapter, windows, lambda title, total: nullcontext(lambda note="": None))
 
 
 def put(adapter, transform, act=None):
     """Fit a transform and merge what it finds."""
-    placement = transform.fit(context_of(adapter, Scheme(act=act)), subject_of(adapter))
+    placement = transform.fit(shape_of(adapter, Scheme(act=act)), subject_of(adapter))
     place(adapter, placement)
     return placement
 
@@ -136,7 +136,7 @@ def test_rotations_keep_logits_of_stock_float32(family, tie):
 def test_codecs_chained_at_one_site_keep_logits(family):
     """A rotated residual stream, a merged codec and an online one, which do not commute, at each site."""
     adapter, before = prepared(family)
-    context = context_of(adapter)
+    context = shape_of(adapter)
     scales = {(None, site): Diagonal(normal(n).exp()) for site, n in context.widths.items() if site != "o_in"}
     values = {(None, "o_in"): Blocks(orthogonal(context.kv_heads, context.head_dim, context.head_dim))}
     online = {(None, site): Blocks(orthogonal(n, n, seed=1)) for site, n in context.widths.items()}
@@ -147,7 +147,7 @@ def test_codecs_chained_at_one_site_keep_logits(family):
 @every_family
 def test_online_heads_are_refused_where_no_hadamard_has_that_order(family):
     with pytest.raises(ConfigError, match=r"online_heads=true.*order 6"):
-        QuaRot(r1="random", online_heads=True).check(context_of(exact_model(family)))
+        QuaRot(r1="random", online_heads=True).check(shape_of(exact_model(family)))
 
 
 @pytest.mark.parametrize("across", [None, random_orthogonal(4, draw())], ids=["hadamard", "random"])
@@ -155,7 +155,7 @@ def test_online_heads_leave_the_output_of_o_alone(across):
     """Four query heads on two key/value heads of 12, tokens mixed differently by each; H_12 is not symmetric."""
     kv, repeat, d, hidden, tokens = 2, 2, 12, 20, 5
     wide = kv * repeat * d
-    context = Context({"attn_in": hidden, "o_in": wide, "mlp_in": hidden, "down_in": 24}, 1, kv * repeat, kv, d, Scheme(), 0)
+    context = ModelShape({"attn_in": hidden, "o_in": wide, "mlp_in": hidden, "down_in": 24}, 1, kv * repeat, kv, d, Scheme(), 0)
     placement = QuaRot(r1="random", online_heads=True).fit(context, None)
     if across is not None:
         own = Kronecker(across, torch.eye(d, dtype=F64))
@@ -232,7 +232,7 @@ def test_forgetting_the_bias_of_v_breaks_the_model():
 def test_heads_tiled_instead_of_repeated_break_the_model(family):
     """A matrix of its own for each key/value head: query head j needs that of j // 3, not of j % 2."""
     adapter, before = prepared(family)
-    context = context_of(adapter)
+    context = shape_of(adapter)
     matrices = orthogonal(context.kv_heads, context.head_dim, context.head_dim)
     kept = [layer_part(adapter, "self_attn.o_proj", i).weight.clone() for i in range(2)]
     place(adapter, Placement(merged={(None, "o_in"): Blocks(matrices)}))
@@ -284,7 +284,7 @@ def test_smoothquant_keeps_logits(family, tie, sites):
 @every_family
 def test_smoothing_scales_are_those_of_the_channel_maxima(family):
     adapter, _ = prepared(family)
-    subject, context = subject_of(adapter), context_of(adapter)
+    subject, context = subject_of(adapter), shape_of(adapter)
     found = SmoothQuant(0.3, PRODUCT_SITES).fit(context, subject).merged
     for site, linear in zip(PRODUCT_SITES, ("self_attn.o_proj", "mlp.down_proj")):
         weight, rows = layer_part(adapter, linear).weight, []
@@ -324,7 +324,7 @@ def test_smoothing_norm_sites_before_norm_fusion_does_nothing(family):
 def test_principal_axes_diagonalise_what_they_were_fitted_on():
     """128 tokens at sites of 192 and more: C is rank deficient, and the axes are orthonormal all the same."""
     adapter, _ = prepared("qwen3")
-    subject, context = subject_of(adapter), context_of(adapter)
+    subject, context = subject_of(adapter), shape_of(adapter)
     where = [*context.widths, "head_in"]
     seen = subject.observe(lambda layer, site, n: Covariance(n, True, lambda c: c), where, "")
     axes, even = (PCA(post_hadamard=h).fit(context, subject).online for h in (False, True))
@@ -350,13 +350,13 @@ def test_principal_axes_diagonalise_what_they_were_fitted_on():
 def codec_matrices(adapter, placement, decoder, make):
     """Matrices of every name and shape of an AdaCodec, made from the identity it would begin with."""
     codec = transform("adacodec", placement=placement, decoder=decoder, block_size=16)
-    return make(codec.start(context_of(adapter), ModelSubject(adapter, token_ids())))
+    return make(codec.start(shape_of(adapter), StreamedModel(adapter, token_ids())))
 
 
 def codec_placement(adapter, placement, matrices):
     gains = {(i, site): torch.linspace(0.5, 1.5, 192).double() for i in range(2) for site in ("attn_in", "mlp_in")}
-    subject = ModelSubject(adapter, token_ids(), gains=gains)
-    return transform("adacodec", placement=placement).build(context_of(adapter), subject, matrices)
+    subject = StreamedModel(adapter, token_ids(), gains=gains)
+    return transform("adacodec", placement=placement).build(shape_of(adapter), subject, matrices)
 
 
 @every_family
@@ -366,14 +366,14 @@ def test_live_equals_merged_with_quantizers_on(family, act, case):
     adapter, before = prepared(family)
     if case == "quarot":
         scheme = Scheme(act=act, kv=KVCache(bits=8))
-        placement = QuaRot(**{**ALL, "r1": "random"}).fit(context_of(adapter, scheme), None)
+        placement = QuaRot(**{**ALL, "r1": "random"}).fit(shape_of(adapter, scheme), None)
     else:
         scheme, seeds = Scheme(act=act), iter(range(99))
         matrices = codec_matrices(adapter, *case, lambda m: {n: orthogonal(*e.shape, seed=next(seeds)) for n, e in m.items()})
         placement = codec_placement(adapter, case[0], matrices)
-    with live(adapter, placement, scheme):
+    with unmerged(adapter, placement, scheme):
         wanted = logits(adapter, IDS)
-    with live(adapter, placement):
+    with unmerged(adapter, placement):
         unquantized = logits(adapter, IDS)
     assert moved(adapter, before) < 1e-10
     place(adapter, placement)
@@ -393,7 +393,7 @@ def test_the_gradient_through_fold_is_that_of_the_live_forward(family):
     """At matrices that are not orthogonal, where the loss does depend on them in every direction."""
     adapter = exact_model(family)
     fuse_norms(adapter)
-    context = context_of(adapter)
+    context = shape_of(adapter)
     shapes = [(context.hidden,) * 2, (context.layers, context.kv_heads, *(context.head_dim,) * 2)]
     leaves = [(orthogonal(*shape) + 0.02 * normal(*shape, seed=1)).requires_grad_() for shape in shapes]
 
@@ -408,7 +408,7 @@ def test_the_gradient_through_fold_is_that_of_the_live_forward(family):
         return functional_call(adapter.model, weights, kwargs={"input_ids": IDS, "use_cache": False}).logits
 
     def lived(placement):
-        with live(adapter, placement):
+        with unmerged(adapter, placement):
             return adapter.model(input_ids=IDS, use_cache=False).logits
 
     wanted = gradients(folded)
@@ -455,7 +455,7 @@ def test_learning_returns_the_matrices_of_the_least_held_out_loss(objective, lr,
     adapter, _ = prepared("llama", model=stock)
     scheme, subject = Scheme(act=NVFP4_ACT), subject_of(adapter)
     learner = transform("adacodec", objective=objective, steps=4, lr=lr, max_angle=None)
-    placement = learner.fit(context_of(adapter, scheme), subject)
+    placement = learner.fit(shape_of(adapter, scheme), subject)
     before, least = placement.notes["held_out_loss"]
     assert least < before if improves else least == before
     teacher = Teacher(subject) if objective == "kd" else None

@@ -19,11 +19,11 @@ from harness.checkpoints.fp_quant import FPQuant, decoded
 from harness.config.errors import ConfigError
 from harness.formats import MX, NVFP4, FourOverSix, Integer, KVCache, Scheme
 from harness.linalg.hadamard import hadamard
-from harness.models.adapter import Adapter, context_of
+from harness.models.adapter import Adapter, shape_of
 from harness.models.merge import place, swap
 from harness.models.tiny import Tiny
 from harness.pipeline.job import execute
-from harness.quantize import blocks as blockwise
+from harness.quantize import blocks
 from harness.quantize.weights import solved
 from harness.solvers import RTN
 from harness.store import Run
@@ -92,14 +92,14 @@ def logits(model) -> torch.Tensor:
 def make(folder, family: str, scheme: Scheme, transform, pseudo: bool) -> Made:
     """Quantize the tiny model to nearest and write the checkpoint."""
     model, tokenizer = Tiny(family=family).load()
-    adapter, exporter, context = Adapter(model), FPQuant(pseudo), context_of(model.config.to_dict(), scheme)
+    adapter, exporter, context = Adapter(model), FPQuant(pseudo), shape_of(model.config.to_dict(), scheme)
     exporter.check(scheme, [transform], context)
     swap(adapter)
     placements = [transform.fit(context, None)]
     place(adapter, placements[0])
     run = Run(folder.with_name(folder.name + ".run"))
     run.path.mkdir(parents=True)
-    blockwise.quantize(adapter, scheme, RTN(), IDS, run, lambda *_: None)
+    blocks.quantize(adapter, scheme, RTN(), IDS, run, lambda *_: None)
     qtensors = {name: q for i in range(2) for name, q in solved(adapter, scheme, run, i).items()}
     snapshot = Snapshot(adapter, tokenizer, scheme, placements, qtensors, {}, {})
     write_checkpoint(exporter, snapshot, folder)
@@ -216,7 +216,7 @@ def test_what_the_layout_cannot_hold_is_refused(field):
     scheme, transform, pseudo = REFUSED[field]
     transform.name = field.removeprefix("transform=") if field.startswith("transform=") else transform.name
     with pytest.raises(ConfigError, match=f"^{re.escape(field)}.* with export=fp_quant: .* use export=harness"):
-        FPQuant(pseudo).check(scheme, [transform], context_of(Tiny().facts(), scheme))
+        FPQuant(pseudo).check(scheme, [transform], shape_of(Tiny().facts(), scheme))
 
 
 def test_a_bias_that_would_be_added_twice_is_refused(tmp_path):
@@ -226,7 +226,7 @@ def test_a_bias_that_would_be_added_twice_is_refused(tmp_path):
 
 def test_a_rounded_matrix_is_warned_of():
     scheme = Scheme(weight=MX4, act=MX_ACT)
-    told = {n: FPQuant().check(scheme, [HadamardBlocks(n)], context_of(Tiny().facts(), scheme)) for n in (32, 64)}
+    told = {n: FPQuant().check(scheme, [HadamardBlocks(n)], shape_of(Tiny().facts(), scheme)) for n in (32, 64)}
     assert len(told[64]) == 1
     assert "block_size=32" in told[32][1]
 

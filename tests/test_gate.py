@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness.evaluation.gate import exact_logits, stream_gate
 from harness.evaluation.perplexity import window_losses
-from harness.models import adapter as families
-from harness.models import merge as prepare
+from harness.models import adapter as architecture
+from harness.models import merge
 from harness.models.adapter import FAMILIES, Adapter
 from harness.models.tiny import Tiny, byte_tokenizer
 from harness.pipeline.job import execute, stages
@@ -69,7 +69,7 @@ def test_a_family_that_does_not_describe_its_model_is_found_out(tmp_path, monkey
     assert "the calibration stream is" in outcome.error and "granite" in outcome.error
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", architecture.FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_declared_families_pass(family, dtype):
     adapter = Adapter(Tiny(family=family, dtype=dtype).load()[0])
@@ -108,7 +108,7 @@ def test_float32_logits_of_a_bfloat16_model_are_those_of_its_weights():
 @pytest.mark.parametrize("forgotten", ["v_proj", "o_proj"])
 def test_a_bias_forgotten_in_16_bits_is_found(tmp_path, monkeypatch, forgotten):
     """Of one linear of one block, in a model where that is a small part of the logits."""
-    place = prepare.place
+    place = merge.place
 
     def careless(adapter, placement):
         place(adapter, placement)

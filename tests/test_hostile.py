@@ -18,7 +18,7 @@ from harness.checkpoints.source import CheckpointModel
 from harness.config.build import option
 from harness.config.errors import ConfigError, DataError
 from harness.formats import Scheme
-from harness.models.adapter import context_of
+from harness.models.adapter import shape_of
 from harness.models.tiny import Tiny
 from harness.pipeline.build import transforms_of
 from harness.pipeline.job import execute
@@ -111,7 +111,7 @@ def test_a_placement_file_of_a_run(tmp_path, target):
     with safe_open(saved, "pt") as opened:
         spec = json.loads(opened.metadata()["placement"])
     transform, facts = transforms_of(option("transform", "jointquant"))[0], spec["facts"]
-    context = context_of(Tiny().facts(), Scheme())
+    context = shape_of(Tiny().facts(), Scheme())
     for place in places(spec):
         save_file(tensors, saved, metadata={"placement": json.dumps(planted(spec, place, TARGETS[target](witness)))})
         attempt(lambda: file.check(str(saved), transform, context, facts), witness)

@@ -5,14 +5,14 @@ from composed import small
 
 from harness.config.errors import ConfigError
 from harness.pipeline.job import execute, stages
-from harness.quantize import blocks as blockwise
+from harness.quantize import blocks
 
 DYNAMIC = ["format=nvfp4", "format.act.scope=token"]
 
 
 def streamed(tmp_path, monkeypatch, *settings) -> tuple[int, dict]:
     """(calibration windows that passed through the blocks, metrics)."""
-    seen, quantize = [], blockwise.quantize
+    seen, quantize = [], blocks.quantize
 
     def counting(adapter, scheme, solver, windows, *args, **kwargs):
         seen.append(len(windows))

@@ -10,7 +10,7 @@ from composed import ROOT, small
 from hydra.utils import get_class
 from safetensors.torch import save_file
 
-from harness.calibration.subject import ModelSubject
+from harness.calibration.subject import StreamedModel
 from harness.config.build import option, settings
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Scheme
@@ -20,7 +20,7 @@ from harness.models.tiny import Tiny
 from harness.pipeline.build import components
 from harness.pipeline.job import execute
 from harness.pipeline.plan import make_plan
-from harness.transforms import Blocks, Context, Placement
+from harness.transforms import Blocks, ModelShape, Placement
 from harness.transforms.learn import Descent, end_to_end
 from harness.transforms.quarot import QuaRot
 
@@ -209,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_learning():
     swap(adapter)
     fuse_norms(adapter)
     model.lm_head.weight.data[3] = 3e38  # overflows to infinity, whose softmax is not a number
-    subject = ModelSubject(adapter, torch.arange(128).view(2, 64))
+    subject = StreamedModel(adapter, torch.arange(128).view(2, 64))
     start, scheme = {"R1": torch.eye(192)}, Scheme(act=NVFP4(role="activation"))
     with pytest.raises(FloatingPointError, match=r"lm loss is nan in step 1 of 3: lower transform\.lr"):
         end_to_end(subject, scheme, start, lambda m: Placement(Blocks(m["R1"])), Descent(3, 1, 0.1), "lm")
@@ -280,7 +280,7 @@ def test_what_cannot_work_is_refused(tmp_path, transform, overrides, names):
 def test_a_width_without_a_hadamard_matrix_is_refused(tmp_path):
     """13696 = 107 * 128 of Qwen's first models."""
     widths = {"attn_in": 4096, "o_in": 4096, "mlp_in": 4096, "down_in": 13696}
-    context = Context(widths, 32, 32, 32, 128, Scheme(), 0)
+    context = ModelShape(widths, 32, 32, 32, 128, Scheme(), 0)
     with pytest.raises(ConfigError, match=r"transform\.r4=on.*13696.*transform\.r4=off"):
         QuaRot(r4="on").check(context)
     assert QuaRot(r4="off").check(context) == []
@@ -352,7 +352,7 @@ def test_where_encoders_will_run_is_known_beforehand(tmp_path, options):
     windows = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(0))
     for parameter in adapter.model.parameters():
         parameter.requires_grad_(False)
-    placed = transform.fit(parts.context, ModelSubject(adapter, windows, gains=gains))
+    placed = transform.fit(parts.context, StreamedModel(adapter, windows, gains=gains))
     online = {site for site in parts.context.widths if any(placed.encoder(layer, site) for layer in range(2))}
     assert set(transform.encodes(parts.context)) == online
 

@@ -18,7 +18,7 @@ from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.tiny import Tiny
 from harness.pipeline.job import execute
-from harness.quantize import blocks as blockwise
+from harness.quantize import blocks
 from harness.solvers import GPTQ
 from harness.store import RunLocked, Store, locked
 from harness.transforms import Rotation
@@ -161,7 +161,7 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, format, 
     class Killed(Exception):
         pass
 
-    settle, calls = blockwise._Block._settle, []
+    settle, calls = blocks._Block._settle, []
 
     def dies_in_the_second_block(self, *args):
         calls.append(self.index)
@@ -169,7 +169,7 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, format, 
             raise Killed
         return settle(self, *args)
 
-    monkeypatch.setattr(blockwise._Block, "_settle", dies_in_the_second_block)
+    monkeypatch.setattr(blocks._Block, "_settle", dies_in_the_second_block)
     assert run(tmp_path / "b", *settings).status == "failed"
     monkeypatch.undo()
     resumed = run(tmp_path / "b", *settings)
@@ -196,7 +196,7 @@ def test_a_calibration_text_is_quantized_without_its_neighbours(tmp_path, act):
         swap(adapter)
         run = Store(tmp_path).run(name)
         run.start({}, {})
-        blockwise.quantize(adapter, Scheme(weight=NVFP4(), act=act), solver, windows, run, lambda *report: None)
+        blocks.quantize(adapter, Scheme(weight=NVFP4(), act=act), solver, windows, run, lambda *report: None)
         return solver.first
 
     both, one, other = hessian("both", ids), hessian("one", ids[:1]), hessian("other", ids[1:])
@@ -246,7 +246,7 @@ def test_static_scale_is_that_of_the_solved_model(tmp_path):
         text = Pydoc().text("calibration")
         cut = windows(tokenize(tokenizer, text), 64, 6)
         scheme = Scheme(weight=NVFP4())
-        blockwise.quantize(adapter, scheme, GPTQ(), cut, outcome.run, lambda *_: None)
+        blocks.quantize(adapter, scheme, GPTQ(), cut, outcome.run, lambda *_: None)
         seen = {}
         for site in adapter.family.sites:
             reader = adapter.blocks[1].get_submodule(site.linears[0])

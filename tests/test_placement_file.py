@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from preserved import context_of, exact_model, logits, token_ids
+from preserved import exact_model, logits, shape_of, token_ids
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +19,7 @@ from harness.transforms.spinquant import SpinQuant
 
 FACTS = {"model": "tiny-llama(tie=True, seed=0)", "transform": "quarot"}
 SCHEME = Scheme(act=Integer(granularity="token", role="activation"), kv=KVCache())
-CONTEXT = context_of(exact_model("llama"), SCHEME)
+CONTEXT = shape_of(exact_model("llama"), SCHEME)
 
 
 def draw(seed: int = 0) -> torch.Generator:

@@ -6,7 +6,7 @@ from test_matrix import run
 from harness.config.build import build, option
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Scheme
-from harness.transforms import Context, Transform
+from harness.transforms import ModelShape, Transform
 from harness.transforms.quarot import QuaRot
 
 
@@ -54,7 +54,7 @@ def test_codecs_of_single_sites_see_it_too(tmp_path, options):
 
 
 def test_a_head_without_a_hadamard_matrix_takes_the_way_out():
-    context = Context({"attn_in": 64, "o_in": 92, "mlp_in": 64, "down_in": 64}, 1, 1, 1, 92, Scheme(), 0)
+    context = ModelShape({"attn_in": 64, "o_in": 92, "mlp_in": 64, "down_in": 64}, 1, 1, 1, 92, Scheme(), 0)
     with pytest.raises(ConfigError, match=r"transform\.r2=true.*92.*set transform\.r2=false\.$"):
         QuaRot(r3="off").check(context)
     assert QuaRot(r2=False, r3="off").fit(context, None).merged == {}
@@ -63,6 +63,6 @@ def test_a_head_without_a_hadamard_matrix_takes_the_way_out():
 def test_codecs_take_blocks_that_divide_the_head():
     settings = {k: v for k, v in option("transform", "adacodec").items() if k not in ("name", "smooth", "save", "load")}
     widths, scheme = {"attn_in": 96, "o_in": 96, "mlp_in": 96, "down_in": 160}, Scheme(act=NVFP4(role="activation"))
-    context, codec = Context(widths, 1, 2, 2, 48, scheme, 0), build(settings, "transform", Transform)
+    context, codec = ModelShape(widths, 1, 2, 2, 48, scheme, 0), build(settings, "transform", Transform)
     codec.check(context)
     assert codec._block(context) == 16

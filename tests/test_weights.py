@@ -50,7 +50,7 @@ def config(folder, **changed) -> None:
 def losses(folder, weights: str, dtype: str = "auto") -> torch.Tensor:
     model, _ = Hub(path=str(folder), weights=weights, dtype=dtype).load()
     adapter = Adapter(model)
-    adapter.shelf = Hub(path=str(folder), weights=weights).shelf(model, folder / "scratch")
+    adapter.offloaded = Hub(path=str(folder), weights=weights).offloaded(model, folder / "scratch")
     return window_losses(adapter, IDS, streaming=weights == "disk")
 
 

@@ -6,9 +6,9 @@ from functools import cache
 
 import pytest
 import torch
-from preserved import context_of, token_ids
+from preserved import shape_of, token_ids
 
-from harness.calibration.subject import ModelSubject
+from harness.calibration.subject import StreamedModel
 from harness.linalg.hadamard import Hadamard, random_signs
 from harness.linalg.stiefel import deviation, random_orthogonal
 from harness.models.adapter import Adapter
@@ -53,20 +53,20 @@ def stage(title: str, total: int):
 
 
 @cache
-def subject() -> ModelSubject:
+def subject() -> StreamedModel:
     """A tiny model whose residual stream has outlier channels, as the transforms see it."""
     adapter = Adapter(Tiny(family="llama").load()[0])
     with torch.no_grad():
         adapter.backbone.embed_tokens.weight[:, 7::20] *= 30
     swap(adapter)
     fuse_norms(adapter)
-    return ModelSubject(adapter, token_ids(6, 64), stage)
+    return StreamedModel(adapter, token_ids(6, 64), stage)
 
 
 def learned(kind=DartQuant, seed: int = 0, **settings):
     """(R1 as a matrix, R2 a layer, notes) of a fit on the subject."""
     settings = {"r1": PLAN, "r2": None, "r1_targets": ("q", "up"), "max_tokens_per_site": KEPT, **settings}
-    r1, r2, notes = kind(**settings).matrices(context_of(subject().adapter, seed=seed), subject())
+    r1, r2, notes = kind(**settings).matrices(shape_of(subject().adapter, seed=seed), subject())
     return r1.encoder, r2, notes
 
 
@@ -204,10 +204,10 @@ def test_a_reservoir_is_an_even_sample_of_the_rows():
 def test_every_step_is_a_point_of_a_curve(schedule):
     """Of the mean whip, which the notes say too, whatever sum the schedule descends on; and R2's beside R1's."""
     points = []
-    own = ModelSubject(subject().adapter, token_ids(6, 64), log=lambda values, step: points.append((step, values)))
+    own = StreamedModel(subject().adapter, token_ids(6, 64), log=lambda values, step: points.append((step, values)))
     plan = {"lr": 0.01, "epochs": 4, "batch": 64}
     kind = DartQuant(r1=plan, r2=plan, schedule=schedule, max_tokens_per_site=KEPT)
-    notes = kind.matrices(context_of(own.adapter), own)[2]
+    notes = kind.matrices(shape_of(own.adapter), own)[2]
     curves = {name: [(step, values[name]) for step, values in points if name in values] for name in ("r1/whip", "r2/whip")}
     assert sum(map(len, curves.values())) == len(points)
     pieces = len(inputs()) if schedule == "greedy" else 1

@@ -49,7 +49,7 @@ class BlockView:
 
     def forward(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         replaced = {f"{name}.weight": weight for name, weight in weights.items()}
-        return functional_call(self.block, replaced, (hidden,), self.stream.context[self.block][index])
+        return functional_call(self.block, replaced, (hidden,), self.stream.block_kwargs[self.block][index])
 
     def inputs(self, site: str) -> Tensor:
         return torch.cat([x.flatten(0, -2) for _, x in self._read(site)])
@@ -62,7 +62,7 @@ class BlockView:
         outputs = []
         with self._reading(end, scale):
             for index, x in self._read(site):
-                context = self.stream.context[self.block][index] if end is branch.entry and branch.context else {}
+                context = self.stream.block_kwargs[self.block][index] if end is branch.entry and branch.context else {}
                 output = functional_call(module, replaced, (x,), context)
                 outputs.append(output[0] if isinstance(output, tuple) else output)
         return torch.cat([y.flatten(0, -2) for y in outputs])
@@ -112,7 +112,7 @@ class BlockView:
         for index, hidden in enumerate(self.stream.hidden):
             if left <= 0:
                 return
-            run = lambda index=index, hidden=hidden: self.block(hidden, **self.stream.context[self.block][index])  # noqa: E731
+            run = lambda index=index, hidden=hidden: self.block(hidden, **self.stream.block_kwargs[self.block][index])  # noqa: E731
             args, _ = arguments_at(reader, run)
             left -= hidden.shape[0] * hidden.shape[1]
             yield index, args[0]

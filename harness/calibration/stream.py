@@ -83,19 +83,19 @@ class Stream:
     """
 
     def __init__(self, adapter: Adapter, windows: Tensor, tokens_at_once: int = 2048, folder: Path | None = None):
-        """windows: token ids [N, L]. Runs the embedding, the rotary table and the masks once. `context` {block: what it is
+        """windows: token ids [N, L]. Runs the embedding, the rotary table and the masks once. `block_kwargs` {block: what it is
         called with besides hidden states, one a micro-batch}."""
         self.adapter, self._folder = adapter, folder
         self.tokens = windows.numel()
         self._batch = max(1, tokens_at_once // windows.shape[1])
-        self.context: dict[nn.Module, list[dict]] = {block: [] for block in adapter.blocks}
+        self.block_kwargs: dict[nn.Module, list[dict]] = {block: [] for block in adapter.blocks}
         for index, batch in enumerate(windows.split(self._batch)):
             embedded, contexts = arriving(adapter, batch.to(adapter.device))
             if index == 0:
                 self._hidden = self._room(embedded, embedded.shape[-1], windows.shape)
             self.hidden[index].copy_(embedded)
             for block, context in zip(adapter.blocks, contexts):
-                self.context[block].append(context)
+                self.block_kwargs[block].append(context)
 
     def _room(self, like: Tensor, width: int, shape: torch.Size) -> Tensor:
         """An empty [N, L, width] of like's dtype, in memory beside it or in a file."""
@@ -114,7 +114,7 @@ class Stream:
         """The first window's hidden states [1, L, hidden], a view, and the context the block takes with them."""
         rows = self.hidden[0].shape[0]
         alone = {key: value[:1] if isinstance(value, Tensor) and value.shape[0] == rows else value
-                 for key, value in self.context[block][0].items()}
+                 for key, value in self.block_kwargs[block][0].items()}
         return self.hidden[0][:1], alone
 
     def walk(self, block: nn.Module) -> Iterator[tuple[Site, Iterator[Tensor]]]:
@@ -141,7 +141,7 @@ class Stream:
         """What the branch's last linear is about to read, one micro-batch at a time; kept until `_close`."""
         module, last = block.get_submodule(branch.module), block.get_submodule(branch.exit.linears[0])
         self._read = self._room(self._hidden, last.in_features, self._hidden.shape[:2])
-        for context, x, kept in zip(self.context[block], self._entry(block, branch), self._read.split(self._batch)):
+        for context, x, kept in zip(self.block_kwargs[block], self._entry(block, branch), self._read.split(self._batch)):
             args, _ = arguments_at(last, lambda x=x, context=context: module(x, **(context if branch.context else {})))
             yield kept.copy_(args[0])
 

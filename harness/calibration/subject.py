@@ -12,7 +12,7 @@ from harness.calibration.stream import Stream
 from harness.codecs.placement import HEAD_SITE
 from harness.formats import Scheme
 from harness.models.adapter import Adapter
-from harness.models.unmerged import live
+from harness.models.unmerged import unmerged
 from harness.transforms import Placement
 
 HELD = 10  # every tenth of the calibration windows, at the end, is kept to choose the best iterate by
@@ -28,9 +28,9 @@ def unlogged(values: dict, step: int) -> None:
     """Points of a curve that nobody keeps."""
 
 
-class ModelSubject:
+class StreamedModel:
     """A swapped model with calibration windows [N, L]. stage(title, total) shows progress; gains are what `fuse_norms` gave,
-    if the norms are fused; log(values, step) keeps points of curves. See transforms.Subject."""
+    if the norms are fused; log(values, step) keeps points of curves. See transforms.CalibrationModel."""
 
     def __init__(self, adapter: Adapter, windows: Tensor, stage: Callable[[str, int], AbstractContextManager] = quiet,
                  gains: Mapping[tuple[int | None, str], Tensor] | None = None,
@@ -66,8 +66,8 @@ class ModelSubject:
             found[None, HEAD_SITE] = kept.finish()
         return found
 
-    def live(self, placement: Placement, scheme: Scheme | None) -> AbstractContextManager:
-        return live(self.adapter, placement, scheme)
+    def unmerged(self, placement: Placement, scheme: Scheme | None) -> AbstractContextManager:
+        return unmerged(self.adapter, placement, scheme)
 
     def logits(self, ids: Tensor) -> Tensor:
         return self.head(self.hidden(ids))

@@ -22,7 +22,7 @@ from harness.formats import QTensor, Scheme
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import SiteInput
 from harness.store import replacing, writable, write_json
-from harness.transforms import Context, Placement, Transform
+from harness.transforms import ModelShape, Placement, Transform
 
 SHARD = 4_000_000_000  # bytes of tensors a file
 INDEX = "model.safetensors.index.json"
@@ -55,7 +55,7 @@ class Exporter(ABC):
     tolerance: float | None = None
 
     @abstractmethod
-    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context, dtype: str = "auto") -> list[str]:
+    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: ModelShape, dtype: str = "auto") -> list[str]:
         """Refuse (ConfigError, naming both fields and a way out) what the layout cannot hold, before any weight is loaded;
         returns warnings. dtype: of the model, "auto" where only its weights tell."""
 

@@ -31,7 +31,7 @@ from harness.config.errors import ConfigError
 from harness.formats import Format, FourOverSix, Scheme
 from harness.models.adapter import FAMILIES, head_dim
 from harness.models.quant_linear import QuantLinear
-from harness.transforms import Context, Transform
+from harness.transforms import ModelShape, Transform
 
 
 class CompressedTensors(Exporter):
@@ -43,7 +43,7 @@ class CompressedTensors(Exporter):
     def stored(self, snapshot: Snapshot) -> torch.dtype:
         return layouts.served(snapshot.adapter.model.dtype, _formats(snapshot.scheme))
 
-    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context, dtype: str = "auto") -> list[str]:
+    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: ModelShape, dtype: str = "auto") -> list[str]:
         for transform in transforms:
             left = transform.leaves(context)
             if left:

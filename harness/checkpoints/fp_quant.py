@@ -38,7 +38,7 @@ from harness.formats import MX, NVFP4, Format, QTensor, Scheme, pack_nibbles
 from harness.models.offload import assign
 from harness.models.quant_linear import QuantLinear, SiteInput
 from harness.models.weights import weight_files
-from harness.transforms import Codec, Context, Transform
+from harness.transforms import Codec, ModelShape, Transform
 from harness.transforms.block_diagonal import common_blocks
 from harness.transforms.gsr import SequencyBlocks
 from harness.transforms.hadamard import HadamardBlocks
@@ -61,7 +61,7 @@ class FPQuant(Exporter):
     def stored(self, snapshot: Snapshot) -> torch.dtype:
         return torch.bfloat16
 
-    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context, dtype: str = "auto") -> list[str]:
+    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: ModelShape, dtype: str = "auto") -> list[str]:
         if scheme.kv is not None:
             refuse("format.kv.bits", scheme.kv.bits, "the layout has no KV cache", "set format.kv.bits=16")
         for part, format in (("weight", scheme.weight), ("act", scheme.act)):
@@ -182,7 +182,7 @@ def refuse(field: str, value: object, why: str, way_out: str) -> None:
     raise ConfigError(f"{field}={value} with export=fp_quant: {why}; {way_out}, or use export=harness.")
 
 
-def _order(online: Sequence[Transform], context: Context, kind: type[Format]) -> int | None:
+def _order(online: Sequence[Transform], context: ModelShape, kind: type[Format]) -> int | None:
     """The order of the blocks at run time, None where there are none. Raises ConfigError for what is no such block."""
     for transform in online:
         if len(online) > 1 or not isinstance(transform, HadamardBlocks | SequencyBlocks):

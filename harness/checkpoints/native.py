@@ -1,4 +1,4 @@
-"""The project's own checkpoint: a folder that loads as the very model that was evaluated. export/checkpoint.py writes it.
+"""The project's own checkpoint: a folder that loads as the very model that was evaluated. native_writer.py writes it.
 
     model*.safetensors      {module}.codes, .scale, .zero, .global_scale of every quantized weight, every other parameter and
                             buffer as it is, {block}.{site}.global_scale of activations with a calibrated scale

@@ -1,4 +1,4 @@
-"""Writes the project's own checkpoint, which holds every transform x format x KV cache; models/checkpoint.py says how.
+"""Writes the project's own checkpoint, which holds every transform x format x KV cache; native.py says how.
 
 Nothing is computed anew: codes and scales are those that were solved, all else is taken from the model as it was evaluated.
 """
@@ -21,7 +21,7 @@ from harness.codecs.packing import pack
 from harness.formats import Scheme
 from harness.models.adapter import Adapter
 from harness.store import replacing, write_json
-from harness.transforms import Codec, Context, Placement, Transform
+from harness.transforms import Codec, ModelShape, Placement, Transform
 
 
 class Checkpoint(Exporter):
@@ -29,7 +29,7 @@ class Checkpoint(Exporter):
 
     name = "harness"
 
-    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: Context, dtype: str = "auto") -> list[str]:
+    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: ModelShape, dtype: str = "auto") -> list[str]:
         return []
 
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:

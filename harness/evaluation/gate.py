@@ -74,7 +74,7 @@ def stream_gate(adapter: Adapter, window: Tensor) -> float:
     if not off <= STREAM.get(adapter.model.dtype, STREAM_HALF):
         raise RuntimeError(
             f"model: the calibration stream is {off:.1%} off the model's forward: a block of a {adapter.family.name} is not "
-            "h + module(norm(h)), branch by branch, as its Family in harness/models/families.py says; declare another one."
+            "h + module(norm(h)), branch by branch, as its Family in harness/models/adapter.py says; declare another one."
         )
     return off
 

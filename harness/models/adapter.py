@@ -16,7 +16,7 @@ from harness.codecs.placement import HEAD_SITE
 from harness.config.checks import nearest
 from harness.config.errors import ConfigError
 from harness.formats import Scheme
-from harness.transforms import Context, Role
+from harness.transforms import ModelShape, Role
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ def head_dim(facts: Mapping) -> int:
     return facts.get("head_dim") or facts["hidden_size"] // facts["num_attention_heads"]
 
 
-def context_of(facts: Mapping, scheme: Scheme, seed: int = 0, solver: str | None = None) -> Context:
+def shape_of(facts: Mapping, scheme: Scheme, seed: int = 0, solver: str | None = None) -> ModelShape:
     """What a transform may know of a model before its weights are loaded, from the facts of its config.json."""
     heads, family = facts["num_attention_heads"], family_of(facts.get("model_type"))
-    return Context(
+    return ModelShape(
         widths=family.widths(facts), layers=facts["num_hidden_layers"], heads=heads,
         kv_heads=facts.get("num_key_value_heads") or heads, head_dim=head_dim(facts), scheme=scheme, seed=seed, solver=solver,
         readers={site.name: site.linears for site in family.sites},
@@ -134,7 +134,7 @@ def family_of(kind: str | None) -> Family:
     if kind not in FAMILIES:
         raise ConfigError(
             f"model: architecture '{kind}' is not declared.{nearest(kind, FAMILIES)} Known: {', '.join(FAMILIES)}. "
-            "A new one is a Family in harness/models/families.py."
+            "A new one is a Family in harness/models/adapter.py."
         )
     return FAMILIES[kind]
 
@@ -142,9 +142,9 @@ def family_of(kind: str | None) -> Family:
 class Adapter:
     """A loaded model seen through its family: blocks, branches, sites and the linears at them."""
 
-    def __init__(self, model, shelf=None):
-        """shelf: where the blocks are while they are not in use (models/shelf.py); None: all are in memory."""
-        self.model, self.shelf = model, shelf
+    def __init__(self, model, offloaded=None):
+        """offloaded: where the blocks are while they are not in use (models/offload.py); None: all are in memory."""
+        self.model, self.offloaded = model, offloaded
         self.family = family_of(model.config.model_type)
         self.roles = self.family.roles(model.config.to_dict())
 
@@ -170,7 +170,7 @@ class Adapter:
 
     def open(self, layer: int | None, write: bool = False) -> AbstractContextManager:
         """Within it the weights of block `layer` are in memory; write: changes to them last. None is outside the blocks."""
-        return nullcontext() if self.shelf is None or layer is None else self.shelf.open(layer, write)
+        return nullcontext() if self.offloaded is None or layer is None else self.offloaded.open(layer, write)
 
     def name(self, index: int, linear: str) -> str:
         """The absolute name of a block-relative module."""

@@ -70,14 +70,14 @@ class Hub(ModelSource):
             model = AutoModelForCausalLM.from_pretrained(dtype=dtype, use_safetensors=True, **self._origin())
         return self.ready(model, device), self._tokenizer
 
-    def shelf(self, model, scratch: Path):
+    def offloaded(self, model, scratch: Path):
         from harness.models.adapter import Adapter
-        from harness.models.offload import Shelf
+        from harness.models.offload import OffloadedBlocks
 
         if self.weights == "memory":
             return None
         adapter, files = Adapter(model), self._weights.files
-        return Shelf(adapter.blocks, adapter.family.blocks, files, scratch, model.dtype, adapter.device)
+        return OffloadedBlocks(adapter.blocks, adapter.family.blocks, files, scratch, model.dtype, adapter.device)
 
     @cached_property
     def _config(self):

@@ -1,6 +1,6 @@
 """Models larger than memory: the decoder blocks stay in their safetensors files, and only those in use are in memory.
 
-`skeleton` builds a model whose blocks have no storage; embedding, norms outside the blocks and head are read. A `Shelf` takes a
+`skeleton` builds a model whose blocks have no storage; embedding, norms outside the blocks and head are read. A `OffloadedBlocks` takes a
 block down while it is `open` (a forward of the block opens it by itself) and drops its tensors afterwards. Changed blocks
 (merged transforms, quantized weights) are written to a scratch folder first and read from there the next time.
 """
@@ -66,7 +66,7 @@ def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
-class Shelf:
+class OffloadedBlocks:
     """The blocks of a skeleton. files: {absolute name: file}; prefix: of the blocks' names; scratch: folder for changed ones,
     emptied at once and by `close`."""
 

@@ -3,7 +3,7 @@
     y = Q_a(x E) W_q^T + b
 
 x E and Q_a belong to the site, not to the linear: q, k and v read one tensor, so it is encoded and quantized once. While a
-transform is learned nothing is merged, and the decoders run on activations too (models/live.py): y = Q_a(x E) D W^T + b.
+transform is learned nothing is merged, and the decoders run on activations too (models/unmerged.py): y = Q_a(x E) D W^T + b.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class ModelSource:
         """(model, tokenizer): evaluation mode, `use_cache=False`, the dtype asked for, on `device`."""
         raise NotImplementedError
 
-    def shelf(self, model, scratch: Path):
+    def offloaded(self, model, scratch: Path):
         """Where the blocks of a loaded model are while they are not in use; None: in memory. scratch: folder for changed
         ones."""
         return None

@@ -4,7 +4,7 @@
 
 This is how transforms learn end to end. It computes what the folded model computes, but needs no gradient of any weight and no
 fold a step: T n g multiplications a codec instead of out n g a weight and T out n for its gradient. Rejected: the fold inside
-`torch.func.functional_call`, which fold.py allows and whose gradient is the same (a test), for that work.
+`torch.func.functional_call`, which codecs/fold.py allows and whose gradient is the same (a test), for that work.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from harness.transforms import Placement
 
 
 @contextmanager
-def live(adapter: Adapter, placement: Placement, scheme: Scheme | None = None) -> Iterator[None]:
+def unmerged(adapter: Adapter, placement: Placement, scheme: Scheme | None = None) -> Iterator[None]:
     """Within it the swapped model runs with `placement` applied to activations and, with a scheme, with activations and the
     KV cache quantized (straight-through; scales that would be calibrated follow each tensor). Undone on leaving.
 

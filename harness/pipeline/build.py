@@ -18,7 +18,7 @@ from harness.config.build import build
 from harness.config.checks import one_of, typed
 from harness.config.errors import ConfigError
 from harness.formats import Format, KVCache, Scheme
-from harness.models.adapter import context_of, family_of
+from harness.models.adapter import family_of, shape_of
 from harness.pipeline.plan import Plan, unnamed
 from harness.pipeline.unread import unread
 from harness.quantize.allocation import auto_of
@@ -77,7 +77,7 @@ def components(plan: Plan) -> Components:
 
     _check_lengths(plan, facts)
     _check_widths(scheme, auto, family, facts)
-    context = context_of(facts, scheme, settings["seed"], solver_name if solver is not None else None)
+    context = shape_of(facts, scheme, settings["seed"], solver_name if solver is not None else None)
     if scheme.kv is not None:
         scheme.kv.check(context.head_dim, "format.kv.group_size", "the key/value heads")
     warnings = [warning for transform in transforms for warning in transform.check(context)]

@@ -86,7 +86,7 @@ def _gate(job, exporter: Exporter, snapshot: Snapshot, folder: Path) -> dict:
         loaded = exporter.weight(model, name)
         if not torch.equal(loaded, _decoded(qtensor, loaded.dtype).to(loaded.device)):
             raise DataError(f"export={exporter.name}: {name} does not come back from the checkpoint as it was evaluated")
-    ppl, streaming = {}, job.shelf is not None
+    ppl, streaming = {}, job.offloaded is not None
     if stored is not None:
         _round(snapshot, stored)
         cast(model, stored, dtype)

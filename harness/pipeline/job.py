@@ -86,12 +86,12 @@ def _shown(plan: Plan, run: Run) -> Outcome:
 class Job:
     """One run while it is computed: metrics that grow stage by stage, and the parts that fill them.
 
-    plan, parts (components.py), store, run, reporter, tracker; scratch: a folder that goes away at the end.
+    plan, parts (build.py), store, run, reporter, tracker; scratch: a folder that goes away at the end.
     """
 
     def __init__(self, plan: Plan, parts, store: Store, run: Run, reporter: Reporter, command: str | None = None):
         self.plan, self.parts, self.store, self.run, self.reporter = plan, parts, store, run, reporter
-        self.shelf, self.scratch, self.placements = None, run.path / "scratch", []
+        self.offloaded, self.scratch, self.placements = None, run.path / "scratch", []
         if plan.settings["force"]:
             run.forget()
         self.metrics = {
@@ -148,8 +148,7 @@ class Job:
         from harness.models.adapter import Adapter
         from harness.models.attention import attach
         from harness.models.source import assert_finite
-        from harness.pipeline.job import export as exported
-        from harness.pipeline.job import measure, stages
+        from harness.pipeline import export, measure, stages
 
         plan, parts = self.plan, self.parts
         with self.stage("load"):
@@ -157,8 +156,8 @@ class Job:
             self.tokenizer = tokenizer
             self.metrics["warnings"] += plan.model.warnings
             assert_finite(model)
-            self.shelf = plan.model.shelf(model, self.scratch)
-            adapter = Adapter(model, self.shelf)
+            self.offloaded = plan.model.offloaded(model, self.scratch)
+            adapter = Adapter(model, self.offloaded)
             chosen, read = plan.evaluation, {c.name: measure.tokens(self, c, "evaluation") for c in plan.corpora}
             self.texts = {name: windows(x, chosen.length, chosen.count, field="eval.perplexity") for name, x in read.items()}
             calibration = next(iter(self.texts.values()))  # of a run that calibrates nothing: for the gate to probe with
@@ -199,7 +198,7 @@ class Job:
                     heads.format = parts.scheme.kv
             measure.evaluate(self, "quantized", adapter)
         if parts.exporter is not None:
-            exported.export(self, adapter)
+            export.export(self, adapter)
         if self.metrics["bits_per_weight"] is None and not plan.model.quantized:
             self.metrics["bits_per_weight"] = float(torch.finfo(model.dtype).bits)
 

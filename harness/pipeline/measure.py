@@ -65,7 +65,7 @@ def evaluate(job, stage: str, adapter: Adapter) -> None:
     """All figures of the model as it is now, into job.metrics. Raises FloatingPointError for a perplexity that is none."""
     shared = job.store.shared("baselines", job.plan.baseline_id)
     result = {"ppl": {}, "losses": {}, "tokens": 0} | ({} if stage == "baseline" else {"divergence": {}})
-    streaming = job.plan.settings["eval"]["streaming"] or job.shelf is not None
+    streaming = job.plan.settings["eval"]["streaming"] or job.offloaded is not None
     total = sum(steps(adapter, text, streaming) for text in job.texts.values())
     with job.stage(stage), job.reporter.stage(f"evaluate {stage}", total) as advance:
         for corpus, text in job.texts.items():

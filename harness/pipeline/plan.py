@@ -1,7 +1,7 @@
 """A run as decided but not begun: which model, texts, format, transform and solver, and the ids that follow from them.
 
 `quant_id` covers what produces the quantized model, `run_id` adds what is evaluated and how. Both are computed without
-torch, so that finished work is shown at once. components.py builds the rest.
+torch, so that finished work is shown at once. build.py builds the rest.
 """
 
 from __future__ import annotations

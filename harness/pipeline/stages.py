@@ -14,15 +14,15 @@ from torch import Tensor
 
 from harness import store as records
 from harness.calibration.outliers import outliers, profiles
-from harness.calibration.subject import ModelSubject
+from harness.calibration.subject import StreamedModel
 from harness.checkpoints.encodings import save_encodings
 from harness.config.build import fingerprint
 from harness.evaluation.gate import exact_logits, gate, stream_gate
 from harness.formats import Scheme
-from harness.models import merge as prepare
+from harness.models import merge
 from harness.models.adapter import Adapter
 from harness.pipeline.build import placement_facts
-from harness.quantize import blocks as blockwise
+from harness.quantize import blocks
 from harness.quantize.allocation import allocate, sensitivities
 from harness.quantize.weights import solved
 from harness.transforms import Placement, file
@@ -38,12 +38,12 @@ def transform(job, adapter: Adapter, calibration: Tensor, probe: Tensor) -> bool
         before, exact = _logits(adapter, probe), None
         if adapter.model.dtype not in (torch.float32, torch.float64) and any(map(_changes, transforms)):
             exact = exact_logits(adapter, probe)
-        prepare.swap(adapter)
+        merge.swap(adapter)
         untouched = profiles(adapter, calibration) if job.plan.calibrates else {}
-        gains = prepare.fuse_norms(adapter) if any(transform.residual for transform in transforms) else None
+        gains = merge.fuse_norms(adapter) if any(transform.residual for transform in transforms) else None
         for parameter in adapter.model.parameters():
             parameter.requires_grad_(False)
-        subject = ModelSubject(adapter, calibration, job.reporter.stage, gains, job.tracker.log)
+        subject = StreamedModel(adapter, calibration, job.reporter.stage, gains, job.tracker.log)
         for part, transform in enumerate(transforms):
             placement = fitted(job, part, transform, subject)
             changed = changed or not placement.empty
@@ -51,7 +51,7 @@ def transform(job, adapter: Adapter, calibration: Tensor, probe: Tensor) -> bool
                 told = f"transform={transform.name} placed nothing, so this is transform=identity"
                 job.metrics["warnings"].append(told)
             job.metrics["notes"] |= dict(placement.notes)
-            prepare.place(adapter, placement)
+            merge.place(adapter, placement)
             job.placements.append(placement)
         if all(transform.exact for transform in transforms):
             after, name = _logits(adapter, probe), job.plan.settings["transform"]["name"]
@@ -79,7 +79,7 @@ def _flat(row: dict) -> dict:
     return {key: value for key, value in row.items() if not isinstance(value, dict)} | nested
 
 
-def fitted(job, part: int, transform, subject: ModelSubject) -> Placement:
+def fitted(job, part: int, transform, subject: StreamedModel) -> Placement:
     """What a transform fits; what it has learned before is taken from the store, or from `transform.load`."""
     if not transform.learned:
         return transform.fit(job.parts.context, subject)
@@ -165,7 +165,7 @@ def quantize(job, adapter: Adapter, calibration: Tensor) -> None:
             advance(note)
 
         on_disk = plan.settings["data"]["calibration"]["activations"] == "disk"
-        blockwise.quantize(adapter, parts.scheme, parts.solver, calibration, job.run, done, plan.settings["seed"],
+        blocks.quantize(adapter, parts.scheme, parts.solver, calibration, job.run, done, plan.settings["seed"],
                            stage=job.reporter.stage, folder=job.scratch if on_disk else None, log=job.tracker.log)
         if parts.solver is not None and parts.solver.encodings is not None:
             for index in range(len(adapter.blocks) + outside):

@@ -23,7 +23,7 @@ from harness.formats import QTensor, Scheme
 from harness.models.adapter import Adapter, Site
 from harness.models.offload import trim
 from harness.models.quant_linear import QuantLinear, SiteInput
-from harness.quantize.embeddings import Outside
+from harness.quantize.embeddings import Embeddings
 from harness.quantize.weights import decibel, relative, stored, swap_in
 from harness.solvers import Problem, Solver
 from harness.store import Run
@@ -42,7 +42,7 @@ def quantize(adapter: Adapter, scheme: Scheme, solver: Solver | None, windows: T
     them where that is quantized, with the report of every linear and of the block's output. stage shows the progress inside a
     block, log keeps its learning curve. folder: where activations lie; None: in memory.
     """
-    count, outside = len(adapter.blocks), Outside(adapter, scheme, solver)
+    count, outside = len(adapter.blocks), Embeddings(adapter, scheme, solver)
     missing = any(run.load_block(i) is None for i in range(count + outside.quantizes))
     options = {"folder": folder}
     # where scales span tokens, a text is quantized without its neighbours, as it is when evaluated
@@ -190,7 +190,7 @@ class _Block:
             reader = self.block.get_submodule(site.linears[0])
             observe = lambda _, args, site=site: self._observe(site, statistics[site.name], args[0])  # noqa: E731
             handles.append(reader.register_forward_pre_hook(observe))
-        for hidden, context in zip(stream.hidden, stream.context[self.block]):
+        for hidden, context in zip(stream.hidden, stream.block_kwargs[self.block]):
             self.block(hidden, **context)
         for handle in handles:
             handle.remove()

@@ -21,7 +21,7 @@ from harness.solvers import Problem, Solver
 from harness.store import Run
 
 
-class Outside:
+class Embeddings:
     """The embedding and the head, where `format.overrides` quantizes them: one more block, after the last."""
 
     def __init__(self, adapter: Adapter, scheme: Scheme, solver: Solver | None):

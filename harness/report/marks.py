@@ -1,4 +1,4 @@
-"""Honesty marks (harness/marks.py) as letters beside a number, and the legend that spells them out."""
+"""Honesty marks (evaluation/caveats.py) as letters beside a number, and the legend that spells them out."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ PACKAGES = (
 def environment() -> dict:
     """Versions and the machine; of the environment variables none, so no secret can be among them.
 
-    What torch knows of the device is added once the run has one: harness/devices.py.
+    What torch knows of the device is added once the run has one: harness/pipeline/devices.py.
     """
     return {
         "harness": version(),

@@ -1,9 +1,24 @@
-"""Transforms learn or draw matrices; fold.py merges them. A new one is one file here and one in conf/transform."""
+"""Transforms learn or draw matrices; harness/codecs/fold.py merges them. A new one is one file here and one in conf/transform."""
 
 from harness.codecs.codec import Blocks, Chain, Codec, Diagonal, Kronecker, Repeated, Rotation
 from harness.codecs.fold import fold, merge
 from harness.codecs.placement import Placement, Role
-from harness.transforms.base import Context, Subject, Transform, generator
+from harness.transforms.base import CalibrationModel, ModelShape, Transform, generator
 
-__all__ = ["Blocks", "Chain", "Codec", "Context", "Diagonal", "Kronecker", "Placement", "Repeated", "Role", "Rotation",
-           "Subject", "Transform", "fold", "generator", "merge"]
+__all__ = [
+           "Blocks",
+           "CalibrationModel",
+           "Chain",
+           "Codec",
+           "Diagonal",
+           "Kronecker",
+           "ModelShape",
+           "Placement",
+           "Repeated",
+           "Role",
+           "Rotation",
+           "Transform",
+           "fold",
+           "generator",
+           "merge",
+]

@@ -33,7 +33,7 @@ from harness.config.checks import one_of
 from harness.config.errors import ConfigError
 from harness.linalg.hadamard import Hadamard, random_signs, reachable
 from harness.linalg.stiefel import deviation
-from harness.transforms.base import Context, Subject, Transform, generator
+from harness.transforms.base import CalibrationModel, ModelShape, Transform, generator
 from harness.transforms.block_diagonal import BLOCKS, common_blocks
 from harness.transforms.layerwise import Ridge, reconstruct
 from harness.transforms.learn import Descent, end_to_end
@@ -74,13 +74,13 @@ class AdaCodec(Transform):
     def structure(self) -> dict[str, object]:
         return {"placement": self.place, "decoder": self.decoder}
 
-    def leaves(self, context: Context) -> tuple[str, ...]:
+    def leaves(self, context: ModelShape) -> tuple[str, ...]:
         return tuple(f"an encoder at {site}" for site in self.encodes(context))
 
-    def encodes(self, context: Context) -> tuple[str, ...]:
+    def encodes(self, context: ModelShape) -> tuple[str, ...]:
         return {"site": tuple(context.widths), "stream": ("down_in",), "merged": ()}[self.place]
 
-    def check(self, context: Context) -> list[str]:
+    def check(self, context: ModelShape) -> list[str]:
         if context.scheme.act is None:
             raise ConfigError(f"format.act.bits=16 with transform={self.name}: no activation is quantized, so there is nothing "
                               "to encode; set format.act.bits=4, or use another transform.")
@@ -89,7 +89,7 @@ class AdaCodec(Transform):
             reachable("transform.init=hadamard", g, "transform.init=identity")
         return []
 
-    def _block(self, context: Context) -> int:
+    def _block(self, context: ModelShape) -> int:
         """g, for everything but values."""
         outside = {"site": (), "stream": ("o_in",), "merged": ("o_in", "down_in")}[self.place]
         widths = {site: width for site, width in context.widths.items() if site not in outside}
@@ -105,14 +105,14 @@ class AdaCodec(Transform):
                                   f"sizes that divide every site: {', '.join(map(str, fits)) or 'none of ' + str(BLOCKS)}.")
         return self.block_size
 
-    def _value_block(self, context: Context) -> int:
+    def _value_block(self, context: ModelShape) -> int:
         g = min(self._block(context), context.head_dim)
         if self.place != "site" and context.head_dim % g:
             raise ConfigError(f"transform.block_size={g} does not divide head_dim {context.head_dim}, as the values' codec "
                               "must; take a divisor of it.")
         return g
 
-    def fit(self, context: Context, subject: Subject) -> Placement:
+    def fit(self, context: ModelShape, subject: CalibrationModel) -> Placement:
         start = self.start(context, subject)
         notes = {"placement": self.place, "block_size": self._block(context), "decoder": self.decoder, "init": self.init}
         if self.decoder == "ridge":
@@ -125,19 +125,19 @@ class AdaCodec(Transform):
         notes |= more | {"orthogonality": max(deviation(m) for m in learned.values()), "codec_gap": _gap(start, learned)}
         return replace(self.build(context, subject, learned), notes=notes)
 
-    def start(self, context: Context, subject: Subject) -> dict[str, Tensor]:
+    def start(self, context: ModelShape, subject: CalibrationModel) -> dict[str, Tensor]:
         """All matrices to begin with, float64; decoders (named with ^) equal their encoders' transposes."""
         encoders = self._encoders(context, subject)
         if self.decoder != "free":
             return encoders
         return self._copies(encoders, [r for r in subject.roles.values() if r.layer == 0 and r.kind == "linear"])
 
-    def build(self, context: Context, subject: Subject, matrices: Mapping[str, Tensor]) -> Placement:
+    def build(self, context: ModelShape, subject: CalibrationModel, matrices: Mapping[str, Tensor]) -> Placement:
         """Where such matrices go."""
         linears = [[r for r in subject.roles.values() if r.layer == i and r.kind == "linear"] for i in range(context.layers)]
         return self._sites(matrices, linears) if self.place == "site" else self._stream(subject, matrices, linears)
 
-    def _encoders(self, context: Context, subject: Subject) -> dict[str, Tensor]:
+    def _encoders(self, context: ModelShape, subject: CalibrationModel) -> dict[str, Tensor]:
         """The encoders to begin with: stream {R1 [nb, g, g], R2 and RM [L, nb, g, g]}, site {site: [L, nb, g, g]}."""
         g, gv = self._block(context), self._value_block(context)
         if self.place != "site":
@@ -156,7 +156,7 @@ class AdaCodec(Transform):
             start[name] = one.expand(*(() if name == "R1" else (context.layers,)), width // size, size, size).clone()
         return start
 
-    def _principal(self, context: Context, subject: Subject, shapes: Mapping) -> dict[str, Tensor]:
+    def _principal(self, context: ModelShape, subject: CalibrationModel, shapes: Mapping) -> dict[str, Tensor]:
         size = {site: size for size, sites in shapes.values() for site in sites}
         found = subject.observe(lambda layer, site, n: Covariance(size[site], False, lambda c: c), size, "principal axes")
         start = {}
@@ -179,7 +179,7 @@ class AdaCodec(Transform):
             copies |= {f"{name}^": start[name].clone() for name in ("R2", "RM") if name in start}
         return {**start, **copies}
 
-    def _stream(self, subject: Subject, matrices: Mapping[str, Tensor], linears: list[list[Role]]) -> Placement:
+    def _stream(self, subject: CalibrationModel, matrices: Mapping[str, Tensor], linears: list[list[Role]]) -> Placement:
         free, shared = "R1^" in matrices, matrices["R1"]
         encoders, decoders, merged, online = {}, {}, {}, {}
         # unbound at once: a gradient of single slices would be a tensor of all layers, thirty times over
@@ -202,7 +202,7 @@ class AdaCodec(Transform):
                     decoders[i, role.name] = Blocks(copy)
         return Placement(Blocks(shared), merged, online, None, encoders, decoders)
 
-    def _scale(self, subject: Subject, layer: int, site: str) -> Tensor | None:
+    def _scale(self, subject: CalibrationModel, layer: int, site: str) -> Tensor | None:
         """s with Q(h R1 diag(1 / s)): 1 / gamma from identity, so that learning starts at the very model and not at one whose
         fused norms have changed what is quantized. In another basis gamma means nothing."""
         gain = subject.gains.get((layer, site)) if self.init == "identity" else None
@@ -219,7 +219,7 @@ class AdaCodec(Transform):
                     decoders[i, role.name] = Blocks(copy)
         return Placement(online=online, decoders=decoders)
 
-    def _ridge(self, context: Context, subject: Subject, start: Mapping[str, Tensor], notes: dict) -> Placement:
+    def _ridge(self, context: ModelShape, subject: CalibrationModel, start: Mapping[str, Tensor], notes: dict) -> Placement:
         collector = lambda i, site, n: Ridge(Blocks(start[site][i]), context.reads(site, i))  # noqa: E731
         found = subject.observe(collector, start, "ridge decoders")
         online = {where: Blocks(start[where[1]][where[0]], d) for where, (d, _) in found.items()}

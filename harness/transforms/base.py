@@ -1,5 +1,5 @@
-"""The words every transform speaks: Context (what is known before weights are loaded), Subject (the loaded model under
-study), Transform. A transform only *produces* a Placement of codecs; merging them is one act for all (fold.py).
+"""The words every transform speaks: ModelShape (what is known before weights are loaded), CalibrationModel (the loaded model under
+study), Transform. A transform only *produces* a Placement of codecs; merging them is one act for all (codecs/fold.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from harness.formats import Format, Scheme
 
 
 @dataclass(frozen=True)
-class Context:
+class ModelShape:
     """What a transform may look at before any weight is loaded: `widths` {site: features}, the shape of the attention
     heads, the formats, the solver's name (None: weights stay float), the run's seed, `readers` {site: its linears}."""
 
@@ -48,7 +48,7 @@ class Context:
         return self.widths["attn_in"]
 
 
-class Subject(Protocol):
+class CalibrationModel(Protocol):
     """The loaded model, its norms fused if the transform asked for it, and the calibration text."""
 
     roles: Mapping[str, Role]
@@ -66,7 +66,7 @@ class Subject(Protocol):
         micro-batch x [..., width] and its `.finish()` is returned. One site's collector is filled at a time. note: what the
         progress bar says after each layer, from what was found so far."""
 
-    def live(self, placement: Placement, scheme: Scheme | None) -> AbstractContextManager:
+    def unmerged(self, placement: Placement, scheme: Scheme | None) -> AbstractContextManager:
         """Within it, the forward runs with the placement's codecs applied to activations (weights untouched) and, with a
         scheme, with activations and KV quantized by straight-through estimators."""
 
@@ -105,15 +105,15 @@ class Transform(ABC):
     sees: tuple[str, ...] = ("act", "kv")
     unread: tuple[str, ...] = ()
 
-    def check(self, context: Context) -> list[str]:
+    def check(self, context: ModelShape) -> list[str]:
         """Refuse what cannot work (ConfigError), before any weight is loaded; returns warnings for the result table."""
         return []
 
-    def leaves(self, context: Context) -> tuple[str, ...]:
+    def leaves(self, context: ModelShape) -> tuple[str, ...]:
         """What cannot be merged and stays online, in words; a checkpoint for others cannot hold it."""
         return ()
 
-    def encodes(self, context: Context) -> tuple[str, ...]:
+    def encodes(self, context: ModelShape) -> tuple[str, ...]:
         """Sites of the blocks before which an encoder runs, so that what feeds them takes no scale."""
         return ()
 
@@ -122,12 +122,12 @@ class Transform(ABC):
         """What of the settings a stored placement must have been made with, to be loaded under them."""
         return {}
 
-    def complete(self, context: Context, placement: Placement) -> Placement:
+    def complete(self, context: ModelShape, placement: Placement) -> Placement:
         """A stored placement with what this run wants beside the learned matrices (R3 and R4 of the rotations)."""
         return placement
 
     @abstractmethod
-    def fit(self, context: Context, subject: Subject) -> Placement:
+    def fit(self, context: ModelShape, subject: CalibrationModel) -> Placement:
         """The matrices of this transform."""
 
 

@@ -17,7 +17,7 @@ import torch
 from harness.codecs.codec import Codec
 from harness.codecs.placement import Placement
 from harness.config.errors import ConfigError
-from harness.transforms.base import Context, Subject, Transform
+from harness.transforms.base import CalibrationModel, ModelShape, Transform
 
 BLOCKS = (128, 64, 32, 16)
 
@@ -47,20 +47,20 @@ class BlockDiagonal(Transform):
             self.refuse(order)
         return orders
 
-    def leaves(self, context: Context) -> tuple[str, ...]:
+    def leaves(self, context: ModelShape) -> tuple[str, ...]:
         return tuple(f"a matrix at {site}" for site in self.encodes(context))
 
-    def encodes(self, context: Context) -> tuple[str, ...]:
+    def encodes(self, context: ModelShape) -> tuple[str, ...]:
         return tuple(context.widths)
 
-    def check(self, context: Context) -> list[str]:
+    def check(self, context: ModelShape) -> list[str]:
         smallest = min(self.orders(context.widths).values())
         parts = (context.scheme.weight, context.scheme.act)
         groups = [part.group_size for part in parts if part is not None and part.granularity == "group"]
         small = [group for group in dict.fromkeys(groups) if smallest < group]
         return [f"transform.block_size={smallest} is smaller than the format's group {group}" for group in small]
 
-    def fit(self, context: Context, subject: Subject | None) -> Placement:
+    def fit(self, context: ModelShape, subject: CalibrationModel | None) -> Placement:
         orders = self.orders(context.widths)
         with torch.device("cpu"):
             online = {(None, site): self.codec(order, site, context.seed) for site, order in orders.items()}

@@ -21,7 +21,7 @@ from harness.codecs.placement import Placement
 from harness.config.errors import ConfigError, DataError
 from harness.linalg.stiefel import deviation, project
 from harness.store import intact, save_tensors
-from harness.transforms.base import Context, Transform
+from harness.transforms.base import ModelShape, Transform
 from harness.transforms.rotations import Rotations
 
 R2_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.R2")
@@ -35,13 +35,13 @@ def save(path: Path, placement: Placement, facts: Mapping, learned: str = "") ->
     save_tensors(path, tensors, {"placement": json.dumps(spec)})
 
 
-def found(path: Path, transform: Transform, context: Context,
+def found(path: Path, transform: Transform, context: ModelShape,
           damaged: Callable[[Path, str], None]) -> Placement | None:
     """`load`, or None where there is no such file or, as `damaged` is told then, it is damaged."""
     return None if intact(path, damaged) is None else load(path, transform, context)
 
 
-def load(path: Path, transform: Transform, context: Context) -> Placement:
+def load(path: Path, transform: Transform, context: ModelShape) -> Placement:
     """The placement in a file of `save` or of SpinQuant's layout, completed by the transform with what it does not learn.
 
     SpinQuant's own matrices have drifted from the group by up to 1e-3 and are projected back. Raises DataError where a matrix
@@ -71,7 +71,7 @@ def _described(header: Mapping, field: str) -> dict:
     return spec
 
 
-def check(path: str, transform: Transform, context: Context, facts: Mapping) -> None:
+def check(path: str, transform: Transform, context: ModelShape, facts: Mapping) -> None:
     """Refuse a file that cannot serve (ConfigError): missing, a pickle, damaged, of another model, of
     other shapes. A file of `save` is read whole, for its digest; those of others have none."""
     field = f"transform.load={path}"

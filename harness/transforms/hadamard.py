@@ -15,7 +15,7 @@ from harness.config.checks import boolean
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4
 from harness.linalg.hadamard import Hadamard, random_signs, reachable
-from harness.transforms.base import Context, generator
+from harness.transforms.base import ModelShape, generator
 from harness.transforms.block_diagonal import BlockDiagonal
 
 
@@ -33,7 +33,7 @@ class HadamardBlocks(BlockDiagonal):
         except ConfigError as error:
             raise ConfigError(f"transform.{error}") from None
 
-    def check(self, context: Context) -> list[str]:
+    def check(self, context: ModelShape) -> list[str]:
         warnings = super().check(context)
         if isinstance(context.scheme.weight, NVFP4) and context.solver in ("rtn", "minmax"):
             harm = "transform=hadamard with NVFP4: blocks of 16 isolate outliers; with RTN it is worse than identity"

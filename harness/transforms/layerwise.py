@@ -18,7 +18,7 @@ from torch import Tensor
 from harness.codecs.codec import Blocks, Codec
 from harness.formats import Format
 from harness.linalg.blocks import times
-from harness.transforms.base import Context, Subject
+from harness.transforms.base import CalibrationModel, ModelShape
 from harness.transforms.learn import Best, Descent, Orthogonal
 from harness.transforms.sampling import Reservoir
 
@@ -49,7 +49,7 @@ class Ridge:
         return decoder[None].cpu(), float(error) / self.power
 
 
-def reconstruct(subject: Subject, context: Context, start: Mapping[str, Tensor], descent: Descent) -> tuple[dict, dict]:
+def reconstruct(subject: CalibrationModel, context: ModelShape, start: Mapping[str, Tensor], descent: Descent) -> tuple[dict, dict]:
     """Learned {site: [L, nb, g, g], site^: [L, linears, nb, g, g]} from such a start, by the layer objective, and notes."""
     sites = [name for name in start if not name.endswith("^")]
 

@@ -1,6 +1,6 @@
 """Learning orthogonal matrices end to end: a loss of the whole model (losses.py), activations quantized, weights frozen.
 
-The live forward (transforms.Subject.live) applies the codecs to activations with straight-through quantizers, so no gradient of
+The live forward (transforms.CalibrationModel.unmerged) applies the codecs to activations with straight-through quantizers, so no gradient of
 a weight is ever taken. The matrices of the iterate with the least loss on held-out windows are returned, the start being one
 of the candidates: the loss returned is never above the one begun with.
 """
@@ -19,7 +19,7 @@ from harness.config.checks import integer, number, one_of
 from harness.config.errors import ConfigError
 from harness.formats import Scheme
 from harness.linalg.stiefel import CAPS, CayleySGD, cayley, project
-from harness.transforms.base import Subject
+from harness.transforms.base import CalibrationModel
 from harness.transforms.losses import loss_of
 
 CHECKS = 8  # how often the held-out loss is taken
@@ -105,7 +105,7 @@ class Best:
         return {name: project(matrix.double()).cpu() for name, matrix in self.matrices.items()}
 
 
-def end_to_end(subject: Subject, scheme: Scheme, start: Mapping[str, Tensor], build: Callable[[Mapping], Placement],
+def end_to_end(subject: CalibrationModel, scheme: Scheme, start: Mapping[str, Tensor], build: Callable[[Mapping], Placement],
                descent: Descent, objective: str) -> tuple[dict[str, Tensor], dict]:
     """Learned matrices, projected onto the group in float64, and notes on how it went.
 
@@ -124,7 +124,7 @@ def end_to_end(subject: Subject, scheme: Scheme, start: Mapping[str, Tensor], bu
             last = 0.0
             for ids in windows.split(1):  # one window at a time: memory does not grow with the batch
                 target = teacher and teacher.logits(ids, again)
-                with subject.live(build(moving.matrices()), scheme):
+                with subject.unmerged(build(moving.matrices()), scheme):
                     loss = loss_of(subject.logits(ids), ids, target) / len(windows)
                     loss.backward()
                 last += float(loss.detach())
@@ -152,7 +152,7 @@ class Teacher:
     """The unquantized model. Of windows that come again its final hidden states are kept, a small part of the logits they make,
     and the forward is saved."""
 
-    def __init__(self, subject: Subject):
+    def __init__(self, subject: CalibrationModel):
         self.subject, self.kept = subject, {}
 
     @torch.no_grad()
@@ -168,11 +168,11 @@ class Teacher:
 
 
 @torch.no_grad()
-def held_out_loss(subject: Subject, scheme: Scheme, placement: Placement, teacher: Teacher | None) -> float:
+def held_out_loss(subject: CalibrationModel, scheme: Scheme, placement: Placement, teacher: Teacher | None) -> float:
     """Mean loss of a placement on the held-out windows: kd with a teacher, lm without."""
     total = 0.0
     for ids in subject.held.split(1):
         target = teacher and teacher.logits(ids, again=True)
-        with subject.live(placement, scheme):
+        with subject.unmerged(placement, scheme):
             total += float(loss_of(subject.logits(ids), ids, target))
     return total / len(subject.held)

@@ -22,7 +22,7 @@ from harness.config.checks import boolean, integer, one_of
 from harness.config.errors import ConfigError
 from harness.formats import MX, Integer
 from harness.linalg.hadamard import hadamard, reachable
-from harness.transforms.base import Context, Subject, Transform
+from harness.transforms.base import CalibrationModel, ModelShape, Transform
 from harness.transforms.sampling import Covariance
 
 
@@ -41,14 +41,14 @@ class PCA(Transform):
         self.post_hadamard = boolean("transform.post_hadamard", post_hadamard)
         self.head = boolean("transform.head", head)
 
-    def leaves(self, context: Context) -> tuple[str, ...]:
+    def leaves(self, context: ModelShape) -> tuple[str, ...]:
         sites = (*self.encodes(context), *([HEAD_SITE] if self.head else []))
         return tuple(f"a dense matrix at {site}" for site in sites)
 
-    def encodes(self, context: Context) -> tuple[str, ...]:
+    def encodes(self, context: ModelShape) -> tuple[str, ...]:
         return tuple(context.widths)
 
-    def check(self, context: Context) -> list[str]:
+    def check(self, context: ModelShape) -> list[str]:
         for site, width in context.widths.items():
             if self.block is not None and width % self.block:
                 raise ConfigError(f"transform.block={self.block} does not divide site {site} ({width} features).")
@@ -64,7 +64,7 @@ class PCA(Transform):
                             "identity is often as good")
         return warnings
 
-    def fit(self, context: Context, subject: Subject) -> Placement:
+    def fit(self, context: ModelShape, subject: CalibrationModel) -> Placement:
         pooled: dict[str, Covariance] = {}
 
         def collector(layer: int | None, site: str, width: int) -> Covariance:

@@ -21,7 +21,7 @@ from harness.config.checks import boolean
 from harness.config.errors import ConfigError
 from harness.linalg.hadamard import Hadamard, hadamard, reachable
 from harness.linalg.stiefel import random_orthogonal
-from harness.transforms.base import Context, Subject, generator
+from harness.transforms.base import CalibrationModel, ModelShape, generator
 from harness.transforms.rotations import Rotations
 
 
@@ -37,13 +37,13 @@ class QuaRot(Rotations):
         if self.r1 not in ("hadamard", "random", "off") and (isinstance(r1, bool) or not isinstance(r1, int) or r1 < 1):
             raise ConfigError(f"transform.r1={r1}: choose hadamard, random, off, or a block size.")
 
-    def leaves(self, context: Context) -> tuple[str, ...]:
+    def leaves(self, context: ModelShape) -> tuple[str, ...]:
         return (*super().leaves(context), *(["a mix of heads (transform.online_heads=false)"] if self.online_heads else []))
 
-    def encodes(self, context: Context) -> tuple[str, ...]:
+    def encodes(self, context: ModelShape) -> tuple[str, ...]:
         return (*super().encodes(context), *(["o_in"] if self.online_heads else []))
 
-    def check(self, context: Context) -> list[str]:
+    def check(self, context: ModelShape) -> list[str]:
         if self.r1 == "hadamard":
             reachable("transform.r1=hadamard", context.hidden, "transform.r1=random")
         elif isinstance(self.r1, int):
@@ -54,7 +54,7 @@ class QuaRot(Rotations):
             reachable("transform.online_heads=true", context.heads, "transform.online_heads=false")
         return super().check(context)
 
-    def matrices(self, context: Context, subject: Subject) -> tuple[Codec | None, dict[int, Codec], dict]:
+    def matrices(self, context: ModelShape, subject: CalibrationModel) -> tuple[Codec | None, dict[int, Codec], dict]:
         r1 = None
         if self.r1 == "random":
             r1 = Blocks(random_orthogonal(context.hidden, generator(context.seed, "R1")))
@@ -66,7 +66,7 @@ class QuaRot(Rotations):
         r2 = {i: plain if self.online_heads else self.draw(context, context.head_dim, i, "R2") for i in range(context.layers)}
         return r1, r2, {}
 
-    def placement(self, context: Context, r1: Codec | None, r2: Mapping[int, Codec], notes: Mapping) -> Placement:
+    def placement(self, context: ModelShape, r1: Codec | None, r2: Mapping[int, Codec], notes: Mapping) -> Placement:
         placed = super().placement(context, r1, r2, notes)
         if not self.online_heads:
             return placed

@@ -20,7 +20,7 @@ from harness.config.checks import boolean
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4
 from harness.linalg.hadamard import Hadamard, random_signs, reachable
-from harness.transforms.base import Context, Subject, Transform, generator
+from harness.transforms.base import CalibrationModel, ModelShape, Transform, generator
 
 
 class Rotations(Transform):
@@ -33,14 +33,14 @@ class Rotations(Transform):
         self.r3, self.r4 = switch("transform.r3", r3), switch("transform.r4", r4)
 
     @abstractmethod
-    def matrices(self, context: Context, subject: Subject) -> tuple[Codec | None, Mapping[int, Codec], dict]:
+    def matrices(self, context: ModelShape, subject: CalibrationModel) -> tuple[Codec | None, Mapping[int, Codec], dict]:
         """R1, R2 of each layer (on kv_heads * head_dim features), and notes."""
 
-    def fit(self, context: Context, subject: Subject) -> Placement:
+    def fit(self, context: ModelShape, subject: CalibrationModel) -> Placement:
         r1, r2, notes = self.matrices(context, subject)
         return self.placement(context, r1, r2, notes)
 
-    def placement(self, context: Context, r1: Codec | None, r2: Mapping[int, Codec], notes: Mapping) -> Placement:
+    def placement(self, context: ModelShape, r1: Codec | None, r2: Mapping[int, Codec], notes: Mapping) -> Placement:
         """R1 and R2 where they belong, with R3 and R4 where they help."""
         r3, r4 = self.wants_r3(context), self.wants_r4(context)
         return Placement(
@@ -51,7 +51,7 @@ class Rotations(Transform):
             notes={"rotations": [n for n, on in (("R1", r1), ("R2", r2), ("R3", r3), ("R4", r4)) if on], **notes},
         )
 
-    def complete(self, context: Context, placement: Placement) -> Placement:
+    def complete(self, context: ModelShape, placement: Placement) -> Placement:
         r2 = {layer: codec for (layer, _), codec in placement.merged.items()}
         notes = {name: note for name, note in placement.notes.items() if name != "rotations"}
         return self.placement(context, placement.residual, r2, notes)
@@ -60,27 +60,27 @@ class Rotations(Transform):
     def structure(self) -> dict[str, object]:
         return {"R1": self.residual, "R2": self.r2}
 
-    def leaves(self, context: Context) -> tuple[str, ...]:
+    def leaves(self, context: ModelShape) -> tuple[str, ...]:
         online = (("R3 (transform.r3=off)", self.wants_r3(context)), ("R4 (transform.r4=off)", self.wants_r4(context)))
         return tuple(name for name, on in online if on)
 
-    def encodes(self, context: Context) -> tuple[str, ...]:
+    def encodes(self, context: ModelShape) -> tuple[str, ...]:
         return ("down_in",) if self.wants_r4(context) else ()
 
-    def wants_r3(self, context: Context) -> bool:
+    def wants_r3(self, context: ModelShape) -> bool:
         """Whether R3 is placed."""
         return self.r3 == "on" or (self.r3 == "auto" and context.scheme.kv is not None)
 
-    def wants_r4(self, context: Context) -> bool:
+    def wants_r4(self, context: ModelShape) -> bool:
         """Whether R4 is placed."""
         return self.r4 == "on" or (self.r4 == "auto" and context.quantizes("down_in"))
 
-    def draw(self, context: Context, n: int, *key: object) -> Rotation:
+    def draw(self, context: ModelShape, n: int, *key: object) -> Rotation:
         """A randomized Hadamard matrix of order n, seeded by the run's seed and `key`."""
         signs = random_signs(n, generator(context.seed, *key)) if self.random_signs else None
         return Rotation(Hadamard(n, signs))
 
-    def check(self, context: Context) -> list[str]:
+    def check(self, context: ModelShape) -> list[str]:
         if self.r2:
             reachable("transform.r2=true", context.head_dim, "transform.r2=false")
         if self.wants_r3(context):
@@ -91,7 +91,7 @@ class Rotations(Transform):
             return ["a rotated residual stream with NVFP4: blocks of 16 isolate outliers better than a rotation spreads them"]
         return []
 
-    def needs_activations(self, context: Context) -> None:
+    def needs_activations(self, context: ModelShape) -> None:
         """Refuse to learn what no quantizer can see."""
         sees_r1 = context.quantizes("attn_in") or context.quantizes("mlp_in")
         if self.residual and not sees_r1 and context.scheme.kv is not None and not self.r2:

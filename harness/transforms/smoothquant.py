@@ -20,7 +20,7 @@ from harness.codecs.codec import Diagonal
 from harness.codecs.placement import Placement
 from harness.config.checks import names, number
 from harness.formats import MX, NVFP4
-from harness.transforms.base import Context, Subject, Transform
+from harness.transforms.base import CalibrationModel, ModelShape, Transform
 
 FLOOR = 1e-5
 NORM_SITES, PRODUCT_SITES = ("attn_in", "mlp_in"), ("o_in", "down_in")
@@ -34,13 +34,13 @@ class SmoothQuant(Transform):
         known = (*NORM_SITES, *PRODUCT_SITES)
         self.alpha, self.sites = alpha, known if sites is None else tuple(names("SmoothQuant: sites", sites, known))
 
-    def check(self, context: Context) -> list[str]:
+    def check(self, context: ModelShape) -> list[str]:
         act = context.scheme.act
         if isinstance(act, NVFP4 | MX):
             return [f"smoothquant with {type(act).__name__}: its blocks are local, so smoothing channels has little to give"]
         return []
 
-    def fit(self, context: Context, subject: Subject) -> Placement:
+    def fit(self, context: ModelShape, subject: CalibrationModel) -> Placement:
         peaks = subject.observe(lambda layer, site, width: _Peak(), self.sites, "channel maxima")
         merged = {}
         for (layer, site), x_max in peaks.items():
@@ -67,6 +67,6 @@ class _Peak:
         return self.peak
 
 
-def _per_kv_head(x: Tensor, context: Context) -> Tensor:
+def _per_kv_head(x: Tensor, context: ModelShape) -> Tensor:
     """The maximum over the query heads of each key/value head: [heads * head_dim] -> [kv_heads * head_dim]."""
     return x.view(context.kv_heads, context.heads // context.kv_heads, context.head_dim).amax(1).flatten()

@@ -21,7 +21,7 @@ from harness.codecs.placement import Placement
 from harness.config.checks import one_of
 from harness.config.errors import ConfigError
 from harness.linalg.stiefel import deviation
-from harness.transforms.base import Context, Subject
+from harness.transforms.base import CalibrationModel, ModelShape
 from harness.transforms.learn import Descent, end_to_end
 from harness.transforms.quarot import QuaRot
 
@@ -40,11 +40,11 @@ class SpinQuant(QuaRot):
             raise ConfigError("transform.r1=off with transform.r2=false: no rotation is left to learn; leave one of them on.")
         self.descent = Descent(steps, batch, lr, optimizer, max_angle, cap)
 
-    def check(self, context: Context) -> list[str]:
+    def check(self, context: ModelShape) -> list[str]:
         self.needs_activations(context)
         return super().check(context)
 
-    def start(self, context: Context, subject: Subject) -> dict[str, Tensor]:
+    def start(self, context: ModelShape, subject: CalibrationModel) -> dict[str, Tensor]:
         """{R1 [hidden, hidden], R2 [layers, head_dim, head_dim]}, random Hadamard, float64."""
         r1, r2, _ = super().matrices(context, subject)
         start = {} if r1 is None else {"R1": r1.encode(torch.eye(context.hidden, dtype=torch.float64))}
@@ -52,11 +52,11 @@ class SpinQuant(QuaRot):
             start["R2"] = torch.stack([codec.matrix.dense() for codec in r2.values()])
         return start
 
-    def build(self, context: Context, subject: Subject, matrices: Mapping[str, Tensor]) -> Placement:
+    def build(self, context: ModelShape, subject: CalibrationModel, matrices: Mapping[str, Tensor]) -> Placement:
         """Where such matrices go."""
         return self.placement(context, *_codecs(matrices), {})
 
-    def matrices(self, context: Context, subject: Subject) -> tuple[Codec | None, Mapping[int, Codec], dict]:
+    def matrices(self, context: ModelShape, subject: CalibrationModel) -> tuple[Codec | None, Mapping[int, Codec], dict]:
         scheme, build = context.scheme.seen("act", "kv"), partial(self.build, context, subject)
         learned, notes = end_to_end(subject, scheme, self.start(context, subject), build, self.descent, self.objective)
         return *_codecs(learned), notes | {"orthogonality": max(deviation(matrix) for matrix in learned.values())}

@@ -35,7 +35,7 @@ from harness.codecs.codec import Blocks, Codec
 from harness.config.checks import integer, names, number, one_of, typed
 from harness.linalg.hadamard import reachable
 from harness.linalg.stiefel import project, qr_orth
-from harness.transforms.base import Context, Subject, generator
+from harness.transforms.base import CalibrationModel, ModelShape, generator
 from harness.transforms.rotations import Rotations
 from harness.transforms.sampling import Starts
 
@@ -129,12 +129,12 @@ class Whip(Rotations):
         self.for_r1 = Calibration.of(r1, "transform.r1")
         self.for_r2 = None if r2 is None else Calibration.of(r2, "transform.r2")
 
-    def check(self, context: Context) -> list[str]:
+    def check(self, context: ModelShape) -> list[str]:
         self.needs_activations(context)
         reachable("transform.r1 starts from a Hadamard matrix", context.hidden, "transform=spinquant transform.r1=random")
         return super().check(context)
 
-    def matrices(self, context: Context, subject: Subject) -> tuple[Codec | None, Mapping[int, Codec], dict]:
+    def matrices(self, context: ModelShape, subject: CalibrationModel) -> tuple[Codec | None, Mapping[int, Codec], dict]:
         sites = [*self.sites, *(["o_in"] if self.for_r2 else [])]
         found = subject.observe(lambda layer, site, n: Starts(self.kept, context.seed, layer, site), sites, "activations")
         own = [found[layer, site] for layer in range(context.layers) for site in self.sites]
@@ -146,7 +146,7 @@ class Whip(Rotations):
             r2, notes = {i: Blocks(matrix) for i, matrix in enumerate(learned)}, notes | more
         return Blocks(r1), r2, notes
 
-    def _learn_r1(self, context: Context, subject: Subject, x: Tensor, starts: Tensor) -> tuple[Tensor, dict]:
+    def _learn_r1(self, context: ModelShape, subject: CalibrationModel, x: Tensor, starts: Tensor) -> tuple[Tensor, dict]:
         """R1 from x [sites, T, n] and starts [sites, W, n]: a schedule cuts them in pieces to descend on in turn."""
         cut = {"pooled": lambda t: [t.flatten(0, 1)[None]], "greedy": lambda t: t[:, None], "joint": lambda t: [t]}
         pieces = list(zip(*map(cut[self.schedule], (x, starts))))
@@ -161,7 +161,7 @@ class Whip(Rotations):
         notes = {"schedule": self.schedule, "r1_whip": [before, after], "r1_moved": moved, "r1_steps": steps}
         return project(r.double()).cpu(), notes
 
-    def _learn_r2(self, context: Context, subject: Subject, x: Tensor) -> tuple[Tensor, dict]:
+    def _learn_r2(self, context: ModelShape, subject: CalibrationModel, x: Tensor) -> tuple[Tensor, dict]:
         """R2 [layers, kv_heads, head_dim, head_dim] from o's inputs [layers, T, heads * head_dim]."""
         heads = x.unflatten(-1, (context.kv_heads, -1, context.head_dim))  # [layers, T, kv_heads, repeat, head_dim]
         heads = heads.permute(0, 2, 3, 1, 4).flatten(2, 3)
@@ -176,7 +176,7 @@ class Whip(Rotations):
 
 
 @contextmanager
-def _told(subject: Subject, title: str, total: int, curve: str, terms: int) -> Iterator[Callable[[float], None]]:
+def _told(subject: CalibrationModel, title: str, total: int, curve: str, terms: int) -> Iterator[Callable[[float], None]]:
     """A stage that yields `tell(loss)`, to be called after each step: it moves the bar and adds to a curve the mean of the
     loss's terms, which is what the notes say too."""
     steps = count(1)

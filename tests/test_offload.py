@@ -73,7 +73,7 @@ def test_every_kind_of_solver_from_disk(tmp_path, folder, solver):
 def test_one_block_at_a_time(folder, tmp_path):
     source = Hub(path=str(folder), weights="disk")
     model, _ = source.load()
-    adapter = Adapter(model, source.shelf(model, tmp_path / "scratch"))
+    adapter = Adapter(model, source.offloaded(model, tmp_path / "scratch"))
     resident = lambda: [not block.mlp.up_proj.weight.is_meta for block in adapter.blocks]  # noqa: E731
     assert resident() == [False, False]
     seen = []
