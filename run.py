@@ -21,7 +21,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 ROOT = Path(__file__).resolve().parent
-GROUPS = ("model", "data", "format", "transform", "solver", "eval", "export", "tracking", "experiment", "sweeps")
+GROUPS = (
+    "model",
+    "data",
+    "format",
+    "transform",
+    "solver",
+    "eval",
+    "export",
+    "tracking",
+    "experiment",
+    "sweeps",
+)
 MULTIRUN = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
 
 
@@ -37,10 +48,20 @@ def job(cfg) -> None:
     choices = {group: hydra_cfg.runtime.choices.get(group) for group in GROUPS}
     command = shlex.join(["python", "run.py", *given])
     if hydra_cfg.mode != RunMode.MULTIRUN:
-        left = [key for key in swept(config, given) if key in GROUPS or OmegaConf.select(cfg, key, default=...) is not ...]
+        left = [
+            key
+            for key in swept(config, given)
+            if key in GROUPS or OmegaConf.select(cfg, key, default=...) is not ...
+        ]
         if left:
-            name = next(f"{group}={choices[group]}" for group in ("sweeps", "experiment") if choices[group])
-            sys.exit(refuse(f"{name} goes through {', '.join(left)}: python run.py -m {shlex.join(given)}"))
+            name = next(
+                f"{group}={choices[group]}" for group in ("sweeps", "experiment") if choices[group]
+            )
+            sys.exit(
+                refuse(
+                    f"{name} goes through {', '.join(left)}: python run.py -m {shlex.join(given)}"
+                )
+            )
         try:
             outcome = execute(cfg, choices, command=command, overrides=given)
         except Exception as error:
@@ -49,15 +70,27 @@ def job(cfg) -> None:
             print("stored result (force=true computes again)", file=sys.stderr)
         run_table(outcome.metrics, outcome.run.path)
         if outcome.status == "failed":
-            print(f"{outcome.error}\nThe traceback is in {outcome.run.path / 'status.json'}.", file=sys.stderr)
+            print(
+                f"{outcome.error}\nThe traceback is in {outcome.run.path / 'status.json'}.",
+                file=sys.stderr,
+            )
             sys.exit(1 if cfg.on_error == "raise" else 0)
         return
     sweep, row = Path(hydra_cfg.sweep.dir), {"overrides": given}
     try:
-        outcome = execute(cfg, choices, sweep.name, reporter(sweep, hydra_cfg.job.num), command, given)
-        row |= summary(outcome.metrics) | {"stored": outcome.stored, "run_id": outcome.run.path.name, "error": outcome.error}
+        outcome = execute(
+            cfg, choices, sweep.name, reporter(sweep, hydra_cfg.job.num), command, given
+        )
+        row |= summary(outcome.metrics) | {
+            "stored": outcome.stored,
+            "run_id": outcome.run.path.name,
+            "error": outcome.error,
+        }
     except Exception as error:
-        row |= {"status": "failed", "error": reason(error, given) or f"{type(error).__name__}: {error}"}
+        row |= {
+            "status": "failed",
+            "error": reason(error, given) or f"{type(error).__name__}: {error}",
+        }
     record(sweep, hydra_cfg.job.num, row)
 
 
@@ -97,7 +130,9 @@ def refuse(message: str, status: int = 2) -> int:
 def arranged(words: list[str]) -> list[str]:
     """Flags before overrides, as Hydra's parser wants them; a ~ that begins a value is the home folder, as shells have it."""
     words = [re.sub(r"(?<=[=,\[])~(?=/|$)", lambda _: str(Path.home()), word) for word in words]
-    return sorted(words, key=lambda word: not word.startswith("-") and ("=" in word or word.startswith("~")))
+    return sorted(
+        words, key=lambda word: not word.startswith("-") and ("=" in word or word.startswith("~"))
+    )
 
 
 def terminated(*_) -> None:
@@ -108,9 +143,13 @@ def terminated(*_) -> None:
 def main() -> int:
     """The exit status of a command line."""
     os.environ["HARNESS_ROOT"] = str(ROOT)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # for jobs' processes
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    )  # for jobs' processes
     os.environ.setdefault("HARNESS_SWEEP", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the message below is ours
+    os.environ["HYDRA_FULL_ERROR"] = (
+        "1"  # Hydra then raises instead of printing, and the message below is ours
+    )
     signal.signal(signal.SIGTERM, terminated)
     words = arranged(sys.argv[1:])
     overrides = [word for word in words if word not in MULTIRUN]
@@ -119,11 +158,18 @@ def main() -> int:
             from harness.report.sweep import sweep
 
             flags = [word for word in overrides if word.startswith("-")]
-            return refuse(f"{flags[0]}: not together with -m; leave one of them out") if flags else sweep(job, overrides)
+            return (
+                refuse(f"{flags[0]}: not together with -m; leave one of them out")
+                if flags
+                else sweep(job, overrides)
+            )
         sys.argv[1:] = words
         job()
     except KeyboardInterrupt as end:
-        print(f"{end or 'interrupted'}; the same command goes on from the last finished block", file=sys.stderr)
+        print(
+            f"{end or 'interrupted'}; the same command goes on from the last finished block",
+            file=sys.stderr,
+        )
         return 143 if end.args else 130
     except ValueError as error:  # a group set to null, which Hydra does not expect
         return refuse(f"{' '.join(words)}: {error}")

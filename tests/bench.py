@@ -13,8 +13,15 @@ import argparse
 from bench_forward import evaluation, learning, online
 from bench_solvers import adascale, gptq, large, memory
 
-PARTS = {"evaluation": evaluation, "gptq": gptq, "memory": memory, "large": large, "learning": learning, "adascale": adascale,
-         "online": online}
+PARTS = {
+    "evaluation": evaluation,
+    "gptq": gptq,
+    "memory": memory,
+    "large": large,
+    "learning": learning,
+    "adascale": adascale,
+    "online": online,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

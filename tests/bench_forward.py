@@ -27,7 +27,10 @@ def evaluation() -> None:
     cut = windows(tokens["evaluation"], EVALUATION[1], EVALUATION[0])
     other = quantized(copy.deepcopy(model), nvfp4(), RTN(), windows(tokens["calibration"], 512, 4))
     plain = Adapter(model)
-    for threads, clock, bound in ((1, time.process_time, "at most 1.25, aim 1.15"), (2, time.perf_counter, "aim 1.35")):
+    for threads, clock, bound in (
+        (1, time.process_time, "at most 1.25, aim 1.15"),
+        (2, time.perf_counter, "aim 1.35"),
+    ):
         torch.set_num_threads(threads)
         window_losses(plain, cut[:1, :512])
         seconds = [0.0, 0.0]
@@ -58,8 +61,13 @@ def learning() -> None:
     torch.set_num_threads(1)
     model, tokens = load()
     subject, context = subject_of(model, windows(tokens["calibration"], 512, 4))
-    weights = [m.weight for m in model.modules() if isinstance(m, QuantLinear)] + list(model.parameters())
-    transforms = {name: build(own_settings(name), "transform", Transform) for name in ("adacodec", "spinquant")}
+    weights = [m.weight for m in model.modules() if isinstance(m, QuantLinear)] + list(
+        model.parameters()
+    )
+    transforms = {
+        name: build(own_settings(name), "transform", Transform)
+        for name in ("adacodec", "spinquant")
+    }
 
     def plain(ids) -> float:
         for weight in weights:
@@ -80,9 +88,15 @@ def learning() -> None:
         moving.step()
         return time.process_time() - start
 
-    moving = {name: Orthogonal(t.start(context, subject), t.descent) for name, t in transforms.items()}
-    bounds = {("adacodec", 512): "at most 1.4", ("adacodec", 2048): "at most 1.0", ("spinquant", 512): "at most 1.7",
-              ("spinquant", 2048): "at most 1.2"}
+    moving = {
+        name: Orthogonal(t.start(context, subject), t.descent) for name, t in transforms.items()
+    }
+    bounds = {
+        ("adacodec", 512): "at most 1.4",
+        ("adacodec", 2048): "at most 1.0",
+        ("spinquant", 512): "at most 1.7",
+        ("spinquant", 2048): "at most 1.2",
+    }
     for length in (512, 2048):
         ids = windows(tokens["calibration"], length, 1)
         with torch.no_grad():
@@ -95,7 +109,9 @@ def learning() -> None:
                 seconds[name] += step(transform, moving[name], ids, teacher)
         row(f"forward and backward, {length} tokens", seconds["plain"] / 3, "CPU s")
         for name in transforms:
-            row(f"step of {name} / that", seconds[name] / seconds["plain"], "", bounds[name, length])
+            row(
+                f"step of {name} / that", seconds[name] / seconds["plain"], "", bounds[name, length]
+            )
 
 
 @torch.no_grad()
@@ -112,10 +128,19 @@ def online() -> None:
     widths = context.widths
     hadamard = build(own_settings("hadamard"), "transform", Transform).fit(context, subject)
     encoders = {(None, site): Blocks(torch.randn(n // 64, 64, 64)) for site, n in widths.items()}
-    r4 = {(None, "down_in"): build(own_settings("quarot"), "transform", Transform).draw(context, widths["down_in"], "R4")}
+    r4 = {
+        (None, "down_in"): build(own_settings("quarot"), "transform", Transform).draw(
+            context, widths["down_in"], "R4"
+        )
+    }
     dense = {(None, site): Blocks(torch.randn(1, n, n)) for site, n in widths.items()}
-    variants = {"none": {}, "Hadamard blocks of 64 at every site": hadamard.online, "QuaRot's R4": r4,
-                "block encoders of 64 at every site": encoders, "PCA, dense at every site": dense}
+    variants = {
+        "none": {},
+        "Hadamard blocks of 64 at every site": hadamard.online,
+        "QuaRot's R4": r4,
+        "block encoders of 64 at every site": encoders,
+        "PCA, dense at every site": dense,
+    }
     seconds = dict.fromkeys(variants, 0.0)
     for _ in range(2):
         for window in cut:
@@ -136,4 +161,8 @@ def online() -> None:
 
 def own_settings(name: str) -> dict:
     """The constructor's part of an option of conf/transform."""
-    return {k: v for k, v in option("transform", name).items() if k not in ("name", "smooth", "save", "load")}
+    return {
+        k: v
+        for k, v in option("transform", name).items()
+        if k not in ("name", "smooth", "save", "load")
+    }

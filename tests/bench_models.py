@@ -20,12 +20,20 @@ EVALUATION = (4, 2048)
 
 
 def nvfp4() -> Scheme:
-    return Scheme(**{k: build(v, k, Format) for k, v in option("format", "nvfp4").items() if k in ("weight", "act")})
+    return Scheme(
+        **{
+            k: build(v, k, Format)
+            for k, v in option("format", "nvfp4").items()
+            if k in ("weight", "act")
+        }
+    )
 
 
 def load():
     model, tokenizer = build(option("model", "smollm2_135m"), "model", ModelSource).load()
-    return model, {part: tokenize(tokenizer, Pydoc().text(part)) for part in ("calibration", "evaluation")}
+    return model, {
+        part: tokenize(tokenizer, Pydoc().text(part)) for part in ("calibration", "evaluation")
+    }
 
 
 def quantized(model, scheme: Scheme, solver, calibration) -> Adapter:

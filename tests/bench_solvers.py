@@ -48,7 +48,12 @@ def gptq() -> None:
     total = time.process_time() - start
     for name, (ours, floor) in parts.items():
         row(f"GPTQ, {name}: {ours:.1f} CPU s, floor {floor:.1f}", ours / total, "of all")
-    row("NVFP4 W4A4 GPTQ, all blocks", total, "CPU s", "FP-Quant 319, llm-compressor 189 (elsewhere)")
+    row(
+        "NVFP4 W4A4 GPTQ, all blocks",
+        total,
+        "CPU s",
+        "FP-Quant 319, llm-compressor 189 (elsewhere)",
+    )
     row("ratio to the floor", total / sum(floor for _, floor in parts.values()), "", "at most 1.6")
 
 
@@ -67,7 +72,12 @@ def _forwards(adapter: Adapter, calibration) -> tuple[float, float]:
 
 def _site(width: int, rows: int, batches: int) -> dict[str, tuple[float, float]]:
     """{part: (ours, floor)} for one site of one block, NVFP4 weights [rows, width]."""
-    x, weight, format, clock = torch.randn(2048, width), torch.randn(rows, width), nvfp4().weight, time.process_time
+    x, weight, format, clock = (
+        torch.randn(2048, width),
+        torch.randn(rows, width),
+        nvfp4().weight,
+        time.process_time,
+    )
     start = clock()
     statistics = Statistics(width, 2048 * batches, x.device, hessian=True)
     for _ in range(batches):
@@ -91,7 +101,9 @@ def _site(width: int, rows: int, batches: int) -> dict[str, tuple[float, float]]
     scales = GPTQ().static_scales(problem)
     work = weight.T.contiguous()
     rounded = torch.empty_like(work)
-    _Columns(work, rounded, unit, _Static(problem, ["w"], [rows], scales, [16], order), 32).solve(0, width)
+    _Columns(work, rounded, unit, _Static(problem, ["w"], [rows], scales, [16], order), 32).solve(
+        0, width
+    )
     updates, work, start = clock() - start, weight.T.contiguous(), clock()
     bare_updates(u, work)
     updates = updates, clock() - start
@@ -102,7 +114,12 @@ def _site(width: int, rows: int, batches: int) -> dict[str, tuple[float, float]]
     codes = weight.to(torch.uint8)
     (codes[:, ::2] | (codes[:, 1::2] << 4)).contiguous()
     packing = packing, clock() - start
-    return {"Hessians": hessians, "factorization": factorization, "updates": updates, "packing": packing}
+    return {
+        "Hessians": hessians,
+        "factorization": factorization,
+        "updates": updates,
+        "packing": packing,
+    }
 
 
 def bare_updates(u: torch.Tensor, w: torch.Tensor, block: int = 32) -> None:
@@ -122,18 +139,33 @@ def adascale() -> None:
     swap(adapter)
     with torch.no_grad():
         stream = Stream(adapter, windows(tokens["calibration"], 2048, 1))
-        block, hidden, context = adapter.blocks[0], stream.hidden[0], stream.block_kwargs[adapter.blocks[0]][0]
+        block, hidden, context = (
+            adapter.blocks[0],
+            stream.hidden[0],
+            stream.block_kwargs[adapter.blocks[0]][0],
+        )
         target = block(hidden, **context)
-    linears = {name: block.get_submodule(name) for site in adapter.family.sites for name in site.linears}
+    linears = {
+        name: block.get_submodule(name) for site in adapter.family.sites for name in site.linears
+    }
     plain = {name: torch.nn.Parameter(linear.weight.clone()) for name, linear in linears.items()}
     format = minmax(Integer(bits=4, granularity="channel"))
-    learned = {name: Rounding(linear.weight, format, format.scales(linear.weight)) for name, linear in linears.items()}
+    learned = {
+        name: Rounding(linear.weight, format, format.scales(linear.weight))
+        for name, linear in linears.items()
+    }
     own = [p for rounding in learned.values() for p in rounding.clip() + rounding.shape()]
-    adams = [torch.optim.Adam(parameters, lr=0.0, fused=True) for parameters in (list(plain.values()), own)]
+    adams = [
+        torch.optim.Adam(parameters, lr=0.0, fused=True)
+        for parameters in (list(plain.values()), own)
+    ]
 
     def step(adam, weights) -> float:
         start = time.process_time()
-        replaced = {f"{name}.weight": weight() if isinstance(weight, Rounding) else weight for name, weight in weights.items()}
+        replaced = {
+            f"{name}.weight": weight() if isinstance(weight, Rounding) else weight
+            for name, weight in weights.items()
+        }
         adam.zero_grad()
         distance(functional_call(block, replaced, (hidden,), context), target).backward()
         adam.step()
@@ -158,11 +190,21 @@ def memory() -> None:
         line = [sys.executable, __file__, "_peak", folder]
         output = subprocess.run(line, check=True, capture_output=True, text=True, env=env).stdout
     libraries, weights, block, activations, hessians, peak = map(float, output.split()[-6:])
-    for name, value in (("model", weights), ("block", block), ("activations", activations), ("3 Hessians", hessians)):
+    for name, value in (
+        ("model", weights),
+        ("block", block),
+        ("activations", activations),
+        ("3 Hessians", hessians),
+    ):
         row(f"memory held: {name}", value, "MB")
     row("importing the libraries", libraries, "MB")
     row("peak resident while quantizing", peak, "MB")
-    row("(peak - libraries) / held", (peak - libraries) / (weights + block + activations + hessians), "", "at most 1.25")
+    row(
+        "(peak - libraries) / held",
+        (peak - libraries) / (weights + block + activations + hessians),
+        "",
+        "at most 1.25",
+    )
 
 
 def _peak(folder: str) -> None:
@@ -172,7 +214,9 @@ def _peak(folder: str) -> None:
     torch.set_num_threads(1)
     tiny, tokenizer = build(option("model", "tiny"), "model", ModelSource).load()
     tokens = tokenize(tokenizer, Pydoc().text("calibration"))
-    quantized(tiny, nvfp4(), GPTQ(), windows(tokens, 64, 2))  # a small run, so that all that is imported late is here
+    quantized(
+        tiny, nvfp4(), GPTQ(), windows(tokens, 64, 2)
+    )  # a small run, so that all that is imported late is here
     libraries = _resident("VmRSS")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     adapter = Adapter(model)
@@ -181,7 +225,9 @@ def _peak(folder: str) -> None:
     block = sum(p.numel() * p.element_size() for p in adapter.blocks[0].parameters()) / 2**20
     activations = calibration.numel() * model.config.hidden_size * 4 / 2**20
     hessians = 3 * max(adapter.width(s) for s in adapter.family.sites) ** 2 * 4 / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # loading is not what is measured: forget its peak
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # loading is not what is measured: forget its peak
     quantized(model, nvfp4(), GPTQ(), calibration)
     print(libraries, weights, block, activations, hessians, _resident("VmHWM"))
 
@@ -192,11 +238,23 @@ def _resident(field: str) -> float:
 
 
 LARGE = {
-    "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-    "num_key_value_heads": 4, "max_position_embeddings": 2048, "tie_word_embeddings": False, "bos_token_id": 256,
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "bos_token_id": 256,
     "eos_token_id": 257,
 }
-SEVEN = LARGE | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_key_value_heads": 32}
+SEVEN = LARGE | {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+}
 
 
 def large() -> None:
@@ -204,15 +262,39 @@ def large() -> None:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, __file__, "_make", folder], check=True)
         root = Path(__file__).parent.parent
-        settings = ["model=hf", f"model.path={folder}", "model.weights=disk", "data=pydoc", "tracking=local", "solver=gptq",
-                    "format=int4", "format.act.bits=16", "data.calibration.windows=8", "data.calibration.length=512",
-                    "eval.perplexity.windows=2", "eval.perplexity.length=512", "eval.perplexity.corpora=[data]",
-                    f"run_root={folder}/runs"]
-        env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | {"PYTHONPATH": str(root)}
-        subprocess.run([sys.executable, str(root / "run.py"), *settings], check=True, env=env, capture_output=True)
+        settings = [
+            "model=hf",
+            f"model.path={folder}",
+            "model.weights=disk",
+            "data=pydoc",
+            "tracking=local",
+            "solver=gptq",
+            "format=int4",
+            "format.act.bits=16",
+            "data.calibration.windows=8",
+            "data.calibration.length=512",
+            "eval.perplexity.windows=2",
+            "eval.perplexity.length=512",
+            "eval.perplexity.corpora=[data]",
+            f"run_root={folder}/runs",
+        ]
+        env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | {
+            "PYTHONPATH": str(root)
+        }
+        subprocess.run(
+            [sys.executable, str(root / "run.py"), *settings],
+            check=True,
+            env=env,
+            capture_output=True,
+        )
         metrics = json.loads(next(Path(folder).glob("runs/*/metrics.json")).read_text())
         seconds = sum(metrics["seconds"].values())
-    row("1.1 B parameters from disk, GPTQ: peak resident", metrics["peak_memory_mb"], "MB", "at most 3500")
+    row(
+        "1.1 B parameters from disk, GPTQ: peak resident",
+        metrics["peak_memory_mb"],
+        "MB",
+        "at most 3500",
+    )
     row("   as the model of memory has it", held(LARGE), "MB")
     row("   seconds, evaluations included", seconds, "s")
     row("7 B shapes by the same model of memory", held(SEVEN), "MB")
@@ -227,7 +309,9 @@ def held(facts: dict, windows: int = 8, length: int = 512) -> float:
     block = 2 * (2 * hidden * hidden + 2 * hidden * heads + 3 * hidden * wide)
     outside = 2 * 2 * facts["vocab_size"] * hidden
     activations = 2 * windows * length * (hidden + wide)
-    solving = 4 * max(6 * wide * wide + 3 * wide * hidden, 6 * hidden * hidden + 3 * 2 * wide * hidden)
+    solving = 4 * max(
+        6 * wide * wide + 3 * wide * hidden, 6 * hidden * hidden + 3 * 2 * wide * hidden
+    )
     return 450 + (outside + 2 * block + activations + solving) / 2**20
 
 
@@ -235,7 +319,9 @@ def _make(folder: str) -> None:
     """Save a random bf16 model of the LARGE shape in shards."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LARGE), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **LARGE), dtype=torch.bfloat16
+    )
     model.save_pretrained(folder, max_shard_size="400MB")
     byte_tokenizer().save_pretrained(folder)
 

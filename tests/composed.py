@@ -9,7 +9,18 @@ from hydra.core.hydra_config import HydraConfig
 from harness.calibration.shipped import Pydoc
 
 ROOT = Path(__file__).parent.parent
-GROUPS = ("model", "data", "format", "transform", "solver", "eval", "export", "tracking", "experiment", "sweeps")
+GROUPS = (
+    "model",
+    "data",
+    "format",
+    "transform",
+    "solver",
+    "eval",
+    "export",
+    "tracking",
+    "experiment",
+    "sweeps",
+)
 SMALL = [
     "model=tiny",
     "tracking=local",
@@ -43,5 +54,10 @@ def small(tmp_path, *overrides: str):
         folder.mkdir(parents=True, exist_ok=True)
         for file, part in (("train.txt", "calibration"), ("test.txt", "evaluation")):
             (folder / file).write_text(Pydoc().text(part)[:8000])
-        text = ["data=text", f"data.path={folder}", "data.name=pydoc", "eval.perplexity.corpora=[data]"]
+        text = [
+            "data=text",
+            f"data.path={folder}",
+            "data.name=pydoc",
+            "eval.perplexity.corpora=[data]",
+        ]
     return composed(*SMALL, *text, f"run_root={tmp_path / 'runs'}", *overrides)

@@ -2,12 +2,30 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "huggingface-hub", "safetensors", "accelerate", "gguf", "hydra-core",
-             "omegaconf", "datasets", "lm-eval", "numpy", "scipy", "wandb", "plotly", "compressed-tensors")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "huggingface-hub",
+    "safetensors",
+    "accelerate",
+    "gguf",
+    "hydra-core",
+    "omegaconf",
+    "datasets",
+    "lm-eval",
+    "numpy",
+    "scipy",
+    "wandb",
+    "plotly",
+    "compressed-tensors",
+)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--golden", default=None, metavar="DIR", help="golden vectors to check instead of our own")
+    parser.addoption(
+        "--golden", default=None, metavar="DIR", help="golden vectors to check instead of our own"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -80,6 +80,10 @@ if __name__ == "__main__":
     files = by_file()
     rooms = by_room(files)
     through = circle(rooms)
-    print(f"{len(files)} files, {sum(map(len, files.values()))} arrows; {' -> '.join(circle(files)) or 'no circle'}")
-    print(f"{len(rooms)} rooms, {sum(map(len, rooms.values()))} arrows; {' -> '.join(through) or 'no circle'}")
+    print(
+        f"{len(files)} files, {sum(map(len, files.values()))} arrows; {' -> '.join(circle(files)) or 'no circle'}"
+    )
+    print(
+        f"{len(rooms)} rooms, {sum(map(len, rooms.values()))} arrows; {' -> '.join(through) or 'no circle'}"
+    )
     print(f"floors: {'endless' if through else floors(rooms)}; loose files: {len(loose())}")

@@ -13,7 +13,11 @@ from harness.models.tiny import Tiny
 from harness.transforms import ModelShape
 
 # what transformers calls a forward's past keys and values: from 5.24 on, and before
-CACHE = next(x for x in ("cache", "past_key_values") if x in inspect.signature(LlamaForCausalLM.forward).parameters)
+CACHE = next(
+    x
+    for x in ("cache", "past_key_values")
+    if x in inspect.signature(LlamaForCausalLM.forward).parameters
+)
 
 
 class Norm(nn.Module):
@@ -41,7 +45,9 @@ def token_ids(count: int = 2, length: int = 40, seed: int = 1) -> torch.Tensor:
     return torch.randint(256, (count, length), generator=torch.Generator().manual_seed(seed))
 
 
-def shape_of(adapter: Adapter, scheme: Scheme | None = None, seed: int = 0, solver: str | None = "rtn") -> ModelShape:
+def shape_of(
+    adapter: Adapter, scheme: Scheme | None = None, seed: int = 0, solver: str | None = "rtn"
+) -> ModelShape:
     return architecture.shape_of(adapter.model.config.to_dict(), scheme or Scheme(), seed, solver)
 
 

@@ -42,9 +42,17 @@ class OneLayer(SimpleNamespace):
     def __init__(self, format, seed=0):
         weights = {"a": draw(96, 64, seed=seed) / 8, "b": draw(32, 96, seed=seed + 1) / 10}
         x = [draw(2, 40, 64, seed=seed + 10 + i) for i in range(8)]
-        super().__init__(index=0, weights=weights, formats=dict.fromkeys(weights, format), sites={"in": ("a",), "out": ("b",)},
-                         original=x, quantized=[t + 0.05 * draw(*t.shape, seed=99) for t in x],
-                         generator=torch.Generator().manual_seed(5), stage=quiet, log=unlogged)
+        super().__init__(
+            index=0,
+            weights=weights,
+            formats=dict.fromkeys(weights, format),
+            sites={"in": ("a",), "out": ("b",)},
+            original=x,
+            quantized=[t + 0.05 * draw(*t.shape, seed=99) for t in x],
+            generator=torch.Generator().manual_seed(5),
+            stage=quiet,
+            log=unlogged,
+        )
         self.targets = [self.forward(i, t, weights) for i, t in enumerate(x)]
 
     def forward(self, index, hidden, weights):
@@ -68,7 +76,12 @@ def test_iteration_zero_is_minmax_bit_for_bit(name):
 def test_the_grid_is_aimets():
     """delta = (max - min) / 15 of the stored range [-8 delta, 7 delta], positive and negative extremes scaled separately."""
     weight = draw(20, 64)
-    scale = MinMax().solve(Problem({"w": weight}, {"w": FORMATS["int4_channel"]})).qtensors["w"].scales.scale[:, 0]
+    scale = (
+        MinMax()
+        .solve(Problem({"w": weight}, {"w": FORMATS["int4_channel"]}))
+        .qtensors["w"]
+        .scales.scale[:, 0]
+    )
     assert torch.allclose(scale, torch.maximum(weight.amax(1) / 7, -weight.amin(1) / 8))
     assert torch.allclose((7 * scale + 8 * scale) / 15, scale)
 
@@ -97,13 +110,21 @@ def test_gradients_are_those_of_the_straight_through_estimator():
             parameter.copy_(0.2 * draw(*parameter.shape, seed=seed) - 0.1)
     (learned() * upstream).sum().backward()
     delta0 = learned.start.scale
-    beta, gamma, s2, s3 = (p.detach().clone().requires_grad_() for p in (learned.beta, learned.gamma, learned.s2, learned.s3))
+    beta, gamma, s2, s3 = (
+        p.detach().clone().requires_grad_()
+        for p in (learned.beta, learned.gamma, learned.s2, learned.s3)
+    )
     delta = delta0 * (7 * gamma.exp() + 8 * beta.exp()) / 15
     ratio = weight / s2.exp() / s3.exp() / delta
     value = delta * torch.clamp(ratio + (ratio.round() - ratio).detach(), -8, 7)
     assert ((ratio.round() > 7) | (ratio.round() < -8)).any(), "some are clamped"
     (value * upstream).sum().backward()
-    for got, want in ((learned.beta, beta), (learned.gamma, gamma), (learned.s2, s2), (learned.s3, s3)):
+    for got, want in (
+        (learned.beta, beta),
+        (learned.gamma, gamma),
+        (learned.s2, s2),
+        (learned.s3, s3),
+    ):
         assert torch.allclose(got.grad, want.grad, atol=1e-5)
 
 
@@ -118,12 +139,22 @@ def test_the_loss_falls_on_windows_it_was_not_fitted_to(name, switches):
     index = len(block.quantized) - 1
     weights = {n: q.dequantize() for n, q in solution.qtensors.items()}
     measured = distance(block.forward(index, block.quantized[index], weights), block.targets[index])
-    assert measured.item() == pytest.approx(solution.report["loss_after"], rel=1e-6), "the iterate kept is the one returned"
+    assert measured.item() == pytest.approx(solution.report["loss_after"], rel=1e-6), (
+        "the iterate kept is the one returned"
+    )
 
 
 def test_the_loss_sums_the_sequence_and_averages_the_rest():
     output, target = draw(2, 5, 3), draw(2, 5, 3, seed=1)
-    want = sum(float((output[b, t, c] - target[b, t, c]) ** 2) for b in range(2) for t in range(5) for c in range(3)) / 6
+    want = (
+        sum(
+            float((output[b, t, c] - target[b, t, c]) ** 2)
+            for b in range(2)
+            for t in range(5)
+            for c in range(3)
+        )
+        / 6
+    )
     assert distance(output, target).item() == pytest.approx(want, rel=1e-5)
 
 
@@ -134,7 +165,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_rates():
         AdaScale(iterations=2).solve_block(block)
 
 
-@pytest.mark.parametrize("format", [Integer(symmetric=False), FourOverSix()], ids=["asymmetric", "fouroversix"])
+@pytest.mark.parametrize(
+    "format", [Integer(symmetric=False), FourOverSix()], ids=["asymmetric", "fouroversix"]
+)
 def test_what_has_no_single_scale_is_refused(format):
     with pytest.raises(ConfigError, match=r"solver=adascale.*format\.weight"):
         AdaScale().check(format)

@@ -19,8 +19,14 @@ def rows(count, seed):
     generator = torch.Generator().manual_seed(seed)
     weights = [int(w) for w in torch.randint(100, 1000, (count,), generator=generator)]
     sensitivity = torch.rand(count, generator=generator).tolist()
-    return [{"weights": w, "errors": {b: s * 4.0**-b for b in (2, 3, 4, 6)}, "bits": {b: b * w for b in (2, 3, 4, 6)}}
-            for w, s in zip(weights, sensitivity)]
+    return [
+        {
+            "weights": w,
+            "errors": {b: s * 4.0**-b for b in (2, 3, 4, 6)},
+            "bits": {b: b * w for b in (2, 3, 4, 6)},
+        }
+        for w, s in zip(weights, sensitivity)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -37,7 +43,9 @@ def test_no_choice_within_the_budget_is_better(seed, budget):
 
     chosen = allocate(table, budget)
     assert bits(chosen) <= budget * (1 + 1e-6)
-    best = min((c for c in itertools.product((2, 3, 4, 6), repeat=6) if bits(c) <= budget), key=error)
+    best = min(
+        (c for c in itertools.product((2, 3, 4, 6), repeat=6) if bits(c) <= budget), key=error
+    )
     assert error(chosen) == pytest.approx(error(best), rel=1e-4)
 
 
@@ -60,6 +68,7 @@ def test_sensitivity_is_the_output_error_weighed_by_squared_gradients():
             read[name].append(args[0].detach()[0])
             wrote[name].append(y.requires_grad_() if y.is_leaf else y)
             wrote[name][-1].retain_grad()
+
         return hook
 
     names = ("self_attn.k_proj", "mlp.down_proj")
@@ -75,7 +84,9 @@ def test_sensitivity_is_the_output_error_weighed_by_squared_gradients():
         fisher = torch.stack([y.grad[0].square().sum(0) for y in wrote[name]]).sum(0)
         for key, format in candidates.items():
             noise = torch.cat(read[name]) @ (format.quantize(weight).dequantize() - weight).T
-            assert row["errors"][key] == pytest.approx(float(2 * noise.square().mean(0) @ fisher), rel=1e-3)
+            assert row["errors"][key] == pytest.approx(
+                float(2 * noise.square().mean(0) @ fisher), rel=1e-3
+            )
             assert row["bits"][key] == format.quantize(weight).bits()
 
 
@@ -84,7 +95,13 @@ def test_a_run_stays_in_its_budget_and_a_sweep_measures_once(tmp_path, solver):
     measured = []
     for budget in (4.0, 5.0):
         quick = ["solver.grid=2"] if solver == "awq" else []
-        cfg, choices = small(tmp_path, "format=auto", f"format.auto.bits_per_weight={budget}", f"solver={solver}", *quick)
+        cfg, choices = small(
+            tmp_path,
+            "format=auto",
+            f"format.auto.bits_per_weight={budget}",
+            f"solver={solver}",
+            *quick,
+        )
         outcome = execute(cfg, choices)
         assert outcome.status == "done", outcome.error
         assert outcome.metrics["bits_per_weight"] <= budget
@@ -94,19 +111,25 @@ def test_a_run_stays_in_its_budget_and_a_sweep_measures_once(tmp_path, solver):
 
 
 def test_what_is_named_by_hand_stays(tmp_path):
-    cfg, choices = small(tmp_path, "format=auto", "format.overrides={down_proj: int8}", "solver=rtn")
+    cfg, choices = small(
+        tmp_path, "format=auto", "format.overrides={down_proj: int8}", "solver=rtn"
+    )
     outcome = execute(cfg, choices)
     down = [layer for layer in outcome.metrics["layers"] if "down_proj" in layer["name"]]
     assert all(layer["bits"] / layer["weights"] >= 8 for layer in down)
 
 
-@pytest.mark.parametrize(("section", "words"), [
-    ({"bits_per_weight": 4, "candidates": ["nvfp4"]}, "at least two"),
-    ({"bits_per_weight": 4, "candidates": ["nvfp4", "int9"]}, "int9"),
-    ({"bits_per_weight": 4, "candidates": ["nvfp4", "nvfp5"]}, "nvfp5"),
-    ({"bits_per_weight": 4, "candidates": ["nvfp4", "none"]}, "none"),
-    ({"bits_per_weight": "x", "candidates": ["nvfp4", "int4"]}, "bits_per_weight"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"bits_per_weight": 4, "candidates": ["nvfp4"]}, "at least two"),
+        ({"bits_per_weight": 4, "candidates": ["nvfp4", "int9"]}, "int9"),
+        ({"bits_per_weight": 4, "candidates": ["nvfp4", "nvfp5"]}, "nvfp5"),
+        ({"bits_per_weight": 4, "candidates": ["nvfp4", "none"]}, "none"),
+        ({"bits_per_weight": "x", "candidates": ["nvfp4", "int4"]}, "bits_per_weight"),
+    ],
+    ids=str,
+)
 def test_bad_candidates_are_refused(section, words):
     with pytest.raises(ConfigError, match=words):
         auto_of(section, {})

@@ -47,7 +47,9 @@ def error(adapter: Adapter, wanted: torch.Tensor) -> float:
 @torch.no_grad()
 def decoded(adapter: Adapter, past) -> torch.Tensor:
     """Logits of a prefill and of every later token, one at a time."""
-    pieces = [adapter.model(input_ids=ids, use_cache=True, **{CACHE: past}).logits for ids in PIECES]
+    pieces = [
+        adapter.model(input_ids=ids, use_cache=True, **{CACHE: past}).logits for ids in PIECES
+    ]
     return torch.cat(pieces, dim=1)
 
 
@@ -99,7 +101,9 @@ def test_one_model_with_quantized_keys_leaves_its_twin_alone():
 def test_rotated_queries_and_keys_have_the_same_scores(n):
     heads = HeadsInput()
     heads.codec = rotation(n)
-    q, k, v = torch.randn(3, 2, 4, 7, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    q, k, v = torch.randn(
+        3, 2, 4, 7, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     rotated_q, rotated_k, same_v = heads(q, k, v)
     assert torch.equal(same_v, v)
     assert (rotated_k - k).abs().max() > 0.1
@@ -120,7 +124,10 @@ def test_more_bits_make_a_smaller_error(family, rotated):
     adapter = float_model(family)
     before = logits(adapter, IDS)
     for clip, ratio in ((0.95, 2), (1.0, 8)):
-        errors = [error(quantize(adapter, rotated=rotated, bits=b, clip_k=clip, clip_v=clip), before) for b in (8, 4, 2)]
+        errors = [
+            error(quantize(adapter, rotated=rotated, bits=b, clip_k=clip, clip_v=clip), before)
+            for b in (8, 4, 2)
+        ]
         assert 0 < errors[0] < errors[1] / ratio
         assert errors[1] < errors[2] / 2
 
@@ -137,7 +144,9 @@ def test_r3_lowers_the_error_of_keys_with_an_outlier_channel(family, group_size)
     assert 0 < error(quantize(adapter, rotated=True, **knobs), before) < plain / 1.2
 
 
-@pytest.mark.parametrize("fresh", [cache, lambda adapter: DynamicCache()], ids=["quantized", "plain"])
+@pytest.mark.parametrize(
+    "fresh", [cache, lambda adapter: DynamicCache()], ids=["quantized", "plain"]
+)
 @pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -155,7 +164,12 @@ def test_generated_tokens_are_those_of_full_forwards(group_size):
     adapter = quantize(exact_model("llama"), rotated=True, group_size=group_size)
     adapter.model.generation_config.eos_token_id = None
     ids = IDS[:1, :PREFILL]
-    settings = {"do_sample": False, "max_new_tokens": 8, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    settings = {
+        "do_sample": False,
+        "max_new_tokens": 8,
+        "attention_mask": torch.ones_like(ids),
+        "pad_token_id": 0,
+    }
     found = adapter.model.generate(ids, **{CACHE: cache(adapter)}, **settings)
     for _ in range(8):
         ids = torch.cat([ids, logits(adapter, ids)[:, -1:].argmax(-1)], dim=1)
@@ -171,10 +185,14 @@ def test_a_token_is_quantized_when_it_enters_the_cache_and_never_again(group_siz
         adapter.model(input_ids=ids, use_cache=True, **{CACHE: past})
         adapter.model(input_ids=ids, use_cache=True, **{CACHE: plain})
         for layer, then in zip(past.layers, kept):
-            assert torch.equal(torch.stack([layer.keys, layer.values])[..., :-1, :], torch.stack(then))
+            assert torch.equal(
+                torch.stack([layer.keys, layer.values])[..., :-1, :], torch.stack(then)
+            )
         kept = [(layer.keys.clone(), layer.values.clone()) for layer in past.layers]
     heads = attach(adapter)[0]
-    once = heads.store(plain.layers[0].keys, plain.layers[0].values)  # nothing in front of the first block is quantized
+    once = heads.store(
+        plain.layers[0].keys, plain.layers[0].values
+    )  # nothing in front of the first block is quantized
     close(torch.stack(kept[0]), torch.stack(once), 1e-6)
     group = kept[0][0][0, :, 0].flatten()[: {None: order(adapter), 16: 16, -1: None}[group_size]]
     assert 1 < len(group.unique()) <= 4

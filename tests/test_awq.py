@@ -43,17 +43,23 @@ def view(act=None, weight=INT4, family="llama", dtype=torch.float32):
     ids = torch.randint(256, (6, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         stream = Stream(adapter, ids)
-    return BlockView(adapter, Scheme(weight=weight, act=act), 0, stream, torch.Generator(), quiet), ids
+    return BlockView(
+        adapter, Scheme(weight=weight, act=act), 0, stream, torch.Generator(), quiet
+    ), ids
 
 
 def error(block, solver, site, ratio, scale):
     """The search's own measure of one scale at one site."""
     names = block.sites[site]
     weights = {name: block.weights[name] for name in names}
-    scaled = Problem({n: w * scale for n, w in weights.items()}, {n: block.formats[n] for n in names})
+    scaled = Problem(
+        {n: w * scale for n, w in weights.items()}, {n: block.formats[n] for n in names}
+    )
     rounded = {n: q.dequantize() / scale for n, q in RTN().solve(scaled).qtensors.items()}
     wanted = block.parent(site, {})
-    return float((block.parent(site, rounded, scale if solver.with_act else None) - wanted).square().mean())
+    return float(
+        (block.parent(site, rounded, scale if solver.with_act else None) - wanted).square().mean()
+    )
 
 
 @torch.no_grad()
@@ -64,7 +70,10 @@ def test_the_chosen_scale_is_no_worse_than_none(act, duo):
     solver, gained = AWQ(duo=duo, gqa="mean"), []
     for site, names in block.sites.items():
         ratio, scale = solver._search(block, site, list(names))
-        chosen, none = error(block, solver, site, ratio, scale), error(block, solver, site, 0, torch.ones_like(scale))
+        chosen, none = (
+            error(block, solver, site, ratio, scale),
+            error(block, solver, site, 0, torch.ones_like(scale)),
+        )
         assert chosen <= none
         gained.append(chosen < 0.9 * none)
     assert gained[0], "loud channels are worth scaling"
@@ -90,20 +99,41 @@ def test_a_site_behind_an_encoder_is_left_alone():
     place(block.adapter, Placement(online={(0, "down_in"): Rotation(Hadamard(384))}))
     report = AWQ().prepare(block)
     assert block.scalable("down_in") == "fixed"
-    assert set(report) == {"awq_attn_in", "awq_mlp_in"}, "o_in is shared by query heads and skipped by default"
+    assert set(report) == {"awq_attn_in", "awq_mlp_in"}, (
+        "o_in is shared by query heads and skipped by default"
+    )
 
 
 def weighed(weight, format, scales, hessian, groups):
     noise = format.decode(format.encode(weight, scales), scales) - weight
     size = weight.shape[1] // groups
-    return torch.stack([
-        torch.einsum("oi,ij,oj->o", *(noise[:, g : g + size], hessian[g : g + size, g : g + size], noise[:, g : g + size]))
-        for g in range(0, weight.shape[1], size)
-    ], -1)
+    return torch.stack(
+        [
+            torch.einsum(
+                "oi,ij,oj->o",
+                *(
+                    noise[:, g : g + size],
+                    hessian[g : g + size, g : g + size],
+                    noise[:, g : g + size],
+                ),
+            )
+            for g in range(0, weight.shape[1], size)
+        ],
+        -1,
+    )
 
 
-@pytest.mark.parametrize("format", [INT4, Integer(bits=4, granularity="group", group_size=32, symmetric=False), NVFP4(), MX(),
-                                    Integer(bits=4, granularity="channel", group_size=None)], ids=str)
+@pytest.mark.parametrize(
+    "format",
+    [
+        INT4,
+        Integer(bits=4, granularity="group", group_size=32, symmetric=False),
+        NVFP4(),
+        MX(),
+        Integer(bits=4, granularity="channel", group_size=None),
+    ],
+    ids=str,
+)
 def test_clipping_never_raises_a_groups_error(format):
     weight, x = draw(24, 96) ** 3, draw(400, 96, seed=1) @ draw(96, 96, seed=2)
     hessian = 2 / len(x) * x.T @ x
@@ -112,14 +142,23 @@ def test_clipping_never_raises_a_groups_error(format):
     groups = start.scale.shape[-1]
     before, after = (weighed(weight, format, scales, hessian, groups) for scales in (start, found))
     assert (after <= before * (1 + 1e-4) + 1e-6).all()
-    assert isinstance(format, MX) or after.sum() < before.sum(), "a power of two has few ways to shrink"
+    assert isinstance(format, MX) or after.sum() < before.sum(), (
+        "a power of two has few ways to shrink"
+    )
 
 
 @pytest.mark.parametrize("then", ["rtn", "gptq"])
 @pytest.mark.parametrize("transform", ["identity", "quarot", "adacodec", "pca"])
 def test_awq_runs_after_any_transform_and_resumes(tmp_path, transform, then):
     quick = ["transform.steps=1", "transform.batch=1"] if transform == "adacodec" else []
-    cfg, choices = small(tmp_path, "solver=awq", f"solver.then={then}", "solver.grid=4", f"transform={transform}", *quick)
+    cfg, choices = small(
+        tmp_path,
+        "solver=awq",
+        f"solver.then={then}",
+        "solver.grid=4",
+        f"transform={transform}",
+        *quick,
+    )
     outcome = execute(cfg, choices)
     assert outcome.status == "done", outcome.error
     awq = {key for layer in outcome.metrics["layers"] for key in layer if key.startswith("awq_")}
@@ -132,9 +171,15 @@ def test_awq_runs_after_any_transform_and_resumes(tmp_path, transform, then):
 
 def weights(outcome):
     """Codes and scales of every solved linear, as bytes."""
-    blocks = [load_file(path) for path in sorted((outcome.run.path / "blocks").glob("*.safetensors"))]
-    return {(index, name): tensor.view(torch.uint8) for index, block in enumerate(blocks)
-            for name, tensor in block.items() if name.endswith((".codes", ".scale", ".global_scale"))}
+    blocks = [
+        load_file(path) for path in sorted((outcome.run.path / "blocks").glob("*.safetensors"))
+    ]
+    return {
+        (index, name): tensor.view(torch.uint8)
+        for index, block in enumerate(blocks)
+        for name, tensor in block.items()
+        if name.endswith((".codes", ".scale", ".global_scale"))
+    }
 
 
 @pytest.mark.parametrize("then", ["rtn", "gptq"])
@@ -152,17 +197,33 @@ def test_a_result_that_is_another_solvers_says_so(tmp_path, then):
     assert f"awq changed nothing against {then}" in told
 
 
-@pytest.mark.parametrize(("overrides", "words"), [
-    (["format=int4", "format.weight.group_size=16", "transform=rht"], ["so it only clips ranges"]),
-    (["format=fouroversix", "transform=identity"], ["FourOverSix: it chooses ranges itself"]),
-    (["solver.grid=1", "solver.clip=false"], ["solver.grid=1 tries none", "awq changed nothing against rtn"]),
-    (["format.weight.bits=16", "format.overrides={lm_head: {weight: 4}}"], ["(no site is quantized), so it only clips ranges"]),
-    (["transform=quarot"], []), ([], []),
-], ids=str)
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["format=int4", "format.weight.group_size=16", "transform=rht"],
+            ["so it only clips ranges"],
+        ),
+        (["format=fouroversix", "transform=identity"], ["FourOverSix: it chooses ranges itself"]),
+        (
+            ["solver.grid=1", "solver.clip=false"],
+            ["solver.grid=1 tries none", "awq changed nothing against rtn"],
+        ),
+        (
+            ["format.weight.bits=16", "format.overrides={lm_head: {weight: 4}}"],
+            ["(no site is quantized), so it only clips ranges"],
+        ),
+        (["transform=quarot"], []),
+        ([], []),
+    ],
+    ids=str,
+)
 def test_it_is_said_what_awq_cannot_do(tmp_path, overrides, words):
     outcome = execute(*small(tmp_path, "solver=awq", "solver.grid=4", *overrides))
     assert outcome.status == "done", outcome.error
-    told = [warning for warning in outcome.metrics["warnings"] if "awq" in warning or "clip" in warning]
+    told = [
+        warning for warning in outcome.metrics["warnings"] if "awq" in warning or "clip" in warning
+    ]
     assert all(any(word in warning for warning in told) for word in words), told
     assert len(told) == len(words)
 

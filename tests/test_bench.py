@@ -14,11 +14,22 @@ def test_the_bench_quantizes_every_linear_it_times():
     model, _ = Tiny().load()
     before = copy.deepcopy(dict(model.named_parameters()))
     scheme = nvfp4()
-    adapter = quantized(model, scheme, RTN(), torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0)))
-    linears = {name: module for name, module in adapter.model.named_modules() if isinstance(module, QuantLinear)}
+    adapter = quantized(
+        model,
+        scheme,
+        RTN(),
+        torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0)),
+    )
+    linears = {
+        name: module
+        for name, module in adapter.model.named_modules()
+        if isinstance(module, QuantLinear)
+    }
     assert len(linears) == 7 * len(adapter.blocks)
     for name, linear in linears.items():
         assert linear.site.format is scheme.act
         assert not torch.equal(linear.weight, before[f"{name}.weight"])
         magnitudes = linear.weight.unflatten(-1, (-1, 16)).abs().sort(-1).values
-        assert int((magnitudes.diff(dim=-1) > 0).sum(-1).max()) < 8, name  # a block holds E2M1's eight magnitudes at most
+        assert int((magnitudes.diff(dim=-1) > 0).sum(-1).max()) < 8, (
+            name
+        )  # a block holds E2M1's eight magnitudes at most

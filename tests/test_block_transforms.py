@@ -24,8 +24,18 @@ from harness.transforms.kronecker import closest
 WIDTHS = {"attn_in": 192, "o_in": 288, "mlp_in": 192, "down_in": 384}
 CHOSEN = ["hadamard", "dct", "dst", "gsr", "fast_food", "identity_low_rank"]
 NAMES = [*CHOSEN, "full", "kronecker"]
-RANDOM = {"hadamard": {"random_signs": True}, "fast_food": {}, "identity_low_rank": {}, "full": {}, "kronecker": {}}
-MATRICES = [{"parametrization": p, "init": i} for p, i in product(PARAMETRIZATIONS, INITS) if i != "hadamard"]
+RANDOM = {
+    "hadamard": {"random_signs": True},
+    "fast_food": {},
+    "identity_low_rank": {},
+    "full": {},
+    "kronecker": {},
+}
+MATRICES = [
+    {"parametrization": p, "init": i}
+    for p, i in product(PARAMETRIZATIONS, INITS)
+    if i != "hadamard"
+]
 CASES = [
     *((name, {}) for name in NAMES),
     *((name, {"block_size": 12}) for name in CHOSEN if name != "gsr"),
@@ -55,7 +65,13 @@ def context(widths=WIDTHS, seed=0, scheme=None, solver=None):
 def codecs(name, seed=0, widths=WIDTHS, **settings):
     placement = transform(name, **settings).fit(context(widths, seed), None)
     assert set(placement.online) == {(None, site) for site in widths}
-    assert not (placement.residual or placement.merged or placement.query_key or placement.encoders or placement.decoders)
+    assert not (
+        placement.residual
+        or placement.merged
+        or placement.query_key
+        or placement.encoders
+        or placement.decoders
+    )
     return {site: codec for (_, site), codec in placement.online.items()}
 
 
@@ -71,7 +87,11 @@ def close(a, b, bound=1e-8):
     torch.testing.assert_close(a, b, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize(("name", "settings"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())))
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    CASES,
+    ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())),
+)
 def test_exact(name, settings):
     """x E D = x, (y D) W^T = y (W D^T)^T, (x E)(W D^T)^T = x W^T, for one and two leading dimensions."""
     subject = transform(name, **settings)
@@ -88,7 +108,9 @@ def test_exact_for_hadamard_factors():
     """Widths whose own order, or whose factors, are Hadamard orders."""
     widths = {"attn_in": 64, "o_in": 144, "mlp_in": 64, "down_in": 576}
     for name, parametrization in product(("full", "kronecker"), PARAMETRIZATIONS):
-        for site, codec in codecs(name, widths=widths, parametrization=parametrization, init="hadamard").items():
+        for site, codec in codecs(
+            name, widths=widths, parametrization=parametrization, init="hadamard"
+        ).items():
             x, w = normal(3, widths[site]), normal(5, widths[site], seed=1)
             close(codec.decode(codec.encode(x)), x)
             close(codec.encode(x) @ codec.absorb(w).T, x @ w.T)
@@ -100,7 +122,9 @@ def test_seed_decides_every_bit(name):
     for site, codec in codecs(name, seed=3, **settings).items():
         x = torch.eye(WIDTHS[site], dtype=torch.float64)
         assert torch.equal(codec.encode(x), codecs(name, seed=3, **settings)[site].encode(x))
-        assert torch.equal(codec.encode(x), codecs(name, seed=4, **settings)[site].encode(x)) == (name not in RANDOM)
+        assert torch.equal(codec.encode(x), codecs(name, seed=4, **settings)[site].encode(x)) == (
+            name not in RANDOM
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -127,15 +151,23 @@ def test_block_choice(name):
     """96 divides all widths, so 32 is the largest of the usual blocks that does."""
     assert transform(name).orders(WIDTHS) == dict.fromkeys(WIDTHS, 32)
     assert transform(name).fit(context(), None).notes == {"block_size": [32]}
-    assert transform(name, block_size="full").orders({"attn_in": 64, "down_in": 256}) == {"attn_in": 64, "down_in": 256}
-    with pytest.raises(ConfigError, match=r"^transform\.block_size=7 does not divide site attn_in \(192 .* site: 32, 16\."):
+    assert transform(name, block_size="full").orders({"attn_in": 64, "down_in": 256}) == {
+        "attn_in": 64,
+        "down_in": 256,
+    }
+    with pytest.raises(
+        ConfigError,
+        match=r"^transform\.block_size=7 does not divide site attn_in \(192 .* site: 32, 16\.",
+    ):
         transform(name, block_size=7).check(context())
     for bad in (0, -16, 2.0, True, "half", None):
         with pytest.raises(ConfigError, match=r"^transform\.block_size=.*: needs .*a whole number"):
             transform(name, block_size=bad).check(context())
     with pytest.raises(ConfigError, match=r"^transform\.block_size=auto: none of .* divides all"):
         transform(name).check(context({"attn_in": 24, "o_in": 25}))
-    with pytest.raises(ConfigError, match=r"^transform\.block_size=3 .*: none of \(128, 64, 32, 16\)"):
+    with pytest.raises(
+        ConfigError, match=r"^transform\.block_size=3 .*: none of \(128, 64, 32, 16\)"
+    ):
         transform(name, block_size=3).check(context({"attn_in": 25}))
 
 
@@ -145,16 +177,36 @@ def test_block_choice(name):
         ("gsr", {"block_size": 12}, r"transform\.block_size=12: .*power of two, 12 is none"),
         ("gsr", {"block_size": "full"}, r"transform\.block_size=full: .*192"),
         ("hadamard", {"block_size": 6}, r"transform\.block_size=6: no Hadamard matrix"),
-        ("hadamard", {"block_size": "full"}, r"transform\.block_size=full: no Hadamard matrix of order 184"),
+        (
+            "hadamard",
+            {"block_size": "full"},
+            r"transform\.block_size=full: no Hadamard matrix of order 184",
+        ),
         ("hadamard", {"backend": "fast"}, r"transform\.backend='fast'"),
         ("hadamard", {"random_signs": 1}, r"transform\.random_signs=1"),
         ("fast_food", {"block_size": 6}, r"transform\.block_size=6: no Hadamard matrix"),
-        ("full", {"init": "hadamrd"}, r"transform\.init=hadamrd: .*Did you mean hadamard.*identity, orthogonal"),
-        ("full", {"parametrization": "cayley"}, r"transform\.parametrization=cayley: .*general, orthogonal, svd"),
-        ("full", {"init": "hadamard"}, r"transform\.init=hadamard: .*order 184, which a site of 184 .*orthogonal"),
+        (
+            "full",
+            {"init": "hadamrd"},
+            r"transform\.init=hadamrd: .*Did you mean hadamard.*identity, orthogonal",
+        ),
+        (
+            "full",
+            {"parametrization": "cayley"},
+            r"transform\.parametrization=cayley: .*general, orthogonal, svd",
+        ),
+        (
+            "full",
+            {"init": "hadamard"},
+            r"transform\.init=hadamard: .*order 184, which a site of 184 .*orthogonal",
+        ),
         ("kronecker", {"init": None}, r"transform\.init=None"),
         ("kronecker", {"parametrization": True}, r"transform\.parametrization=True"),
-        ("kronecker", {"init": "hadamard"}, r"transform\.init=hadamard: .*order 18, which a site of 288"),
+        (
+            "kronecker",
+            {"init": "hadamard"},
+            r"transform\.init=hadamard: .*order 18, which a site of 288",
+        ),
         ("identity_low_rank", {"rank": 0}, r"transform\.rank=0"),
         ("identity_low_rank", {"rank": 33}, r"transform\.rank=33 .*32"),
         ("identity_low_rank", {"alpha": -1}, r"transform\.alpha=-1"),
@@ -177,7 +229,10 @@ def test_warnings():
     for scheme, solver in ((nvfp4, "rtn"), (weights, "rtn"), (nvfp4, "minmax")):
         (harm,) = transform("hadamard").check(context(scheme=scheme, solver=solver))
         assert "NVFP4" in harm and "RTN" in harm
-    both = Scheme(weight=Integer(bits=4, granularity="group", group_size=96, symmetric=True), act=MX(role="activation"))
+    both = Scheme(
+        weight=Integer(bits=4, granularity="group", group_size=96, symmetric=True),
+        act=MX(role="activation"),
+    )
     for name in CHOSEN:
         assert transform(name, block_size=16).check(context(scheme=both)) == [
             "transform.block_size=16 is smaller than the format's group 96",
@@ -202,8 +257,12 @@ def test_cosines_and_sines(n):
     half = math.sqrt(0.5)
     cosine, sine = half if k == 0 else 1, half if k == n - 1 else 1
     scale = math.sqrt(2 / n)
-    assert dct(n)[i, k].item() == pytest.approx(scale * cosine * math.cos(math.pi * (2 * i + 1) * k / (2 * n)), abs=1e-13)
-    assert dst(n)[i, k].item() == pytest.approx(scale * sine * math.sin(math.pi * (2 * i + 1) * (k + 1) / (2 * n)), abs=1e-13)
+    assert dct(n)[i, k].item() == pytest.approx(
+        scale * cosine * math.cos(math.pi * (2 * i + 1) * k / (2 * n)), abs=1e-13
+    )
+    assert dst(n)[i, k].item() == pytest.approx(
+        scale * sine * math.sin(math.pi * (2 * i + 1) * (k + 1) / (2 * n)), abs=1e-13
+    )
     for matrix in (dct(n), dst(n)):
         close(matrix @ matrix.T, torch.eye(n, dtype=torch.float64), 1e-12)
         assert n < 3 or (matrix - matrix.T).abs().max() > 0.01
@@ -240,7 +299,9 @@ def test_fast_food_matrix_is_the_product():
     gauss = torch.where(gauss < 0, -1.0, 1.0) * gauss.abs().clamp(min=1 / 8)
     chi = torch.randn(n, n, generator=generator, dtype=torch.float64).norm(dim=1)
     h = hadamard(n)
-    product = torch.diag(chi) @ h @ torch.diag(gauss) @ shuffle @ h @ torch.diag(signs) / gauss.norm()
+    product = (
+        torch.diag(chi) @ h @ torch.diag(gauss) @ shuffle @ h @ torch.diag(signs) / gauss.norm()
+    )
     close(fast_food(n, draw(5)), product, 1e-14)
 
 
@@ -274,7 +335,14 @@ def test_full_is_one_matrix_a_site():
 
 
 def test_kronecker_is_the_dense_product():
-    assert [closest(n) for n in (576, 192, 384, 1536, 7, 1)] == [(24, 24), (12, 16), (16, 24), (32, 48), (1, 7), (1, 1)]
+    assert [closest(n) for n in (576, 192, 384, 1536, 7, 1)] == [
+        (24, 24),
+        (12, 16),
+        (16, 24),
+        (32, 48),
+        (1, 7),
+        (1, 1),
+    ]
     for site, codec in codecs("kronecker", init="xavier").items():
         assert (len(codec.left), len(codec.right)) == closest(WIDTHS[site])
         assert codec.left.dtype == codec.right.dtype == torch.float64
@@ -298,7 +366,10 @@ def test_low_rank_and_its_inverse(rank):
 def test_low_rank_scale():
     """alpha = r unless given, and T - I is proportional to alpha."""
     eye = torch.eye(32, dtype=torch.float64)
-    one, default, two = (codecs("identity_low_rank", **s)["attn_in"].encoder - eye for s in ({"alpha": 1}, {}, {"alpha": 16}))
+    one, default, two = (
+        codecs("identity_low_rank", **s)["attn_in"].encoder - eye
+        for s in ({"alpha": 1}, {}, {"alpha": 16})
+    )
     close(default, 8 * one, 1e-12)
     close(two, 16 * one, 1e-12)
     assert torch.equal(codecs("identity_low_rank", alpha=0)["attn_in"].encoder, eye)

@@ -17,13 +17,18 @@ def test_product_is_that_of_the_dense_matrix(count, size):
     x, blocks = random(2, 5, count * size), random(count, size, size, seed=1)
     torch.testing.assert_close(times(x, blocks), x @ torch.block_diag(*blocks), rtol=0, atol=1e-12)
     shared = times(x, blocks[0])
-    torch.testing.assert_close(shared, x @ torch.block_diag(*[blocks[0]] * count), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        shared, x @ torch.block_diag(*[blocks[0]] * count), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("count", "size"), SHAPES)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradients(count, size, transposed):
-    x, blocks = random(3, count * size).requires_grad_(), random(count, size, size, seed=1).requires_grad_()
+    x, blocks = (
+        random(3, count * size).requires_grad_(),
+        random(count, size, size, seed=1).requires_grad_(),
+    )
     assert torch.autograd.gradcheck(lambda x, m: times(x, m.mT if transposed else m), (x, blocks))
 
 

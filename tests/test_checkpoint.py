@@ -28,16 +28,44 @@ from harness.store import write_json
 CASES = {
     "plain": ["format=nvfp4", "format.act.compute_dtype=input", "solver=gptq"],
     "pca": ["transform=pca", "format=int4", "solver=rtn", "model.tie=false"],
-    "rotations": ["transform=quarot", "format=w4a4kv4", "format.weight.group_size=32", "model.family=qwen3"],
+    "rotations": [
+        "transform=quarot",
+        "format=w4a4kv4",
+        "format.weight.group_size=32",
+        "model.family=qwen3",
+    ],
     "hadamard": ["transform=hadamard", "transform.random_signs=true", "format=mxfp4", "solver=rtn"],
-    "adacodec": ["transform=adacodec", "transform.placement=site", "transform.steps=1", "transform.batch=1", "format=nvfp4",
-                 "model.family=qwen3", "model.tie=false"],
-    "smooth": ["transform=smoothquant", "format=int4", "solver=rtn", "format.kv.bits=8", "model.family=qwen2"],
+    "adacodec": [
+        "transform=adacodec",
+        "transform.placement=site",
+        "transform.steps=1",
+        "transform.batch=1",
+        "format=nvfp4",
+        "model.family=qwen3",
+        "model.tie=false",
+    ],
+    "smooth": [
+        "transform=smoothquant",
+        "format=int4",
+        "solver=rtn",
+        "format.kv.bits=8",
+        "model.family=qwen2",
+    ],
     "merged": ["format=fouroversix", "solver=awq", "solver.grid=2"],
-    "mixed": ["transform=quarot", "transform.smooth={alpha: 0.5, when: before}", "format=int4",
-              "format.overrides={lm_head: 8, embed_tokens: 8, down_proj: mxfp8, first_1: {q_proj: 16}}"],
-    "static": ["format=int8", "format.act.granularity=tensor", "format.act.range=static", "solver=rtn",
-               "format.overrides={lm_head: {weight: 8, act: {}}}", "model.dtype=bfloat16"],
+    "mixed": [
+        "transform=quarot",
+        "transform.smooth={alpha: 0.5, when: before}",
+        "format=int4",
+        "format.overrides={lm_head: 8, embed_tokens: 8, down_proj: mxfp8, first_1: {q_proj: 16}}",
+    ],
+    "static": [
+        "format=int8",
+        "format.act.granularity=tensor",
+        "format.act.range=static",
+        "solver=rtn",
+        "format.overrides={lm_head: {weight: 8, act: {}}}",
+        "model.dtype=bfloat16",
+    ],
 }
 SHARD = 150_000
 IDS = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -58,7 +86,16 @@ def evaluated(folder, patch, *overrides) -> Snapshot:
     job, adapter = seen["job"], seen["adapter"]
     scheme, plan = job.parts.scheme, job.plan
     solved = Solved(adapter, scheme, job.run)
-    return Snapshot(adapter, job.tokenizer, scheme, job.placements, solved, plan.settings, plan.choices, job.metrics)
+    return Snapshot(
+        adapter,
+        job.tokenizer,
+        scheme,
+        job.placements,
+        solved,
+        plan.settings,
+        plan.choices,
+        job.metrics,
+    )
 
 
 def written(snapshot: Snapshot, folder):
@@ -99,7 +136,9 @@ def test_the_evaluated_model_comes_back_in_every_bit(case, snapshots):
         assert model.dtype == snapshot.adapter.model.dtype
     assert tokenizer("a word").input_ids == snapshot.tokenizer("a word").input_ids
     tied = model.lm_head.weight is model.model.embed_tokens.weight
-    assert tied == (snapshot.adapter.model.lm_head.weight is snapshot.adapter.model.model.embed_tokens.weight)
+    assert tied == (
+        snapshot.adapter.model.lm_head.weight is snapshot.adapter.model.model.embed_tokens.weight
+    )
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
@@ -109,18 +148,24 @@ def test_generation_with_the_cache_is_that_of_whole_forwards(case, snapshots):
     model, _ = harness.load(snapshots(case)[1], dtype=torch.float64)
     model.generation_config.eos_token_id = None
     ids = IDS[:1]
-    found = model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
+    found = model.generate(
+        ids, max_new_tokens=20, do_sample=False, pad_token_id=0, return_dict_in_generate=True
+    )
     for _ in range(20):
         ids = torch.cat([ids, logits(model, ids)[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(found.sequences, ids)
     if case == "rotations":
         heads = found[CACHE].layers[0].keys.flatten(0, 2)
-        assert max(len(head.unique()) for head in heads) <= 16, "the plain cache of generate holds four-bit keys"
+        assert max(len(head.unique()) for head in heads) <= 16, (
+            "the plain cache of generate holds four-bit keys"
+        )
 
 
 def test_packed_linears_are_small(snapshots):
-    dense, packed = (harness.load(snapshots("rotations")[1], packed=packed)[0] for packed in (False, True))
-    size = lambda model: sum(x.nbytes for layer in model.model.layers for x in layer.buffers())  # noqa: E731
+    dense, packed = (
+        harness.load(snapshots("rotations")[1], packed=packed)[0] for packed in (False, True)
+    )
+    size = lambda model: sum(x.nbytes for layer in model.model.layers for x in layer.buffers())
     assert size(packed) < size(dense) / 6
     assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 14
 
@@ -134,8 +179,14 @@ def test_codes_and_formats_stand_in_the_files_once(snapshots):
     record = json.loads((folder / "harness.json").read_text())
     weights = {name: group["format"] for group in record["weights"] for name in group["names"]}
     assert len(names) == len(set(names))
-    assert weights == {name: json.loads(json.dumps(spec(q.format))) for name, q in snapshot.qtensors.items()}
-    assert {"lm_head.codes", "model.embed_tokens.codes", "model.layers.0.self_attn.q_proj.weight"} <= set(names)
+    assert weights == {
+        name: json.loads(json.dumps(spec(q.format))) for name, q in snapshot.qtensors.items()
+    }
+    assert {
+        "lm_head.codes",
+        "model.embed_tokens.codes",
+        "model.layers.0.self_attn.q_proj.weight",
+    } <= set(names)
     assert not {f"{name}.weight" for name in weights} & set(names)
     assert digests(folder) == json.loads((folder / "digests.json").read_text())
 
@@ -157,11 +208,23 @@ def later(path):
 DAMAGES = {
     "flipped": ("model-00002-of-*.safetensors", flip, "model-00002-of-.*hash"),
     "truncated": ("model-00001-of-*.safetensors", truncate, "model-00001-of-.*hash"),
-    "no shard": ("model-00002-of-*.safetensors", lambda path: path.unlink(), "lacks model-00002-of"),
-    "no index": ("model.safetensors.index.json", lambda path: path.unlink(), "lacks model.safetensors.index.json"),
+    "no shard": (
+        "model-00002-of-*.safetensors",
+        lambda path: path.unlink(),
+        "lacks model-00002-of",
+    ),
+    "no index": (
+        "model.safetensors.index.json",
+        lambda path: path.unlink(),
+        "lacks model.safetensors.index.json",
+    ),
     "no digests": ("digests.json", lambda path: path.unlink(), "lacks digests.json"),
     "half digests": ("digests.json", truncate, "digests.json is damaged"),
-    "unlisted": ("digests.json", lambda path: path.write_text("{}"), "digests.json says nothing of config.json, harness.json"),
+    "unlisted": (
+        "digests.json",
+        lambda path: path.write_text("{}"),
+        "digests.json says nothing of config.json, harness.json",
+    ),
     "matrices": ("placement.safetensors", flip, "placement.safetensors is damaged"),
     "config": ("config.json", flip, "config.json is damaged"),
     "later": ("harness.json", later, "layout version 2"),
@@ -181,7 +244,6 @@ def test_what_is_not_as_it_was_written_is_refused(damage, snapshots, tmp_path):
     assert "\n" not in str(refused.value)
 
 
-
 def test_a_checkpoint_as_the_model_of_a_run(snapshots, tmp_path):
     snapshot, folder = snapshots("rotations")
     source = CheckpointModel(path=str(folder))
@@ -191,13 +253,24 @@ def test_a_checkpoint_as_the_model_of_a_run(snapshots, tmp_path):
     model, _ = source.load(snapshot.adapter.device)
     assert model.config.use_cache is False
     swap(Adapter(model))
-    assert torch.equal(logits(model), logits(snapshot.adapter.model)), "what is swapped already stays as it is"
+    assert torch.equal(logits(model), logits(snapshot.adapter.model)), (
+        "what is swapped already stays as it is"
+    )
     cfg, choices = small(tmp_path, "format=none", "transform=identity", "solver=none")
     target = "harness.checkpoints.source.CheckpointModel"
-    cfg.model = {"_target_": target, "name": None, "path": str(folder), "dtype": "auto", "amp": None,
-                 "trust_remote_code": False}
+    cfg.model = {
+        "_target_": target,
+        "name": None,
+        "path": str(folder),
+        "dtype": "auto",
+        "amp": None,
+        "trust_remote_code": False,
+    }
     outcome = execute(cfg, choices)
-    assert outcome.metrics["stages"]["baseline"]["ppl"] == snapshot.metrics["stages"]["quantized"]["ppl"]
+    assert (
+        outcome.metrics["stages"]["baseline"]["ppl"]
+        == snapshot.metrics["stages"]["quantized"]["ppl"]
+    )
 
 
 def test_a_checkpoint_of_a_checkpoint_is_the_same(snapshots, tmp_path):
@@ -215,7 +288,9 @@ def test_a_compressed_tensors_folder_is_dequantized(snapshots, tmp_path):
     source.check()
     model, _ = source.load()
     for name, quantized in snapshot.qtensors.items():
-        assert torch.equal(model.get_submodule(name).weight, quantized.dequantize().bfloat16().cpu())
+        assert torch.equal(
+            model.get_submodule(name).weight, quantized.dequantize().bfloat16().cpu()
+        )
 
 
 def test_a_folder_of_another_kind_is_no_checkpoint(tmp_path):

@@ -23,7 +23,14 @@ def test_one_run_and_the_stored_result(tmp_path):
     for word in ("baseline", "quantized", "ppl pydoc", "bits/weight", "run directory", "peak MB"):
         assert word in first.stdout
     (directory,) = (p for p in (tmp_path / "runs").iterdir() if not p.name.startswith("_"))
-    for name in ("config.yaml", "environment.json", "status.json", "metrics.json", "events.jsonl", "blocks/0001.safetensors"):
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "status.json",
+        "metrics.json",
+        "events.jsonl",
+        "blocks/0001.safetensors",
+    ):
         assert (directory / name).is_file()
     before = (directory / "metrics.json").stat().st_mtime_ns
     again = command(tmp_path, *SMALL)
@@ -50,10 +57,19 @@ def test_one_run_and_the_stored_result(tmp_path):
         (["tracking.entity=5"], ["tracking.entity=5"]),
         (["solver=null"], ["solver"]),
         (["sweeps=bits"], ["sweeps=bits", "python run.py -m"]),
-        (["experiment=pca_table", "transform=pca"], ["experiment=pca_table goes through", "solver", "python run.py -m"]),
-        (["-m", "transform=quarot,pca", "transform.posthadamard=true"], ["transform.posthadamard", "transform.post_hadamard"]),
+        (
+            ["experiment=pca_table", "transform=pca"],
+            ["experiment=pca_table goes through", "solver", "python run.py -m"],
+        ),
+        (
+            ["-m", "transform=quarot,pca", "transform.posthadamard=true"],
+            ["transform.posthadamard", "transform.post_hadamard"],
+        ),
         (["-m", "--cfg", "job"], ["--cfg", "-m"]),
-        (["data=text", "data.path=${nowhere}"], ["data.path=${nowhere}: there is no setting nowhere"]),
+        (
+            ["data=text", "data.path=${nowhere}"],
+            ["data.path=${nowhere}: there is no setting nowhere"],
+        ),
         (["solver=rtn", "solver.hessian_input=quantized"], ["solver.hessian_input=quantized"]),
     ],
     ids=str,
@@ -88,7 +104,13 @@ def test_brackets_in_names_reach_the_table(tmp_path):
     """What looks like markup is a name; and the exit status does not hang on the table."""
     folder = tmp_path / "[wiki]"
     folder.mkdir()
-    got = command(tmp_path, "-m", *SMALL, "solver=rtn", f"eval.perplexity.corpora=['{folder}','{tmp_path}/[/nope]']")
+    got = command(
+        tmp_path,
+        "-m",
+        *SMALL,
+        "solver=rtn",
+        f"eval.perplexity.corpora=['{folder}','{tmp_path}/[/nope]']",
+    )
     assert got.returncode == 1, got.stderr
     assert "[wiki]" in got.stdout
     assert "1 jobs, 1 failed" in got.stdout
@@ -101,7 +123,15 @@ def test_named_sweep(tmp_path):
 
 
 def test_flags_may_stand_behind_overrides(tmp_path):
-    got = command(tmp_path, *SMALL, "solver=none", "-m", "format=none", "run_root=~/runs", env={"HOME": str(tmp_path)})
+    got = command(
+        tmp_path,
+        *SMALL,
+        "solver=none",
+        "-m",
+        "format=none",
+        "run_root=~/runs",
+        env={"HOME": str(tmp_path)},
+    )
     assert got.returncode == 0, got.stderr
     assert "1 jobs, 0 failed" in got.stdout
     assert list((tmp_path / "runs").glob("*/metrics.json")), "~ is the home folder"
@@ -112,9 +142,17 @@ def test_flags_may_stand_behind_overrides(tmp_path):
 
 def test_termination_is_told_and_recorded(tmp_path):
     line = [*SMALL, "solver=adascale", "solver.iterations=100000"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *line], cwd=tmp_path, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while process.poll() is None and not any("solve" in path.read_text() for path in tmp_path.glob("runs/*/events.jsonl")):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *line],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while process.poll() is None and not any(
+        "solve" in path.read_text() for path in tmp_path.glob("runs/*/events.jsonl")
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=60)
@@ -129,8 +167,13 @@ def test_kill_minus_nine_loses_nothing(tmp_path):
     whole = command(tmp_path, *line, "run_root=whole")
     assert whole.returncode == 0, whole.stderr
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *line, "run_root=killed"], cwd=tmp_path, env=env,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *line, "run_root=killed"],
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while process.poll() is None and not list(tmp_path.glob("killed/*/blocks/0000.safetensors")):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -139,7 +182,10 @@ def test_kill_minus_nine_loses_nothing(tmp_path):
     assert json.loads(status.read_text())["status"] == "running"
     resumed = command(tmp_path, *line, "run_root=killed")
     assert resumed.returncode == 0, resumed.stderr
-    a, b = (json.loads(next(tmp_path.glob(f"{root}/*/metrics.json")).read_text()) for root in ("whole", "killed"))
+    a, b = (
+        json.loads(next(tmp_path.glob(f"{root}/*/metrics.json")).read_text())
+        for root in ("whole", "killed")
+    )
     for key in ("stages", "layers", "bits_per_weight", "run_id", "status"):
         assert a[key] == b[key]
 
@@ -148,6 +194,8 @@ def test_help_needs_no_torch(tmp_path):
     call = f"runpy.run_path({str(ROOT / 'run.py')!r}, run_name='__main__')"
     code = f"import sys, runpy; sys.argv = ['run.py', '--cfg', 'job']; {call}"
     probe = f"try:\n  {code}\nexcept SystemExit: pass\nassert not {{'torch', 'transformers'}} & set(sys.modules)"
-    got = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True)
+    got = subprocess.run(
+        [sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True
+    )
     assert got.returncode == 0, got.stderr
     assert "format:" in got.stdout

@@ -29,7 +29,18 @@ from harness.checkpoints.compressed_tensors import CompressedTensors
 from harness.checkpoints.source import CheckpointModel
 from harness.config.build import build, settings
 from harness.config.errors import ConfigError, DataError
-from harness.formats import FP4, MX, NVFP4, Format, FourOverSix, Integer, KVCache, QTensor, Scales, Scheme
+from harness.formats import (
+    FP4,
+    MX,
+    NVFP4,
+    Format,
+    FourOverSix,
+    Integer,
+    KVCache,
+    QTensor,
+    Scales,
+    Scheme,
+)
 from harness.libraries.compressed_tensors import cache_refusal
 from harness.models.adapter import Adapter, shape_of
 from harness.models.attention import attach
@@ -66,34 +77,71 @@ def mx(element: str, role: str = "weight", **knobs) -> MX:
 NV, NV_ACT = NVFP4(), NVFP4(role="activation", scope="static", compute_dtype="input")
 G64, KV4 = weight(granularity="group", group_size=64), KVCache(clip_k=1.0, clip_v=1.0, **SERVED)
 MIXED = {(i, "mlp.down_proj"): {"weight": weight(8), "act": token()} for i in range(2)} | {
-    (0, "self_attn.o_proj"): {"weight": None, "act": None}, (1, "mlp.up_proj"): {"weight": weight(3)},
+    (0, "self_attn.o_proj"): {"weight": None, "act": None},
+    (1, "mlp.up_proj"): {"weight": weight(3)},
     (None, "lm_head"): {"weight": weight(8), "act": None},
 }
-STATIC = Integer(bits=8, granularity="tensor", role="activation", range="static", symmetric=False, scale_dtype="bf16",
-                 **SERVED)
+STATIC = Integer(
+    bits=8,
+    granularity="tensor",
+    role="activation",
+    range="static",
+    symmetric=False,
+    scale_dtype="bf16",
+    **SERVED,
+)
 SCHEMES = {  # family, formats, the layout of the linears
     "nvfp4": ("qwen3", Scheme(weight=NV, act=NV_ACT), "nvfp4-pack-quantized"),
     "nvfp4 weights": ("llama", Scheme(weight=NV), "nvfp4-pack-quantized"),
     "fouroversix": ("llama", Scheme(weight=FourOverSix(), act=NV_ACT), "nvfp4-pack-quantized"),
-    "mxfp4": ("qwen2", Scheme(weight=mx("e2m1", mx_scale="floor"), act=mx("e2m1", "activation")), "mxfp4-pack-quantized"),
-    "mxfp6": ("llama", Scheme(weight=mx("e2m3"), act=mx("e2m3", "activation")), "mxfp6-pack-quantized"),
-    "mxfp8": ("llama", Scheme(weight=mx("e4m3"), act=mx("e4m3", "activation", mx_even_mbits=1)), "mxfp8-quantized"),
+    "mxfp4": (
+        "qwen2",
+        Scheme(weight=mx("e2m1", mx_scale="floor"), act=mx("e2m1", "activation")),
+        "mxfp4-pack-quantized",
+    ),
+    "mxfp6": (
+        "llama",
+        Scheme(weight=mx("e2m3"), act=mx("e2m3", "activation")),
+        "mxfp6-pack-quantized",
+    ),
+    "mxfp8": (
+        "llama",
+        Scheme(weight=mx("e4m3"), act=mx("e4m3", "activation", mx_even_mbits=1)),
+        "mxfp8-quantized",
+    ),
     "w4a16": ("mistral", Scheme(weight=G64), "pack-quantized"),
     "w4a16 asymmetric": ("qwen2", Scheme(weight=replace(G64, symmetric=False)), "pack-quantized"),
     "w4a4": ("qwen2", Scheme(weight=G64, act=token(4)), "pack-quantized"),
     "w4a8": ("qwen2", Scheme(weight=weight(), act=token()), "pack-quantized"),
-    "w4a8 asymmetric": ("llama", Scheme(weight=replace(G64, symmetric=False), act=token()), "int-quantized"),
+    "w4a8 asymmetric": (
+        "llama",
+        Scheme(weight=replace(G64, symmetric=False), act=token()),
+        "int-quantized",
+    ),
     "w3a16 asymmetric": ("llama", Scheme(weight=weight(3, symmetric=False)), "pack-quantized"),
     "w8a8": ("qwen2", Scheme(weight=weight(8), act=token()), "int-quantized"),
-    "w8a8 symmetric": ("llama", Scheme(weight=weight(8), act=token(symmetric=True, int_scale="half_range")), "int-quantized"),
-    "w8a8 static": ("llama", Scheme(weight=weight(8, "tensor", symmetric=False), act=STATIC), "int-quantized"),
+    "w8a8 symmetric": (
+        "llama",
+        Scheme(weight=weight(8), act=token(symmetric=True, int_scale="half_range")),
+        "int-quantized",
+    ),
+    "w8a8 static": (
+        "llama",
+        Scheme(weight=weight(8, "tensor", symmetric=False), act=STATIC),
+        "int-quantized",
+    ),
     "w4a16kv4": ("llama", Scheme(weight=G64, kv=KV4), "pack-quantized"),
     "kv4": ("llama", Scheme(kv=KV4), "dense"),
     "mixed": ("qwen2", Scheme(weight=NV, act=NV_ACT, overrides=MIXED), "mixed-precision"),
 }
 DTYPES = {
-    "nvfp4-pack-quantized": {"U8"}, "mxfp4-pack-quantized": {"U8"}, "mxfp6-pack-quantized": {"U8"}, "dense": {"BF16"},
-    "mxfp8-quantized": {"F8_E4M3"}, "pack-quantized": {"I32"}, "int-quantized": {"I8"},
+    "nvfp4-pack-quantized": {"U8"},
+    "mxfp4-pack-quantized": {"U8"},
+    "mxfp6-pack-quantized": {"U8"},
+    "dense": {"BF16"},
+    "mxfp8-quantized": {"F8_E4M3"},
+    "pack-quantized": {"I32"},
+    "int-quantized": {"I8"},
     "mixed-precision": {"U8", "I32", "I8", "BF16"},
 }
 ROTATED = ("nvfp4", "nvfp4 weights", "mxfp4", "w4a16", "w4a16 asymmetric", "w4a8", "w8a8", "mixed")
@@ -163,7 +211,11 @@ def make(folder, family: str, scheme: Scheme, rotate: bool, dtype=torch.float32)
         blocks.quantize(adapter, scheme, RTN(), IDS, run, lambda *_: None)
     for heads in attach(adapter) if scheme.kv is not None else ():
         heads.format = scheme.kv
-    qtensors = {name: q for i in range(2 + scheme.outside) for name, q in solved(adapter, scheme, run, i).items()}
+    qtensors = {
+        name: q
+        for i in range(2 + scheme.outside)
+        for name, q in solved(adapter, scheme, run, i).items()
+    }
     snapshot = Snapshot(adapter, tokenizer, scheme, placements, qtensors, {}, {})
     write_checkpoint(CompressedTensors(), snapshot, folder)
     exact = logits(model)
@@ -175,7 +227,10 @@ def make(folder, family: str, scheme: Scheme, rotate: bool, dtype=torch.float32)
 def checkpoints(tmp_path_factory):
     """{case: (Made, what a fresh process found)}"""
     root = tmp_path_factory.mktemp("checkpoints")
-    made = {case: make(root / f"{i:02d}", *SCHEMES[case[0]][:2], case[1]) for i, case in enumerate(CASES)}
+    made = {
+        case: make(root / f"{i:02d}", *SCHEMES[case[0]][:2], case[1])
+        for i, case in enumerate(CASES)
+    }
     asked = {}
     for each in made.values():
         model, qtensors = each.snapshot.adapter.model, each.snapshot.qtensors
@@ -184,28 +239,44 @@ def checkpoints(tmp_path_factory):
         asked[str(each.folder)] = (IDS, {n: t.bfloat16() for n, t in (floats | quantized).items()})
     torch.save(asked, root / "asked.pt")
     (root / "loader.py").write_text(LOADER)
-    elsewhere = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and not Path(p, "harness").is_dir()]
+    elsewhere = [
+        p
+        for p in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        if p and not Path(p, "harness").is_dir()
+    ]
     outside = os.environ | {"PYTHONPATH": os.pathsep.join(elsewhere)}  # without this project
     outside |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "loader.py", "asked.pt", "found.pt"]
-    done = subprocess.run(command, cwd=root, env=outside, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=root, env=outside, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(root / "found.pt")
     return {case: (each, found[str(each.folder)]) for case, each in made.items()}
 
 
 def perplexity(x: torch.Tensor) -> float:
-    return torch.nn.functional.cross_entropy(x[:, :-1].flatten(0, 1).float(), IDS[:, 1:].flatten()).exp().item()
+    return (
+        torch.nn.functional.cross_entropy(x[:, :-1].flatten(0, 1).float(), IDS[:, 1:].flatten())
+        .exp()
+        .item()
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}{' quarot' if case[1] else ''}")
 def test_a_fresh_process_gets_what_was_evaluated(checkpoints, case):
     made, (differ, served, exact) = checkpoints[case]
     assert differ == [], "weights other than the evaluated ones in bfloat16"
-    torch.testing.assert_close(exact, made.rounded, rtol=0, atol=1e-4)  # one activation code that differs shows at 1e-2
-    assert perplexity(served) == pytest.approx(perplexity(made.exact), rel=0.03)  # of a random model, where codes flip often
+    torch.testing.assert_close(
+        exact, made.rounded, rtol=0, atol=1e-4
+    )  # one activation code that differs shows at 1e-2
+    assert perplexity(served) == pytest.approx(
+        perplexity(made.exact), rel=0.03
+    )  # of a random model, where codes flip often
     if made.snapshot.scheme.act is None and made.snapshot.scheme.kv is None:
-        assert perplexity(served) == pytest.approx(perplexity(made.exact), rel=CompressedTensors.tolerance)
+        assert perplexity(served) == pytest.approx(
+            perplexity(made.exact), rel=CompressedTensors.tolerance
+        )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}{' quarot' if case[1] else ''}")
@@ -217,27 +288,43 @@ def test_the_file_holds_codes_and_the_config_says_which(checkpoints, case):
     assert config["architectures"] == [type(made.snapshot.adapter.model).__name__]
     with safe_open(made.folder / "model.safetensors", "pt") as file:
         names = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    assert config["tie_word_embeddings"] is ("lm_head.weight" not in names and "lm_head.weight_packed" not in names)
+    assert config["tie_word_embeddings"] is (
+        "lm_head.weight" not in names and "lm_head.weight_packed" not in names
+    )
     quantized, group = set(made.snapshot.qtensors), quantization["config_groups"]
     assert ("lm_head" in quantization["ignore"]) is ("lm_head" not in quantized)
     for scheme in group.values():
         own = quantized if scheme["targets"] == ["Linear"] else set(scheme["targets"]) & quantized
-        entries = BaseCompressor.get_value_from_registry(scheme["format"]).compression_param_names(QuantizationScheme(**scheme))
+        entries = BaseCompressor.get_value_from_registry(scheme["format"]).compression_param_names(
+            QuantizationScheme(**scheme)
+        )
         for name in own:
             held = {n.removeprefix(f"{name}.") for n in names if n.startswith(f"{name}.weight")}
             assert held == set(entries) - {"input_global_scale"}, name
-    packed = {dtype for name, dtype in names.items() if name.endswith(("proj.weight_packed", "proj.weight"))}
-    floats = {dtype for name, dtype in names.items() if name.endswith(("norm.weight", "bias", "embed_tokens.weight"))}
+    packed = {
+        dtype
+        for name, dtype in names.items()
+        if name.endswith(("proj.weight_packed", "proj.weight"))
+    }
+    floats = {
+        dtype
+        for name, dtype in names.items()
+        if name.endswith(("norm.weight", "bias", "embed_tokens.weight"))
+    }
     assert floats == {"BF16"}
     assert packed == DTYPES[SCHEMES[case[0]][2]]
 
 
-@pytest.mark.parametrize("reference", ["nvfp4", "mxfp4", "int4_sym_group32", "int4_asym_group64", "int4_sym_channel"])
+@pytest.mark.parametrize(
+    "reference", ["nvfp4", "mxfp4", "int4_sym_group32", "int4_asym_group64", "int4_sym_channel"]
+)
 def test_golden_entries(golden_dir, reference):
     with safe_open(golden_dir / "packed_checkpoints.safetensors", "pt") as file:
         keys = [key for key in file.keys() if f"/{reference}" in key]  # noqa: SIM118
         golden = {key: file.get_tensor(key) for key in keys}
-        inputs = {case: file.get_tensor(f"{case}/x") for case in {key.split("/")[0] for key in keys}}
+        inputs = {
+            case: file.get_tensor(f"{case}/x") for case in {key.split("/")[0] for key in keys}
+        }
     cases = {key.rpartition("/")[0] for key in keys}
     assert cases
     for case in cases:
@@ -252,31 +339,48 @@ def test_golden_entries(golden_dir, reference):
         entries = layouts.weight_entries(format.quantize(inputs[case.split("/")[0]]), layout)
         for name, tensor in entries.items():
             wanted = golden[f"{case}/{name}"]
-            wanted = wanted.bfloat16() if tensor.dtype == torch.bfloat16 else wanted.view(tensor.dtype)
+            wanted = (
+                wanted.bfloat16() if tensor.dtype == torch.bfloat16 else wanted.view(tensor.dtype)
+            )
             assert torch.equal(tensor.float(), wanted.view(tensor.shape).float()), f"{case}/{name}"
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_words(bits):
     low = 2 ** (bits - 1)
-    codes = torch.randint(-low, low, (5, 77), generator=torch.Generator().manual_seed(bits), dtype=torch.int8)
+    codes = torch.randint(
+        -low, low, (5, 77), generator=torch.Generator().manual_seed(bits), dtype=torch.int8
+    )
     assert torch.equal(layouts.pack_words(codes, bits), pack_to_int32(codes, bits))
-    assert torch.equal(layouts.pack_words(codes.T, bits).T, pack_to_int32(codes, bits, packed_dim=0))
+    assert torch.equal(
+        layouts.pack_words(codes.T, bits).T, pack_to_int32(codes, bits, packed_dim=0)
+    )
 
 
 def decoded(q: QTensor) -> torch.Tensor:
     """The weight that compressed-tensors makes of a QTensor's entries."""
     kind = layouts.layout(q.format, None, alone=True)
-    scheme = QuantizationScheme(targets=["Linear"], weights=layouts.described(q.format), format=kind)
-    return BaseCompressor.get_value_from_registry(kind).decompress(layouts.weight_entries(q, kind), scheme)["weight"]
+    scheme = QuantizationScheme(
+        targets=["Linear"], weights=layouts.described(q.format), format=kind
+    )
+    return BaseCompressor.get_value_from_registry(kind).decompress(
+        layouts.weight_entries(q, kind), scheme
+    )["weight"]
 
 
 @pytest.mark.parametrize("element", ["e2m1", "e2m3", "e4m3"])
 def test_every_block_scale_and_every_element_is_held(element):
     format = mx(element)
-    codes = torch.arange(2**format.bits, dtype=torch.uint8)[~format.grid.decode(torch.arange(2**format.bits)).isnan()]
+    codes = torch.arange(2**format.bits, dtype=torch.uint8)[
+        ~format.grid.decode(torch.arange(2**format.bits)).isnan()
+    ]
     codes = torch.nn.functional.pad(codes, (0, -len(codes) % 32)).expand(254, -1).contiguous()
-    scale = torch.arange(1, 255, dtype=torch.uint8).view(-1, 1).expand(-1, codes.shape[-1] // 32).contiguous()
+    scale = (
+        torch.arange(1, 255, dtype=torch.uint8)
+        .view(-1, 1)
+        .expand(-1, codes.shape[-1] // 32)
+        .contiguous()
+    )
     q = QTensor(codes, Scales(scale), format, torch.bfloat16)
     assert torch.equal(decoded(q), q.dequantize())
 
@@ -286,7 +390,9 @@ def test_fouroversix_decodes_to_its_values_or_is_refused():
     held = {torch.float32: 0, torch.bfloat16: 0}
     for dtype in held:
         for seed in range(40):
-            q = FourOverSix().quantize(torch.randn(32, 256, generator=torch.Generator().manual_seed(seed)).to(dtype))
+            q = FourOverSix().quantize(
+                torch.randn(32, 256, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            )
             try:
                 assert torch.equal(decoded(q), q.dequantize().bfloat16()), seed
                 held[dtype] += 1
@@ -297,7 +403,9 @@ def test_fouroversix_decodes_to_its_values_or_is_refused():
 
 
 REFUSED = {
-    "format.act.mx_scale=floor": Scheme(weight=mx("e2m1"), act=mx("e2m1", "activation", mx_scale="floor")),
+    "format.act.mx_scale=floor": Scheme(
+        weight=mx("e2m1"), act=mx("e2m1", "activation", mx_scale="floor")
+    ),
     "format.act.mx_even_mbits=element": Scheme(weight=mx("e4m3"), act=mx("e4m3", "activation")),
     "format.weight.element=e3m2": Scheme(weight=mx("e3m2")),
     "format.weight.mx_scale=fpquant": Scheme(weight=mx("e2m1", mx_scale="fpquant")),
@@ -309,35 +417,57 @@ REFUSED = {
     "format.act.clip=0.9": Scheme(weight=G64, act=token(clip=0.9)),
     "format.act.int_scale=qmax": Scheme(weight=G64, act=token(symmetric=True)),
     "format.overrides: mlp.up_proj.act.scope=tensor": Scheme(
-        weight=NV, act=NV_ACT, overrides={(1, "mlp.up_proj"): {"act": NVFP4(role="activation")}}),
+        weight=NV, act=NV_ACT, overrides={(1, "mlp.up_proj"): {"act": NVFP4(role="activation")}}
+    ),
     "format.overrides: mlp.up_proj.act.clip=0.9": Scheme(  # of one block, whatever others have
-        weight=NV, act=NV_ACT, overrides={(0, "mlp.up_proj"): {"act": token(clip=0.9)}, (1, "mlp.up_proj"): {"act": token()}}),
+        weight=NV,
+        act=NV_ACT,
+        overrides={
+            (0, "mlp.up_proj"): {"act": token(clip=0.9)},
+            (1, "mlp.up_proj"): {"act": token()},
+        },
+    ),
     "format.overrides: model.embed_tokens": Scheme(
-        weight=NV, overrides={(None, "model.embed_tokens"): {"weight": weight(8)}}),
+        weight=NV, overrides={(None, "model.embed_tokens"): {"weight": weight(8)}}
+    ),
     "format.kv.bits=4 and format.kv.clip_k=0.95": Scheme(weight=G64, kv=replace(KV4, clip_k=0.95)),
-    "format.kv.bits=8 and format.kv.symmetric=True": Scheme(weight=G64, kv=replace(KV4, bits=8, symmetric=True)),
+    "format.kv.bits=8 and format.kv.symmetric=True": Scheme(
+        weight=G64, kv=replace(KV4, bits=8, symmetric=True)
+    ),
 }
 
 
 @pytest.mark.parametrize("field", REFUSED)
 def test_formats_that_the_layout_cannot_hold(field):
     context = shape_of(Tiny().facts(), REFUSED[field])
-    with pytest.raises(ConfigError, match=f"^{re.escape(field)}.* with export=compressed_tensors: .* use export=harness"):
+    with pytest.raises(
+        ConfigError,
+        match=f"^{re.escape(field)}.* with export=compressed_tensors: .* use export=harness",
+    ):
         CompressedTensors().check(REFUSED[field], [Identity()], context)
 
 
-@pytest.mark.parametrize(("transform", "left"), [(HadamardBlocks(), "a matrix at attn_in"), (QuaRot(), "R4"),
-                                                 (QuaRot(r4="off", online_heads=True), "a mix of heads")])
+@pytest.mark.parametrize(
+    ("transform", "left"),
+    [
+        (HadamardBlocks(), "a matrix at attn_in"),
+        (QuaRot(), "R4"),
+        (QuaRot(r4="off", online_heads=True), "a mix of heads"),
+    ],
+)
 def test_what_stays_online_is_refused(transform, left):
     scheme = Scheme(weight=NV, act=NV_ACT)
-    with pytest.raises(ConfigError, match=f"transform=.* with export=compressed_tensors: .*{left}.* use export=harness"):
+    with pytest.raises(
+        ConfigError,
+        match=f"transform=.* with export=compressed_tensors: .*{left}.* use export=harness",
+    ):
         CompressedTensors().check(scheme, [Identity(), transform], shape_of(Tiny().facts(), scheme))
 
 
 def test_what_is_served_otherwise_is_warned_of():
     scheme = Scheme(weight=FourOverSix(), act=NV_ACT, kv=KV4 if CACHED else None)
     context = shape_of(Tiny().facts(), scheme)
-    words = [*["kv"][: CACHED], "FourOverSix", "served in bfloat16 and evaluated in"]
+    words = [*["kv"][:CACHED], "FourOverSix", "served in bfloat16 and evaluated in"]
     for dtype in ("float32", "float16", "auto", "bfloat16"):
         warned = CompressedTensors().check(scheme, [], context, dtype)
         expected = words[:-1] if dtype == "bfloat16" else words
@@ -348,16 +478,29 @@ def test_what_is_served_otherwise_is_warned_of():
 
 def test_a_cache_that_nothing_would_quantize_is_refused(tmp_path, monkeypatch):
     scheme = Scheme(kv=KV4)
-    monkeypatch.setattr(layouts, "cache_refusal", lambda: "one does not find the cache of the other")
-    with pytest.raises(ConfigError, match=r"format\.kv\.bits=4 with export=compressed_tensors: one does not find"):
+    monkeypatch.setattr(
+        layouts, "cache_refusal", lambda: "one does not find the cache of the other"
+    )
+    with pytest.raises(
+        ConfigError, match=r"format\.kv\.bits=4 with export=compressed_tensors: one does not find"
+    ):
         CompressedTensors().check(scheme, [], shape_of(Tiny().facts(), scheme))
-    monkeypatch.setattr(checkpoint_source, "cache_refusal", lambda: "one does not find the cache of the other")
+    monkeypatch.setattr(
+        checkpoint_source, "cache_refusal", lambda: "one does not find the cache of the other"
+    )
     scheme = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 4}}
-    (tmp_path / "config.json").write_text(json.dumps(Tiny().facts() | {"quantization_config": scheme}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(Tiny().facts() | {"quantization_config": scheme})
+    )
     save_file({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(DataError, match=r"kv_cache_scheme: one does not find"):
         CheckpointModel(path=str(tmp_path)).check()
-    assert CompressedTensors().check(Scheme(weight=NV), [], shape_of(Tiny().facts(), Scheme(weight=NV))) == []
+    assert (
+        CompressedTensors().check(
+            Scheme(weight=NV), [], shape_of(Tiny().facts(), Scheme(weight=NV))
+        )
+        == []
+    )
 
 
 def activations(dtype: torch.dtype) -> torch.Tensor:
@@ -374,13 +517,22 @@ def activations(dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("chosen", [
-    ["format=int8"], ["format=int4"], ["format=w4a4kv4"], ["format=int8", "format.act.granularity=tensor"],
-    ["format=int8", "format.act.granularity=group", "format.act.group_size=32"],
-    ["format=int8", "format.act.symmetric=true", "format.act.int_scale=half_range"], ["format=nvfp4"],
-    ["format=mxfp4", "format.act.mx_scale=even"], ["format=mxfp6", "format.act.mx_scale=even"],
-    ["format=mxfp8", "format.act.mx_scale=even", "format.act.mx_even_mbits=1"],
-], ids=str)
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ["format=int8"],
+        ["format=int4"],
+        ["format=w4a4kv4"],
+        ["format=int8", "format.act.granularity=tensor"],
+        ["format=int8", "format.act.granularity=group", "format.act.group_size=32"],
+        ["format=int8", "format.act.symmetric=true", "format.act.int_scale=half_range"],
+        ["format=nvfp4"],
+        ["format=mxfp4", "format.act.mx_scale=even"],
+        ["format=mxfp6", "format.act.mx_scale=even"],
+        ["format=mxfp8", "format.act.mx_scale=even", "format.act.mx_even_mbits=1"],
+    ],
+    ids=str,
+)
 def test_activations_are_evaluated_as_they_are_served(chosen, dtype):
     """What compressed-tensors computes at run time from what config.json says, in every bit."""
     cfg, _ = composed("export=compressed_tensors", *chosen)
@@ -399,10 +551,18 @@ def test_activations_are_evaluated_as_they_are_served(chosen, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("group", ["null", "16"])
 def test_keys_and_values_are_evaluated_as_they_are_served(group, dtype):
-    cfg, _ = composed("export=compressed_tensors", "format=w4a4kv4", "format.kv.clip_k=1.0", "format.kv.clip_v=1.0",
-                      f"format.kv.group_size={group}")
+    cfg, _ = composed(
+        "export=compressed_tensors",
+        "format=w4a4kv4",
+        "format.kv.clip_k=1.0",
+        "format.kv.clip_v=1.0",
+        f"format.kv.group_size={group}",
+    )
     kv = build(settings(cfg)["format"]["kv"], "format.kv", KVCache)
-    x, args = activations(dtype).view(2, 96, 2, 32).transpose(1, 2), QuantizationArgs(**layouts.cache_scheme(kv, 32))
+    x, args = (
+        activations(dtype).view(2, 96, 2, 32).transpose(1, 2),
+        QuantizationArgs(**layouts.cache_scheme(kv, 32)),
+    )
     served = fake_quantize(x, *compute_dynamic_scales_and_zp(x, args, None), args)
     assert torch.equal(kv.fake(x, "key"), served)
 
@@ -414,11 +574,21 @@ def test_a_static_scale_is_that_of_the_evaluation():
         seen = STATIC.calibrated(*torch.aminmax(x))
         entries = layouts.input_entries(STATIC, seen, dtype)
         args = QuantizationArgs(**layouts.described(STATIC))
-        served = fake_quantize(x, entries["input_scale"].to(dtype), entries["input_zero_point"], args)
+        served = fake_quantize(
+            x, entries["input_scale"].to(dtype), entries["input_zero_point"], args
+        )
         assert torch.equal(STATIC.fake(x, global_scale=seen), served)
 
 
-INTEGERS = ["w4a16", "w4a16 asymmetric", "w4a4", "w4a8 asymmetric", "w8a8", "w8a8 static", *["w4a16kv4"][: CACHED]]
+INTEGERS = [
+    "w4a16",
+    "w4a16 asymmetric",
+    "w4a4",
+    "w4a8 asymmetric",
+    "w8a8",
+    "w8a8 static",
+    *["w4a16kv4"][:CACHED],
+]
 
 
 @pytest.mark.parametrize("case", [*INTEGERS, "nvfp4", "mxfp4", "mixed"])
@@ -451,8 +621,13 @@ def test_small_scales_of_a_float16_model_are_held_by_both_dtypes():
 
 def test_a_placement_that_stays_online_is_not_written(checkpoints):
     made, _ = checkpoints["nvfp4", True]
-    codec = QuaRot().draw(shape_of(made.snapshot.adapter.model.config.to_dict(), Scheme()), 384, "R4")
-    late = replace(made.snapshot, placements=[*made.snapshot.placements, Placement(online={(None, "down_in"): codec})])
+    codec = QuaRot().draw(
+        shape_of(made.snapshot.adapter.model.config.to_dict(), Scheme()), 384, "R4"
+    )
+    late = replace(
+        made.snapshot,
+        placements=[*made.snapshot.placements, Placement(online={(None, "down_in"): codec})],
+    )
     with pytest.raises(ConfigError, match="online"):
         CompressedTensors().config(late)
     with pytest.raises(ConfigError, match="online"):

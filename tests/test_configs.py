@@ -14,7 +14,10 @@ from harness.formats import Format
 from harness.pipeline.build import PARTS, transforms_of
 from harness.solvers import Solver
 
-OPTIONS = [(p.parent.name, p.stem) for p in sorted((ROOT / "conf").glob("*/*.yaml")) + sorted((ROOT / "sweeps").glob("*.yaml"))]
+OPTIONS = [
+    (p.parent.name, p.stem)
+    for p in sorted((ROOT / "conf").glob("*/*.yaml")) + sorted((ROOT / "sweeps").glob("*.yaml"))
+]
 NAMES = ["/".join(option) for option in OPTIONS]
 NAMED = ("format", "transform", "solver", "eval", "export")
 
@@ -24,7 +27,11 @@ def test_option_composes_and_says_what_it_is(group, name):
     cfg, choices = composed(f"{group}={name}")
     assert choices[group] == name
     folder = ROOT / group if group == "sweeps" else ROOT / "conf" / group
-    lines = [line for line in (folder / f"{name}.yaml").read_text().splitlines() if not line.startswith("# @package")]
+    lines = [
+        line
+        for line in (folder / f"{name}.yaml").read_text().splitlines()
+        if not line.startswith("# @package")
+    ]
     assert lines[0].startswith("# "), "the first comment says what the option is"
     if group in NAMED:
         assert cfg[group].name == name
@@ -32,53 +39,95 @@ def test_option_composes_and_says_what_it_is(group, name):
 
 def test_help_lists_what_hydra_leaves_out():
     shown = OmegaConf.load(ROOT / "conf" / "config.yaml").hydra.help.template
-    (sweeps,), (launchers,) = (re.findall(rf"^{group}: (.*)$", shown, re.M) for group in ("sweeps", "hydra/launcher"))
+    (sweeps,), (launchers,) = (
+        re.findall(rf"^{group}: (.*)$", shown, re.M) for group in ("sweeps", "hydra/launcher")
+    )
     assert sweeps.split(", ") == [name for group, name in OPTIONS if group == "sweeps"]
-    assert {path.stem for path in (ROOT / "conf" / "hydra" / "launcher").glob("*.yaml")} < set(launchers.split(", "))
+    assert {path.stem for path in (ROOT / "conf" / "hydra" / "launcher").glob("*.yaml")} < set(
+        launchers.split(", ")
+    )
 
 
-@pytest.mark.parametrize(("group", "name"), [o for o in OPTIONS if o[0] in ("transform", "solver", "format")])
+@pytest.mark.parametrize(
+    ("group", "name"), [o for o in OPTIONS if o[0] in ("transform", "solver", "format")]
+)
 def test_option_builds(group, name):
     cfg, _ = composed(f"{group}={name}")
-    settings = {k: v for k, v in OmegaConf.to_container(cfg[group], resolve=True).items() if k != "name"}
+    settings = {
+        k: v for k, v in OmegaConf.to_container(cfg[group], resolve=True).items() if k != "name"
+    }
     if (group, name) == ("solver", "none"):
         assert settings == {"_target_": None}
     elif group == "format":
         parts = {part: build(settings[part], group, base) for part, base in PARTS.items()}
         on = {part for part, format in parts.items() if format}
-        assert on == (set() if name == "none" else {"weight", "act", *(["kv"] if "kv" in name else [])})
+        assert on == (
+            set() if name == "none" else {"weight", "act", *(["kv"] if "kv" in name else [])}
+        )
     elif group == "transform":
-        built = {type(transform).__module__ for transform in transforms_of({"name": name, **settings})}
+        built = {
+            type(transform).__module__ for transform in transforms_of({"name": name, **settings})
+        }
         assert settings["_target_"].rpartition(".")[0] in built
     else:
-        assert type(build(settings, group, Solver)).__module__ == settings["_target_"].rpartition(".")[0]
+        assert (
+            type(build(settings, group, Solver)).__module__
+            == settings["_target_"].rpartition(".")[0]
+        )
 
 
 @pytest.mark.parametrize("target", ["os.system", "harness_of_another.Thing", "system"])
 def test_foreign_targets_are_not_built(target):
-    with pytest.raises(ConfigError, match=rf"solver\._target_={target}: only classes of this package"):
+    with pytest.raises(
+        ConfigError, match=rf"solver\._target_={target}: only classes of this package"
+    ):
         build({"_target_": target, "command": "true"}, "solver", Solver)
 
 
-@pytest.mark.parametrize("target", ["harness.store.Path", "harness.report.page.write_page", "harness.formats.NVFP4",
-                                    "harness.solvers.Solution", "harness.solvers.nowhere", "harness.nowhere.GPTQ"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "harness.store.Path",
+        "harness.report.page.write_page",
+        "harness.formats.NVFP4",
+        "harness.solvers.Solution",
+        "harness.solvers.nowhere",
+        "harness.nowhere.GPTQ",
+    ],
+)
 def test_only_our_own_classes_of_the_kind_that_is_wanted_are_built(target):
     """Not what a module imported, no function, no class that belongs elsewhere."""
-    with pytest.raises(ConfigError, match=rf"solver\._target_={target}: (no class of this package that can|there is no such)"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"solver\._target_={target}: (no class of this package that can|there is no such)",
+    ):
         build({"_target_": target}, "solver", Solver)
 
 
 def test_values_stay_plain(tmp_path):
     """A target inside a value builds nothing, wherever the value came from."""
-    page = {"_target_": "harness.report.page.write_page", "root": str(tmp_path), "path": str(tmp_path / "page.html")}
-    for target, key, base in (("harness.formats.NVFP4", "mse", Format), ("harness.solvers.GPTQ", "damp", Solver)):
+    page = {
+        "_target_": "harness.report.page.write_page",
+        "root": str(tmp_path),
+        "path": str(tmp_path / "page.html"),
+    }
+    for target, key, base in (
+        ("harness.formats.NVFP4", "mse", Format),
+        ("harness.solvers.GPTQ", "damp", Solver),
+    ):
         with pytest.raises(ConfigError, match=rf"^there\.{key}"):
             build({"_target_": target, key: page}, "there", base)
     assert list(tmp_path.iterdir()) == []
 
 
-OFF = [("format.kv.clip_k", "foo"), ("format.kv.nope", 1), ("format.act.mse", 3), ("format.act.symmetric", 1),
-       ("format.weight.group_size", 1.5), ("format.weight.nope", 1)]
+OFF = [
+    ("format.kv.clip_k", "foo"),
+    ("format.kv.nope", 1),
+    ("format.act.mse", 3),
+    ("format.act.symmetric", 1),
+    ("format.weight.group_size", 1.5),
+    ("format.weight.nope", 1),
+]
 
 
 @pytest.mark.parametrize(("field", "value"), OFF, ids=str)
@@ -90,10 +139,25 @@ def test_what_is_off_is_checked_too(field, value):
     assert build(section[part] | {"bits": 16}, f"format.{part}", PARTS[part]) is None
 
 
-@pytest.mark.parametrize(("value", "hint", "fits"), [
-    (1, float, True), (True, float, False), (True, int, False), (1.0, int, False), (1, bool, False), (None, int | None, True),
-    ("a", int | str, True), (["a"], tuple[str, ...], True), (["a", 1], list[str], False), ("a", list[str], False),
-    ({"a": 1}, Mapping[str, int], True), ({"a": "b"}, Mapping[str, int], False), ([], Mapping, False), (None, str, False)])
+@pytest.mark.parametrize(
+    ("value", "hint", "fits"),
+    [
+        (1, float, True),
+        (True, float, False),
+        (True, int, False),
+        (1.0, int, False),
+        (1, bool, False),
+        (None, int | None, True),
+        ("a", int | str, True),
+        (["a"], tuple[str, ...], True),
+        (["a", 1], list[str], False),
+        ("a", list[str], False),
+        ({"a": 1}, Mapping[str, int], True),
+        ({"a": "b"}, Mapping[str, int], False),
+        ([], Mapping, False),
+        (None, str, False),
+    ],
+)
 def test_a_type_means_the_same_everywhere(value, hint, fits):
     if fits:
         typed("there.", {"key": value}, {"key": hint})

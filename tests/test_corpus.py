@@ -49,7 +49,10 @@ def test_folder_is_read_unmodified_and_valid_stands_in_for_train(tmp_path):
 
 def test_fingerprint_follows_the_text_of_its_part(tmp_path):
     texts = [("a", "b"), ("ab", "b"), ("ab", "c"), ("a", "a")]
-    marks = [[folder(tmp_path, train=train, test=test).fingerprint(part) for part in PARTS] for train, test in texts]
+    marks = [
+        [folder(tmp_path, train=train, test=test).fingerprint(part) for part in PARTS]
+        for train, test in texts
+    ]
     calibration, evaluation = zip(*marks)
     assert calibration[0] == calibration[3] != calibration[1] == calibration[2]
     assert evaluation[0] == evaluation[1] != evaluation[2] != evaluation[3]
@@ -64,7 +67,11 @@ def test_hub_fingerprint_names_the_split():
 
 @pytest.mark.parametrize(
     "texts, error",
-    [({}, "train.txt or valid.txt"), ({"train": "a"}, "test.txt"), ({"train": "a", "test": " \n\t\n"}, "no text")],
+    [
+        ({}, "train.txt or valid.txt"),
+        ({"train": "a"}, "test.txt"),
+        ({"train": "a", "test": " \n\t\n"}, "no text"),
+    ],
 )
 def test_a_folder_without_text_is_refused(tmp_path, texts, error):
     with pytest.raises(DataError, match=rf"data\.path.*{error}"):
@@ -93,7 +100,9 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
 def test_samples_from_lines_and_from_text(tmp_path):
     plain, lines = tmp_path / "own.txt", tmp_path / "own.jsonl"
     plain.write_text("whole\ntext")
-    lines.write_text("\n".join(json.dumps({"text": text}) for text in ("first\u2028one", "second")) + "\n")
+    lines.write_text(
+        "\n".join(json.dumps({"text": text}) for text in ("first\u2028one", "second")) + "\n"
+    )
     assert Samples(str(plain)).text("calibration") == "whole\ntext"
     Samples(str(lines)).check()
     assert Samples(str(lines)).text("calibration") == ["first\u2028one", "second"]
@@ -101,7 +110,9 @@ def test_samples_from_lines_and_from_text(tmp_path):
         Samples(str(plain)).text("evaluation")
 
 
-@pytest.mark.parametrize("content", ['{"prompt": "a"}', "not json", '{"text": 3}', '["text"]', "\n \n", '{"text": " "}'])
+@pytest.mark.parametrize(
+    "content", ['{"prompt": "a"}', "not json", '{"text": 3}', '["text"]', "\n \n", '{"text": " "}']
+)
 def test_bad_samples_are_refused(tmp_path, content):
     path = tmp_path / "own.jsonl"
     path.write_text(content)
@@ -116,7 +127,9 @@ def test_hub_text_offline_and_not_cached_is_refused_with_a_way_out(monkeypatch, 
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path))
     corpus = HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "test", name="wikitext2")
     for act in (corpus.check, lambda: corpus.text("evaluation")):
-        with pytest.raises(DataError, match=r"OFFLINE is set.*data=pydoc, or data=text data\.path=DIR"):
+        with pytest.raises(
+            DataError, match=r"OFFLINE is set.*data=pydoc, or data=text data\.path=DIR"
+        ):
             act()
 
 
@@ -128,14 +141,20 @@ def test_hub_text_is_read_from_the_local_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path))
     home = tmp_path / "someone___prose" / "small" / "0.0.0" / "abc"
     home.mkdir(parents=True)
-    features, rows, splits = Features(text=Value("string")), {"train": ["a", "", "b"], "test": ["c", "d", "e"]}, SplitDict()
+    features, rows, splits = (
+        Features(text=Value("string")),
+        {"train": ["a", "", "b"], "test": ["c", "d", "e"]},
+        SplitDict(),
+    )
     for split, texts in rows.items():
         with ArrowWriter(path=str(home / f"prose-{split}.arrow"), features=features) as writer:
             for text in texts:
                 writer.write({"text": text})
             writer.finalize()
         splits.add(SplitInfo(name=split, num_examples=len(texts)))
-    DatasetInfo(features=features, splits=splits, config_name="small", dataset_name="prose").write_to_directory(str(home))
+    DatasetInfo(
+        features=features, splits=splits, config_name="small", dataset_name="prose"
+    ).write_to_directory(str(home))
 
     corpus = HubText("someone/prose", "small", "test")
     corpus.check()
@@ -187,7 +206,9 @@ def test_random_windows_reach_both_ends():
 
 
 def test_too_short_a_text_is_refused_with_the_numbers():
-    message = r"windows=3 of data\.calibration\.length=4 tokens need 12 tokens, the text has only 11"
+    message = (
+        r"windows=3 of data\.calibration\.length=4 tokens need 12 tokens, the text has only 11"
+    )
     with pytest.raises(DataError, match=message):
         windows(torch.arange(11), 4, 3)
     for order in ("first", "random"):
@@ -195,7 +216,9 @@ def test_too_short_a_text_is_refused_with_the_numbers():
             windows(torch.arange(11), 12, None, order=order, field="eval")
 
 
-@pytest.mark.parametrize("setting", [{"length": 0}, {"length": "8"}, {"count": 0}, {"count": True}, {"order": "last"}])
+@pytest.mark.parametrize(
+    "setting", [{"length": 0}, {"length": "8"}, {"count": 0}, {"count": True}, {"order": "last"}]
+)
 def test_settings_that_make_no_sense_are_refused(setting):
     with pytest.raises(ConfigError, match=r"data\.calibration\."):
         windows(torch.arange(100), **{"length": 8, "count": 2} | setting)
@@ -208,5 +231,7 @@ def test_tokenize_whole_text_and_packed_samples(caplog):
     assert whole.dtype == torch.int64 and tokenizer.decode(whole) == "abc abc"
     eos = torch.tensor([tokenizer.eos_token_id])
     packed = tokenize(tokenizer, ["abc", " abc", "x"])
-    assert torch.equal(packed, torch.cat([whole[:3], eos, whole[3:], eos, tokenize(tokenizer, "x")]))
+    assert torch.equal(
+        packed, torch.cat([whole[:3], eos, whole[3:], eos, tokenize(tokenizer, "x")])
+    )
     assert "longer than" not in caplog.text

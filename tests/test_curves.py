@@ -16,8 +16,11 @@ LEARNERS = {
     "adacodec-kd": (["transform=adacodec", *SHORT], "learn/loss", 6),
     "adacodec-lm": (["transform=adacodec", "transform.objective=lm", *SHORT], "learn/loss", 6),
     "learned_rotation": (["transform=learned_rotation", *SHORT], "learn/loss", 6),
-    "adacodec-layer": (["transform=adacodec", "transform.placement=site", "transform.objective=layer", *SHORT], "learn/loss",
-                       6 * 2 * 4),  # sites of both blocks, one after another
+    "adacodec-layer": (
+        ["transform=adacodec", "transform.placement=site", "transform.objective=layer", *SHORT],
+        "learn/loss",
+        6 * 2 * 4,
+    ),  # sites of both blocks, one after another
     "dartquant-r1": (["transform=dartquant", "transform.r1.batch=16"], "r1/whip", None),
     "dartquant-r2": (["transform=dartquant", "transform.r2.batch=16"], "r2/whip", None),
     "jointquant-r1": (["transform=jointquant", "transform.r1.epochs=3"], "r1/whip", None),
@@ -57,8 +60,12 @@ def test_the_loss_of_a_block_continues_behind_the_block_before(tmp_path):
     held = curve(outcome, "adascale/held_out")
     assert [step for step, _ in held] == list(range(1, 11))
     for index in range(2):
-        before, after = (curve(outcome, f"block/{key}")[index][1] for key in ("loss_before", "loss_after"))
-        assert min(before, *(value for _, value in held[5 * index : 5 * index + 5])) == pytest.approx(after)
+        before, after = (
+            curve(outcome, f"block/{key}")[index][1] for key in ("loss_before", "loss_after")
+        )
+        assert min(
+            before, *(value for _, value in held[5 * index : 5 * index + 5])
+        ) == pytest.approx(after)
 
 
 def test_matrices_from_the_store_are_not_learned_again(tmp_path):
@@ -80,15 +87,29 @@ def test_head_and_embedding_are_no_blocks(tmp_path):
 @needs_wandb
 def test_every_family_has_its_own_axis_in_wandb(tmp_path, monkeypatch):
     without_login(monkeypatch, tmp_path)
-    overrides = ["tracking=wandb", "tracking.mode=offline", "transform=dartquant", "solver=rtn", "format=int4",
-                 "format.overrides={lm_head: 8}"]
+    overrides = [
+        "tracking=wandb",
+        "tracking.mode=offline",
+        "transform=dartquant",
+        "solver=rtn",
+        "format=int4",
+        "format.overrides={lm_head: 8}",
+    ]
     outcome = execute(*small(tmp_path, *overrides))
     assert outcome.status == "done", outcome.error
     found = records(outcome.run.path, outcome.run.path.name)
-    axes = {metric["glob_name"]: metric["step_metric"] for metric in found["metric"] if "glob_name" in metric}
+    axes = {
+        metric["glob_name"]: metric["step_metric"]
+        for metric in found["metric"]
+        if "glob_name" in metric
+    }
     assert axes == {f"{family}/*": f"{family}/index" for family in ("r1", "r2", "block", "outside")}
     history = [record["item"] for record in found["history"]]
     for family in ("r1", "r2", "block", "outside"):
         steps = [item[f"{family}/index"] for item in history if f"{family}/index" in item]
-        logged = [step for step, values in Record.read(outcome.run).curves if any(k.startswith(f"{family}/") for k in values)]
+        logged = [
+            step
+            for step, values in Record.read(outcome.run).curves
+            if any(k.startswith(f"{family}/") for k in values)
+        ]
         assert steps == logged and steps

@@ -45,8 +45,13 @@ def test_kl_and_agreement_by_hand(adapter, windows, tmp_path):
         assert same.figures["kl"] == pytest.approx(0, abs=1e-6)
         assert same.figures["top1"] == 1
         assert same.positions == WINDOWS * (LENGTH - 1)
-        for parameter in (adapter.head.weight, adapter.blocks[1].mlp.down_proj.weight):  # the kept head must not follow
-            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        for parameter in (
+            adapter.head.weight,
+            adapter.blocks[1].mlp.down_proj.weight,
+        ):  # the kept head must not follow
+            parameter += 0.05 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(1)
+            )
         after = adapter.model(windows[:WINDOWS]).logits[:, :-1].double().log_softmax(-1)
     kl = float((before.exp() * (before - after)).sum(-1).mean())
     top1 = float((before.argmax(-1) == after.argmax(-1)).double().mean())
@@ -87,10 +92,15 @@ def test_a_run_keeps_them_all(tmp_path):
     assert 0 < stages["quantized"]["divergence"]["pydoc"]["kl"] < 1
     losses = stages["quantized"]["losses"]["pydoc"]
     assert torch.tensor(losses).mean().exp() == pytest.approx(stages["quantized"]["ppl"]["pydoc"])
-    points = [json.loads(line) for line in (outcome.run.path / "tracking" / "curves.jsonl").read_text().splitlines()]
+    points = [
+        json.loads(line)
+        for line in (outcome.run.path / "tracking" / "curves.jsonl").read_text().splitlines()
+    ]
     assert [point["step"] for point in points] == [0, 1]
     for point in points:
-        assert point["block/sqnr_db"] == pytest.approx(-10 * torch.tensor(point["block/output_error"]).log10().item())
+        assert point["block/sqnr_db"] == pytest.approx(
+            -10 * torch.tensor(point["block/output_error"]).log10().item()
+        )
         assert point["block/output_error"] > 0
     kept = json.loads((outcome.run.path / "outliers.json").read_text())
     assert len(kept["rows"]) == 8
@@ -102,18 +112,32 @@ def test_block_error_is_that_of_the_quantized_block(tmp_path):
     """With 8-bit weights and activations the output moves far less than with 4 bits, and not at all without either."""
     errors = {}
     for bits in (4, 8):
-        cfg, choices = small(tmp_path, "format=int8", f"format.weight.bits={bits}", f"format.act.bits={bits}", "solver=rtn")
+        cfg, choices = small(
+            tmp_path,
+            "format=int8",
+            f"format.weight.bits={bits}",
+            f"format.act.bits={bits}",
+            "solver=rtn",
+        )
         run = execute(cfg, choices).run
-        errors[bits] = json.loads((run.path / "tracking" / "curves.jsonl").read_text().splitlines()[0])["block/output_error"]
+        errors[bits] = json.loads(
+            (run.path / "tracking" / "curves.jsonl").read_text().splitlines()[0]
+        )["block/output_error"]
     assert errors[4] > 50 * errors[8] > 0
 
 
 def test_marks_say_what_a_number_is():
-    found = marks("wiki", True, False, {"wiki": (8, 145), "pydoc": (58, 58)}, {"piqa": 200, "arc": None})
+    found = marks(
+        "wiki", True, False, {"wiki": (8, 145), "pydoc": (58, 58)}, {"piqa": 200, "arc": None}
+    )
     assert found["wiki"] == ["same corpus as calibration", "adapted", "first 8 of 145 windows"]
     assert found["pydoc"] == []
     assert found["piqa"] == ["first 200 documents"]
     assert found["arc"] == []
     assert marks(None, False, False, {"wiki": (145, 145)}, {})["wiki"] == ["only corpus"]
-    assert marks("wiki", False, False, {"wiki": (1, 1), "b": (1, 1)}, {})["wiki"] == ["same corpus as calibration"]
-    assert marks("wiki", True, True, {"wiki": (1, 1), "b": (1, 1)}, {})["b"] == ["learned elsewhere"]
+    assert marks("wiki", False, False, {"wiki": (1, 1), "b": (1, 1)}, {})["wiki"] == [
+        "same corpus as calibration"
+    ]
+    assert marks("wiki", True, True, {"wiki": (1, 1), "b": (1, 1)}, {})["b"] == [
+        "learned elsewhere"
+    ]

@@ -29,11 +29,18 @@ from harness.pipeline.export import WINDOWS
 from harness.pipeline.job import execute
 
 PLAIN = ["format=nvfp4", "solver=rtn"]
-RIGHT = {"harness": ["transform=quarot", "format.kv.bits=4"], "compressed_tensors": ["transform=quarot", "transform.r4=off"]}
+RIGHT = {
+    "harness": ["transform=quarot", "format.kv.bits=4"],
+    "compressed_tensors": ["transform=quarot", "transform.r4=off"],
+}
 
 
 def run(tmp_path, *settings):
-    place = [f"export.path={tmp_path / 'out'}"] if any(setting.startswith("export=") for setting in settings) else []
+    place = (
+        [f"export.path={tmp_path / 'out'}"]
+        if any(setting.startswith("export=") for setting in settings)
+        else []
+    )
     cfg, choices = small(tmp_path, *PLAIN, *place, *settings)
     return execute(cfg, choices, command="python run.py again")
 
@@ -66,25 +73,45 @@ def test_a_run_leaves_a_checkpoint_that_is_what_it_evaluated(tmp_path, layout):
 @pytest.mark.parametrize("layout", RIGHT)
 def test_a_checkpoint_is_measured_as_it_is(tmp_path, layout):
     outcome = run(tmp_path, f"export={layout}", *RIGHT[layout])
-    cfg, choices = small(tmp_path / "again", "model=checkpoint", f"model.path={outcome.metrics['export']['path']}")
+    cfg, choices = small(
+        tmp_path / "again", "model=checkpoint", f"model.path={outcome.metrics['export']['path']}"
+    )
     again = execute(cfg, choices)
     assert again.status == "done", again.error
     known, got = outcome.metrics["stages"]["quantized"], again.metrics["stages"]["baseline"]
     assert again.metrics["bits_per_weight"] is None
     cache = "kv4" if layout == "harness" else ""
-    assert again.metrics["holds"] == {"format": f"nvfp4-w4a4{cache}", "transform": "quarot", "solver": "rtn"}
+    assert again.metrics["holds"] == {
+        "format": f"nvfp4-w4a4{cache}",
+        "transform": "quarot",
+        "solver": "rtn",
+    }
     assert "holds" not in outcome.metrics
     if layout == "harness":
         assert got["losses"] == known["losses"]
-    assert got["ppl"]["pydoc"] == pytest.approx(known["ppl"]["pydoc"], rel=0.03)  # one in bfloat16 flips some codes
-    cfg, choices = small(tmp_path / "again", "model=checkpoint", f"model.path={outcome.metrics['export']['path']}", *PLAIN)
+    assert got["ppl"]["pydoc"] == pytest.approx(
+        known["ppl"]["pydoc"], rel=0.03
+    )  # one in bfloat16 flips some codes
+    cfg, choices = small(
+        tmp_path / "again",
+        "model=checkpoint",
+        f"model.path={outcome.metrics['export']['path']}",
+        *PLAIN,
+    )
     with pytest.raises(ConfigError, match="measured as it is"):
         execute(cfg, choices)
 
 
 SERVED = {
-    "int8": [], "int4": [], "nvfp4": [], "mxfp4": ["format.act.mx_scale=even"],
-    **({"w4a4kv4": ["format.kv.clip_k=1.0", "format.kv.clip_v=1.0"]} if cache_refusal() is None else {}),
+    "int8": [],
+    "int4": [],
+    "nvfp4": [],
+    "mxfp4": ["format.act.mx_scale=even"],
+    **(
+        {"w4a4kv4": ["format.kv.clip_k=1.0", "format.kv.clip_v=1.0"]}
+        if cache_refusal() is None
+        else {}
+    ),
     "int8 in nvfp4": ["format.overrides={down_proj: int8, lm_head: {weight: int8}}"],
     "auto": ["format.auto.candidates=[int3, int8, nvfp4]"],
 }
@@ -104,14 +131,19 @@ def test_what_is_evaluated_in_bfloat16_is_what_is_served(tmp_path, format):
 def test_the_rules_of_an_export_are_part_of_what_is_solved(tmp_path):
     named = ["format=nvfp4", "format.overrides={down_proj: int8}"]
     for settings in (["format=int8"], named):
-        ids = {run(tmp_path, "model.dtype=bfloat16", *settings, *more).metrics["quant_id"]
-               for more in ([], ["export=harness"], ["export=compressed_tensors"])}
+        ids = {
+            run(tmp_path, "model.dtype=bfloat16", *settings, *more).metrics["quant_id"]
+            for more in ([], ["export=harness"], ["export=compressed_tensors"])
+        }
         assert len(ids) == 2
 
 
 FLOAT16 = {
-    "nvfp4": ([], "bfloat16"), "mxfp4": (["format.act.mx_scale=even"], "bfloat16"), "int8": ([], "float16"),
-    "int4": ([], "float16"), "int4 weights": (["format.act.bits=16", "format.weight.symmetric=false"], "float16"),
+    "nvfp4": ([], "bfloat16"),
+    "mxfp4": (["format.act.mx_scale=even"], "bfloat16"),
+    "int8": ([], "float16"),
+    "int4": ([], "float16"),
+    "int4 weights": (["format.act.bits=16", "format.weight.symmetric=false"], "float16"),
     "int8 in nvfp4": (["format.overrides={down_proj: int8}"], "bfloat16"),
 }
 
@@ -130,7 +162,14 @@ def test_a_float16_model_comes_back(tmp_path, half, case):
     """Integers in float16, bit for bit; NVFP4 and MX in bfloat16, in which transformers unpacks them, after one rounding."""
     settings, dtype = FLOAT16[case]
     format = next(word for word in reversed(case.split()) if word != "weights")
-    outcome = run(tmp_path, "export=compressed_tensors", "model=hf", f"model.path={half}", f"format={format}", *settings)
+    outcome = run(
+        tmp_path,
+        "export=compressed_tensors",
+        "model=hf",
+        f"model.path={half}",
+        f"format={format}",
+        *settings,
+    )
     assert outcome.status == "done", outcome.error
     folder = Path(outcome.metrics["export"]["path"])
     assert folder.name.startswith("tiny-half-")
@@ -138,18 +177,31 @@ def test_a_float16_model_comes_back(tmp_path, half, case):
     with safe_open(folder / "model.safetensors", "pt") as file:
         floats = {file.get_slice(name).get_dtype() for name in file.keys() if "norm" in name}  # noqa: SIM118
     assert floats == {{"float16": "F16", "bfloat16": "BF16"}[dtype]}
-    exact = 1e-4 if torch.cuda.is_available() else 0  # on a GPU the kernel of a product follows from where its operands lie
+    exact = (
+        1e-4 if torch.cuda.is_available() else 0
+    )  # on a GPU the kernel of a product follows from where its operands lie
     for evaluated, loaded in outcome.metrics["export"]["ppl"].values():
         assert loaded == pytest.approx(evaluated, rel=exact if dtype == "float16" else 5e-3)
-    warned = [warning for warning in outcome.metrics["warnings"] if "served in bfloat16 and evaluated in float16" in warning]
+    warned = [
+        warning
+        for warning in outcome.metrics["warnings"]
+        if "served in bfloat16 and evaluated in float16" in warning
+    ]
     assert len(warned) == (dtype == "bfloat16")
 
 
 def test_a_float16_model_in_our_own_layout_and_that_of_fp_quant(tmp_path, half):
-    fixed = ["format.weight.global_scale=fixed", "format.weight.fixed_decode_scale=0.0009765625",
-             "format.act.global_scale=fixed", "format.act.fixed_decode_scale=0.125"]
-    for settings in (["export=harness"], ["export=fp_quant", *fixed],
-                     ["export=fp_quant", "export.pseudo=true", "format.act.fp4_ties=zero", *fixed]):
+    fixed = [
+        "format.weight.global_scale=fixed",
+        "format.weight.fixed_decode_scale=0.0009765625",
+        "format.act.global_scale=fixed",
+        "format.act.fixed_decode_scale=0.125",
+    ]
+    for settings in (
+        ["export=harness"],
+        ["export=fp_quant", *fixed],
+        ["export=fp_quant", "export.pseudo=true", "format.act.fp4_ties=zero", *fixed],
+    ):
         outcome = run(tmp_path, "model=hf", f"model.path={half}", *settings)
         assert outcome.status == "done", outcome.error
 
@@ -158,37 +210,64 @@ def test_a_float16_model_in_our_own_layout_and_that_of_fp_quant(tmp_path, half):
 def test_the_umask_decides_who_may_read(tmp_path, layout):
     before = os.umask(0o027)
     try:
-        outcome = run(tmp_path, f"export={layout}", "transform=pca" if layout == "harness" else "transform=identity",
-                      *([f"transform.save={tmp_path / 'kept.safetensors'}"] if layout == "harness" else []))
+        outcome = run(
+            tmp_path,
+            f"export={layout}",
+            "transform=pca" if layout == "harness" else "transform=identity",
+            *([f"transform.save={tmp_path / 'kept.safetensors'}"] if layout == "harness" else []),
+        )
     finally:
         os.umask(before)
     assert outcome.status == "done", outcome.error
     written = [path for path in tmp_path.rglob("*") if path.is_file() and "text" not in path.parts]
     assert sum(path.suffix == ".safetensors" for path in written) >= 4
-    assert {path.name: oct(path.stat().st_mode & 0o777) for path in written} == {path.name: "0o640" for path in written}
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in written} == {
+        path.name: "0o640" for path in written
+    }
 
 
 def about(formats, *bits, **method) -> str:
-    parts = dict(zip(("weights", "activations", "kv"), ({"format": "int4", "bits": n} for n in bits)))
+    parts = dict(
+        zip(("weights", "activations", "kv"), ({"format": "int4", "bits": n} for n in bits))
+    )
     return json.dumps({"formats": formats, "bits": parts, "method": method})
 
 
 NOTHING = (None, None, None)
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    (about({"int4": 14}, 4, 16, 16, transform="quarot", solver="gptq"), ("int4-w4a16", "quarot", "gptq")),
-    (about({"int8": 1, "int4": 14}, 4, 8, 4, transform="pca"), ("int4+int8-w4a8kv4", "pca", None)),
-    (about({}, 16, 8, 16), ("int4-w16a8", None, None)),
-    (about({"<b>": 1}, 4, 4, 16, transform="[red]x[/]", solver="\u001b[2J"), NOTHING),
-    (about({"int4": "14"}, 4, 4, 16, transform=["quarot"], solver=None), ("int4-w4a4", None, None)),
-    (about({"x" * 99: 1}, 4, 4, 16, transform="y" * 99), NOTHING),
-    (about({"int4": 14}, 4, "4", 16), NOTHING), (about({"int4": 14}, True, 4, 16), NOTHING),
-    (about({"int4": 14}, 4, 10**400, 16), NOTHING), (about({"int4": 14}, 4), NOTHING),
-    (about([], 4, 4, 4), ("int4-w4a4kv4", None, None)),
-    ('{"bits": 4, "method": 7}', NOTHING), ("[]", NOTHING), ("{", NOTHING), ("[" * 100_000, NOTHING), ("\udcff", NOTHING),
-    (None, NOTHING),
-], ids=range(17))
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            about({"int4": 14}, 4, 16, 16, transform="quarot", solver="gptq"),
+            ("int4-w4a16", "quarot", "gptq"),
+        ),
+        (
+            about({"int8": 1, "int4": 14}, 4, 8, 4, transform="pca"),
+            ("int4+int8-w4a8kv4", "pca", None),
+        ),
+        (about({}, 16, 8, 16), ("int4-w16a8", None, None)),
+        (about({"<b>": 1}, 4, 4, 16, transform="[red]x[/]", solver="\u001b[2J"), NOTHING),
+        (
+            about({"int4": "14"}, 4, 4, 16, transform=["quarot"], solver=None),
+            ("int4-w4a4", None, None),
+        ),
+        (about({"x" * 99: 1}, 4, 4, 16, transform="y" * 99), NOTHING),
+        (about({"int4": 14}, 4, "4", 16), NOTHING),
+        (about({"int4": 14}, True, 4, 16), NOTHING),
+        (about({"int4": 14}, 4, 10**400, 16), NOTHING),
+        (about({"int4": 14}, 4), NOTHING),
+        (about([], 4, 4, 4), ("int4-w4a4kv4", None, None)),
+        ('{"bits": 4, "method": 7}', NOTHING),
+        ("[]", NOTHING),
+        ("{", NOTHING),
+        ("[" * 100_000, NOTHING),
+        ("\udcff", NOTHING),
+        (None, NOTHING),
+    ],
+    ids=range(17),
+)
 def test_what_a_checkpoint_says_of_itself_is_read_as_data(tmp_path, text, expected):
     if text is not None:
         (tmp_path / ABOUT).write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -202,7 +281,10 @@ def test_a_lost_checkpoint_is_written_again_without_solving(tmp_path):
     again = run(tmp_path, "export=harness")
     assert not again.stored
     assert Path(again.metrics["export"]["path"]).is_dir()
-    events = [json.loads(line)["event"] for line in (again.run.path / "events.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line)["event"]
+        for line in (again.run.path / "events.jsonl").read_text().splitlines()
+    ]
     assert events.count("block") == 2
     model, _ = harness.load(first.metrics["export"]["path"])
     assert_finite(model)
@@ -221,7 +303,10 @@ def test_another_run_never_replaces_a_checkpoint(tmp_path):
         assert run(tmp_path, "export=harness", "transform=quarot", f"seed={seed}").status == "done"
     names = left(tmp_path)
     assert len(names) == 2
-    runs = [json.loads((tmp_path / "out" / name / "quantization_metadata.json").read_text())["seed"] for name in names]
+    runs = [
+        json.loads((tmp_path / "out" / name / "quantization_metadata.json").read_text())["seed"]
+        for name in names
+    ]
     assert sorted(runs) == [0, 1]
 
 
@@ -235,12 +320,20 @@ def full_disk():
 
 @pytest.mark.parametrize("layout", RIGHT)
 def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, layout, full_disk):
-    assert run(tmp_path, *(["format.act.compute_dtype=input"] if layout == "compressed_tensors" else [])).status == "done"
+    assert (
+        run(
+            tmp_path,
+            *(["format.act.compute_dtype=input"] if layout == "compressed_tensors" else []),
+        ).status
+        == "done"
+    )
     full_disk(True)
     outcome = run(tmp_path, f"export={layout}")
     full_disk(False)
     assert outcome.status == "failed"
-    assert re.search(f"export.path={tmp_path}/out: .*[Ff]ile too large.*nothing was left", outcome.error)
+    assert re.search(
+        f"export.path={tmp_path}/out: .*[Ff]ile too large.*nothing was left", outcome.error
+    )
     assert left(tmp_path) == []
     assert run(tmp_path, f"export={layout}").status == "done"
     assert len(left(tmp_path)) == 1
@@ -270,29 +363,75 @@ def test_what_does_not_come_back_is_no_checkpoint(tmp_path, monkeypatch):
     assert weights.read_bytes() == before
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    (["export=compressed_tensors", "transform=hadamard"], ["transform=hadamard", "export=harness"]),
-    (["export=compressed_tensors", "transform=quarot"], ["transform=quarot", "transform.r4=off"]),
-    (["export=compressed_tensors", "transform=pca"], ["transform=pca", "export=harness"]),
-    (["export=compressed_tensors", "transform=adacodec"], ["transform=adacodec", "export=harness"]),
-    (["export=compressed_tensors", "format=fp4"], ["format.weight", "export=harness"]),
-    (["export=harness", "format=none", "solver=none"], ["format=none", "export=none"]),
-    (["export=harness", "export.dataset=open-math"], ["export.dataset=open-math"]),
-    (["export=harness", "export.push_to=me/model"], ["export.push_to=me/model"]),
-    (["export=compressed_tensors", "format.act.compute_dtype=float32"],
-     ["format.act.compute_dtype=float32", "export=compressed_tensors", "set format.act.compute_dtype=input"]),
-    (["export=compressed_tensors", "format=int8", "format.act.zp_order=round_then_add"],
-     ["format.act.zp_order=round_then_add", "set format.act.zp_order=add_then_round"]),
-    (["export=compressed_tensors", "format=int8", "format.act.zp_range=unsigned"],
-     ["format.act.zp_range=unsigned", "set format.act.zp_range=signed"]),
-    (["export=compressed_tensors", "format=int8", "format.act.scale_dtype=bf16"], ["format.act.scale_dtype=bf16"]),
-    (["export=compressed_tensors", "format=w4a4kv4", "format.kv.clip_k=1", "format.kv.clip_v=1",
-      "format.kv.compute_dtype=float32"], ["format.kv.compute_dtype=float32", "set format.kv.compute_dtype=input"]),
-    *[(["export=harness", *more, f"export.{part}={value}"], [f"export.{part}={value}", "letters", "shorter"])
-      for more, part, value in (([], "base", "b" * 300), ([], "dataset", "d" * 300), ([], "peft", f"LoRa{'1' * 300}"),
-                                (["export.base=short"], "dataset", "d" * 220))],
-    (["export=harness", f"export.path={'p' * 300}"], ["export.path=ppp", "too long", "another folder"]),
-], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            ["export=compressed_tensors", "transform=hadamard"],
+            ["transform=hadamard", "export=harness"],
+        ),
+        (
+            ["export=compressed_tensors", "transform=quarot"],
+            ["transform=quarot", "transform.r4=off"],
+        ),
+        (["export=compressed_tensors", "transform=pca"], ["transform=pca", "export=harness"]),
+        (
+            ["export=compressed_tensors", "transform=adacodec"],
+            ["transform=adacodec", "export=harness"],
+        ),
+        (["export=compressed_tensors", "format=fp4"], ["format.weight", "export=harness"]),
+        (["export=harness", "format=none", "solver=none"], ["format=none", "export=none"]),
+        (["export=harness", "export.dataset=open-math"], ["export.dataset=open-math"]),
+        (["export=harness", "export.push_to=me/model"], ["export.push_to=me/model"]),
+        (
+            ["export=compressed_tensors", "format.act.compute_dtype=float32"],
+            [
+                "format.act.compute_dtype=float32",
+                "export=compressed_tensors",
+                "set format.act.compute_dtype=input",
+            ],
+        ),
+        (
+            ["export=compressed_tensors", "format=int8", "format.act.zp_order=round_then_add"],
+            ["format.act.zp_order=round_then_add", "set format.act.zp_order=add_then_round"],
+        ),
+        (
+            ["export=compressed_tensors", "format=int8", "format.act.zp_range=unsigned"],
+            ["format.act.zp_range=unsigned", "set format.act.zp_range=signed"],
+        ),
+        (
+            ["export=compressed_tensors", "format=int8", "format.act.scale_dtype=bf16"],
+            ["format.act.scale_dtype=bf16"],
+        ),
+        (
+            [
+                "export=compressed_tensors",
+                "format=w4a4kv4",
+                "format.kv.clip_k=1",
+                "format.kv.clip_v=1",
+                "format.kv.compute_dtype=float32",
+            ],
+            ["format.kv.compute_dtype=float32", "set format.kv.compute_dtype=input"],
+        ),
+        *[
+            (
+                ["export=harness", *more, f"export.{part}={value}"],
+                [f"export.{part}={value}", "letters", "shorter"],
+            )
+            for more, part, value in (
+                ([], "base", "b" * 300),
+                ([], "dataset", "d" * 300),
+                ([], "peft", f"LoRa{'1' * 300}"),
+                (["export.base=short"], "dataset", "d" * 220),
+            )
+        ],
+        (
+            ["export=harness", f"export.path={'p' * 300}"],
+            ["export.path=ppp", "too long", "another folder"],
+        ),
+    ],
+    ids=str,
+)
 def test_what_a_layout_cannot_hold_is_refused_before_any_work(tmp_path, settings, words):
     with pytest.raises(ConfigError) as caught:
         run(tmp_path, *settings)
@@ -301,11 +440,24 @@ def test_what_a_layout_cannot_hold_is_refused_before_any_work(tmp_path, settings
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("settings", [{}, {"r4": "off"}, {"r3": "on", "r4": "off"}, {"r1": "random"},
-                                      {"name": "hadamard"}, {"name": "pca"}, {"name": "pca", "head": False},
-                                      {"name": "smoothquant"}, {"name": "identity"}, {"name": "adacodec", "steps": 1},
-                                      {"name": "adacodec", "steps": 1, "placement": "merged"},
-                                      {"name": "adacodec", "steps": 1, "placement": "site"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"r4": "off"},
+        {"r3": "on", "r4": "off"},
+        {"r1": "random"},
+        {"name": "hadamard"},
+        {"name": "pca"},
+        {"name": "pca", "head": False},
+        {"name": "smoothquant"},
+        {"name": "identity"},
+        {"name": "adacodec", "steps": 1},
+        {"name": "adacodec", "steps": 1, "placement": "merged"},
+        {"name": "adacodec", "steps": 1, "placement": "site"},
+    ],
+    ids=str,
+)
 def test_what_a_transform_says_stays_online_is_what_does(settings):
     adapter = Adapter(Tiny().load()[0])
     swap(adapter)

@@ -27,14 +27,20 @@ COMMAND = "python run.py format=w4a4kv4 'data.path=a|b'"
 
 def run_name(*overrides: str, **export) -> Name:
     cfg, choices = composed(*overrides)
-    plain = settings(cfg) | {"export": {"base": None, "dataset": None, "training": None, "peft": None, **export}}
-    parts = {part: build(plain["format"][part], f"format.{part}", base) for part, base in PARTS.items()}
+    plain = settings(cfg) | {
+        "export": {"base": None, "dataset": None, "training": None, "peft": None, **export}
+    }
+    parts = {
+        part: build(plain["format"][part], f"format.{part}", base) for part, base in PARTS.items()
+    }
     scheme = Scheme(**parts, overrides=resolve(plain["format"], FAMILIES["llama"], 2))
     return Name.of(plain, choices, scheme, "lm_head")
 
 
 def test_the_example():
-    name = Name("Qwen3-0.6B", "openmath", "SFT", "LoRa256", "QuaRot", weight=4, group=64, act=4, kv=4)
+    name = Name(
+        "Qwen3-0.6B", "openmath", "SFT", "LoRa256", "QuaRot", weight=4, group=64, act=4, kv=4
+    )
     assert str(name) == EXAMPLE
     assert Name.parse(EXAMPLE) == name
 
@@ -42,10 +48,18 @@ def test_the_example():
 def test_every_name_is_read_back():
     bases = ("Qwen3-0.6B", "SmolLM2-135M-Instruct", "Llama-3.2-1B", "smollm2_135m", "X-w4_g64")
     methods = (None, "GPTQ", "QuaRot.GPTQ", "kv4")
-    words = list(itertools.product((None, "wikitext2", "w4"), (None, "SFT"), (None, "LoRa256"), methods))
-    tags = ((4, 64, 4, 4, "fp16"), (3, None, 16, 16, 4), ("nvfp4", 16, "nvfp4", 8, "mxfp8.e5m2"), (2, "tensor", 8, 2, "fp4"),
-            ("fouroversix", 16, "fouroversix", 16, "fp16"), ("mixed4", 32, "mixedfouroversix", 16, 8),
-            ("auto4.5", None, 8, 8, 8))
+    words = list(
+        itertools.product((None, "wikitext2", "w4"), (None, "SFT"), (None, "LoRa256"), methods)
+    )
+    tags = (
+        (4, 64, 4, 4, "fp16"),
+        (3, None, 16, 16, 4),
+        ("nvfp4", 16, "nvfp4", 8, "mxfp8.e5m2"),
+        (2, "tensor", 8, 2, "fp4"),
+        ("fouroversix", 16, "fouroversix", 16, "fp16"),
+        ("mixed4", 32, "mixedfouroversix", 16, 8),
+        ("auto4.5", None, 8, 8, 8),
+    )
     texts = set()
     for base, own, (weight, group, act, kv, head) in itertools.product(bases, words, tags):
         if own[0] and not any(own[1:]):
@@ -56,53 +70,86 @@ def test_every_name_is_read_back():
     assert len(texts) == 5 * (3 * 2 * 2 * 4 - 2) * 7
 
 
-@pytest.mark.parametrize(("text", "name"), [
-    ("Qwen3-0.6B-QuaRot_w4_g64_a4", Name("Qwen3-0.6B", method="QuaRot", weight=4, group=64, act=4, kv=8)),
-    ("Qwen3-0.6B-QuaRot_w4_kv4_headw4", Name("Qwen3-0.6B", method="QuaRot", weight=4, act=8, kv=4, head=4)),
-    ("Llama-3.2-1B-openmath_SFT_w8", Name("Llama-3.2-1B", "openmath", "SFT", weight=8, act=8, kv=8)),
-])
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (
+            "Qwen3-0.6B-QuaRot_w4_g64_a4",
+            Name("Qwen3-0.6B", method="QuaRot", weight=4, group=64, act=4, kv=8),
+        ),
+        (
+            "Qwen3-0.6B-QuaRot_w4_kv4_headw4",
+            Name("Qwen3-0.6B", method="QuaRot", weight=4, act=8, kv=4, head=4),
+        ),
+        (
+            "Llama-3.2-1B-openmath_SFT_w8",
+            Name("Llama-3.2-1B", "openmath", "SFT", weight=8, act=8, kv=8),
+        ),
+    ],
+)
 def test_names_written_elsewhere_mean_8_where_they_say_nothing(text, name):
     assert Name.parse(text) == name
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("QuaRot_w4", ["no hyphen"]),
-    ("X-QuaRot_w4_q64", ["'q64'"]),
-    ("X-QuaRot_wx_g64_a4", ["'wx'"]),
-    ("X-QuaRot_w4_a4_g64", ["'a4'"]),
-    ("X-w4_g64_headache", ["'headache'"]),
-    ("X-g64", ["nothing"]),
-    ("X-SFT_openmath_QuaRot_w4", ["'openmath'", "dataset", "training"]),
-    ("X-a_b_QuaRot_w4", ["'b'", "dataset"]),
-    ("X-_w4", ["method="]),
-    ("-QuaRot_w4", ["base="]),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("QuaRot_w4", ["no hyphen"]),
+        ("X-QuaRot_w4_q64", ["'q64'"]),
+        ("X-QuaRot_wx_g64_a4", ["'wx'"]),
+        ("X-QuaRot_w4_a4_g64", ["'a4'"]),
+        ("X-w4_g64_headache", ["'headache'"]),
+        ("X-g64", ["nothing"]),
+        ("X-SFT_openmath_QuaRot_w4", ["'openmath'", "dataset", "training"]),
+        ("X-a_b_QuaRot_w4", ["'b'", "dataset"]),
+        ("X-_w4", ["method="]),
+        ("-QuaRot_w4", ["base="]),
+    ],
+)
 def test_what_cannot_be_read_is_named(text, words):
     with pytest.raises(ValueError) as error:
         Name.parse(text)
     assert all(word in str(error.value) for word in [text, *words])
 
 
-@pytest.mark.parametrize(("parts", "words"), [
-    ({"dataset": "open-math", "method": "RTN"}, "dataset=open-math"),
-    ({"dataset": "LoRA8", "method": "RTN"}, "dataset=LoRA8"),
-    ({"dataset": "openmath"}, "dataset=openmath: alone"),
-    ({"training": "tuned"}, "training=tuned.*SFT"),
-    ({"method": "Qua_Rot"}, "method=Qua_Rot"),
-    ({"act": "w4"}, "act=w4"),
-    ({"weight": "4"}, "weight=4"),
-])
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"dataset": "open-math", "method": "RTN"}, "dataset=open-math"),
+        ({"dataset": "LoRA8", "method": "RTN"}, "dataset=LoRA8"),
+        ({"dataset": "openmath"}, "dataset=openmath: alone"),
+        ({"training": "tuned"}, "training=tuned.*SFT"),
+        ({"method": "Qua_Rot"}, "method=Qua_Rot"),
+        ({"act": "w4"}, "act=w4"),
+        ({"weight": "4"}, "weight=4"),
+    ],
+)
 def test_what_would_not_be_read_back_is_refused(parts, words):
     with pytest.raises(ValueError, match=words):
         Name(**{"base": "X", "weight": 4} | parts)
 
 
 def test_runs_of_a_sweep_have_names_of_their_own():
-    formats = ("nvfp4", "fouroversix", "mxfp4", "mxfp6", "mxfp8", "fp4", "int4", "int8", "w4a4kv4", "w4a8kv4", "w4a8kv8",
-               "auto")
+    formats = (
+        "nvfp4",
+        "fouroversix",
+        "mxfp4",
+        "mxfp6",
+        "mxfp8",
+        "fp4",
+        "int4",
+        "int8",
+        "w4a4kv4",
+        "w4a8kv4",
+        "w4a8kv8",
+        "auto",
+    )
     names = [run_name(f"format={format}") for format in formats]
-    names += [run_name("format=int4", f"transform={x}", f"solver={y}")
-              for x in ("hadamard", "quarot", "jointquant", "jq_seed", "adacodec") for y in ("rtn", "gptq", "awq")]
+    names += [
+        run_name("format=int4", f"transform={x}", f"solver={y}")
+        for x in ("hadamard", "quarot", "jointquant", "jq_seed", "adacodec")
+        for y in ("rtn", "gptq", "awq")
+    ]
     assert len({str(name) for name in names}) == len(names)
     assert all(Name.parse(str(name)) == name for name in names)
     assert str(names[0]) == "SmolLM2-135M-Instruct-GPTQ_wnvfp4_g16_anvfp4_kv16_headfp16"
@@ -112,11 +159,34 @@ def test_runs_of_a_sweep_have_names_of_their_own():
 
 def test_a_name_says_what_the_settings_change():
     overrides = "format.overrides={lm_head: mxfp8, down_proj: 8}"
-    assert str(run_name("model=qwen3_0_6b", "format=int8", "solver=rtn", dataset="openmath", training="SFT", peft="LoRa256")) \
+    assert (
+        str(
+            run_name(
+                "model=qwen3_0_6b",
+                "format=int8",
+                "solver=rtn",
+                dataset="openmath",
+                training="SFT",
+                peft="LoRa256",
+            )
+        )
         == "Qwen3-0.6B-openmath_SFT_LoRa256_RTN_w8_a8_kv16_headfp16"
-    assert str(run_name("format=int4", overrides, base="Llama-3.2-1B")) == "Llama-3.2-1B-GPTQ_wmixed4_g64_a4_kv16_headmxfp8"
-    assert str(run_name("format=mxfp6", "format.weight.element=e3m2", "format.act.bits=16", "format.kv.bits=3")) \
+    )
+    assert (
+        str(run_name("format=int4", overrides, base="Llama-3.2-1B"))
+        == "Llama-3.2-1B-GPTQ_wmixed4_g64_a4_kv16_headmxfp8"
+    )
+    assert (
+        str(
+            run_name(
+                "format=mxfp6",
+                "format.weight.element=e3m2",
+                "format.act.bits=16",
+                "format.kv.bits=3",
+            )
+        )
         == "SmolLM2-135M-Instruct-GPTQ_wmxfp6.e3m2_g32_a16_kv3_headfp16"
+    )
     assert run_name("format=auto").weight == "auto4.5"
     assert run_name("transform.smooth={alpha: 0.5, when: before}").method == "SmoothQuant.GPTQ"
     with pytest.raises(ConfigError, match=r"export\.dataset=open-math"):
@@ -134,7 +204,10 @@ def test_a_base_is_the_models_name_and_a_hub_id_what_it_is(tmp_path, monkeypatch
         (["model=smollm2_135m"], "SmolLM2-135M-Instruct", None),
         (["model=llama32_1b"], "Llama-3.2-1B", "meta-llama/Llama-3.2-1B"),
         (["model=hf", "model.path=owner/its-model"], "its-model", "owner/its-model"),
-        *[(["model=hf", f"model.path='{path}'"], "my-model", None) for path in (folder, ".", "~/my-model", "../my-model/")],
+        *[
+            (["model=hf", f"model.path='{path}'"], "my-model", None)
+            for path in (folder, ".", "~/my-model", "../my-model/")
+        ],
     ):
         cfg, _ = composed(*overrides)
         model = settings(cfg)["model"]
@@ -163,46 +236,97 @@ def about(tmp_path_factory):
     merge.swap(adapter)
     untie(model)
     plain = settings(cfg)
-    parts = {part: build(plain["format"][part], f"format.{part}", Format) for part in ("weight", "act")}
-    chosen = {"model.layers.0.self_attn.q_proj": parts["weight"], "model.layers.1.mlp.down_proj": NVFP4()}
-    qtensors = {name: format.quantize(model.get_submodule(name).weight) for name, format in chosen.items()}
-    metrics = {
-        "run_id": "tiny-w4a4kv4-quarot-gptq-0123456789", "command": COMMAND,
-        "stages": {
-            "baseline": {"ppl": {"wiki|text": 22.75, "pydoc": 14.1234}, "tokens": 64, "losses": {"pydoc": [3.1]},
-                         "zeroshot": {"arc_easy": {"acc": 0.5, "acc_stderr": 0.035, "n": 200}}},
-            "quantized": {"ppl": {"wiki|text": 25.5, "pydoc": float("inf")}, "tokens": 64,
-                          "divergence": {"wiki|text": {"kl": 0.2125, "top1": 0.831}},
-                          "zeroshot": {"arc_easy": {"acc": 0.41, "acc_stderr": 0.0349, "n": 200}}},
-        },
-        "marks": {"wiki|text": ["same corpus as calibration", "first 8 of 145 windows"], "pydoc": [],
-                  "arc_easy": ["first 200 documents"]},
+    parts = {
+        part: build(plain["format"][part], f"format.{part}", Format) for part in ("weight", "act")
     }
-    snapshot = Snapshot(adapter, tokenizer, Scheme(**parts, kv=KVCache()), (), qtensors, plain, choices, metrics)
+    chosen = {
+        "model.layers.0.self_attn.q_proj": parts["weight"],
+        "model.layers.1.mlp.down_proj": NVFP4(),
+    }
+    qtensors = {
+        name: format.quantize(model.get_submodule(name).weight) for name, format in chosen.items()
+    }
+    metrics = {
+        "run_id": "tiny-w4a4kv4-quarot-gptq-0123456789",
+        "command": COMMAND,
+        "stages": {
+            "baseline": {
+                "ppl": {"wiki|text": 22.75, "pydoc": 14.1234},
+                "tokens": 64,
+                "losses": {"pydoc": [3.1]},
+                "zeroshot": {"arc_easy": {"acc": 0.5, "acc_stderr": 0.035, "n": 200}},
+            },
+            "quantized": {
+                "ppl": {"wiki|text": 25.5, "pydoc": float("inf")},
+                "tokens": 64,
+                "divergence": {"wiki|text": {"kl": 0.2125, "top1": 0.831}},
+                "zeroshot": {"arc_easy": {"acc": 0.41, "acc_stderr": 0.0349, "n": 200}},
+            },
+        },
+        "marks": {
+            "wiki|text": ["same corpus as calibration", "first 8 of 145 windows"],
+            "pydoc": [],
+            "arc_easy": ["first 200 documents"],
+        },
+    }
+    snapshot = Snapshot(
+        adapter, tokenizer, Scheme(**parts, kv=KVCache()), (), qtensors, plain, choices, metrics
+    )
     return metadata(snapshot, "tiny-QuaRot.GPTQ_w4_g64_a4_kv4_headfp16", folder)
 
 
 def test_counts_and_sizes_by_hand(about):
     q, down = about["layers"]
     bits = 192 * 192 * 4 + 192 * 3 * 32  # three groups of 64 a row, scales in the model's float32
-    assert q == {"name": "model.layers.0.self_attn.q_proj", "format": "int4", "bits": 4, "group_size": 64, "shape": [192, 192],
-                 "weights": 192 * 192, "stored_bits": bits}
+    assert q == {
+        "name": "model.layers.0.self_attn.q_proj",
+        "format": "int4",
+        "bits": 4,
+        "group_size": 64,
+        "shape": [192, 192],
+        "weights": 192 * 192,
+        "stored_bits": bits,
+    }
     assert (down["format"], down["stored_bits"]) == ("nvfp4", 192 * 384 * 4 + 192 * 24 * 8 + 32)
     assert about["quantized"] == "2/15"
     assert about["formats"] == {"int4": 1, "nvfp4": 1}
     block = 2 * 192 * 192 + 2 * 64 * 192 + 3 * 192 * 384 + 2 * 192
-    before = 2 * (258 * 192 + 2 * block + 192)  # the head came tied to the embedding, and counts once
-    assert about["sizes"] == {"before": before, "after": 1000, "files": 1024, "weights": (bits + down["stored_bits"]) // 8,
-                              "reduction_percent": 100 * (1 - 1000 / before)}
-    packed = 2 * 2 * 2 * (32 * 4 + 32 + 4) / 8  # layers, keys and values, heads; codes, float32 scale, zero point
-    assert about["kv_cache"] == {"fp16": 512, "quantized": packed, "reduction_percent": 100 * (1 - packed / 512)}
+    before = 2 * (
+        258 * 192 + 2 * block + 192
+    )  # the head came tied to the embedding, and counts once
+    assert about["sizes"] == {
+        "before": before,
+        "after": 1000,
+        "files": 1024,
+        "weights": (bits + down["stored_bits"]) // 8,
+        "reduction_percent": 100 * (1 - 1000 / before),
+    }
+    packed = (
+        2 * 2 * 2 * (32 * 4 + 32 + 4) / 8
+    )  # layers, keys and values, heads; codes, float32 scale, zero point
+    assert about["kv_cache"] == {
+        "fp16": 512,
+        "quantized": packed,
+        "reduction_percent": 100 * (1 - packed / 512),
+    }
 
 
 def test_where_it_came_from(about):
     assert about["method"] == {"transform": "quarot", "solver": "gptq"}
-    assert about["calibration"] == {"corpus": "pydoc", "windows": 32, "length": 512, "order": "first"}
+    assert about["calibration"] == {
+        "corpus": "pydoc",
+        "windows": 32,
+        "length": 512,
+        "order": "first",
+    }
     assert (about["seed"], about["command"], about["run_id"][-10:]) == (3, COMMAND, "0123456789")
-    weights = {"format": "int4", "bits": 4, "group_size": 64, "granularity": "group", "symmetric": True}
+    weights = {
+        "format": "int4",
+        "bits": 4,
+        "group_size": 64,
+        "granularity": "group",
+        "symmetric": True,
+    }
     assert about["bits"]["weights"] == weights
     assert about["bits"]["kv"]["granularity"] == "head" and about["bits"]["head"]["bits"] == 16
     assert set(about["evaluation"]["baseline"]) == {"ppl", "zeroshot", "tokens"}
@@ -221,7 +345,10 @@ def test_the_card_shows_numbers_marks_and_command(about):
     assert cells(text, f"perplexity, {corpus}") == ["22.7500 cs", "25.5000 cs |"]
     assert cells(text, "perplexity, pydoc") == ["14.1234", "inf |"]
     assert cells(text, f"KL from the untouched model, {corpus}") == ["", "0.2125 cs |"]
-    assert cells(text, r"accuracy in percent, arc\_easy") == ["acc 50.0 ± 3.5 s", "acc 41.0 ± 3.5 s |"]
+    assert cells(text, r"accuracy in percent, arc\_easy") == [
+        "acc 50.0 ± 3.5 s",
+        "acc 41.0 ± 3.5 s |",
+    ]
     assert cells(text, "weights")[0] == "int4 (1), nvfp4 (1)"
     assert f"- {corpus} (cs): same corpus as calibration, first 8 of 145 windows" in text
     assert f"```sh\n{COMMAND}\n```" in text
@@ -243,7 +370,10 @@ def test_a_model_from_elsewhere_has_no_base_model(about):
     fields = yaml.safe_load(text.split("---\n")[1])
     assert not {"base_model", "base_model_relation", "license"} & set(fields)
     assert "\ntiny-llama by QuaRot and GPTQ: " in text
-    text = card(about | {"base_model": "owner/its-model", "revision": "v1", "license": "llama3.1"}, "harness")
+    text = card(
+        about | {"base_model": "owner/its-model", "revision": "v1", "license": "llama3.1"},
+        "harness",
+    )
     fields = yaml.safe_load(text.split("---\n")[1])
     assert (fields["base_model"], fields["base_model_relation"]) == ("owner/its-model", "quantized")
     assert fields["license"] == "llama3.1"

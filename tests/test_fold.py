@@ -22,7 +22,17 @@ from harness.models.merge import fuse_norms, place, swap
 from harness.models.quant_linear import SiteInput
 from harness.models.tiny import Tiny
 from harness.models.unmerged import unmerged
-from harness.transforms import Blocks, Diagonal, Kronecker, ModelShape, Placement, Role, Rotation, Transform, merge
+from harness.transforms import (
+    Blocks,
+    Diagonal,
+    Kronecker,
+    ModelShape,
+    Placement,
+    Role,
+    Rotation,
+    Transform,
+    merge,
+)
 from harness.transforms.layerwise import Ridge
 from harness.transforms.learn import Descent, Orthogonal, Teacher, held_out_loss
 from harness.transforms.pca import PCA, principal_axes
@@ -44,8 +54,17 @@ ROTATIONS = [
 ]
 PLACES = ("stream", "site")
 CODECS = list(product(PLACES, ("tied", "free")))
-LEARNED = [("spinquant", {"r3": "on"}), ("spinquant", {"objective": "lm", "r1": "random"}),
-           *(("adacodec", {"decoder": "tied", "init": "hadamard", "lr": 1, "max_angle": 0.1, "placement": p}) for p in PLACES)]
+LEARNED = [
+    ("spinquant", {"r3": "on"}),
+    ("spinquant", {"objective": "lm", "r1": "random"}),
+    *(
+        (
+            "adacodec",
+            {"decoder": "tied", "init": "hadamard", "lr": 1, "max_angle": 0.1, "placement": p},
+        )
+        for p in PLACES
+    ),
+]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_model = pytest.mark.parametrize(("family", "tie"), list(product(FAMILIES, (True, False))))
 
@@ -101,7 +120,11 @@ def layer_part(adapter, name, layer=0):
 
 
 def transform(name, **settings):
-    own = {k: v for k, v in option("transform", name).items() if k not in ("name", "smooth", "save", "load")}
+    own = {
+        k: v
+        for k, v in option("transform", name).items()
+        if k not in ("name", "smooth", "save", "load")
+    }
     return build({**own, **settings}, "transform", Transform)
 
 
@@ -113,7 +136,11 @@ def test_norm_fusion_keeps_logits_and_leaves_unit_norms(family, tie):
     adapter, before = prepared(family, tie)
     assert moved(adapter, before) < 1e-10
     assert adapter.head.weight is not part(adapter, adapter.family.embedding).weight
-    assert all((part(adapter, n).weight == 1).all() for n, role in adapter.roles.items() if role.kind == "norm")
+    assert all(
+        (part(adapter, n).weight == 1).all()
+        for n, role in adapter.roles.items()
+        if role.kind == "norm"
+    )
 
 
 @every_model
@@ -121,7 +148,9 @@ def test_norm_fusion_keeps_logits_and_leaves_unit_norms(family, tie):
 def test_rotations_keep_logits(family, tie, options):
     adapter, before = prepared(family, tie)
     placement = put(adapter, QuaRot(**options))
-    assert placement.notes["rotations"] == [name.upper() for name in OFF if options[name] not in ("off", False)]
+    assert placement.notes["rotations"] == [
+        name.upper() for name in OFF if options[name] not in ("off", False)
+    ]
     assert moved(adapter, before) < 1e-10
 
 
@@ -137,10 +166,21 @@ def test_codecs_chained_at_one_site_keep_logits(family):
     """A rotated residual stream, a merged codec and an online one, which do not commute, at each site."""
     adapter, before = prepared(family)
     context = shape_of(adapter)
-    scales = {(None, site): Diagonal(normal(n).exp()) for site, n in context.widths.items() if site != "o_in"}
-    values = {(None, "o_in"): Blocks(orthogonal(context.kv_heads, context.head_dim, context.head_dim))}
+    scales = {
+        (None, site): Diagonal(normal(n).exp())
+        for site, n in context.widths.items()
+        if site != "o_in"
+    }
+    values = {
+        (None, "o_in"): Blocks(orthogonal(context.kv_heads, context.head_dim, context.head_dim))
+    }
     online = {(None, site): Blocks(orthogonal(n, n, seed=1)) for site, n in context.widths.items()}
-    place(adapter, Placement(Blocks(orthogonal(context.hidden, context.hidden, seed=2)), {**scales, **values}, online))
+    place(
+        adapter,
+        Placement(
+            Blocks(orthogonal(context.hidden, context.hidden, seed=2)), {**scales, **values}, online
+        ),
+    )
     assert moved(adapter, before) < 1e-10
 
 
@@ -155,11 +195,21 @@ def test_online_heads_leave_the_output_of_o_alone(across):
     """Four query heads on two key/value heads of 12, tokens mixed differently by each; H_12 is not symmetric."""
     kv, repeat, d, hidden, tokens = 2, 2, 12, 20, 5
     wide = kv * repeat * d
-    context = ModelShape({"attn_in": hidden, "o_in": wide, "mlp_in": hidden, "down_in": 24}, 1, kv * repeat, kv, d, Scheme(), 0)
+    context = ModelShape(
+        {"attn_in": hidden, "o_in": wide, "mlp_in": hidden, "down_in": 24},
+        1,
+        kv * repeat,
+        kv,
+        d,
+        Scheme(),
+        0,
+    )
     placement = QuaRot(r1="random", online_heads=True).fit(context, None)
     if across is not None:
         own = Kronecker(across, torch.eye(d, dtype=F64))
-        placement = Placement(placement.residual, {(0, "o_in"): Rotation(Hadamard(d))}, {(None, "o_in"): own})
+        placement = Placement(
+            placement.residual, {(0, "o_in"): Rotation(Hadamard(d))}, {(None, "o_in"): own}
+        )
     v = Role(0, "v", "linear", "attn_in", reads_residual=True, writes="o_in")
     o = Role(0, "o", "linear", "o_in", writes="residual", heads=(kv, repeat))
     x, mix = normal(tokens, hidden), normal(kv * repeat, tokens, tokens, seed=1)
@@ -167,11 +217,15 @@ def test_online_heads_leave_the_output_of_o_alone(across):
     wo, bo = normal(hidden, wide, seed=4), normal(hidden, seed=5)
 
     def read_by_o(x, weight, bias):
-        values = (x @ weight.T + bias).view(tokens, kv, d).transpose(0, 1).repeat_interleave(repeat, 0)
+        values = (
+            (x @ weight.T + bias).view(tokens, kv, d).transpose(0, 1).repeat_interleave(repeat, 0)
+        )
         return (mix @ values).transpose(0, 1).reshape(tokens, -1)
 
     wanted = read_by_o(x, wv, bv) @ wo.T + bo
-    a = read_by_o(placement.residual.encode(x), merge(wv, placement, v), merge(bv, placement, v, "bias"))
+    a = read_by_o(
+        placement.residual.encode(x), merge(wv, placement, v), merge(bv, placement, v, "bias")
+    )
     online = placement.encoder(0, "o_in")
     torch.testing.assert_close(online.encode(a).norm(), a.norm(), rtol=1e-12, atol=0)
     a = online.encode(a)
@@ -215,7 +269,9 @@ def test_absorbing_the_transpose_is_seen_with_a_paley_matrix_only(family):
         found[n] = moved(adapter, before)
     assert found[12] > 0.1
     assert found[64] < 1e-10
-    assert torch.equal(hadamard(64), hadamard(64).T) and not torch.equal(hadamard(12), hadamard(12).T)
+    assert torch.equal(hadamard(64), hadamard(64).T) and not torch.equal(
+        hadamard(12), hadamard(12).T
+    )
 
 
 def test_forgetting_the_bias_of_v_breaks_the_model():
@@ -256,17 +312,31 @@ def test_subtracting_the_embedding_mean_changes_the_model(family):
 
 
 @every_model
-@pytest.mark.parametrize("options", [{}, {"scope": "site"}, {"block": 48}, {"post_hadamard": True}, {"head": False},
-                                     {"scope": "site", "block": 12, "post_hadamard": True, "center": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scope": "site"},
+        {"block": 48},
+        {"post_hadamard": True},
+        {"head": False},
+        {"scope": "site", "block": 12, "post_hadamard": True, "center": False},
+    ],
+    ids=str,
+)
 def test_pca_keeps_logits(family, tie, options):
     adapter, before = prepared(family, tie, fuse=False)
     placement = put(adapter, PCA(**options))
-    assert len(placement.online) == (4 if options.get("scope") == "site" else 8) + options.get("head", True)
+    assert len(placement.online) == (4 if options.get("scope") == "site" else 8) + options.get(
+        "head", True
+    )
     assert moved(adapter, before) < 1e-10
 
 
 @every_model
-@pytest.mark.parametrize("sites", [NORM_SITES, PRODUCT_SITES, None], ids=["norms", "products", "all"])
+@pytest.mark.parametrize(
+    "sites", [NORM_SITES, PRODUCT_SITES, None], ids=["norms", "products", "all"]
+)
 def test_smoothquant_keeps_logits(family, tie, sites):
     adapter, before = prepared(family, tie, fuse=False)
     kept = {name: layer_part(adapter, f"mlp.{name}_proj").weight.clone() for name in ("gate", "up")}
@@ -278,7 +348,9 @@ def test_smoothquant_keeps_logits(family, tie, sites):
         assert not torch.equal(layer_part(adapter, "mlp.up_proj").weight, kept["up"])
         scale = (layer_part(adapter, "self_attn.o_proj").weight / o).unflatten(1, (2, 3, -1))
         torch.testing.assert_close(scale, scale[:1, :, :1].expand_as(scale), rtol=1e-12, atol=0)
-        assert float(scale[0, 0, 0].std()) > 0 and not torch.allclose(scale[0, 0, 0], scale[0, 1, 0])
+        assert float(scale[0, 0, 0].std()) > 0 and not torch.allclose(
+            scale[0, 0, 0], scale[0, 1, 0]
+        )
 
 
 @every_family
@@ -288,7 +360,9 @@ def test_smoothing_scales_are_those_of_the_channel_maxima(family):
     found = SmoothQuant(0.3, PRODUCT_SITES).fit(context, subject).merged
     for site, linear in zip(PRODUCT_SITES, ("self_attn.o_proj", "mlp.down_proj")):
         weight, rows = layer_part(adapter, linear).weight, []
-        handle = layer_part(adapter, linear).register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0]))
+        handle = layer_part(adapter, linear).register_forward_pre_hook(
+            lambda _, args, rows=rows: rows.append(args[0])
+        )
         logits(adapter, WINDOWS)
         handle.remove()
         x, w = rows[0].flatten(0, 1).abs().amax(0), weight.abs().amax(0)
@@ -299,7 +373,10 @@ def test_smoothing_scales_are_those_of_the_channel_maxima(family):
 
 @every_model
 def test_smoothing_stacks_with_rotations_on_either_side(family, tie):
-    for steps in ([SmoothQuant(0.5, PRODUCT_SITES), QuaRot(**ALL)], [QuaRot(**ALL), SmoothQuant(0.5, NORM_SITES)]):
+    for steps in (
+        [SmoothQuant(0.5, PRODUCT_SITES), QuaRot(**ALL)],
+        [QuaRot(**ALL), SmoothQuant(0.5, NORM_SITES)],
+    ):
         adapter, before = prepared(family, tie)
         weight = layer_part(adapter, "mlp.down_proj").weight
         for step in steps:
@@ -336,10 +413,14 @@ def test_principal_axes_diagonalise_what_they_were_fitted_on():
         variances = rotated.diagonal()
         assert float((rotated - variances.diag()).abs().max()) < 1e-8 * trace
         assert (variances.diff() < 1e-12 * trace).all()
-        assert (v.gather(-2, v.abs().argmax(-2, keepdim=True)) > 0).all() and torch.equal(v, principal_axes(c))
+        assert (v.gather(-2, v.abs().argmax(-2, keepdim=True)) > 0).all() and torch.equal(
+            v, principal_axes(c)
+        )
         for seed in range(3):
             r = random_orthogonal(len(rotated), draw(seed))
-            assert ((r.T @ c[0] @ r).diagonal().cumsum(0) <= variances.cumsum(0) + 1e-12 * trace).all()
+            assert (
+                (r.T @ c[0] @ r).diagonal().cumsum(0) <= variances.cumsum(0) + 1e-12 * trace
+            ).all()
         spread = (even[key].encoder.mT @ c @ even[key].encoder)[0].diagonal()
         assert float(spread.std()) < 1e-10 * trace < float(variances.std())
 
@@ -354,13 +435,19 @@ def codec_matrices(adapter, placement, decoder, make):
 
 
 def codec_placement(adapter, placement, matrices):
-    gains = {(i, site): torch.linspace(0.5, 1.5, 192).double() for i in range(2) for site in ("attn_in", "mlp_in")}
+    gains = {
+        (i, site): torch.linspace(0.5, 1.5, 192).double()
+        for i in range(2)
+        for site in ("attn_in", "mlp_in")
+    }
     subject = StreamedModel(adapter, token_ids(), gains=gains)
     return transform("adacodec", placement=placement).build(shape_of(adapter), subject, matrices)
 
 
 @every_family
-@pytest.mark.parametrize("act", [INT8, NVFP4(scope="token", role="activation")], ids=["int8", "nvfp4"])
+@pytest.mark.parametrize(
+    "act", [INT8, NVFP4(scope="token", role="activation")], ids=["int8", "nvfp4"]
+)
 @pytest.mark.parametrize("case", ["quarot", *CODECS], ids=str)
 def test_live_equals_merged_with_quantizers_on(family, act, case):
     adapter, before = prepared(family)
@@ -369,7 +456,11 @@ def test_live_equals_merged_with_quantizers_on(family, act, case):
         placement = QuaRot(**{**ALL, "r1": "random"}).fit(shape_of(adapter, scheme), None)
     else:
         scheme, seeds = Scheme(act=act), iter(range(99))
-        matrices = codec_matrices(adapter, *case, lambda m: {n: orthogonal(*e.shape, seed=next(seeds)) for n, e in m.items()})
+        matrices = codec_matrices(
+            adapter,
+            *case,
+            lambda m: {n: orthogonal(*e.shape, seed=next(seeds)) for n, e in m.items()},
+        )
         placement = codec_placement(adapter, case[0], matrices)
     with unmerged(adapter, placement, scheme):
         wanted = logits(adapter, IDS)
@@ -395,17 +486,27 @@ def test_the_gradient_through_fold_is_that_of_the_live_forward(family):
     fuse_norms(adapter)
     context = shape_of(adapter)
     shapes = [(context.hidden,) * 2, (context.layers, context.kv_heads, *(context.head_dim,) * 2)]
-    leaves = [(orthogonal(*shape) + 0.02 * normal(*shape, seed=1)).requires_grad_() for shape in shapes]
+    leaves = [
+        (orthogonal(*shape) + 0.02 * normal(*shape, seed=1)).requires_grad_() for shape in shapes
+    ]
 
     def gradients(run):
         r1, r2 = leaves
-        found = run(Placement(residual=Blocks(r1), merged={(i, "o_in"): Blocks(m) for i, m in enumerate(r2)}))
+        found = run(
+            Placement(
+                residual=Blocks(r1), merged={(i, "o_in"): Blocks(m) for i, m in enumerate(r2)}
+            )
+        )
         loss = cross_entropy(found[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
         return loss.detach(), *torch.autograd.grad(loss, leaves)
 
     def folded(placement):
-        weights = fold({n: p.detach() for n, p in adapter.model.named_parameters()}, placement, adapter.roles)
-        return functional_call(adapter.model, weights, kwargs={"input_ids": IDS, "use_cache": False}).logits
+        weights = fold(
+            {n: p.detach() for n, p in adapter.model.named_parameters()}, placement, adapter.roles
+        )
+        return functional_call(
+            adapter.model, weights, kwargs={"input_ids": IDS, "use_cache": False}
+        ).logits
 
     def lived(placement):
         with unmerged(adapter, placement):
@@ -426,7 +527,9 @@ def test_the_gradient_through_fold_is_that_of_the_live_forward(family):
 @pytest.mark.parametrize("init", ["identity", "hadamard", "pca"])
 def test_adacodec_keeps_logits_where_it_starts(family, place_at, init):
     adapter, before = prepared(family)
-    placement = put(adapter, transform("adacodec", placement=place_at, init=init, steps=0), NVFP4_ACT)
+    placement = put(
+        adapter, transform("adacodec", placement=place_at, init=init, steps=0), NVFP4_ACT
+    )
     assert placement.notes["codec_gap"] < 1e-10 and placement.notes["orthogonality"] < 1e-10
     assert moved(adapter, before) < 1e-8
 
@@ -435,7 +538,9 @@ def test_adacodec_keeps_logits_where_it_starts(family, place_at, init):
 @pytest.mark.parametrize(("place_at", "decoder"), CODECS)
 def test_adacodec_leaves_the_function_only_by_free_decoders(family, place_at, decoder):
     adapter, before = prepared(family)
-    moving = codec_matrices(adapter, place_at, decoder, lambda m: Orthogonal(m, Descent(steps=20, batch=1, lr=0.1)))
+    moving = codec_matrices(
+        adapter, place_at, decoder, lambda m: Orthogonal(m, Descent(steps=20, batch=1, lr=0.1))
+    )
     for step in range(5):
         for i, matrix in enumerate(moving.free.values()):
             matrix.grad = normal(*matrix.shape, seed=100 * step + i, dtype=torch.float32)
@@ -444,9 +549,16 @@ def test_adacodec_leaves_the_function_only_by_free_decoders(family, place_at, de
     assert all(deviation(matrix) < 1e-5 for matrix in found.values())
     for name in (n for n in found if f"{n}^" in found):
         encoder = found[name]
-        encoder = encoder[:, None] if found[f"{name}^"].ndim > encoder.ndim and name != "R1" else encoder
+        encoder = (
+            encoder[:, None] if found[f"{name}^"].ndim > encoder.ndim and name != "R1" else encoder
+        )
         assert float((encoder - found[f"{name}^"]).abs().amax((-2, -1)).min()) > 1e-2
-    place(adapter, codec_placement(adapter, place_at, {name: project(matrix.double()) for name, matrix in found.items()}))
+    place(
+        adapter,
+        codec_placement(
+            adapter, place_at, {name: project(matrix.double()) for name, matrix in found.items()}
+        ),
+    )
     assert moved(adapter, before) > 0.1 if decoder == "free" else moved(adapter, before) < 1e-8
 
 
@@ -460,8 +572,15 @@ def test_learning_returns_the_matrices_of_the_least_held_out_loss(objective, lr,
     assert least < before if improves else least == before
     teacher = Teacher(subject) if objective == "kd" else None
     assert held_out_loss(subject, scheme, placement, teacher) == pytest.approx(least, rel=1e-3)
-    codecs = [placement.residual, *placement.merged.values(), *placement.online.values(), *placement.encoders.values()]
-    eye = [torch.eye(codec.encoder.shape[-1], dtype=F64).expand_as(codec.encoder) for codec in codecs]
+    codecs = [
+        placement.residual,
+        *placement.merged.values(),
+        *placement.online.values(),
+        *placement.encoders.values(),
+    ]
+    eye = [
+        torch.eye(codec.encoder.shape[-1], dtype=F64).expand_as(codec.encoder) for codec in codecs
+    ]
     assert all(torch.equal(codec.encoder, start) != improves for codec, start in zip(codecs, eye))
 
 
@@ -483,13 +602,21 @@ def test_a_teacher_says_the_same_from_what_it_kept():
 @pytest.mark.parametrize(("name", "settings"), LEARNED, ids=str)
 def test_learned_rotations_keep_logits_of_stock_float32(family, name, settings):
     adapter, before = prepared(family, model=stock)
-    start, least = put(adapter, transform(name, **settings, steps=3, batch=3), NVFP4_ACT).notes["held_out_loss"]
+    start, least = put(adapter, transform(name, **settings, steps=3, batch=3), NVFP4_ACT).notes[
+        "held_out_loss"
+    ]
     assert least <= start
     assert moved(adapter, before) < 1e-4 * float(before.abs().max())
 
 
-@pytest.mark.parametrize("encoder", [torch.eye(32, dtype=F64), hadamard(32)], ids=["identity", "hadamard"])
-@pytest.mark.parametrize("act", [NVFP4_ACT.dynamic(), Integer(granularity="token", role="activation")], ids=["nvfp4", "int4"])
+@pytest.mark.parametrize(
+    "encoder", [torch.eye(32, dtype=F64), hadamard(32)], ids=["identity", "hadamard"]
+)
+@pytest.mark.parametrize(
+    "act",
+    [NVFP4_ACT.dynamic(), Integer(granularity="token", role="activation")],
+    ids=["nvfp4", "int4"],
+)
 def test_a_ridge_decoder_lowers_the_error_of_what_it_was_fitted_on(act, encoder):
     x = (normal(512, 64) @ normal(64, 64, seed=1) + normal(64, seed=2)).float()
     codec = Blocks(encoder)
@@ -500,4 +627,6 @@ def test_a_ridge_decoder_lowers_the_error_of_what_it_was_fitted_on(act, encoder)
     x = x.double()
     undecoded = float((codec.decode(q) - x).square().sum() / x.square().sum())
     assert error < undecoded
-    assert error == pytest.approx(float((q @ decoder[0] - x).square().sum() / x.square().sum()), rel=1e-3)
+    assert error == pytest.approx(
+        float((q @ decoder[0] - x).square().sum() / x.square().sum()), rel=1e-3
+    )

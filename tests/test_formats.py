@@ -36,11 +36,23 @@ FORMATS = {
     "int4_asym": Integer(granularity="group", group_size=32, symmetric=False),
     "int8_asym_token": Integer(bits=8, granularity="token", symmetric=False, role="activation"),
     "int3_narrow": Integer(bits=3, int_range="narrow", clip=0.9),
-    "int4_half_range": Integer(int_scale="half_range", granularity="group", group_size=16, scale_dtype="input"),
+    "int4_half_range": Integer(
+        int_scale="half_range", granularity="group", group_size=16, scale_dtype="input"
+    ),
     "int5_aimet": Integer(bits=5, int_scale="aimet"),
-    "int4_signed": Integer(symmetric=False, zp_order="add_then_round", zp_range="signed", incl0="always", degenerate="eps"),
-    "int4_offset": Integer(granularity="token", symmetric=False, zp="float_offset", role="activation"),
-    "int4_input": Integer(granularity="group", group_size=32, symmetric=False, compute_dtype="input"),
+    "int4_signed": Integer(
+        symmetric=False,
+        zp_order="add_then_round",
+        zp_range="signed",
+        incl0="always",
+        degenerate="eps",
+    ),
+    "int4_offset": Integer(
+        granularity="token", symmetric=False, zp="float_offset", role="activation"
+    ),
+    "int4_input": Integer(
+        granularity="group", group_size=32, symmetric=False, compute_dtype="input"
+    ),
     "int2_mse": Integer(bits=2, observer="mse"),
     "fp4": FP4(),
     "fp4_channel_bf16": FP4(granularity="channel", group_size=None, scale_dtype="bf16"),
@@ -65,23 +77,45 @@ FORMATS = {
     "mxfp8_e4m3": MX(element="e4m3", bits=8, mx_scale="even", mx_even_mbits=1),
     "mxfp8_e5m2": MX(element="e5m2", bits=8),
 }
-BLOCK_MX = ("mxfp4", "mxfp4_even", "mxfp4_ceil", "mxfp4_rceil", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2")
-CLIPPING = ("int5_aimet", "int4_half_range", "int2_mse")  # reach the least code, which has no positive twin
+BLOCK_MX = (
+    "mxfp4",
+    "mxfp4_even",
+    "mxfp4_ceil",
+    "mxfp4_rceil",
+    "mxfp6_e2m3",
+    "mxfp6_e3m2",
+    "mxfp8_e4m3",
+    "mxfp8_e5m2",
+)
+CLIPPING = (
+    "int5_aimet",
+    "int4_half_range",
+    "int2_mse",
+)  # reach the least code, which has no positive twin
 SYMMETRIC = [name for name, format in FORMATS.items() if format.symmetric and name not in CLIPPING]
-ACTIVATIONS = {name: replace(format, role="activation") for name, format in FORMATS.items()
-               if format.granularity != "channel"} | {
+ACTIVATIONS = {
+    name: replace(format, role="activation")
+    for name, format in FORMATS.items()
+    if format.granularity != "channel"
+} | {
     "fp4_tensor": FP4(granularity="tensor", group_size=None, role="activation"),
     "fouroversix_token": FourOverSix(scope="token", role="activation"),
     "nvfp4_static": NVFP4(scope="static", role="activation"),
     "int8_static": Integer(bits=8, granularity="tensor", range="static", role="activation"),
-    "int2_static_mse": Integer(bits=2, granularity="tensor", range="static", observer="mse", role="activation"),
+    "int2_static_mse": Integer(
+        bits=2, granularity="tensor", range="static", observer="mse", role="activation"
+    ),
     "int4_token_mse": Integer(granularity="token", observer="mse", role="activation"),
-    "int4_token_patient": Integer(granularity="token", observer="mse", mse=MSE(patience=1), role="activation"),
+    "int4_token_patient": Integer(
+        granularity="token", observer="mse", mse=MSE(patience=1), role="activation"
+    ),
 }
 
 
 def named(*names):
-    return pytest.mark.parametrize("format", [pytest.param(FORMATS[name], id=name) for name in names or FORMATS])
+    return pytest.mark.parametrize(
+        "format", [pytest.param(FORMATS[name], id=name) for name in names or FORMATS]
+    )
 
 
 def data(*shape, dtype=torch.float32, seed=0):
@@ -136,8 +170,11 @@ def extremes(dtype):
     return rows | {"mixed": torch.stack([row[2] for row in rows.values()])}
 
 
-INPUT = {f"{name}, input": replace(format, compute_dtype="input") for name, format in FORMATS.items()
-         if format.compute_dtype == "float32" and not isinstance(format, FourOverSix)}
+INPUT = {
+    f"{name}, input": replace(format, compute_dtype="input")
+    for name, format in FORMATS.items()
+    if format.compute_dtype == "float32" and not isinstance(format, FourOverSix)
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -147,7 +184,9 @@ def test_fake_is_quantize_then_dequantize_at_the_ends_of_a_dtype(name, dtype):
     for values, x in extremes(dtype).items():
         dq = format.fake(x)
         identical(dq, format.quantize(x).dequantize())
-        overflows = isinstance(format, FourOverSix) and dtype != torch.float16  # 1536 amax, its reference's order of products
+        overflows = (
+            isinstance(format, FourOverSix) and dtype != torch.float16
+        )  # 1536 amax, its reference's order of products
         assert overflows or dq.isfinite().all(), values
         assert values != "zeros" or (dq == 0).all()
 
@@ -157,7 +196,9 @@ def test_mx_elements_in_float32_are_those_in_bfloat16(format):
     """Powers of two: every quotient and product is as exact in the model's own dtype, as serving engines compute it."""
     for x in (*extremes(torch.bfloat16).values(), data(64, 96, dtype=torch.bfloat16)):
         blocks, (scale,) = blocks_of(format, x), format.lattice(format.scales(x), torch.bfloat16)
-        own = format.grid.round_(blocks / scale.unsqueeze(-1), format.fp4_ties) * scale.unsqueeze(-1)
+        own = format.grid.round_(blocks / scale.unsqueeze(-1), format.fp4_ties) * scale.unsqueeze(
+            -1
+        )
         identical(replace(format, compute_dtype="input").fake(x), own.flatten(-2))
 
 
@@ -186,7 +227,9 @@ def test_snapped_values_are_representable(format):
     scales = format.scales(w)
     for values in (w, other):  # other: what error feedback makes of w
         blocks = format.split(values)
-        snapped = format.join(format.snap(blocks, *(t.unsqueeze(-1) for t in format.lattice(scales))), values.shape)
+        snapped = format.join(
+            format.snap(blocks, *(t.unsqueeze(-1) for t in format.lattice(scales))), values.shape
+        )
         codes = format.encode(snapped, scales)
         identical(format.decode(codes, scales), snapped)
         identical(format.quantize(values, scales).dequantize(), snapped)
@@ -212,7 +255,9 @@ def test_groups_can_be_observed_one_at_a_time(format):
     w = data(8, 128)
     whole = format.scales(w)
     parts = [format.scales(part, whole.global_scale) for part in w.split(format.group_size, dim=-1)]
-    assert torch.equal(torch.cat([part.scale.float() for part in parts], dim=-1), whole.scale.float())
+    assert torch.equal(
+        torch.cat([part.scale.float() for part in parts], dim=-1), whole.scale.float()
+    )
     if whole.zero is not None:
         assert torch.equal(torch.cat([part.zero for part in parts], dim=-1), whole.zero)
 
@@ -257,10 +302,17 @@ def test_requantizing_moves_the_last_bit_at_most(format):
     dq = q.dequantize()
     moved = (format.fake(dq) - dq).abs()
     if isinstance(format, NVFP4):
-        unit, moved = dq.abs(), moved.masked_fill((q.scales.scale.float() < 2**-6).repeat_interleave(16, dim=-1), 0)
+        unit, moved = (
+            dq.abs(),
+            moved.masked_fill((q.scales.scale.float() < 2**-6).repeat_interleave(16, dim=-1), 0),
+        )
     else:
         blocks = blocks_of(format, dq)
-        unit = (blocks.amax(-1, keepdim=True) - blocks.amin(-1, keepdim=True)).expand_as(blocks).reshape(dq.shape)
+        unit = (
+            (blocks.amax(-1, keepdim=True) - blocks.amin(-1, keepdim=True))
+            .expand_as(blocks)
+            .reshape(dq.shape)
+        )
     assert (moved <= torch.nextafter(unit, torch.tensor(torch.inf)) - unit).all()
 
 
@@ -295,7 +347,15 @@ def test_powers_of_two_pass_through(format, k):
     identical(format.fake(x * 2.0**k), format.fake(x) * 2.0**k)
 
 
-@named("int4", "int4_group", "int4_asym", "int8_asym_token", "int4_offset", "int5_aimet", "int4_half_range")
+@named(
+    "int4",
+    "int4_group",
+    "int4_asym",
+    "int8_asym_token",
+    "int4_offset",
+    "int5_aimet",
+    "int4_half_range",
+)
 def test_integer_error_is_at_most_half_a_step(format):
     x = data(32, 128)
     q = format.quantize(x)
@@ -316,18 +376,27 @@ def test_asymmetric_groups_far_from_zero_keep_their_resolution():
 
 
 @pytest.mark.parametrize("side", [-0.5, 0.5, 0.0])
-@pytest.mark.parametrize("knobs", [
-    {"zp_range": "signed"}, {"zp_range": "signed", "zp_order": "add_then_round"}, {"zp_range": "signed", "incl0": "always"},
-    {"zp_range": "unsigned", "incl0": "always"}, {"zp_range": "signed", "role": "activation"},
-    {"zp_range": "signed", "scale_dtype": "bf16", "degenerate": "eps"},
-    {"zp_range": "signed", "granularity": "channel", "group_size": None},
-    {"zp_range": "signed", "granularity": "tensor", "group_size": None},
-], ids=str)
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"zp_range": "signed"},
+        {"zp_range": "signed", "zp_order": "add_then_round"},
+        {"zp_range": "signed", "incl0": "always"},
+        {"zp_range": "unsigned", "incl0": "always"},
+        {"zp_range": "signed", "role": "activation"},
+        {"zp_range": "signed", "scale_dtype": "bf16", "degenerate": "eps"},
+        {"zp_range": "signed", "granularity": "channel", "group_size": None},
+        {"zp_range": "signed", "granularity": "tensor", "group_size": None},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_zero_points_that_are_codes_keep_groups_on_one_side_of_zero(bits, knobs, side):
     """Zero lies in the range of each group, so no code is lost to a zero point that had to be clamped."""
     x = side + data(16, 64) / 500
-    format = Integer(bits=bits, symmetric=False, **{"granularity": "group", "group_size": 32} | knobs)
+    format = Integer(
+        bits=bits, symmetric=False, **{"granularity": "group", "group_size": 32} | knobs
+    )
     q = format.quantize(x)
     assert q.scales.zero.min() >= format.qmin and q.scales.zero.max() <= format.qmax
     step = (x.amax().clamp(min=0) - x.amin().clamp(max=0)) / (2**bits - 1)
@@ -339,7 +408,9 @@ def test_zero_points_that_are_codes_keep_groups_on_one_side_of_zero(bits, knobs,
 def test_searched_zero_points_are_codes_too(shrink, zp_range):
     x = data(32, 64).abs()
     for side in (x, -x):
-        format = Integer(granularity="group", group_size=32, symmetric=False, incl0="always", zp_range=zp_range)
+        format = Integer(
+            granularity="group", group_size=32, symmetric=False, incl0="always", zp_range=zp_range
+        )
         searched = replace(format, observer="mse", mse={"shrink": shrink})
         zero = searched.scales(side).zero
         assert zero.min() >= format.qmin and zero.max() <= format.qmax
@@ -349,7 +420,11 @@ def test_searched_zero_points_are_codes_too(shrink, zp_range):
 
 def test_float_offsets_and_unsigned_groups_need_no_zero():
     x = 0.5 + data(16, 64) / 500
-    for knobs in ({}, {"incl0": "never"}, {"zp": "float_offset", "zp_range": "signed", "incl0": "never"}):
+    for knobs in (
+        {},
+        {"incl0": "never"},
+        {"zp": "float_offset", "zp_range": "signed", "incl0": "never"},
+    ):
         format = Integer(bits=8, granularity="group", group_size=32, symmetric=False, **knobs)
         assert (format.fake(x) - x).abs().max() <= (x.amax() - x.amin()) / 255
 
@@ -403,7 +478,10 @@ def test_four_over_six_takes_the_better_candidate():
         chosen = format.quantize(x)
         six = NVFP4(global_scale="amax_256").scales(x).scale
         only_six = format.quantize(x, Scales(six, None, chosen.scales.global_scale)).dequantize()
-        e, e_six = (error(blocks_of(format, x), blocks_of(format, dq), norm) for dq in (chosen.dequantize(), only_six))
+        e, e_six = (
+            error(blocks_of(format, x), blocks_of(format, dq), norm)
+            for dq in (chosen.dequantize(), only_six)
+        )
         assert (e <= e_six * (1 + 1e-5)).all()
         assert (chosen.scales.scale.float() != six.float()).any()
 
@@ -417,7 +495,10 @@ def test_a_scale_per_token_keeps_tokens_apart(format):
     identical(format.fake(x)[1, 2], format.fake(x[1, 2]))
 
 
-@pytest.mark.parametrize("format", [NVFP4(role="activation", scope="static"), FourOverSix(role="activation", scope="static")])
+@pytest.mark.parametrize(
+    "format",
+    [NVFP4(role="activation", scope="static"), FourOverSix(role="activation", scope="static")],
+)
 def test_static_global_scale(format):
     x = data(330, 416)
     assert format.needs_static
@@ -436,7 +517,9 @@ def test_a_shared_global_scale_is_that_of_the_largest():
     a, b = data(16, 64), 4 * data(16, 64, seed=1)
     format = NVFP4()
     shared = format.global_from_amax(torch.maximum(a.abs().amax(), b.abs().amax()))
-    assert torch.equal(shared, torch.minimum(format.scales(a).global_scale, format.scales(b).global_scale))
+    assert torch.equal(
+        shared, torch.minimum(format.scales(a).global_scale, format.scales(b).global_scale)
+    )
     together = format.fake(torch.cat([a, b]))
     identical(format.quantize(a, global_scale=shared).dequantize(), together[:16])
 
@@ -490,7 +573,9 @@ def test_nan_activations_stay_visible(format):
     if everything:
         assert dq.isnan().all()
     elif getattr(format, "scope", "") == "token":
-        assert torch.equal(dq.isnan(), torch.tensor([False, True, False, False])[:, None].expand(4, 64))
+        assert torch.equal(
+            dq.isnan(), torch.tensor([False, True, False, False])[:, None].expand(4, 64)
+        )
     else:
         own = blocks_of(format, torch.zeros(4, 64)).clone()
         own[1, 0] = 1
@@ -517,7 +602,9 @@ def test_grid_points_are_fixed_and_codes_unique(grid):
     assert torch.equal(grid.round_(values.clone()), values)
     nonzero = values != 0
     assert torch.equal(grid.encode(values, values < 0)[nonzero], codes[nonzero])
-    assert torch.equal(grid.round_(torch.tensor([1e30, -torch.inf])), torch.tensor([grid.max, -grid.max]))
+    assert torch.equal(
+        grid.round_(torch.tensor([1e30, -torch.inf])), torch.tensor([grid.max, -grid.max])
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -530,7 +617,11 @@ def test_eight_bit_casts_are_those_of_torch(dtype):
 def test_ties():
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
     ties = torch.cat([ties, -ties])
-    rules = {"even": [0, 1, 1, 2, 2, 4, 4], "zero": [0, 0.5, 1, 1.5, 2, 3, 4], "away": [0.5, 1, 1.5, 2, 3, 4, 6]}
+    rules = {
+        "even": [0, 1, 1, 2, 2, 4, 4],
+        "zero": [0, 0.5, 1, 1.5, 2, 3, 4],
+        "away": [0.5, 1, 1.5, 2, 3, 4, 6],
+    }
     for rule, want in rules.items():
         want = torch.tensor([float(v) for v in want])
         assert torch.equal(E2M1.round_(ties.clone(), rule), torch.cat([want, -want]))
@@ -565,14 +656,18 @@ def test_mx_scale_rules():
     g = torch.Generator().manual_seed(0)
     peaks = torch.exp2(torch.rand(4000, generator=g, dtype=torch.float64) * 250 - 130).float()
     powers = 6 * torch.exp2(torch.arange(-140.0, 120.0))
-    peaks = torch.cat([peaks, powers, torch.nextafter(powers, powers * 2), torch.nextafter(powers, powers * 0)])
+    peaks = torch.cat(
+        [peaks, powers, torch.nextafter(powers, powers * 2), torch.nextafter(powers, powers * 0)]
+    )
     peaks = peaks[peaks > 0]
     x = torch.zeros(len(peaks), 32)
     x[:, 5] = peaks
 
     def scale(rule):
         format = MX(mx_scale=rule)
-        return format.scales(x).scale[:, 0].int(), format.lattice(format.scales(x))[0][:, 0].double()
+        return format.scales(x).scale[:, 0].int(), format.lattice(format.scales(x))[0][
+            :, 0
+        ].double()
 
     k, s = scale("rceil")
     assert (s * 6 * (1 + 2**-23) >= peaks.double()).all()
@@ -611,12 +706,18 @@ def test_mx_scale_rules():
         (lambda: Integer(granularity="group"), "a group needs a size"),
         (lambda: Integer(granularity="channel", group_size=64), "contradicts"),
         (lambda: Integer(granularity="token"), "granularity=channel"),
-        (lambda: FP4(granularity="channel", group_size=None, role="activation"), "granularity=token"),
+        (
+            lambda: FP4(granularity="channel", group_size=None, role="activation"),
+            "granularity=token",
+        ),
         (lambda: Integer(granularity="group", group_size=0), "group_size=0"),
         (lambda: Integer(clip=0.0), "clip=0.0"),
         (lambda: Integer(clip=1.5), "clip=1.5"),
         (lambda: Integer(zp="float_offset"), "symmetric=false"),
-        (lambda: Integer(symmetric=False, zp_range="signed", incl0="never"), "incl0=never with zp_range=signed"),
+        (
+            lambda: Integer(symmetric=False, zp_range="signed", incl0="never"),
+            "incl0=never with zp_range=signed",
+        ),
         (lambda: Integer(int_scale="max"), "qmax, half_range, aimet"),
         (lambda: Integer(scale_dtype="fp8"), "scale_dtype=fp8"),
         (lambda: MX(mx_scale="round"), "floor, ceil, even, rceil, fpquant"),
@@ -636,7 +737,10 @@ def test_mx_scale_rules():
         (lambda: KVCache(clip_k=0), "clip_k=0"),
         (lambda: KVCache(group_size=-2), "group_size=-2"),
         (lambda: Scheme(weight=NVFP4(role="activation")), "weight.role=activation"),
-        (lambda: Scheme(overrides={(0, "down_proj"): {"activation": None}}), "activation is not a part"),
+        (
+            lambda: Scheme(overrides={(0, "down_proj"): {"activation": None}}),
+            "activation is not a part",
+        ),
         (lambda: NVFP4().fake(torch.zeros(2, 40)), "does not divide the width 40"),
     ],
 )
@@ -650,7 +754,13 @@ def test_widths_are_checked_before_weights_exist():
     format = Integer(granularity="group", group_size=7)
     with pytest.raises(ConfigError) as refusal:
         format.check(576, "format.weight.group_size", "layers.0.o_proj")
-    for part in ("format.weight.group_size=7", "layers.0.o_proj", "576", " 64,", "format.weight.pad=zero"):
+    for part in (
+        "format.weight.group_size=7",
+        "layers.0.o_proj",
+        "576",
+        " 64,",
+        "format.weight.pad=zero",
+    ):
         assert part in str(refusal.value)
     format.check(49, "format.weight.group_size", "layers.0.o_proj")
     replace(format, pad="zero").check(576, "format.weight.group_size", "layers.0.o_proj")
@@ -681,13 +791,17 @@ def test_overrides_replace_one_part():
     assert scheme.part("act", 0, "mlp.down_proj") is scheme.act
     assert scheme.part("weight", 1, "mlp.down_proj") is scheme.weight
     assert scheme.weights(0, ["mlp.up_proj", "mlp.down_proj"]) == {"mlp.down_proj": scheme.weight}
-    assert scheme.part("weight", None, "lm_head") is None, "the head is quantized by an override only"
+    assert scheme.part("weight", None, "lm_head") is None, (
+        "the head is quantized by an override only"
+    )
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_static_range_is_the_calibrated_one(symmetric):
     """Values quantized on the grid of the range seen, whatever they are themselves; beyond it they are clamped."""
-    static = Integer(bits=8, granularity="tensor", symmetric=symmetric, role="activation", range="static")
+    static = Integer(
+        bits=8, granularity="tensor", symmetric=symmetric, role="activation", range="static"
+    )
     seen = data(64, 48)
     g = static.calibrated(*torch.aminmax(seen))
     assert g.tolist() == [seen.min(), seen.max()]

@@ -44,9 +44,19 @@ CASES = {  # family, formats, transform, pseudo
     "nvfp4": ("llama", Scheme(weight=NV, act=NV_ACT), HadamardBlocks(16, random_signs=True), False),
     "mxfp4": ("qwen2", Scheme(weight=MX(mx_scale="rceil"), act=MX_ACT), HadamardBlocks(64), False),
     "mxfp4 fpquant": ("llama", Scheme(weight=MX4, act=MX_ACT, overrides=ALONE), Identity(), False),
-    "nvfp4 pseudo": ("qwen3", Scheme(weight=NVFP4(), act=replace(NV_ACT, fp4_ties="zero")), HadamardBlocks(16), True),
+    "nvfp4 pseudo": (
+        "qwen3",
+        Scheme(weight=NVFP4(), act=replace(NV_ACT, fp4_ties="zero")),
+        HadamardBlocks(16),
+        True,
+    ),
     "mxfp4 pseudo": ("llama", Scheme(weight=MX4, act=MX_ZERO), SequencyBlocks(64), True),
-    "mxfp4 pseudo alone": ("llama", Scheme(weight=MX(), act=MX_ZERO, overrides=ALONE), Identity(), True),
+    "mxfp4 pseudo alone": (
+        "llama",
+        Scheme(weight=MX(), act=MX_ZERO, overrides=ALONE),
+        Identity(),
+        True,
+    ),
 }
 # On a CPU: the environment is not asked for, qutlass is never called, and nothing is timed to choose a block size.
 LOADER = """
@@ -92,7 +102,11 @@ def logits(model) -> torch.Tensor:
 def make(folder, family: str, scheme: Scheme, transform, pseudo: bool) -> Made:
     """Quantize the tiny model to nearest and write the checkpoint."""
     model, tokenizer = Tiny(family=family).load()
-    adapter, exporter, context = Adapter(model), FPQuant(pseudo), shape_of(model.config.to_dict(), scheme)
+    adapter, exporter, context = (
+        Adapter(model),
+        FPQuant(pseudo),
+        shape_of(model.config.to_dict(), scheme),
+    )
     exporter.check(scheme, [transform], context)
     swap(adapter)
     placements = [transform.fit(context, None)]
@@ -123,12 +137,24 @@ def reference(checkpoints, tmp_path_factory):
         if find_spec(package) is None:
             pytest.skip(f"needs {package}, whose code reads the files")
     root = tmp_path_factory.mktemp("reference")
-    torch.save({"folders": {str(made.folder): made.exporter.pseudo for made in checkpoints.values()}, "ids": IDS, "x": X},
-               root / "asked.pt")
+    torch.save(
+        {
+            "folders": {str(made.folder): made.exporter.pseudo for made in checkpoints.values()},
+            "ids": IDS,
+            "x": X,
+        },
+        root / "asked.pt",
+    )
     (root / "loader.py").write_text(LOADER)
     outside = os.environ | {"TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "loader.py", "asked.pt", "found.pt"], cwd=root, env=outside, capture_output=True,
-                          text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "loader.py", "asked.pt", "found.pt"],
+        cwd=root,
+        env=outside,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(root / "found.pt")
 
@@ -137,12 +163,16 @@ def reference(checkpoints, tmp_path_factory):
 def test_what_is_loaded_is_what_was_evaluated(checkpoints, case):
     made = checkpoints[case]
     model = made.exporter.load(made.folder, torch.device("cpu"), torch.float32)
-    torch.testing.assert_close(logits(model), made.logits, rtol=0, atol=1e-4)  # one activation code that differs shows at 1e-2
+    torch.testing.assert_close(
+        logits(model), made.logits, rtol=0, atol=1e-4
+    )  # one activation code that differs shows at 1e-2
     tensors = load_file(made.folder / "model.safetensors")
     for name, q in made.snapshot.qtensors.items():
         assert torch.equal(made.exporter.weight(model, name), q.dequantize().bfloat16())
         if not made.exporter.pseudo:
-            own = [tensors[f"{name}.{entry}"] for entry in ("qweight", "scales", "weight_global_scale")]
+            own = [
+                tensors[f"{name}.{entry}"] for entry in ("qweight", "scales", "weight_global_scale")
+            ]
             assert torch.equal(decoded(*own), q.dequantize())
 
 
@@ -153,7 +183,9 @@ def test_the_config_is_one_that_transformers_takes(checkpoints):
         about = json.loads((made.folder / "config.json").read_text())["quantization_config"]
         assert about.items() <= FPQuantConfig(**about).to_dict().items()
         assert about["forward_dtype"] == case[:5]
-        alone = ["model.layers.1.mlp.down_proj", "lm_head"] if CASES[case][1].overrides else ["lm_head"]
+        alone = (
+            ["model.layers.1.mlp.down_proj", "lm_head"] if CASES[case][1].overrides else ["lm_head"]
+        )
         assert about["modules_to_not_convert"] == alone
 
 
@@ -195,15 +227,37 @@ REFUSED = {  # field: formats, transform, pseudo
     "format.act=Integer": (Scheme(weight=NV, act=OFF), Identity(), False),
     "format.kv.bits=4": (Scheme(weight=NV, act=NV_ACT, kv=KVCache()), Identity(), False),
     "format.weight.global_scale=amax": (Scheme(weight=NVFP4(), act=NV_ACT), Identity(), False),
-    "format.weight.fixed_decode_scale=0.3": (Scheme(weight=replace(NV, fixed_decode_scale=0.3), act=NV_ACT), Identity(), False),
-    "format.act.global_scale=amax": (Scheme(weight=NV, act=NVFP4(role="activation", scope="static")), Identity(), False),
+    "format.weight.fixed_decode_scale=0.3": (
+        Scheme(weight=replace(NV, fixed_decode_scale=0.3), act=NV_ACT),
+        Identity(),
+        False,
+    ),
+    "format.act.global_scale=amax": (
+        Scheme(weight=NV, act=NVFP4(role="activation", scope="static")),
+        Identity(),
+        False,
+    ),
     "format.act.fp4_ties=even": (Scheme(weight=NV, act=NV_ACT), Identity(), True),
-    "format.act.mx_scale=even": (Scheme(weight=MX4, act=replace(MX_ACT, mx_scale="even")), Identity(), False),
+    "format.act.mx_scale=even": (
+        Scheme(weight=MX4, act=replace(MX_ACT, mx_scale="even")),
+        Identity(),
+        False,
+    ),
     "format.overrides=mlp.up_proj": (
-        Scheme(weight=NV, act=NV_ACT, overrides={(0, "mlp.up_proj"): {"weight": NVFP4()}}), Identity(), False),
-    "format.overrides=mlp.down_proj": (Scheme(weight=NV, act=NV_ACT, overrides=ALONE), HadamardBlocks(16), False),
+        Scheme(weight=NV, act=NV_ACT, overrides={(0, "mlp.up_proj"): {"weight": NVFP4()}}),
+        Identity(),
+        False,
+    ),
+    "format.overrides=mlp.down_proj": (
+        Scheme(weight=NV, act=NV_ACT, overrides=ALONE),
+        HadamardBlocks(16),
+        False,
+    ),
     "format.overrides=lm_head": (
-        Scheme(weight=NV, act=NV_ACT, overrides={(None, "lm_head"): {"weight": NV, "act": NV_ACT}}), Identity(), False),
+        Scheme(weight=NV, act=NV_ACT, overrides={(None, "lm_head"): {"weight": NV, "act": NV_ACT}}),
+        Identity(),
+        False,
+    ),
     "transform=pca": (Scheme(weight=NV, act=NV_ACT), PCA(), False),
     "transform=quarot": (Scheme(weight=NV, act=NV_ACT), QuaRot(), False),
     "transform.block_size=full": (Scheme(weight=NV, act=NV_ACT), HadamardBlocks("full"), False),
@@ -214,19 +268,28 @@ REFUSED = {  # field: formats, transform, pseudo
 @pytest.mark.parametrize("field", REFUSED)
 def test_what_the_layout_cannot_hold_is_refused(field):
     scheme, transform, pseudo = REFUSED[field]
-    transform.name = field.removeprefix("transform=") if field.startswith("transform=") else transform.name
-    with pytest.raises(ConfigError, match=f"^{re.escape(field)}.* with export=fp_quant: .* use export=harness"):
+    transform.name = (
+        field.removeprefix("transform=") if field.startswith("transform=") else transform.name
+    )
+    with pytest.raises(
+        ConfigError, match=f"^{re.escape(field)}.* with export=fp_quant: .* use export=harness"
+    ):
         FPQuant(pseudo).check(scheme, [transform], shape_of(Tiny().facts(), scheme))
 
 
 def test_a_bias_that_would_be_added_twice_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"export.pseudo=true .*q_proj has a bias.* use export=harness"):
+    with pytest.raises(
+        ConfigError, match=r"export.pseudo=true .*q_proj has a bias.* use export=harness"
+    ):
         make(tmp_path / "checkpoint", "qwen2", *CASES["mxfp4 pseudo"][1:])
 
 
 def test_a_rounded_matrix_is_warned_of():
     scheme = Scheme(weight=MX4, act=MX_ACT)
-    told = {n: FPQuant().check(scheme, [HadamardBlocks(n)], shape_of(Tiny().facts(), scheme)) for n in (32, 64)}
+    told = {
+        n: FPQuant().check(scheme, [HadamardBlocks(n)], shape_of(Tiny().facts(), scheme))
+        for n in (32, 64)
+    }
     assert len(told[64]) == 1
     assert "block_size=32" in told[32][1]
 
@@ -235,8 +298,16 @@ def test_a_rounded_matrix_is_warned_of():
 def test_a_run_leaves_a_checkpoint_that_is_what_it_evaluated(tmp_path, pseudo):
     ties = "zero" if pseudo else "even"
     cfg, choices = small(
-        tmp_path, "format=mxfp4", "format.act.mx_scale=fpquant", f"format.act.fp4_ties={ties}", "transform=hadamard",
-        "solver=rtn", "export=fp_quant", f"export.pseudo={str(pseudo).lower()}", f"export.path={tmp_path / 'out'}")
+        tmp_path,
+        "format=mxfp4",
+        "format.act.mx_scale=fpquant",
+        f"format.act.fp4_ties={ties}",
+        "transform=hadamard",
+        "solver=rtn",
+        "export=fp_quant",
+        f"export.pseudo={str(pseudo).lower()}",
+        f"export.path={tmp_path / 'out'}",
+    )
     outcome = execute(cfg, choices)
     assert outcome.status == "done", outcome.error
     assert outcome.metrics["export"]["weights"] == 14

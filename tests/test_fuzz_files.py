@@ -12,7 +12,23 @@ from harness.config.errors import ConfigError, DataError
 from harness.models.tiny import Tiny
 from harness.pipeline.job import execute
 
-ODD = (None, "foo", "", -1, 0, 3.7, 1e9, 10**30, True, [], {}, [1], {"a": 1}, "float8", float("nan"))
+ODD = (
+    None,
+    "foo",
+    "",
+    -1,
+    0,
+    3.7,
+    1e9,
+    10**30,
+    True,
+    [],
+    {},
+    [1],
+    {"a": 1},
+    "float8",
+    float("nan"),
+)
 CONFIGS, INDICES, TASKS = 36, 12, 20  # draws
 
 
@@ -34,12 +50,14 @@ def ends_well(tmp_path, *settings) -> str:
 def bytes_damaged(draw: random.Random, content: bytes) -> bytes:
     """Cut, a byte changed, a piece doubled, or something else altogether."""
     place = draw.randrange(len(content))
-    return draw.choice((
-        content[:place],
-        content[:place] + bytes([draw.randrange(256)]) + content[place + 1 :],
-        content[:place] + content[place : place + 9] + content[place:],
-        draw.choice((b"", b"\0" * 100, b"[]", b"null", b'"text"', b"[" * 5000, b"\xff\xfe{}")),
-    ))
+    return draw.choice(
+        (
+            content[:place],
+            content[:place] + bytes([draw.randrange(256)]) + content[place + 1 :],
+            content[:place] + content[place : place + 9] + content[place:],
+            draw.choice((b"", b"\0" * 100, b"[]", b"null", b'"text"', b"[" * 5000, b"\xff\xfe{}")),
+        )
+    )
 
 
 def json_damaged(draw: random.Random, value: dict) -> bytes:
@@ -67,7 +85,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("name", "draws"), [("config.json", CONFIGS), ("model.safetensors.index.json", INDICES)])
+@pytest.mark.parametrize(
+    ("name", "draws"), [("config.json", CONFIGS), ("model.safetensors.index.json", INDICES)]
+)
 def test_a_damaged_folder(folder, tmp_path, name, draws):
     path, draw = folder / name, random.Random(name)
     whole = path.read_bytes()
@@ -92,7 +112,13 @@ def test_damaged_task_files(tmp_path):
         row = draw.randrange(3)
         damaged = [json.dumps(each).encode() for each in rows]
         damaged[row] = json_damaged(draw, rows[row])
-        (tasks / "mine.jsonl").write_bytes(draw.choice((b"\n".join(damaged), bytes_damaged(draw, whole))))
-        zeroshot = ["eval=zeroshot", "eval.zeroshot.tasks=[mine]", f"eval.zeroshot.data_path={tasks}"]
+        (tasks / "mine.jsonl").write_bytes(
+            draw.choice((b"\n".join(damaged), bytes_damaged(draw, whole)))
+        )
+        zeroshot = [
+            "eval=zeroshot",
+            "eval.zeroshot.tasks=[mine]",
+            f"eval.zeroshot.data_path={tasks}",
+        ]
         ends.append(ends_well(tmp_path, *zeroshot))
     assert any(end != "done" for end in ends)

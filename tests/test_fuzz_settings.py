@@ -24,11 +24,26 @@ LEARNED = ["transform.steps=1", "transform.batch=1"]
 CHOICES = {
     "gptq": ["format=nvfp4", "solver=gptq"],
     "awq": [*INT4, "solver=awq", "solver.grid=3", "transform=quarot"],
-    "adascale": ["format=w4a4kv4", "format.weight.group_size=32", "solver=adascale", "solver.iterations=2"],
+    "adascale": [
+        "format=w4a4kv4",
+        "format.weight.group_size=32",
+        "solver=adascale",
+        "solver.iterations=2",
+    ],
     "untouched": ["format=none", "solver=none", "eval=zeroshot", "eval.zeroshot.limit=1"],
     "auto": ["format=auto", "solver=rtn", "format.auto.candidates=[int4,nvfp4]"],
-    "overrides": [*INT4, "solver=rtn", "format.overrides={down_proj: 8, first_1: {act: 16}}", "transform=pca"],
-    "hadamard": ["format=mxfp4", "solver=rtn", "transform=hadamard", "transform.smooth={alpha: 0.5, sites: null}"],
+    "overrides": [
+        *INT4,
+        "solver=rtn",
+        "format.overrides={down_proj: 8, first_1: {act: 16}}",
+        "transform=pca",
+    ],
+    "hadamard": [
+        "format=mxfp4",
+        "solver=rtn",
+        "transform=hadamard",
+        "transform.smooth={alpha: 0.5, sites: null}",
+    ],
     "spinquant": ["format=fouroversix", "solver=rtn", "transform=spinquant", *LEARNED],
     "adacodec": ["format=nvfp4", "solver=rtn", "transform=adacodec", *LEARNED],
     "dartquant": ["format=int8", "solver=minmax", "transform=dartquant", *WHIP],
@@ -50,7 +65,11 @@ def nodes(config, prefix=""):
 def cases(config, drawn):
     """(setting, value): a sample of odd values, and an unknown key in every group."""
     found = list(nodes(config))
-    known = [name for name, _ in found if "." in name and not name.endswith("_target_") and name != "tracking.wandb"]
+    known = [
+        name
+        for name, _ in found
+        if "." in name and not name.endswith("_target_") and name != "tracking.wandb"
+    ]
     odd = [(name, value) for name in known for value in ODD]
     unknown = [(f"{name}.nope", 1) for name, group in found if group]
     return [*drawn.sample(odd, DRAWN), *unknown]
@@ -59,7 +78,9 @@ def cases(config, drawn):
 def refusal(config, choices, name):
     """The message of a run that could not begin, None of one that ended."""
     try:
-        outcome = execute(config, choices, reporter=Reporter(Console(file=StringIO())), overrides=[f"{name}=odd"])
+        outcome = execute(
+            config, choices, reporter=Reporter(Console(file=StringIO())), overrides=[f"{name}=odd"]
+        )
     except (ConfigError, DataError) as error:
         return str(error)
     assert outcome.status == "done", outcome.error

@@ -32,7 +32,12 @@ def saved(folder, **facts):
 
 # --- masks of their own -----------------------------------------------------------------------------------------------------
 
-MIXED = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "num_hidden_layers": 3}
+MIXED = {
+    "use_sliding_window": True,
+    "sliding_window": 16,
+    "max_window_layers": 1,
+    "num_hidden_layers": 3,
+}
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
@@ -40,7 +45,9 @@ def test_layers_with_different_masks_are_streamed_with_their_own(tmp_path, famil
     model, _ = saved(tmp_path, model_type=family, **MIXED)
     assert set(model.config.layer_types) == {"full_attention", "sliding_attention"}
     adapter = Adapter(model)
-    streamed, whole = (window_losses(adapter, IDS, streaming=streaming) for streaming in (True, False))
+    streamed, whole = (
+        window_losses(adapter, IDS, streaming=streaming) for streaming in (True, False)
+    )
     torch.testing.assert_close(streamed, whole, rtol=1e-6, atol=0)
     assert stream_gate(adapter, IDS[:1]) < 1e-6
 
@@ -49,7 +56,9 @@ def test_a_run_over_mixed_layers_is_the_same_from_disk(tmp_path):
     _, settings = saved(tmp_path / "model", **MIXED)
     found = []
     for weights in ("memory", "disk"):
-        outcome = execute(*small(tmp_path / weights, *settings, f"model.weights={weights}", "transform=quarot"))
+        outcome = execute(
+            *small(tmp_path / weights, *settings, f"model.weights={weights}", "transform=quarot")
+        )
         assert outcome.status == "done", outcome.error
         found.append(outcome.metrics["stages"])
     assert found[0] == found[1]
@@ -61,7 +70,11 @@ def test_a_run_over_mixed_layers_is_the_same_from_disk(tmp_path):
 def test_a_family_that_does_not_describe_its_model_is_found_out(tmp_path, monkeypatch):
     """Granite multiplies what a branch adds to the residual stream. Its logits pass any gate, for nothing has changed."""
     monkeypatch.setitem(FAMILIES, "granite", replace(FAMILIES["llama"], name="granite"))
-    multipliers = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention_multiplier": 0.01}
+    multipliers = {
+        "residual_multiplier": 0.22,
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.01,
+    }
     facts = Tiny().facts() | {"model_type": "granite"} | multipliers
     _, settings = saved(tmp_path / "model", **facts)
     outcome = execute(*small(tmp_path, *settings, "solver=rtn"))
@@ -93,7 +106,11 @@ def loud(folder, scale: float = 30.0):
 
 
 def test_an_exact_transform_of_a_model_that_16_bits_are_few_for_passes(tmp_path):
-    outcome = execute(*small(tmp_path, *loud(tmp_path / "model"), "format=w4a4kv4", "transform=quarot", "solver=rtn"))
+    outcome = execute(
+        *small(
+            tmp_path, *loud(tmp_path / "model"), "format=w4a4kv4", "transform=quarot", "solver=rtn"
+        )
+    )
     assert outcome.status == "done", outcome.error
 
 
@@ -102,7 +119,9 @@ def test_float32_logits_of_a_bfloat16_model_are_those_of_its_weights():
     got = exact_logits(Adapter(model), IDS)
     assert got.dtype == torch.float32
     wanted = model.float()(IDS, use_cache=False).logits
-    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-2 * float(wanted.std()))  # the rotary table was rounded with it
+    torch.testing.assert_close(
+        got, wanted, rtol=0, atol=2e-2 * float(wanted.std())
+    )  # the rotary table was rounded with it
 
 
 @pytest.mark.parametrize("forgotten", ["v_proj", "o_proj"])
@@ -116,8 +135,19 @@ def test_a_bias_forgotten_in_16_bits_is_found(tmp_path, monkeypatch, forgotten):
         weight.copy_(weight.roll(1, 0))
 
     monkeypatch.setattr(stages.prepare, "place", torch.no_grad()(careless))
-    settings = ["model.family=qwen2", "model.dtype=bfloat16", "transform=quarot", "format=w4a4kv4", "solver=rtn"]
+    settings = [
+        "model.family=qwen2",
+        "model.dtype=bfloat16",
+        "transform=quarot",
+        "format=w4a4kv4",
+        "solver=rtn",
+    ]
     outcome = execute(*small(tmp_path, *settings))
     assert outcome.status == "failed"
-    assert "transform=quarot changed the model" in outcome.error and "model.dtype=float32" in outcome.error
-    assert list((tmp_path / "runs" / "_shared" / "baselines").glob("*.json")), "what was finished is kept"
+    assert (
+        "transform=quarot changed the model" in outcome.error
+        and "model.dtype=float32" in outcome.error
+    )
+    assert list((tmp_path / "runs" / "_shared" / "baselines").glob("*.json")), (
+        "what was finished is kept"
+    )

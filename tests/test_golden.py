@@ -51,8 +51,11 @@ FILES = (
 def pytest_generate_tests(metafunc):
     if {"file", "case", "reference"} <= set(metafunc.fixturenames):
         folder = Path(metafunc.config.getoption("--golden") or Path(__file__).parent / "golden")
-        metafunc.parametrize(("file", "case", "reference"), [(path, *row) for path in sorted(folder.glob("*.safetensors"))
-                                                             for row in rows(path)], ids=lambda v: getattr(v, "stem", v))
+        metafunc.parametrize(
+            ("file", "case", "reference"),
+            [(path, *row) for path in sorted(folder.glob("*.safetensors")) for row in rows(path)],
+            ids=lambda v: getattr(v, "stem", v),
+        )
 
 
 def rows(path):
@@ -73,12 +76,20 @@ def test_file_is_there(golden_dir, name):
 
 
 def test_reference(file, case, reference):
-    checks = [(match, check) for pattern, check in REFERENCES.get(file.stem, ()) if (match := re.fullmatch(pattern, reference))]
+    checks = [
+        (match, check)
+        for pattern, check in REFERENCES.get(file.stem, ())
+        if (match := re.fullmatch(pattern, reference))
+    ]
     if not checks:
         pytest.skip(f"{file.name}: reference {reference} is not one this project follows")
     with safe_open(file, "pt") as f:
         prefix = f"{case}/{reference}/"
-        golden = {key.removeprefix(prefix): f.get_tensor(key) for key in f.keys() if key.startswith(prefix)}  # noqa: SIM118
+        golden = {
+            key.removeprefix(prefix): f.get_tensor(key)
+            for key in f.keys()
+            if key.startswith(prefix)
+        }
         x = f.get_tensor(f"{case}/x")
     for match, check in checks:
         grid = {"grid": case} if check is cast else {}
@@ -92,16 +103,28 @@ def exactly(got, want, what):
     """Equal shapes and values; NaN equals NaN."""
     got, want = got.double(), want.double().reshape(got.shape)
     wrong = (got != want) & ~(got.isnan() & want.isnan())
-    assert not wrong.any(), f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, first {got[wrong][:3]} != {want[wrong][:3]}"
+    assert not wrong.any(), (
+        f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, first {got[wrong][:3]} != {want[wrong][:3]}"
+    )
 
 
 def nearly(x, got, want, what, unlimited=False):
     """Equal up to the last float32 bit; or x, of bf16 data, lies halfway between the two (0.12 % of the elements)."""
     off = (got - want).abs() > 1e-6 * torch.maximum(got.abs(), want.abs())
     tie = ((x.float() - got).abs() - (want - x.float()).abs()).abs() <= 1e-5 * x.float().abs()
-    assert not (off & ~tie).any(), f"{what}: {int((off & ~tie).sum())} of {off.numel()} differ and are no ties"
-    allowed = 0 if x.dtype == torch.float32 else off.numel() if unlimited else max(2, 0.0012 * off.numel())
-    assert off.sum() <= allowed, f"{what}: {int(off.sum())} of {off.numel()} ties fall the other way"
+    assert not (off & ~tie).any(), (
+        f"{what}: {int((off & ~tie).sum())} of {off.numel()} differ and are no ties"
+    )
+    allowed = (
+        0
+        if x.dtype == torch.float32
+        else off.numel()
+        if unlimited
+        else max(2, 0.0012 * off.numel())
+    )
+    assert off.sum() <= allowed, (
+        f"{what}: {int(off.sum())} of {off.numel()} ties fall the other way"
+    )
 
 
 def blockwise(x, group):
@@ -116,7 +139,11 @@ def check_format(format, x, golden):
     q = format.quantize(x)
     if "scale" in golden:
         raw = golden["scale"].dtype == torch.uint8
-        scale = q.scales.scale.view(torch.uint8) if raw else format.lattice(q.scales, golden["scale"].dtype)[0]
+        scale = (
+            q.scales.scale.view(torch.uint8)
+            if raw
+            else format.lattice(q.scales, golden["scale"].dtype)[0]
+        )
         exactly(scale, golden["scale"], "scale")
     if "zero_point" in golden and q.scales.zero is not None:
         exactly(q.scales.zero, golden["zero_point"], "zero point")
@@ -131,13 +158,23 @@ def check_searched(format, x, golden):
     q = format.quantize(x)
     scale = format.lattice(q.scales, x.dtype)[0]
     other = ((scale != golden["scale"]) & ~(scale.isnan() & golden["scale"].isnan())).unsqueeze(-1)
-    theirs = format.quantize(x, Scales(golden["scale"], golden["zero_point"].float() if "zero_point" in golden else None))
+    theirs = format.quantize(
+        x, Scales(golden["scale"], golden["zero_point"].float() if "zero_point" in golden else None)
+    )
     group = x.shape[-1] // scale.shape[-1]
-    blocks, ours, dq = (blockwise(t.float(), group) for t in (x, q.dequantize(), theirs.dequantize()))
+    blocks, ours, dq = (
+        blockwise(t.float(), group) for t in (x, q.dequantize(), theirs.dequantize())
+    )
     e, e_theirs = error(blocks, ours, format.mse.norm), error(blocks, dq, format.mse.norm)
-    torch.testing.assert_close(e.masked_fill(~other[..., 0], 0), e_theirs.masked_fill(~other[..., 0], 0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        e.masked_fill(~other[..., 0], 0), e_theirs.masked_fill(~other[..., 0], 0), rtol=1e-6, atol=0
+    )
     want = blockwise(golden["dq"], group)
-    exactly(torch.where(other, want, blockwise(format.fake(x, ste=golden.get("ste", False)), group)), want, "fake")
+    exactly(
+        torch.where(other, want, blockwise(format.fake(x, ste=golden.get("ste", False)), group)),
+        want,
+        "fake",
+    )
 
 
 def compressed_tensors_int(x, golden, bits, kind, granularity, group):
@@ -175,7 +212,12 @@ def quarot(x, golden, part, bits, kind, clip, granularity, group, mse):
 
 
 def fpquant(x, golden, kind, observer):
-    shared = {"observer": observer, "mse": MSE(shrink="scale"), "compute_dtype": "input", "role": "activation"}
+    shared = {
+        "observer": observer,
+        "mse": MSE(shrink="scale"),
+        "compute_dtype": "input",
+        "role": "activation",
+    }
     if kind == "mxfp4":
         format = MX(mx_scale="fpquant", **shared)
     elif kind.startswith("fp4"):
@@ -204,7 +246,9 @@ def fpquant(x, golden, kind, observer):
 
 
 def compressed_tensors_nvfp4(x, golden, math):
-    check_format(NVFP4(compute_dtype="float32" if math else "input"), x.to(golden["dq"].dtype), golden)
+    check_format(
+        NVFP4(compute_dtype="float32" if math else "input"), x.to(golden["dq"].dtype), golden
+    )
 
 
 def fouroversix(x, golden, choose):
@@ -227,7 +271,9 @@ def mx_exact(x, golden, rule, element="e2m1"):
 
 def mx_compressed_tensors(x, golden, element="e2m1"):
     mbits = 1 if element == "e4m3" else "element"
-    check_format(replace(mx_format(element, "even"), mx_even_mbits=mbits, compute_dtype="input"), x, golden)
+    check_format(
+        replace(mx_format(element, "even"), mx_even_mbits=mbits, compute_dtype="input"), x, golden
+    )
 
 
 def mx_torchao(x, golden, rule, element="e2m1"):
@@ -236,11 +282,17 @@ def mx_torchao(x, golden, rule, element="e2m1"):
     x, format, theirs = x.float(), mx_format(element, rule), golden["scale"]
     scales = format.scales(x)
     low = scales.scale.int() - theirs.int()
-    exactly(torch.where(low == 1, theirs, scales.scale) if rule == "rceil" else scales.scale, theirs, "scale")
+    exactly(
+        torch.where(low == 1, theirs, scales.scale) if rule == "rceil" else scales.scale,
+        theirs,
+        "scale",
+    )
     if (low == 1).any():
         (power,) = format.lattice(Scales(theirs))
         peak = absmax(blockwise(x, 32)) / format.grid.max
-        assert (peak <= power * (1 + 2**-20))[low == 1].all(), "a scale differs away from a power of two"
+        assert (peak <= power * (1 + 2**-20))[low == 1].all(), (
+            "a scale differs away from a power of two"
+        )
     divide = torch.where(theirs == 0, 127 if rule == "rceil" else 1, theirs).to(torch.uint8)
     exactly(format.decode(format.encode(x, Scales(divide)), Scales(theirs)), golden["dq"], "dq")
     ordinary = ((theirs > 0) & (low == 0)).repeat_interleave(32, dim=-1)
@@ -274,7 +326,9 @@ def same_scales(ours, theirs, floors):
     """Equal E4M3 bytes, except where a reference lifts a scale to one of its floors that we keep or flush."""
     ours, theirs = ours.view(torch.uint8), theirs.view(torch.uint8)
     flushed = NVFP4().scales(torch.zeros(1, 16)).scale.view(torch.uint8)
-    lifted = sum((theirs == floor) & ((ours < floor) | (ours == flushed)) for floor in floors).bool()
+    lifted = sum(
+        (theirs == floor) & ((ours < floor) | (ours == flushed)) for floor in floors
+    ).bool()
     exactly(ours[~lifted], theirs[~lifted], "scale")
 
 
@@ -284,29 +338,47 @@ def nvfp4_nearly(x, golden, reference):
     format = NVFP4(global_scale="none") if reference == "torchao_single_level" else NVFP4()
     ours = format.quantize(x.float())
     g = ours.scales.global_scale
-    same_scales(ours.scales.scale, golden["scale"], {"t": (0x08,), "m": (0x01, 0x38), "f": (0x00,)}[reference[0]])
+    same_scales(
+        ours.scales.scale,
+        golden["scale"],
+        {"t": (0x08,), "m": (0x01, 0x38), "f": (0x00,)}[reference[0]],
+    )
     if "global_scale" in golden:
         torch.testing.assert_close(golden["global_scale"] * g, torch.ones(1), rtol=1e-6, atol=0)
     if "amax" in golden:
         exactly(absmax(x.float().flatten()), golden["amax"], "amax")
-    theirs = Scales(golden["scale"].view(torch.float8_e4m3fn), None, g * 4 / 6 if reference == "fouroversix_static_4" else g)
+    theirs = Scales(
+        golden["scale"].view(torch.float8_e4m3fn),
+        None,
+        g * 4 / 6 if reference == "fouroversix_static_4" else g,
+    )
     got = format.quantize(x.float(), theirs).dequantize()
     if reference == "fouroversix_static_6":
-        eff = format.lattice(theirs)[0].masked_fill(golden["scale"] >= 0x08, torch.inf).repeat_interleave(16, dim=-1)
+        eff = (
+            format.lattice(theirs)[0]
+            .masked_fill(golden["scale"] >= 0x08, torch.inf)
+            .repeat_interleave(16, dim=-1)
+        )
         got = got.masked_fill(x.float().abs() >= 7 * eff, 0.0)
     nearly(x, got, golden["dq"], "dq", unlimited=reference == "fouroversix_static_4")
 
 
 def fpquant_nvfp4(x, golden, observer):
     """Same bytes from the same g; eff = s * (1 / g) in x's dtype, and 1 where s = 0."""
-    format = NVFP4(compute_dtype="input", observer=observer, mse=MSE(shrink="scale"), role="activation")
-    torch.testing.assert_close(format.scales(x.float()).global_scale, golden["global_scale"], rtol=1e-6, atol=0)
+    format = NVFP4(
+        compute_dtype="input", observer=observer, mse=MSE(shrink="scale"), role="activation"
+    )
+    torch.testing.assert_close(
+        format.scales(x.float()).global_scale, golden["global_scale"], rtol=1e-6, atol=0
+    )
     scales = format.scales(x, global_scale=golden["global_scale"])
     flushed = golden["scale"] == 1
     (eff,) = format.lattice(scales)
     assert (absmax(blockwise(x, 16))[flushed] <= eff[flushed] / 4).all()
     last_bit = 1e-6 if x.dtype == torch.float32 else 2**-8
-    torch.testing.assert_close(golden["scale"][~flushed].float(), eff[~flushed], rtol=last_bit, atol=0)
+    torch.testing.assert_close(
+        golden["scale"][~flushed].float(), eff[~flushed], rtol=last_bit, atol=0
+    )
     elements = FP4(group_size=16, compute_dtype="input", role="activation")
     dq = elements.quantize(x, Scales(golden["scale"])).dequantize()
     exactly(straight_through(x, dq), golden["dq"], "dq")
@@ -322,14 +394,22 @@ def llmcompressor(x, golden, kind):
     elif kind == "mxfp4":
         format = MX(mx_scale="even", mse_on_rounded_scale=True, **search)
     else:
-        bits, symmetry, granularity, group = re.fullmatch(r"int(\d)_(sym|asym)_(group|channel)(\d*)", kind).groups()
+        bits, symmetry, granularity, group = re.fullmatch(
+            r"int(\d)_(sym|asym)_(group|channel)(\d*)", kind
+        ).groups()
         format = replace(compressed_tensors_format(bits, symmetry, granularity, group), **search)
     g = NVFP4(compute_dtype="input").scales(x).global_scale
     ours = format.quantize(x, global_scale=g)
     half = format.group(x.shape[-1]) // 2
-    ends = torch.stack([golden["min"], golden["max"]], dim=-1).flatten(-2).repeat_interleave(half, dim=-1)
+    ends = (
+        torch.stack([golden["min"], golden["max"]], dim=-1)
+        .flatten(-2)
+        .repeat_interleave(half, dim=-1)
+    )
     theirs = format.quantize(x, replace(format, observer="minmax").scales(ends, global_scale=g))
-    blocks, dq, dq_theirs = (blockwise(t.float(), 2 * half) for t in (x, ours.dequantize(), theirs.dequantize()))
+    blocks, dq, dq_theirs = (
+        blockwise(t.float(), 2 * half) for t in (x, ours.dequantize(), theirs.dequantize())
+    )
     e, e_theirs = error(blocks, dq, format.mse.norm), error(blocks, dq_theirs, format.mse.norm)
     same = format.lattice(ours.scales)[0] == format.lattice(theirs.scales)[0]
     exactly(dq[same], dq_theirs[same], "dq of the same range")
@@ -354,7 +434,11 @@ def cast(x, golden, grid, reference):
         beyond = torch.zeros_like(x, dtype=torch.bool)
         if reference == "fouroversix":
             beyond = x.abs() >= 7
-            exactly(golden["dq"][beyond].abs().clamp(max=grid.max), torch.full_like(x[beyond], grid.max), "unclamped values")
+            exactly(
+                golden["dq"][beyond].abs().clamp(max=grid.max),
+                torch.full_like(x[beyond], grid.max),
+                "unclamped values",
+            )
         elif reference.endswith("unclamped"):
             beyond = golden["dq"].isnan()
             assert (x[beyond] > 464).all()
@@ -371,7 +455,9 @@ def packed(x, golden, kind):
     elif kind == "mxfp4":
         format = MX(mx_scale="even", compute_dtype="input")
     else:
-        bits, symmetry, granularity, group = re.fullmatch(r"int(\d)_(sym|asym)_(group|channel)(\d*)", kind).groups()
+        bits, symmetry, granularity, group = re.fullmatch(
+            r"int(\d)_(sym|asym)_(group|channel)(\d*)", kind
+        ).groups()
         format = compressed_tensors_format(bits, symmetry, granularity, group)
     q = format.quantize(x)
     if "weight_shape" in golden:
@@ -380,7 +466,11 @@ def packed(x, golden, kind):
         exactly(unpack_words(golden["weight_packed"], x.shape[-1]), q.codes, "unpacked")
         exactly(q.scales.scale, golden["weight_scale"], "scale")
         if "weight_zero_point" in golden:
-            exactly(pack_words(q.scales.zero.T.to(torch.int8)).T, golden["weight_zero_point"], "zero point")
+            exactly(
+                pack_words(q.scales.zero.T.to(torch.int8)).T,
+                golden["weight_zero_point"],
+                "zero point",
+            )
     else:
         exactly(q.state()["codes"], golden["weight_packed"], "packed")
         exactly(unpack_nibbles(golden["weight_packed"], x.shape[-1]), q.codes, "unpacked")
@@ -393,11 +483,17 @@ def packed(x, golden, kind):
 
 REFERENCES = {
     "casts": (
-        (r"(?P<reference>torchao|compressed_tensors|ml_dtypes|gfloat|modelopt|fouroversix|torch_clamped|\w+_unclamped)", cast),
+        (
+            r"(?P<reference>torchao|compressed_tensors|ml_dtypes|gfloat|modelopt|fouroversix|torch_clamped|\w+_unclamped)",
+            cast,
+        ),
     ),
     "fouroversix": ((r"fouroversix_(?P<choose>mse|mae|abs_max)", fouroversix),),
     "fpquant": (
-        (r"fpquant_(?P<kind>mxfp4|fp4_group\d+|int4_(?:sym|asym)_group\d+)_(?P<observer>minmax|mse)", fpquant),
+        (
+            r"fpquant_(?P<kind>mxfp4|fp4_group\d+|int4_(?:sym|asym)_group\d+)_(?P<observer>minmax|mse)",
+            fpquant,
+        ),
         (r"fpquant_nvfp4_(?P<observer>minmax|mse)", fpquant_nvfp4),
     ),
     "int_compressed_tensors": (
@@ -413,7 +509,12 @@ REFERENCES = {
             quarot,
         ),
     ),
-    "mse_llmcompressor": ((r"llmcompressor_(?P<kind>nvfp4|mxfp4|int4_(?:sym|asym)_(?:group\d+|channel))", llmcompressor),),
+    "mse_llmcompressor": (
+        (
+            r"llmcompressor_(?P<kind>nvfp4|mxfp4|int4_(?:sym|asym)_(?:group\d+|channel))",
+            llmcompressor,
+        ),
+    ),
     "mxfp4": (
         (r"gfloat_(?P<rule>floor)", mx_exact),
         (r"torchao_(?P<rule>floor|even|ceil|rceil)", mx_torchao),
@@ -427,7 +528,12 @@ REFERENCES = {
     ),
     "nvfp4": (
         (r"compressed_tensors(?P<math>_f32math)?", compressed_tensors_nvfp4),
-        (r"(?P<reference>torchao|torchao_single_level|modelopt|fouroversix_static_[46])", nvfp4_nearly),
+        (
+            r"(?P<reference>torchao|torchao_single_level|modelopt|fouroversix_static_[46])",
+            nvfp4_nearly,
+        ),
     ),
-    "packed_checkpoints": ((r"(?P<kind>nvfp4|mxfp4|int4_(?:sym|asym)_(?:group\d+|channel))", packed),),
+    "packed_checkpoints": (
+        (r"(?P<kind>nvfp4|mxfp4|int4_(?:sym|asym)_(?:group\d+|channel))", packed),
+    ),
 }

@@ -21,12 +21,17 @@ N = 192
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def inputs(tokens=1000, seed=1, dtype=torch.float32):
     """Correlated activations with a few loud channels."""
-    x = draw(tokens, N, seed=seed, dtype=torch.float64) @ (torch.eye(N) + 0.3 * draw(N, N, seed=2) / N**0.5 * 4).double()
+    x = (
+        draw(tokens, N, seed=seed, dtype=torch.float64)
+        @ (torch.eye(N) + 0.3 * draw(N, N, seed=2) / N**0.5 * 4).double()
+    )
     x[:, ::37] *= 8
     return x.to(dtype)
 
@@ -43,7 +48,9 @@ def problem(format, h, rows=(48, 16, 16), dtype=torch.float32):
 def loss(problem, solution, h):
     return sum(
         float(torch.einsum("oi,ij,oj->", d, h.double(), d))
-        for d in ((problem.weights[n] - q.dequantize()).double() for n, q in solution.qtensors.items())
+        for d in (
+            (problem.weights[n] - q.dequantize()).double() for n, q in solution.qtensors.items()
+        )
     )
 
 
@@ -104,14 +111,25 @@ def test_agrees_with_the_textbook(name, order):
     w = p.weights["w0"]
     scales = format.scales(w, global_scale=format.global_from_amax(w.abs().amax()))
     lattice = [t.expand(len(w), -1) for t in format.lattice(scales)]
-    perm = torch.arange(N) if order == "default" else h.diagonal().argsort(descending=True, stable=True)
+    perm = (
+        torch.arange(N)
+        if order == "default"
+        else h.diagonal().argsort(descending=True, stable=True)
+    )
     group = format.group(N)
-    snap = lambda i, column: format.snap(column.contiguous(), *(t[:, perm[i] // group].contiguous() for t in lattice))  # noqa: E731
+
+    def snap(i, column):
+        return format.snap(
+            column.contiguous(), *(t[:, perm[i] // group].contiguous() for t in lattice)
+        )
+
     want = torch.empty_like(w)
     want[:, perm] = textbook(w[:, perm], h[perm][:, perm], snap)
     got = GPTQ(order=order, precision="float64").solve(p).qtensors["w0"].dequantize()
     assert ((got - want).abs() > 1e-5).float().mean() < 2e-3  # a tie may fall to either side
-    assert ((w - got) @ h @ (w - got).T).trace() == pytest.approx(float(((w - want) @ h @ (w - want).T).trace()), rel=1e-3)
+    assert ((w - got) @ h @ (w - got).T).trace() == pytest.approx(
+        float(((w - want) @ h @ (w - want).T).trace()), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -132,7 +150,9 @@ def test_static_reordering_keeps_the_stored_layout():
     h = hessian(inputs(dtype=torch.float64))
     perm = torch.randperm(N, generator=torch.Generator().manual_seed(5))
     p = problem(FORMATS["int4_channel"], h, dtype=torch.float64)
-    shuffled = Problem({n: w[:, perm].contiguous() for n, w in p.weights.items()}, p.formats, h[perm][:, perm])
+    shuffled = Problem(
+        {n: w[:, perm].contiguous() for n, w in p.weights.items()}, p.formats, h[perm][:, perm]
+    )
     solver = GPTQ(order="activation", precision="float64")
     a, b = solver.solve(p), solver.solve(shuffled)
     for n in p.weights:
@@ -153,7 +173,10 @@ def test_fused_linears_share_the_global_scale():
     p = problem(FORMATS["nvfp4"], hessian(inputs()))
     p.weights["w1"] *= 5
     shared = {float(q.scales.global_scale) for q in GPTQ().solve(p).qtensors.values()}
-    alone = {float(q.scales.global_scale) for q in GPTQ(fuse_global_scale=False).solve(p).qtensors.values()}
+    alone = {
+        float(q.scales.global_scale)
+        for q in GPTQ(fuse_global_scale=False).solve(p).qtensors.values()
+    }
     assert len(shared) == 1
     assert len(alone) == 3
     assert min(alone) == min(shared)

@@ -40,7 +40,9 @@ def randomized(n: int, **options) -> Hadamard:
 def test_every_reachable_order_is_hadamard(n):
     h = hadamard(n)
     assert h.dtype == torch.float64
-    torch.testing.assert_close(h.abs(), torch.full((n, n), 1 / math.sqrt(n), dtype=torch.float64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        h.abs(), torch.full((n, n), 1 / math.sqrt(n), dtype=torch.float64), rtol=0, atol=1e-15
+    )
     torch.testing.assert_close(h @ h.T, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-10)
 
 
@@ -56,7 +58,9 @@ def test_fast_product_equals_dense(n):
 def test_rows_times_signed_hadamard():
     """R = diag(sigma) H and not H diag(sigma): the basis vector e_i picks sigma_i times row i of H."""
     r = randomized(12)
-    torch.testing.assert_close(r.apply(torch.eye(12, dtype=torch.float64)), r.signs[:, None] * hadamard(12))
+    torch.testing.assert_close(
+        r.apply(torch.eye(12, dtype=torch.float64)), r.signs[:, None] * hadamard(12)
+    )
     assert not torch.allclose(r.dense(), hadamard(12) * r.signs)
 
 
@@ -68,7 +72,9 @@ def test_large_orders_without_the_dense_matrix(n):
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1), rtol=1e-10, atol=0)
     torch.testing.assert_close(r.apply_transpose(y), x, rtol=0, atol=1e-10)
     core, power = factors(n)
-    column = r.signs * paley(core)[:, 5].repeat_interleave(power) / math.sqrt(n)  # the Sylvester factor starts with ones
+    column = (
+        r.signs * paley(core)[:, 5].repeat_interleave(power) / math.sqrt(n)
+    )  # the Sylvester factor starts with ones
     torch.testing.assert_close(y[:, 5 * power], x @ column, rtol=0, atol=1e-10)
 
 
@@ -104,14 +110,22 @@ def test_fields_of_prime_powers():
         paley(1252)
 
 
-@pytest.mark.parametrize(("core", "n"), [(core, n) for core, sizes in SMALLEST_CORE.items() for n in sizes])
+@pytest.mark.parametrize(
+    ("core", "n"), [(core, n) for core, sizes in SMALLEST_CORE.items() for n in sizes]
+)
 def test_smallest_core_of_the_usual_dimensions(core, n):
     assert factors(n) == (core, n // core)
 
 
 @pytest.mark.parametrize(
     ("n", "way_out"),
-    [(13696, "blocks: 128, 64, 32, 16"), (92, "blocks: 4, 2"), (6, "blocks: 2"), (7, "not Hadamard"), (0, "positive")],
+    [
+        (13696, "blocks: 128, 64, 32, 16"),
+        (92, "blocks: 4, 2"),
+        (6, "blocks: 2"),
+        (7, "not Hadamard"),
+        (0, "positive"),
+    ],
 )
 def test_unreachable_orders_name_the_way_out(n, way_out):
     with pytest.raises(ConfigError, match=way_out) as error:
@@ -186,4 +200,6 @@ def test_backends_agree():
     torch.testing.assert_close(kernel.apply(x), reference)
     if torch.cuda.is_available():
         torch.testing.assert_close(kernel.apply(x.cuda()).cpu(), reference, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(kernel.apply_transpose(kernel.apply(x.cuda())).cpu(), x, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            kernel.apply_transpose(kernel.apply(x.cuda())).cpu(), x, rtol=1e-5, atol=1e-5
+        )

@@ -26,10 +26,18 @@ from harness.report.__main__ import main as report
 from harness.transforms import file
 
 TARGETS = {  # of this package, of the standard library, of a file beside the checkpoint
-    "own function": lambda witness: {"_target_": "harness.report.page.write_page", "root": "/", "path": str(witness)},
+    "own function": lambda witness: {
+        "_target_": "harness.report.page.write_page",
+        "root": "/",
+        "path": str(witness),
+    },
     "own class": lambda witness: {"_target_": "harness.store.Store", "root": str(witness)},
     "own format": lambda witness: {"_target_": "harness.formats.NVFP4"},
-    "imported name": lambda witness: {"_target_": "harness.store.write", "path": str(witness), "content": "x"},
+    "imported name": lambda witness: {
+        "_target_": "harness.store.write",
+        "path": str(witness),
+        "content": "x",
+    },
     "library": lambda witness: {"_target_": "os.mkdir", "path": str(witness)},
     "beside": lambda witness: {"_target_": "planted.touch", "path": str(witness)},
 }
@@ -38,7 +46,13 @@ TARGETS = {  # of this package, of the standard library, of a file beside the ch
 def places(value, path=()):
     """Every place of nested containers, but those that only name things."""
     yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value[:2])
+        if isinstance(value, list)
+        else ()
+    )
     for key, inner in items:
         yield from places(inner, (*path, key))
 
@@ -57,7 +71,9 @@ def folder(snapshots, tmp_path, monkeypatch):  # noqa: F811
     _, whole = snapshots("rotations")
     folder = tmp_path / "checkpoint"
     shutil.copytree(whole, folder)
-    (folder / "planted.py").write_text("import pathlib\n\ndef touch(path):\n    pathlib.Path(path).touch()\n")
+    (folder / "planted.py").write_text(
+        "import pathlib\n\ndef touch(path):\n    pathlib.Path(path).touch()\n"
+    )
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.chdir(folder)
     return folder
@@ -96,7 +112,11 @@ def test_the_matrices_of_a_checkpoint(folder, tmp_path, target):
     with safe_open(path, "pt") as file:
         specs = json.loads(file.metadata()["placements"])
     for place in places(specs):
-        save_file(tensors, path, metadata={"placements": json.dumps(planted(specs, place, TARGETS[target](witness)))})
+        save_file(
+            tensors,
+            path,
+            metadata={"placements": json.dumps(planted(specs, place, TARGETS[target](witness)))},
+        )
         seal(folder)
         attempt(lambda: harness.load(folder), witness)
 
@@ -113,7 +133,11 @@ def test_a_placement_file_of_a_run(tmp_path, target):
     transform, facts = transforms_of(option("transform", "jointquant"))[0], spec["facts"]
     context = shape_of(Tiny().facts(), Scheme())
     for place in places(spec):
-        save_file(tensors, saved, metadata={"placement": json.dumps(planted(spec, place, TARGETS[target](witness)))})
+        save_file(
+            tensors,
+            saved,
+            metadata={"placement": json.dumps(planted(spec, place, TARGETS[target](witness)))},
+        )
         attempt(lambda: file.check(str(saved), transform, context, facts), witness)
         attempt(lambda: file.load(saved, transform, context), witness)
 
@@ -122,13 +146,27 @@ def test_a_placement_file_of_a_run(tmp_path, target):
 def test_the_metadata_of_a_checkpoint(folder, tmp_path, target):
     path, witness = folder / "quantization_metadata.json", tmp_path / "witness" / "file"
     witness.parent.mkdir()
-    about = {"run_id": "x", "method": {"transform": "quarot", "solver": "rtn"}, "bits": {"weights": {"format": "nvfp4"}},
-             "marks": {}, "layers": [{"name": "a"}], "formats": {"nvfp4": 1}}
+    about = {
+        "run_id": "x",
+        "method": {"transform": "quarot", "solver": "rtn"},
+        "bits": {"weights": {"format": "nvfp4"}},
+        "marks": {},
+        "layers": [{"name": "a"}],
+        "formats": {"nvfp4": 1},
+    }
     for place in places(about):
         path.write_text(json.dumps(planted(about, place, TARGETS[target](witness))))
         seal(folder)
-        settings = ["model=checkpoint", f"model.path={folder}", "format=none", "transform=identity", "solver=none"]
-        outcome = execute(*small(tmp_path / "measured", *settings, "force=true", "eval.perplexity.windows=1"))
+        settings = [
+            "model=checkpoint",
+            f"model.path={folder}",
+            "format=none",
+            "transform=identity",
+            "solver=none",
+        ]
+        outcome = execute(
+            *small(tmp_path / "measured", *settings, "force=true", "eval.perplexity.windows=1")
+        )
         assert outcome.status == "done", outcome.error
         assert not any(witness.parent.iterdir())
         assert "planted" not in sys.modules

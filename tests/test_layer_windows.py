@@ -25,9 +25,13 @@ def streamed(tmp_path, monkeypatch, *settings) -> tuple[int, dict]:
     return seen[0], outcome.metrics
 
 
-def test_a_solver_that_reads_no_text_streams_a_few_windows_and_gives_the_same_weights(tmp_path, monkeypatch):
+def test_a_solver_that_reads_no_text_streams_a_few_windows_and_gives_the_same_weights(
+    tmp_path, monkeypatch
+):
     few, some = streamed(tmp_path / "few", monkeypatch, *DYNAMIC, "solver=rtn")
-    all_, every = streamed(tmp_path / "all", monkeypatch, *DYNAMIC, "solver=rtn", "eval.layer_windows=null")
+    all_, every = streamed(
+        tmp_path / "all", monkeypatch, *DYNAMIC, "solver=rtn", "eval.layer_windows=null"
+    )
     assert (few, all_) == (4, 6)
     assert some["stages"] == every["stages"], "no figure of the model depends on it"
     errors = [[layer["rel_error"] for layer in metrics["layers"]] for metrics in (some, every)]
@@ -35,8 +39,16 @@ def test_a_solver_that_reads_no_text_streams_a_few_windows_and_gives_the_same_we
     assert some["quant_id"] != every["quant_id"], "what is told of its layers does"
 
 
-@pytest.mark.parametrize("settings", [["format=nvfp4", "solver=rtn"], [*DYNAMIC, "solver=gptq"], ["format=int4", "solver=awq"],
-                                      ["format=int4", "solver=adascale", "solver.iterations=1"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["format=nvfp4", "solver=rtn"],
+        [*DYNAMIC, "solver=gptq"],
+        ["format=int4", "solver=awq"],
+        ["format=int4", "solver=adascale", "solver.iterations=1"],
+    ],
+    ids=" ".join,
+)
 def test_who_reads_the_text_reads_all_of_it(tmp_path, monkeypatch, settings):
     assert streamed(tmp_path, monkeypatch, *settings)[0] == 6
 

@@ -37,22 +37,29 @@ def test_an_attention_function_is_found_by_its_name(model):
         named = model(ids, use_cache=False).logits
     finally:
         inside.use_attention(model.config, before)
-    assert called == [8, 8], says("transformers", "does not call the attention that the config names")
-    assert torch.equal(named, plain), says("transformers", "gives a named attention other arguments or another mask")
+    assert called == [8, 8], says(
+        "transformers", "does not call the attention that the config names"
+    )
+    assert torch.equal(named, plain), says(
+        "transformers", "gives a named attention other arguments or another mask"
+    )
 
 
 @torch.no_grad()
 def test_a_backbone_is_handed_the_cache_of_a_generation(model):
     found = []
-    hook = model.model.register_forward_pre_hook(lambda _, args, kwargs: found.append(inside.empty_plain_cache(kwargs)),
-                                                 with_kwargs=True)
+    hook = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: found.append(inside.empty_plain_cache(kwargs)), with_kwargs=True
+    )
     past = inside.DynamicCache()
     try:
         model(torch.arange(8)[None], use_cache=True, **{CACHE: past})
         model(torch.arange(1)[None], use_cache=True, **{CACHE: past})
     finally:
         hook.remove()
-    assert found[0] is past, says("transformers", f"hands the cache over by another name than {inside.CACHE_ARGUMENTS}")
+    assert found[0] is past, says(
+        "transformers", f"hands the cache over by another name than {inside.CACHE_ARGUMENTS}"
+    )
     assert found[1] is None, "a cache that holds something is not to be replaced"
 
 
@@ -66,7 +73,9 @@ def test_a_layer_of_the_cache_stores_what_update_is_given(model):
     for each in (past, plain):
         model(torch.arange(8)[None], use_cache=True, **{CACHE: each})
     same = torch.equal(past.layers[0].keys, plain.layers[0].keys / 2)
-    assert same, says("transformers", "no longer passes new keys and values through a layer's update")
+    assert same, says(
+        "transformers", "no longer passes new keys and values through a layer's update"
+    )
 
 
 def test_an_untied_head_is_saved_by_its_own_name(tmp_path):
@@ -97,17 +106,30 @@ def test_a_gguf_file_gives_tensors_by_their_names_here(model, tmp_path):
     weights = model.state_dict()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     for name, tensor in weights.items():
-        if name.endswith(".weight") and "q_proj" not in name and "k_proj" not in name:  # those GGUF permutes
+        if (
+            name.endswith(".weight") and "q_proj" not in name and "k_proj" not in name
+        ):  # those GGUF permutes
             key = names.get_name(name, try_suffixes=(".weight",))
             writer.add_tensor(key, tensor.numpy())
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
         write()
     config = AutoConfig.for_model(**Tiny().facts())
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     facts, tensors = inside.read_gguf(path, config, skeleton)
-    assert facts["num_hidden_layers"] == 2, says("transformers", "reads a GGUF header into other fields")
-    for name in ("model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"):
+    assert facts["num_hidden_layers"] == 2, says(
+        "transformers", "reads a GGUF header into other fields"
+    )
+    for name in (
+        "model.layers.1.mlp.up_proj.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+    ):
         same = name in tensors and torch.equal(torch.as_tensor(tensors[name]), weights[name])
         assert same, says("transformers", f"does not give {name} of a GGUF file back")
 
@@ -117,14 +139,28 @@ def test_keys_are_quantized_by_compressed_tensors_or_refused():
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
     model = Tiny().load()[0]
-    kv = {"num_bits": 2, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32, "dynamic": True}
-    scheme = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "kv_cache_scheme": kv}
+    kv = {
+        "num_bits": 2,
+        "type": "int",
+        "symmetric": False,
+        "strategy": "group",
+        "group_size": 32,
+        "dynamic": True,
+    }
+    scheme = {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "config_groups": {},
+        "kv_cache_scheme": kv,
+    }
     apply_quantization_config(model, QuantizationConfig(**scheme))
     past = inside.DynamicCache()
     model(torch.arange(8)[None], use_cache=True, **{CACHE: past})
     quantized = len(past.layers[0].keys[0, 0, 0].unique()) <= 4
     works = compressed_tensors.cache_refusal() is None
-    assert quantized == works, says("compressed-tensors", f"quantizes keys: {quantized}, said to: {works}")
+    assert quantized == works, says(
+        "compressed-tensors", f"quantizes keys: {quantized}, said to: {works}"
+    )
 
 
 def test_a_set_in_the_local_cache_is_found_without_the_hub(monkeypatch, tmp_path):
@@ -132,11 +168,20 @@ def test_a_set_in_the_local_cache_is_found_without_the_hub(monkeypatch, tmp_path
     monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", str(tmp_path))
     monkeypatch.setattr(library.config, "HF_HUB_OFFLINE", True)
     assert datasets.offline(), says("datasets", "has another switch for working offline")
-    assert datasets.cached_builder("owner/name", "plain") is None, says("datasets", "refuses an unknown set otherwise")
+    assert datasets.cached_builder("owner/name", "plain") is None, says(
+        "datasets", "refuses an unknown set otherwise"
+    )
     assert HubText("owner/name", "plain", "test")._cached() is None
 
 
 def test_a_sweep_is_split_into_every_combination():
     parsed = hydra.OverridesParser.create().parse_overrides(["a=1,2", "b=x,y", "c=[1,2]"])
-    rows = [["a=1", "b=x", "c=[1,2]"], ["a=1", "b=y", "c=[1,2]"], ["a=2", "b=x", "c=[1,2]"], ["a=2", "b=y", "c=[1,2]"]]
-    assert hydra.jobs_of(parsed) == rows, says("hydra-core", "splits the values of a sweep otherwise")
+    rows = [
+        ["a=1", "b=x", "c=[1,2]"],
+        ["a=1", "b=y", "c=[1,2]"],
+        ["a=2", "b=x", "c=[1,2]"],
+        ["a=2", "b=y", "c=[1,2]"],
+    ]
+    assert hydra.jobs_of(parsed) == rows, says(
+        "hydra-core", "splits the values of a sweep otherwise"
+    )

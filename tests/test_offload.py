@@ -12,7 +12,11 @@ from harness.models.tiny import Tiny
 from harness.pipeline.job import execute
 
 TRANSFORMS = {
-    "identity": [], "quarot": [], "pca": [], "hadamard": [], "jointquant": ["transform.r1.epochs=1"],
+    "identity": [],
+    "quarot": [],
+    "pca": [],
+    "hadamard": [],
+    "jointquant": ["transform.r1.epochs=1"],
     "adacodec": ["transform.steps=1", "transform.batch=1"],
 }
 
@@ -36,10 +40,14 @@ def outcomes(tmp_path, folder, *overrides):
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_the_same_numbers_from_disk(tmp_path, folder, transform):
-    memory, disk = outcomes(tmp_path, folder, f"transform={transform}", "format.kv.bits=4", *TRANSFORMS[transform])
+    memory, disk = outcomes(
+        tmp_path, folder, f"transform={transform}", "format.kv.bits=4", *TRANSFORMS[transform]
+    )
     assert disk.status == "done", disk.error
     assert disk.metrics["stages"] == memory.metrics["stages"]
-    assert disk.metrics["run_id"] == memory.metrics["run_id"], "where the weights are changes no number"
+    assert disk.metrics["run_id"] == memory.metrics["run_id"], (
+        "where the weights are changes no number"
+    )
     for index in range(2):
         assert disk.run.block(index).read_bytes() == memory.run.block(index).read_bytes()
     assert not (disk.run.path / "scratch").exists()
@@ -48,7 +56,11 @@ def test_the_same_numbers_from_disk(tmp_path, folder, transform):
 def test_calibration_activations_on_disk(tmp_path):
     outcomes = []
     for place in ("memory", "disk"):
-        settings = ["solver=adascale", "solver.iterations=2", f"data.calibration.activations={place}"]
+        settings = [
+            "solver=adascale",
+            "solver.iterations=2",
+            f"data.calibration.activations={place}",
+        ]
         cfg, choices = small(tmp_path / place, *settings)
         outcomes.append(execute(cfg, choices))
     assert outcomes[0].metrics["stages"] == outcomes[1].metrics["stages"]
@@ -59,7 +71,11 @@ def test_calibration_activations_on_disk(tmp_path):
 SOLVERS = {
     "awq": ["solver.grid=3"],
     "adascale": ["solver.iterations=3"],
-    "minmax": ["format=int4", "format.weight.group_size=32", "format.overrides={lm_head: 8, embed_tokens: 8}"],
+    "minmax": [
+        "format=int4",
+        "format.weight.group_size=32",
+        "format.overrides={lm_head: 8, embed_tokens: 8}",
+    ],
 }
 
 
@@ -74,7 +90,7 @@ def test_one_block_at_a_time(folder, tmp_path):
     source = Hub(path=str(folder), weights="disk")
     model, _ = source.load()
     adapter = Adapter(model, source.offloaded(model, tmp_path / "scratch"))
-    resident = lambda: [not block.mlp.up_proj.weight.is_meta for block in adapter.blocks]  # noqa: E731
+    resident = lambda: [not block.mlp.up_proj.weight.is_meta for block in adapter.blocks]
     assert resident() == [False, False]
     seen = []
     for block in adapter.blocks:

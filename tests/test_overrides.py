@@ -25,21 +25,41 @@ def resolved(overrides, format="int4"):
 
 
 def test_the_closer_name_wins():
-    found = resolved({"decoder": 4, "down_proj": 8, "first_2": 6, "blocks_1_1": {"down_proj": 3}, "last_1": {"act": 8}})
-    bits = {(layer, name): parts["weight"].bits for (layer, name), parts in found.items() if "weight" in parts}
+    found = resolved(
+        {
+            "decoder": 4,
+            "down_proj": 8,
+            "first_2": 6,
+            "blocks_1_1": {"down_proj": 3},
+            "last_1": {"act": 8},
+        }
+    )
+    bits = {
+        (layer, name): parts["weight"].bits
+        for (layer, name), parts in found.items()
+        if "weight" in parts
+    }
     assert bits[3, UP] == 4
     assert bits[3, DOWN] == 8
     assert bits[0, DOWN] == bits[1, UP] == 6
     assert bits[1, DOWN] == 3
     assert found[5, DOWN]["act"].bits == 8
-    assert found[5, DOWN]["weight"].bits == 8, "a part that is not named keeps what is named less closely"
+    assert found[5, DOWN]["weight"].bits == 8, (
+        "a part that is not named keeps what is named less closely"
+    )
 
 
 def test_values_may_be_bits_options_or_settings():
-    found = resolved({"down_proj": "mxfp8", "up_proj": {"weight": {"group_size": 32}}, "q_proj": {"weight": 16}})
+    found = resolved(
+        {"down_proj": "mxfp8", "up_proj": {"weight": {"group_size": 32}}, "q_proj": {"weight": 16}}
+    )
     assert isinstance(found[0, DOWN]["weight"], MX)
     assert found[0, DOWN]["act"].role == "activation"
-    assert found[0, UP] == {"weight": build(option("format", "int4")["weight"] | {"group_size": 32}, "format.weight", Format)}
+    assert found[0, UP] == {
+        "weight": build(
+            option("format", "int4")["weight"] | {"group_size": 32}, "format.weight", Format
+        )
+    }
     assert found[0, Q] == {"weight": None}
 
 
@@ -47,36 +67,49 @@ def test_outside_the_blocks_only_what_is_named():
     assert resolved({}) == {}
     found = resolved({"lm_head": 8, "embed_tokens": 8})
     assert found[None, "lm_head"]["weight"].bits == 8
-    assert found[None, "lm_head"]["act"] == build(option("format", "int4")["act"], "format.act", Format)
+    assert found[None, "lm_head"]["act"] == build(
+        option("format", "int4")["act"], "format.act", Format
+    )
     assert set(found[None, "model.embed_tokens"]) == {"weight"}
     assert resolved({"lm_head": 16})[None, "lm_head"] == {"weight": None, "act": None}
 
 
-@pytest.mark.parametrize(("overrides", "words"), [
-    ({"lm_hed": 8}, ["format.overrides.lm_hed", "lm_head"]),
-    ({"down_proj": 99}, ["format.overrides.down_proj", "99"]),
-    ({"down_proj": "int5"}, ["format.overrides.down_proj", "int5"]),
-    ({"down_proj": {"weigth": 8}}, ["format.overrides.down_proj", "weigth"]),
-    ({"first_9": 8}, ["format.overrides.first_9", "blocks 0 to 5"]),
-    ({"blocks_4_9": 8}, ["format.overrides.blocks_4_9", "0 to 5"]),
-    ({"first_3": 8, "blocks_2": 6}, ["format.overrides.blocks_2", "format.overrides.first_3", "block 2"]),
-    ({"first_1": {"down": 8}}, ["format.overrides.first_1.down", "down_proj"]),
-    ({"q_proj": {"act": 8}}, ["q_proj, k_proj, v_proj", "same act"]),
-    ({"embed_tokens": {"act": 8}}, ["format.overrides.embed_tokens.act"]),
-    ({"down_proj": None}, ["format.overrides.down_proj=None"]),
-    (8, ["format.overrides=8"]),
-], ids=str)
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"lm_hed": 8}, ["format.overrides.lm_hed", "lm_head"]),
+        ({"down_proj": 99}, ["format.overrides.down_proj", "99"]),
+        ({"down_proj": "int5"}, ["format.overrides.down_proj", "int5"]),
+        ({"down_proj": {"weigth": 8}}, ["format.overrides.down_proj", "weigth"]),
+        ({"first_9": 8}, ["format.overrides.first_9", "blocks 0 to 5"]),
+        ({"blocks_4_9": 8}, ["format.overrides.blocks_4_9", "0 to 5"]),
+        (
+            {"first_3": 8, "blocks_2": 6},
+            ["format.overrides.blocks_2", "format.overrides.first_3", "block 2"],
+        ),
+        ({"first_1": {"down": 8}}, ["format.overrides.first_1.down", "down_proj"]),
+        ({"q_proj": {"act": 8}}, ["q_proj, k_proj, v_proj", "same act"]),
+        ({"embed_tokens": {"act": 8}}, ["format.overrides.embed_tokens.act"]),
+        ({"down_proj": None}, ["format.overrides.down_proj=None"]),
+        (8, ["format.overrides=8"]),
+    ],
+    ids=str,
+)
 def test_what_means_nothing_is_refused(overrides, words):
     with pytest.raises(ConfigError) as refusal:
         resolved(overrides)
     assert all(word in str(refusal.value) for word in words), refusal.value
 
 
-@pytest.mark.parametrize(("overrides", "behind"), [
-    ([], None),
-    (["format.overrides={down_proj: int8}"], {"int8": "int8"}),
-    (["format.overrides={first_1: {up_proj: {weight: mxfp8}}}"], {"mxfp8": "mxfp8"}),
-], ids=str)
+@pytest.mark.parametrize(
+    ("overrides", "behind"),
+    [
+        ([], None),
+        (["format.overrides={down_proj: int8}"], {"int8": "int8"}),
+        (["format.overrides={first_1: {up_proj: {weight: mxfp8}}}"], {"mxfp8": "mxfp8"}),
+    ],
+    ids=str,
+)
 def test_what_stands_behind_an_option_is_part_of_the_run(tmp_path, overrides, behind):
     """An edited option is another run: its settings, not its name, are hashed."""
     cfg, choices = small(tmp_path, "format=int4", *overrides)
@@ -91,9 +124,13 @@ def test_float_formats_name_the_way_out():
 
 @pytest.mark.parametrize("solver", ["rtn", "gptq", "minmax", "adascale", "awq"])
 def test_a_mixed_run_stores_and_reports_what_it_says(tmp_path, solver):
-    overrides = "{embed_tokens: 8, lm_head: {weight: 8, act: int8}, down_proj: 8, first_1: {up_proj: 16}}"
+    overrides = (
+        "{embed_tokens: 8, lm_head: {weight: 8, act: int8}, down_proj: 8, first_1: {up_proj: 16}}"
+    )
     quick = {"adascale": ["solver.iterations=2"], "awq": ["solver.grid=3"]}.get(solver, [])
-    cfg, choices = small(tmp_path, "format=int4", f"solver={solver}", f"format.overrides={overrides}", *quick)
+    cfg, choices = small(
+        tmp_path, "format=int4", f"solver={solver}", f"format.overrides={overrides}", *quick
+    )
     outcome = execute(cfg, choices)
     assert outcome.status == "done", outcome.error
     layers = {layer["name"]: layer for layer in outcome.metrics["layers"]}
@@ -103,7 +140,9 @@ def test_a_mixed_run_stores_and_reports_what_it_says(tmp_path, solver):
     assert per_weight["model.layers.1.mlp.up_proj"] == 4 + 32 / 64
     assert per_weight["model.layers.0.mlp.down_proj"] == 8 + 32 / 64
     assert per_weight["lm_head"] == per_weight["model.embed_tokens"] == 8 + 32 / 64
-    mean = sum(layer["bits"] for layer in layers.values()) / sum(layer["weights"] for layer in layers.values())
+    mean = sum(layer["bits"] for layer in layers.values()) / sum(
+        layer["weights"] for layer in layers.values()
+    )
     assert outcome.metrics["bits_per_weight"] == pytest.approx(mean)
     with safe_open(outcome.run.block(2), "pt") as file:
         assert {"lm_head.codes", "model.embed_tokens.codes", "head_in.range"} <= set(file.keys())
@@ -115,22 +154,33 @@ def test_a_mixed_run_stores_and_reports_what_it_says(tmp_path, solver):
     assert written == ([] if folder is None else ["0000.json", "0001.json", "0002.json"])
     if folder is not None:
         first = json.loads((outcome.run.path / folder / "0000.json").read_text())
-        assert {entry["name"]: entry["bits"] for entry in first}["model.layers.0.mlp.down_proj"] == 8
+        assert {entry["name"]: entry["bits"] for entry in first}[
+            "model.layers.0.mlp.down_proj"
+        ] == 8
         assert "model.layers.0.mlp.up_proj" not in {entry["name"] for entry in first}
 
 
-@pytest.mark.parametrize("format", [
-    Integer(bits=4), Integer(bits=4, symmetric=False), Integer(bits=8, granularity="tensor"),
-    Integer(bits=4, symmetric=False, zp_range="signed"), Integer(bits=4, symmetric=False, zp="float_offset"),
-    Integer(bits=3, granularity="group", group_size=16),
-], ids=str)
+@pytest.mark.parametrize(
+    "format",
+    [
+        Integer(bits=4),
+        Integer(bits=4, symmetric=False),
+        Integer(bits=8, granularity="tensor"),
+        Integer(bits=4, symmetric=False, zp_range="signed"),
+        Integer(bits=4, symmetric=False, zp="float_offset"),
+        Integer(bits=3, granularity="group", group_size=16),
+    ],
+    ids=str,
+)
 def test_encodings_reproduce_the_weight(format):
     """x = scale (q + offset) for unsigned q, and min and max are its ends."""
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
     quantized = format.quantize(weight)
     found = encoding("w", quantized)
     groups = len(found["scale"])
-    scale, offset, low, high = (torch.tensor(found[key]).view(groups, 1) for key in ("scale", "offset", "min", "max"))
+    scale, offset, low, high = (
+        torch.tensor(found[key]).view(groups, 1) for key in ("scale", "offset", "min", "max")
+    )
     q = (quantized.codes.int() - format.qmin).view(groups, -1)
     values = (scale * (q + offset)).view(8, 32)
     assert torch.allclose(values, quantized.dequantize(), atol=1e-5)

@@ -8,14 +8,35 @@ import pytest
 from harness.report.page import write_page
 
 CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync")
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 DRAWN = "return ['scatter', 'heat', 'curves', 'activations'].every(id => document.querySelector(`#${id} .main-svg`))"
 INK = "return getComputedStyle(document.querySelector('#scatter .xtick text')).fill"
-HOSTILE = "Traceback\n  line 3\nValueError: </script><img src=x onerror=\"document.title='owned'\"> & <b>"
-MARKS = {"wikitext-2": ["same corpus as calibration", "first 8 of 145 windows"], "arc_easy": ["first 200 documents"]}
+HOSTILE = (
+    "Traceback\n  line 3\nValueError: </script><img src=x onerror=\"document.title='owned'\"> & <b>"
+)
+MARKS = {
+    "wikitext-2": ["same corpus as calibration", "first 8 of 145 windows"],
+    "arc_easy": ["first 200 documents"],
+}
 BITS = {"nvfp4": 4.5, "int4": 4.25, "mxfp4": 4.25, "fouroversix": 4.5, "int8": 8.25, "mxfp6": 6.25}
-GAIN = {"identity": 1.0, "hadamard": 0.8, "quarot": 0.7, "rht": 0.75, "dst": 0.9, "kronecker": 0.6, "smoothquant": 1.1}
+GAIN = {
+    "identity": 1.0,
+    "hadamard": 0.8,
+    "quarot": 0.7,
+    "rht": 0.75,
+    "dst": 0.9,
+    "kronecker": 0.6,
+    "smoothquant": 1.1,
+}
 EDGES = [2.0 ** (i / 2 - 20) for i in range(65)]
 
 
@@ -27,12 +48,27 @@ def put(path: Path, value) -> None:
 def store_run(root: Path, index: int, status: str = "done", error: str | None = None) -> str:
     """A run as the store keeps it; the same index gives the same figures. Returns its id."""
     draw = random.Random(index)
-    form, transform, solver = draw.choice(list(BITS)), draw.choice(list(GAIN)), draw.choice(["rtn", "gptq"])
+    form, transform, solver = (
+        draw.choice(list(BITS)),
+        draw.choice(list(GAIN)),
+        draw.choice(["rtn", "gptq"]),
+    )
     run_id = f"smollm2_135m-{form}-{transform}-{solver}-{index:010x}"
     run = root / run_id
     started = f"2026-01-{1 + index // 1440:02d}T{index // 60 % 24:02d}:{index % 60:02d}:00+0000"
-    put(run / "status.json", {"status": status, "started": started, "updated": started, "stage": "quantized", "error": error})
-    put(run / "config.yaml", f"""
+    put(
+        run / "status.json",
+        {
+            "status": status,
+            "started": started,
+            "updated": started,
+            "stage": "quantized",
+            "error": error,
+        },
+    )
+    put(
+        run / "config.yaml",
+        f"""
 seed: {index % 3}
 run_root: {root}
 model: {{name: smollm2_135m, hf_token: hidden}}
@@ -41,42 +77,90 @@ format:
   weight: {{bits: {int(BITS[form])}, clip: [0.5, 1]}}
 transform: {{name: {transform}}}
 solver: {{name: {solver}}}
-""")
+""",
+    )
     if status == "failed":
         return run_id
-    worse = 14 * GAIN[transform] * 2 ** (4.25 - BITS[form]) * (0.4 if solver == "gptq" else 1) * draw.uniform(0.8, 1.2)
+    worse = (
+        14
+        * GAIN[transform]
+        * 2 ** (4.25 - BITS[form])
+        * (0.4 if solver == "gptq" else 1)
+        * draw.uniform(0.8, 1.2)
+    )
     kl = worse / 25
-    put(run / "metrics.json", {
-        "run_id": run_id, "status": status, "command": f"python run.py format={form} transform={transform} solver={solver}",
-        "choices": {"model": "smollm2_135m", "data": "text", "format": form, "transform": transform, "solver": solver},
-        "stages": {
-            "baseline": {"ppl": {"wikitext-2": 22.75, "pydoc": 14.12}},
-            "quantized": {
-                "ppl": {"wikitext-2": 22.75 + worse, "pydoc": 14.12 + worse / 2},
-                "divergence": {"wikitext-2": {"kl": kl, "top1": 1 - kl / 2}},
-                "zeroshot": {"arc_easy": {"acc": 0.5, "acc_norm": 0.44 - kl / 8, "acc_norm_stderr": 0.035, "n": 200}},
+    put(
+        run / "metrics.json",
+        {
+            "run_id": run_id,
+            "status": status,
+            "command": f"python run.py format={form} transform={transform} solver={solver}",
+            "choices": {
+                "model": "smollm2_135m",
+                "data": "text",
+                "format": form,
+                "transform": transform,
+                "solver": solver,
             },
+            "stages": {
+                "baseline": {"ppl": {"wikitext-2": 22.75, "pydoc": 14.12}},
+                "quantized": {
+                    "ppl": {"wikitext-2": 22.75 + worse, "pydoc": 14.12 + worse / 2},
+                    "divergence": {"wikitext-2": {"kl": kl, "top1": 1 - kl / 2}},
+                    "zeroshot": {
+                        "arc_easy": {
+                            "acc": 0.5,
+                            "acc_norm": 0.44 - kl / 8,
+                            "acc_norm_stderr": 0.035,
+                            "n": 200,
+                        }
+                    },
+                },
+            },
+            "bits_per_weight": BITS[form] + draw.uniform(0, 0.1),
+            "seconds": {"load": 3.0, "quantized": draw.uniform(20, 90)},
+            "peak_memory_mb": draw.uniform(900, 1500),
+            "marks": MARKS,
+            "layers": [{"name": "layer that is not embedded"}],
         },
-        "bits_per_weight": BITS[form] + draw.uniform(0, 0.1), "seconds": {"load": 3.0, "quantized": draw.uniform(20, 90)},
-        "peak_memory_mb": draw.uniform(900, 1500), "marks": MARKS, "layers": [{"name": "layer that is not embedded"}],
-    })
+    )
     noise = [worse * (1 + i) * draw.uniform(0.8, 1) / 1e3 for i in range(30)]
-    points = [{"step": i, "block/rel_error": noise[i], "block/sqnr_db": 20 - i / 4} for i in range(30)]
-    put(run / "tracking" / "curves.jsonl", "".join(json.dumps(point) + "\n" for point in points) + '{"step": 30, "blo')
+    points = [
+        {"step": i, "block/rel_error": noise[i], "block/sqnr_db": 20 - i / 4} for i in range(30)
+    ]
+    put(
+        run / "tracking" / "curves.jsonl",
+        "".join(json.dumps(point) + "\n" for point in points) + '{"step": 30, "blo',
+    )
     spread = 1 if transform == "identity" else 3
     sites = {}
     for n, site in enumerate(("attn_in", "o_in", "mlp_in", "down_in")):
-        counts = [[int(1e6 * 2 ** (-((abs(i - 38) / 3) ** 1.5) / s)) for i in range(64)] for s in (3.0 + n, (3.0 + n) / spread)]
+        counts = [
+            [int(1e6 * 2 ** (-((abs(i - 38) / 3) ** 1.5) / s)) for i in range(64)]
+            for s in (3.0 + n, (3.0 + n) / spread)
+        ]
         sites[site] = {"before": counts[0], "after": counts[1]}
-    worst = [{"layer": i, "site": site, "before": {"max_over_median": 300.0 + i, "kurtosis": 88.0 - i},
-              "after": {"max_over_median": 12.0 + i, "kurtosis": 4.0}} for i in range(30) for site in sites]
+    worst = [
+        {
+            "layer": i,
+            "site": site,
+            "before": {"max_over_median": 300.0 + i, "kurtosis": 88.0 - i},
+            "after": {"max_over_median": 12.0 + i, "kurtosis": 4.0},
+        }
+        for i in range(30)
+        for site in sites
+    ]
     put(run / "outliers.json", {"edges": EDGES, "sites": sites, "rows": worst})
     return run_id
 
 
 def embedded(page: Path) -> dict:
     """The data a browser would parse: up to the first end tag."""
-    return json.loads(page.read_text("utf-8").split('<script id="data" type="application/json">')[1].split("</script>")[0])
+    return json.loads(
+        page.read_text("utf-8")
+        .split('<script id="data" type="application/json">')[1]
+        .split("</script>")[0]
+    )
 
 
 def settings(data: dict, run: dict) -> dict[str, str]:
@@ -86,22 +170,36 @@ def settings(data: dict, run: dict) -> dict[str, str]:
 def test_figures_are_embedded_and_what_runs_share_is_stored_once(tmp_path):
     ids = [store_run(tmp_path / "runs", index) for index in range(12)]
     page = write_page(tmp_path / "runs", tmp_path / "out" / "page.html")
-    assert page == tmp_path / "out" / "page.html" and [path.name for path in page.parent.iterdir()] == ["page.html"]
+    assert page == tmp_path / "out" / "page.html" and [
+        path.name for path in page.parent.iterdir()
+    ] == ["page.html"]
     data = embedded(page)
     assert [run["id"] for run in data["runs"]] == ids[::-1]  # newest first
-    run, stored = data["runs"][-1], json.loads((tmp_path / "runs" / ids[0] / "metrics.json").read_text())
+    run, stored = (
+        data["runs"][-1],
+        json.loads((tmp_path / "runs" / ids[0] / "metrics.json").read_text()),
+    )
     final = stored["stages"]["quantized"]
-    assert run["ppl"]["pydoc"] == pytest.approx(final["ppl"]["pydoc"], rel=1e-5) and run["baseline"]["pydoc"] == 14.12
+    assert (
+        run["ppl"]["pydoc"] == pytest.approx(final["ppl"]["pydoc"], rel=1e-5)
+        and run["baseline"]["pydoc"] == 14.12
+    )
     metric, value, error, n = run["accuracy"]["arc_easy"]
     assert (metric, error, n) == ("acc_norm", 0.035, 200)
     assert value == pytest.approx(final["zeroshot"]["arc_easy"]["acc_norm"], rel=1e-3)
-    assert run["kl"]["wikitext-2"] == pytest.approx(final["divergence"]["wikitext-2"]["kl"], rel=1e-3)
-    assert [data["marks"][i] for i in run["marks"]["wikitext-2"]] == [list(mark) for mark in zip("cs", MARKS["wikitext-2"])]
+    assert run["kl"]["wikitext-2"] == pytest.approx(
+        final["divergence"]["wikitext-2"]["kl"], rel=1e-3
+    )
+    assert [data["marks"][i] for i in run["marks"]["wikitext-2"]] == [
+        list(mark) for mark in zip("cs", MARKS["wikitext-2"])
+    ]
     steps, errors = run["curves"]["block/rel_error"]
     assert steps == list(range(30)) and all(error == float(f"{error:.4g}") for error in errors)
     attention = run["activations"]["sites"]["attn_in"]
     assert attention["worst"]["before"] == {"max_over_median": [329, 29], "kurtosis": [88, 0]}
-    assert {run["activations"]["sites"]["attn_in"]["before"] for run in data["runs"]} == {attention["before"]}
+    assert {run["activations"]["sites"]["attn_in"]["before"] for run in data["runs"]} == {
+        attention["before"]
+    }
     assert "not embedded" not in page.read_text("utf-8")
     for run in data["runs"]:  # base and differences give every setting back
         held = settings(data, run)
@@ -111,7 +209,10 @@ def test_figures_are_embedded_and_what_runs_share_is_stored_once(tmp_path):
 
 def test_only_the_runs_asked_for(tmp_path):
     ids = [store_run(tmp_path, index) for index in range(4)]
-    assert {run["id"] for run in embedded(write_page(tmp_path, tmp_path / "page.html", ids[1:3]))["runs"]} == {*ids[1:3]}
+    assert {
+        run["id"]
+        for run in embedded(write_page(tmp_path, tmp_path / "page.html", ids[1:3]))["runs"]
+    } == {*ids[1:3]}
 
 
 def test_unfinished_and_damaged_runs_are_shown_as_far_as_they_got(tmp_path):
@@ -127,10 +228,15 @@ def test_unfinished_and_damaged_runs_are_shown_as_far_as_they_got(tmp_path):
     assert runs["empty"] == {"id": "empty", "status": "interrupted", "model": "empty"}
     assert runs[failed]["error"] == HOSTILE.splitlines()[-1] and "ppl" not in runs[failed]
     assert runs[failed]["format"] in BITS  # from its id: it never wrote its choices
-    assert runs[damaged]["curves"] == {"block/rel_error": [[0], [1]]} and "activations" not in runs[damaged]
+    assert (
+        runs[damaged]["curves"] == {"block/rel_error": [[0], [1]]}
+        and "activations" not in runs[damaged]
+    )
 
 
-def sweep(root: Path, count: int = 3, model: str = "zephyr", blocks: int = 30, extra: str = "") -> list[str]:
+def sweep(
+    root: Path, count: int = 3, model: str = "zephyr", blocks: int = 30, extra: str = ""
+) -> list[str]:
     """Runs of one model, format, transform and solver that only their group size tells apart, with a quantized head."""
     ids = []
     for index in range(count):
@@ -138,23 +244,35 @@ def sweep(root: Path, count: int = 3, model: str = "zephyr", blocks: int = 30, e
         run, size = root / run_id, 16 * 2**index
         begun = f"2026-02-01T00:{index:02d}:00+0000"
         put(run / "status.json", {"status": "done", "started": begun, "updated": begun})
-        put(run / "config.yaml", f"""
+        put(
+            run / "config.yaml",
+            f"""
 seed: 0
 run_root: {root}
 model: {{name: {model}}}
 format: {{name: int4, weight: {{bits: 4, group_size: {size}}}}}
 tracking: {{name: {index}}}
 api_key: {index}
-{extra}""")
-        put(run / "metrics.json", {
-            "status": "done", "command": "python run.py", "bits_per_weight": 4 + 16 / size,
-            "choices": dict(zip(("model", "format", "transform", "solver"), run_id.split("-"))),
-            "stages": {"quantized": {"ppl": {"pydoc": 30.0 + index}}},
-        })
+{extra}""",
+        )
+        put(
+            run / "metrics.json",
+            {
+                "status": "done",
+                "command": "python run.py",
+                "bits_per_weight": 4 + 16 / size,
+                "choices": dict(zip(("model", "format", "transform", "solver"), run_id.split("-"))),
+                "stages": {"quantized": {"ppl": {"pydoc": 30.0 + index}}},
+            },
+        )
         points = [{"step": i, "block/rel_error": 0.01 + i / 1e3} for i in range(blocks)]
-        points += [{"step": 0, "outside/lm_head/rel_error": 0.05, "outside/embed_tokens/rel_error": 0.002}]
+        points += [
+            {"step": 0, "outside/lm_head/rel_error": 0.05, "outside/embed_tokens/rel_error": 0.002}
+        ]
         points += [{"step": i, "learn/loss": 1 / i} for i in range(1, 1002)]
-        put(run / "tracking" / "curves.jsonl", "".join(json.dumps(point) + "\n" for point in points))
+        put(
+            run / "tracking" / "curves.jsonl", "".join(json.dumps(point) + "\n" for point in points)
+        )
         ids.append(run_id)
     return ids
 
@@ -173,16 +291,26 @@ def test_long_curves_are_thinned_to_what_a_panel_shows(tmp_path):
     sweep(tmp_path / "runs", 1)
     (run,) = embedded(write_page(tmp_path / "runs", tmp_path / "page.html"))["runs"]
     steps, losses = run["curves"]["learn/loss"]
-    assert steps == [*range(1, 1002, 6), 1001] and losses == [float(f"{1 / step:.4g}") for step in steps]
+    assert steps == [*range(1, 1002, 6), 1001] and losses == [
+        float(f"{1 / step:.4g}") for step in steps
+    ]
     assert run["curves"]["block/rel_error"][0] == list(range(30))
 
 
 def test_a_checkpoint_is_shown_by_what_made_it(tmp_path):
     (name,) = sweep(tmp_path / "runs", 1)
     path = tmp_path / "runs" / name / "metrics.json"
-    put(path, json.loads(path.read_text()) | {"holds": {"format": "int4-w4a4", "transform": "quarot", "solver": None}})
+    put(
+        path,
+        json.loads(path.read_text())
+        | {"holds": {"format": "int4-w4a4", "transform": "quarot", "solver": None}},
+    )
     (run,) = embedded(write_page(tmp_path / "runs", tmp_path / "page.html"))["runs"]
-    assert (run["model"], run["format"], run["transform"]) == ("zephyr", "int4-w4a4", "quarot") and "solver" not in run
+    assert (run["model"], run["format"], run["transform"]) == (
+        "zephyr",
+        "int4-w4a4",
+        "quarot",
+    ) and "solver" not in run
 
 
 def test_nothing_is_loaded_from_elsewhere(tmp_path):
@@ -232,16 +360,23 @@ def silent(browser) -> None:
     """No error on the console, and nothing was asked for but the page itself and what it carries inside."""
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    asked = {
+        m["params"]["request"]["url"]
+        for m in messages
+        if m["method"] == "Network.requestWillBeSent"
+    }
     assert len(asked) and all(url.startswith(("file:", "data:", "blob:")) for url in asked)
 
 
 def column(browser, name: str) -> list[str]:
     """The shown texts of a column, marks left out, top to bottom."""
-    return browser.execute_script("""
+    return browser.execute_script(
+        """
         const titles = [...document.querySelectorAll("#runs thead tr:last-child > *")].map(cell => cell.textContent);
         const rows = [...document.querySelectorAll("#runs tbody tr:not(.failed)")];
-        return rows.map(row => row.cells[titles.indexOf(arguments[0])].firstChild?.textContent);""", name)
+        return rows.map(row => row.cells[titles.indexOf(arguments[0])].firstChild?.textContent);""",
+        name,
+    )
 
 
 @pytest.mark.browser
@@ -272,7 +407,10 @@ def test_the_page_in_a_browser(tmp_path, browser):
     assert find("#runs tbody tr:last-child").get_attribute("class") == "failed"
     header.send_keys(Keys.ENTER)
     falling = [float(text) for text in column(browser, "ppl")]
-    assert falling == rising[::-1] and header.find_element(By.XPATH, "..").get_attribute("aria-sort") == "descending"
+    assert (
+        falling == rising[::-1]
+        and header.find_element(By.XPATH, "..").get_attribute("aria-sort") == "descending"
+    )
 
     # filtering: words, a group, a state; the best figure is that of the rows left
     Select(find("#filters label:nth-child(4) select")).select_by_value("nvfp4")
@@ -280,7 +418,9 @@ def test_the_page_in_a_browser(tmp_path, browser):
     assert set(column(browser, "format")) == {"nvfp4"} and 0 < len(left) < 40
     assert f"{min(left):.2f}" in [text.rstrip("cs\n") for text in seen("#runs .best")]
     find("#filters input").send_keys("gptq quarot")
-    assert set(column(browser, "transform")) <= {"quarot"} and set(column(browser, "solver")) <= {"gptq"}
+    assert set(column(browser, "transform")) <= {"quarot"} and set(column(browser, "solver")) <= {
+        "gptq"
+    }
     find("#filters input").clear()
     find("#filters input").send_keys(failed[-10:])
     Select(find("#filters label:nth-child(4) select")).select_by_value("")
@@ -295,7 +435,9 @@ def test_the_page_in_a_browser(tmp_path, browser):
     wait(browser, "return !document.querySelector('#diff .empty').hidden")
     boxes[1].send_keys(Keys.SPACE)
     wait(browser, "return document.querySelectorAll('#diff tbody tr').length > 0")
-    ids = browser.execute_script("return [...document.querySelectorAll('#runs tbody tr:has(:checked) code')].map(c => c.title)")
+    ids = browser.execute_script(
+        "return [...document.querySelectorAll('#runs tbody tr:has(:checked) code')].map(c => c.title)"
+    )
     data = embedded(page)
     one, other = (settings(data, run) for run in data["runs"] if run["id"] in ids)
     differing = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
@@ -305,14 +447,18 @@ def test_the_page_in_a_browser(tmp_path, browser):
     # the command, through the clipboard, with and without the clipboard's own interface
     for without in (False, True):
         if without:
-            browser.execute_script("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+            browser.execute_script(
+                "Object.defineProperty(navigator, 'clipboard', {value: undefined})"
+            )
         row = find(f"#runs tbody tr:not(.failed):nth-of-type({2 + without})")
         row.find_element(By.CSS_SELECTOR, ".copy").click()
         wait(browser, "return document.getElementById('said').textContent === 'command copied'")
         find("#filters input").send_keys(Keys.CONTROL, "a")
         find("#filters input").send_keys(Keys.CONTROL, "v")
         pasted = find("#filters input").get_property("value")
-        assert pasted.startswith("python run.py format=") and pasted in {run.get("command") for run in data["runs"]}
+        assert pasted.startswith("python run.py format=") and pasted in {
+            run.get("command") for run in data["runs"]
+        }
         assert len(column(browser, "run")) >= 1
         find("#filters input").send_keys(Keys.CONTROL, "a", Keys.DELETE)
         browser.execute_script("document.getElementById('said').textContent = ''")
@@ -334,16 +480,27 @@ def test_a_sweep_in_a_browser(tmp_path, browser):
     opened(browser, write_page(tmp_path / "runs", tmp_path / "page.html"))
     opens = "return document.querySelector('#heat label:nth-child(3) select').value"
     assert browser.execute_script(opens) == "mistral"  # as many as zephyr, more than smollm2_135m
-    told = {row for row in zip(column(browser, "model"), column(browser, "settings")) if row[0] != "smollm2_135m"}
-    assert told == {(model, f"device=<b>{model}</b> weight.group_size={16 * 2**index}")
-                    for model in ("zephyr", "mistral") for index in range(4)}
+    told = {
+        row
+        for row in zip(column(browser, "model"), column(browser, "settings"))
+        if row[0] != "smollm2_135m"
+    }
+    assert told == {
+        (model, f"device=<b>{model}</b> weight.group_size={16 * 2**index}")
+        for model in ("zephyr", "mistral")
+        for index in range(4)
+    }
     browser.execute_script("""
         document.querySelector('#chosen button').click();
         document.querySelector('#runs tbody input').click();""")
     wait(browser, "return document.querySelectorAll('#curves .scatterlayer .trace').length === 2")
-    ticks = browser.execute_script("return [...document.querySelectorAll('#curves .xtick text')].map(t => t.textContent)")
+    ticks = browser.execute_script(
+        "return [...document.querySelectorAll('#curves .xtick text')].map(t => t.textContent)"
+    )
     assert ticks == ["0", "5", "10", "15", "20", "25", "head", "embedding"]
-    along, beside = browser.execute_script("return document.querySelector('#curves .plot').data.map(trace => [...trace.x])")
+    along, beside = browser.execute_script(
+        "return document.querySelector('#curves .plot').data.map(trace => [...trace.x])"
+    )
     assert along == list(range(30)) and min(beside) > 30
     browser.execute_script("""
         const select = document.querySelector('#curves select');
@@ -380,8 +537,13 @@ def test_a_phone_shows_all_of_the_page(tmp_path, browser, theme):
     assert browser.execute_script("return document.documentElement.dataset.theme") == theme
     browser.execute_script("document.querySelector('#runs tbody tr:nth-child(4) input').click()")
     wait(browser, "return document.querySelectorAll('#curves .scatterlayer .trace').length >= 3")
-    assert browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
-    wide = "const box = document.getElementById('scroller'); return box.scrollWidth > box.clientWidth"
+    assert browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [
+        390,
+        390,
+    ]
+    wide = (
+        "const box = document.getElementById('scroller'); return box.scrollWidth > box.clientWidth"
+    )
     assert browser.execute_script(wide)
     cut = browser.execute_script("""
         return [...document.querySelectorAll(".plot text, .controls select, h2")].filter(shown =>
@@ -396,7 +558,10 @@ def test_a_page_without_figures(tmp_path, browser):
     store_run(tmp_path / "runs", 0, "failed", HOSTILE)
     for ids in ([], None):
         browser.get(write_page(tmp_path / "runs", tmp_path / "page.html", ids).as_uri())
-        wait(browser, "return [...document.querySelectorAll('.empty')].every(note => !note.hidden && note.textContent)")
+        wait(
+            browser,
+            "return [...document.querySelectorAll('.empty')].every(note => !note.hidden && note.textContent)",
+        )
         silent(browser)
 
 
@@ -408,7 +573,11 @@ def test_a_thousand_runs_open_quickly(tmp_path, browser):
     shown = []
     for _ in range(2):
         opened(browser, page)
-        shown.append(browser.execute_script("return performance.getEntriesByName('table shown')[0].startTime"))
+        shown.append(
+            browser.execute_script(
+                "return performance.getEntriesByName('table shown')[0].startTime"
+            )
+        )
     assert len(embedded(page)["runs"]) == 1000 and 0 < min(shown) < 2000
     count = "return document.querySelectorAll('#runs tbody tr').length"
     first = browser.execute_script(count)

@@ -71,4 +71,6 @@ def test_a_head_whose_scale_spans_tokens_reads_a_window_at_once(scope):
     window = ids(length)
     hidden = adapter.backbone(window[None], use_cache=False).last_hidden_state[:, :-1]
     wanted = torch.nn.functional.cross_entropy(adapter.head(hidden)[0], window[1:], reduction="sum")
-    torch.testing.assert_close(window_losses(adapter, window[None])[0].float(), wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        window_losses(adapter, window[None])[0].float(), wanted, rtol=1e-6, atol=0
+    )

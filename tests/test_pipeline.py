@@ -23,9 +23,17 @@ from harness.solvers import GPTQ
 from harness.store import RunLocked, Store, locked
 from harness.transforms import Rotation
 
-FORMATS = sorted(path.stem for path in (ROOT / "conf" / "format").glob("*.yaml") if path.stem != "none")
-SOLVERS = sorted(path.stem for path in (ROOT / "conf" / "solver").glob("*.yaml") if path.stem != "none")
-QUICK = {"adascale": ["solver.iterations=2"], "adascale_paper": ["solver.iterations=2"], "awq": ["solver.grid=3"]}
+FORMATS = sorted(
+    path.stem for path in (ROOT / "conf" / "format").glob("*.yaml") if path.stem != "none"
+)
+SOLVERS = sorted(
+    path.stem for path in (ROOT / "conf" / "solver").glob("*.yaml") if path.stem != "none"
+)
+QUICK = {
+    "adascale": ["solver.iterations=2"],
+    "adascale_paper": ["solver.iterations=2"],
+    "awq": ["solver.grid=3"],
+}
 
 
 def run(tmp_path, *overrides):
@@ -41,11 +49,22 @@ def numbers(metrics):
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_with_every_solver(tmp_path, format, solver):
     if format == "fouroversix" and "adascale" in solver:
-        pytest.skip("a block of FourOverSix has two scales to choose from; refused, as test_adascale.py shows")
+        pytest.skip(
+            "a block of FourOverSix has two scales to choose from; refused, as test_adascale.py shows"
+        )
     outcome = run(tmp_path, f"format={format}", f"solver={solver}", *QUICK.get(solver, []))
     metrics = json.loads((outcome.run.path / "metrics.json").read_text())
     assert outcome.status == metrics["status"] == "done"
-    assert {"run_id", "quant_id", "choices", "stages", "bits_per_weight", "seconds", "peak_memory_mb", "layers"} <= set(metrics)
+    assert {
+        "run_id",
+        "quant_id",
+        "choices",
+        "stages",
+        "bits_per_weight",
+        "seconds",
+        "peak_memory_mb",
+        "layers",
+    } <= set(metrics)
     base, quantized = (metrics["stages"][stage] for stage in ("baseline", "quantized"))
     assert list(base["ppl"]) == ["pydoc"]
     assert base["tokens"] == 256
@@ -53,7 +72,9 @@ def test_every_format_with_every_solver(tmp_path, format, solver):
     assert quantized["ppl"] != base["ppl"]
     assert len(metrics["layers"]) == 14
     if format != "auto":  # which may give a linear that hardly matters two bits
-        assert all(0 < layer["rel_error"] < 0.1 and layer["sqnr_db"] > 10 for layer in metrics["layers"])
+        assert all(
+            0 < layer["rel_error"] < 0.1 and layer["sqnr_db"] > 10 for layer in metrics["layers"]
+        )
     assert 4 < metrics["bits_per_weight"] < 9
 
 
@@ -68,16 +89,28 @@ def test_every_family(tmp_path, family, transform):
 
 
 def test_hadamard_keeps_the_function(tmp_path):
-    outcome = run(tmp_path, "format=none", "solver=none", "transform=hadamard", "transform.block_size=full")
+    outcome = run(
+        tmp_path, "format=none", "solver=none", "transform=hadamard", "transform.block_size=full"
+    )
     stages = outcome.metrics["stages"]
-    assert stages["transformed"]["ppl"]["pydoc"] == pytest.approx(stages["baseline"]["ppl"]["pydoc"], rel=1e-5)
+    assert stages["transformed"]["ppl"]["pydoc"] == pytest.approx(
+        stages["baseline"]["ppl"]["pydoc"], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_wrong_fold_is_stopped_by_the_gate(tmp_path, monkeypatch, dtype):
     """Paley matrices are not symmetric: absorbing R^T instead of R changes the model, and the run says so."""
-    monkeypatch.setattr(Rotation, "absorb", lambda self, weight: self.matrix.apply_transpose(weight))
-    settings = ["format=none", "solver=none", "transform=hadamard", "transform.block_size=12", f"model.dtype={dtype}"]
+    monkeypatch.setattr(
+        Rotation, "absorb", lambda self, weight: self.matrix.apply_transpose(weight)
+    )
+    settings = [
+        "format=none",
+        "solver=none",
+        "transform=hadamard",
+        "transform.block_size=12",
+        f"model.dtype={dtype}",
+    ]
     outcome = run(tmp_path, *settings)
     assert outcome.status == "failed"
     assert "changed the model" in outcome.error
@@ -94,24 +127,47 @@ def test_untouched_model(tmp_path):
     assert metrics["bits_per_weight"] == 32
 
 
-@pytest.mark.parametrize("unread", ["data.calibration.windows=200000", "data.calibration.length=8192",
-                                    "data.calibration.path=nowhere.txt"])
+@pytest.mark.parametrize(
+    "unread",
+    [
+        "data.calibration.windows=200000",
+        "data.calibration.length=8192",
+        "data.calibration.path=nowhere.txt",
+    ],
+)
 def test_calibration_settings_are_no_matter_where_nothing_calibrates(tmp_path, unread):
-    plain, other = (run(tmp_path / name, "format=none", "solver=none", *own) for name, own in (("a", []), ("b", [unread])))
+    plain, other = (
+        run(tmp_path / name, "format=none", "solver=none", *own)
+        for name, own in (("a", []), ("b", [unread]))
+    )
     assert other.status == "done", other.error
     assert other.metrics["stages"] == plain.metrics["stages"]
     assert other.metrics["run_id"] == plain.metrics["run_id"]
 
 
 def test_activations_alone_and_weights_alone(tmp_path):
-    both = run(tmp_path, "format=nvfp4", "solver=rtn").metrics["stages"]["quantized"]["ppl"]["pydoc"]
-    weights = run(tmp_path, "format=nvfp4", "solver=rtn", "format.act.bits=16").metrics["stages"]["quantized"]["ppl"]["pydoc"]
-    acts = run(tmp_path, "format=nvfp4", "solver=none", "format.weight.bits=16").metrics["stages"]["quantized"]["ppl"]["pydoc"]
+    both = run(tmp_path, "format=nvfp4", "solver=rtn").metrics["stages"]["quantized"]["ppl"][
+        "pydoc"
+    ]
+    weights = run(tmp_path, "format=nvfp4", "solver=rtn", "format.act.bits=16").metrics["stages"][
+        "quantized"
+    ]["ppl"]["pydoc"]
+    acts = run(tmp_path, "format=nvfp4", "solver=none", "format.weight.bits=16").metrics["stages"][
+        "quantized"
+    ]["ppl"]["pydoc"]
     assert len({both, weights, acts}) == 3
 
 
-OPTIONS = ["solver.sequencing=block", "solver.hessian_input=quantized", "solver.order=activation", "solver.scales=dynamic",
-           "format.weight.observer=mse", "model.dtype=bfloat16", "model.amp=bfloat16", "data.calibration.order=random"]
+OPTIONS = [
+    "solver.sequencing=block",
+    "solver.hessian_input=quantized",
+    "solver.order=activation",
+    "solver.scales=dynamic",
+    "format.weight.observer=mse",
+    "model.dtype=bfloat16",
+    "model.amp=bfloat16",
+    "data.calibration.order=random",
+]
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -119,7 +175,9 @@ def test_every_option_runs_and_has_its_own_result(tmp_path, option):
     plain, other = run(tmp_path), run(tmp_path, option)
     assert other.status == "done", other.error
     assert other.metrics["run_id"] != plain.metrics["run_id"]
-    assert other.metrics["stages"]["quantized"]["ppl"] != plain.metrics["stages"]["quantized"]["ppl"]
+    assert (
+        other.metrics["stages"]["quantized"]["ppl"] != plain.metrics["stages"]["quantized"]["ppl"]
+    )
 
 
 def test_stored_result_is_shown_and_force_computes_again(tmp_path):
@@ -148,7 +206,10 @@ def test_other_evaluation_reuses_the_blocks(tmp_path):
     assert first.metrics["quant_id"] == other.metrics["quant_id"]
     assert first.metrics["run_id"] != other.metrics["run_id"]
     assert other.metrics["layers"] == first.metrics["layers"]
-    events = [json.loads(line)["event"] for line in (other.run.path / "events.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line)["event"]
+        for line in (other.run.path / "events.jsonl").read_text().splitlines()
+    ]
     assert "block" not in events
 
 
@@ -186,7 +247,11 @@ class Watching(GPTQ):
         return super().solve(problem)
 
 
-@pytest.mark.parametrize("act", [NVFP4(role="activation"), NVFP4(role="activation", scope="token")], ids=["tensor", "token"])
+@pytest.mark.parametrize(
+    "act",
+    [NVFP4(role="activation"), NVFP4(role="activation", scope="token")],
+    ids=["tensor", "token"],
+)
 def test_a_calibration_text_is_quantized_without_its_neighbours(tmp_path, act):
     """H of two texts is the mean of H of each, whatever spans the scale of an activation."""
     ids = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -196,7 +261,9 @@ def test_a_calibration_text_is_quantized_without_its_neighbours(tmp_path, act):
         swap(adapter)
         run = Store(tmp_path).run(name)
         run.start({}, {})
-        blocks.quantize(adapter, Scheme(weight=NVFP4(), act=act), solver, windows, run, lambda *report: None)
+        blocks.quantize(
+            adapter, Scheme(weight=NVFP4(), act=act), solver, windows, run, lambda *report: None
+        )
         return solver.first
 
     both, one, other = hessian("both", ids), hessian("one", ids[:1]), hessian("other", ids[1:])
@@ -208,7 +275,9 @@ def test_force_computes_again_beside_a_sibling(tmp_path):
     run(tmp_path)
     run(tmp_path, "eval.perplexity.windows=3")
     forced = run(tmp_path, "force=true")
-    events = [json.loads(line) for line in (forced.run.path / "events.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line) for line in (forced.run.path / "events.jsonl").read_text().splitlines()
+    ]
     assert [e["index"] for e in events if e["event"] == "block"] == [0, 1]
 
 
@@ -223,14 +292,27 @@ def test_damaged_block_is_solved_again(tmp_path):
 
 
 def test_infinite_perplexity_is_a_failure(tmp_path):
-    settings = ["solver=rtn", "format=int4", "format.weight.symmetric=false", "format.weight.degenerate=one",
-                "format.weight.incl0=never"]
+    settings = [
+        "solver=rtn",
+        "format=int4",
+        "format.weight.symmetric=false",
+        "format.weight.degenerate=one",
+        "format.weight.incl0=never",
+    ]
     model, tokenizer = Tiny().load()
-    model.model.layers[1].mlp.up_proj.weight.data[3] = 0  # FP-Quant's rule: a constant group has zero point NaN
+    model.model.layers[1].mlp.up_proj.weight.data[3] = (
+        0  # FP-Quant's rule: a constant group has zero point NaN
+    )
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     for count in (2, 3):  # the second run finds the first one's blocks
-        outcome = run(tmp_path, "model=hf", f"model.path={tmp_path / 'model'}", *settings, f"eval.perplexity.windows={count}")
+        outcome = run(
+            tmp_path,
+            "model=hf",
+            f"model.path={tmp_path / 'model'}",
+            *settings,
+            f"eval.perplexity.windows={count}",
+        )
         assert outcome.status == "failed"
         assert "not finite" in outcome.error
 
@@ -250,13 +332,18 @@ def test_static_scale_is_that_of_the_solved_model(tmp_path):
         seen = {}
         for site in adapter.family.sites:
             reader = adapter.blocks[1].get_submodule(site.linears[0])
-            keep = lambda _, args, name=site.name, seen=seen: seen.update({name: args[0].abs().amax()})  # noqa: E731
+
+            def keep(_, args, name=site.name, seen=seen):
+                return seen.update({name: args[0].abs().amax()})
+
             reader.register_forward_pre_hook(keep)
         with torch.no_grad():
             model(cut)
         stored, _ = outcome.run.load_block(1)
         for name, amax in seen.items():
-            assert stored[f"{name}.range"].abs().max().item() == pytest.approx(amax.item(), rel=1e-5)
+            assert stored[f"{name}.range"].abs().max().item() == pytest.approx(
+                amax.item(), rel=1e-5
+            )
 
 
 def test_stream_is_the_forward_of_the_model():
@@ -289,7 +376,9 @@ def test_a_walk_goes_through_the_sites_and_on_with_what_their_linears_become():
         block.mlp.down_proj.weight.div_(3)
         before = model(ids, output_hidden_states=True).hidden_states[1]
     assert list(seen) == [site.name for site in adapter.family.sites]
-    assert [x.shape[-1] for x in seen.values()] == [adapter.width(site) for site in adapter.family.sites]
+    assert [x.shape[-1] for x in seen.values()] == [
+        adapter.width(site) for site in adapter.family.sites
+    ]
     assert torch.allclose(torch.cat(stream.hidden), wanted, atol=1e-5)
     assert not torch.allclose(before, wanted, atol=1e-3)
 
@@ -318,7 +407,12 @@ def test_two_texts_of_one_name_are_refused(tmp_path):
 def test_calibrating_on_the_evaluated_text_is_refused(tmp_path):
     (tmp_path / "test.txt").write_text("evaluated " * 500)
     (tmp_path / "train.txt").write_text("calibrates " * 500)
-    cfg, choices = small(tmp_path, "data=text", f"data.path={tmp_path}", f"data.calibration.path={tmp_path / 'test.txt'}")
+    cfg, choices = small(
+        tmp_path,
+        "data=text",
+        f"data.path={tmp_path}",
+        f"data.calibration.path={tmp_path / 'test.txt'}",
+    )
     with pytest.raises(ConfigError, match=r"data\.calibration\.path"):
         execute(cfg, choices)
 
@@ -326,12 +420,24 @@ def test_calibrating_on_the_evaluated_text_is_refused(tmp_path):
 SHORT = [f"Sample {n}: the quick brown fox is {n} years old." for n in range(21)]
 
 
-@pytest.mark.parametrize("options", [["transform=pca"], ["solver=awq"], ["solver=adascale", "solver.iterations=2"],
-                                     ["transform=spinquant", "transform.steps=1", "format.act.scope=tensor"]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["transform=pca"],
+        ["solver=awq"],
+        ["solver=adascale", "solver.iterations=2"],
+        ["transform=spinquant", "transform.steps=1", "format.act.scope=tensor"],
+    ],
+    ids=str,
+)
 def test_a_few_short_samples_calibrate(tmp_path, options):
     """windows=null: a window of its own length, where the samples together do not fill one."""
     path = tmp_path / "seed.jsonl"
-    own = [f"data.calibration.path={path}", "data.calibration.length=2048", "data.calibration.windows=null"]
+    own = [
+        f"data.calibration.path={path}",
+        "data.calibration.length=2048",
+        "data.calibration.windows=null",
+    ]
 
     def calibrated(samples, *more):
         path.write_text("\n".join(json.dumps({"text": sample}) for sample in samples))
@@ -351,8 +457,10 @@ def test_as_many_windows_as_there_are_is_the_same_as_their_number(tmp_path):
     path = tmp_path / "seed.jsonl"
     path.write_text("\n".join(json.dumps({"text": sample}) for sample in SHORT))
     count = len(tokenize(Tiny().load()[1], SHORT)) // 64
-    named, null = (run(tmp_path, f"data.calibration.path={path}", f"data.calibration.windows={n}").metrics
-                   for n in (count, "null"))
+    named, null = (
+        run(tmp_path, f"data.calibration.path={path}", f"data.calibration.windows={n}").metrics
+        for n in (count, "null")
+    )
     assert null["stages"] == named["stages"]
     assert null["layers"] == named["layers"]
     assert "calibration" not in named["notes"]
@@ -361,7 +469,9 @@ def test_as_many_windows_as_there_are_is_the_same_as_their_number(tmp_path):
 def test_a_text_of_one_token_calibrates_nothing(tmp_path):
     (tmp_path / "own.txt").write_text("a")
     own = [f"data.calibration.path={tmp_path / 'own.txt'}", "data.calibration.windows=null"]
-    with pytest.raises(DataError, match=r"data\.calibration\.length=2 tokens need 2 tokens, the text has only 1"):
+    with pytest.raises(
+        DataError, match=r"data\.calibration\.length=2 tokens need 2 tokens, the text has only 1"
+    ):
         run(tmp_path, *own)
     assert not any((tmp_path / "runs").glob("tiny*"))
 
@@ -387,7 +497,12 @@ def test_nan_in_a_weight_names_the_tensor(tmp_path):
 def test_global_random_state_is_left_alone(tmp_path):
     torch.manual_seed(7)
     before = torch.random.get_rng_state()
-    run(tmp_path, "transform=hadamard", "transform.random_signs=true", "data.calibration.order=random")
+    run(
+        tmp_path,
+        "transform=hadamard",
+        "transform.random_signs=true",
+        "data.calibration.order=random",
+    )
     assert torch.equal(torch.random.get_rng_state(), before)
 
 

@@ -11,7 +11,17 @@ from harness.formats import Integer, KVCache, Scheme
 from harness.linalg.hadamard import Hadamard, random_signs
 from harness.linalg.stiefel import random_orthogonal
 from harness.models.merge import fuse_norms, place, swap
-from harness.transforms import Blocks, Chain, Codec, Diagonal, Kronecker, Placement, Repeated, Rotation, file
+from harness.transforms import (
+    Blocks,
+    Chain,
+    Codec,
+    Diagonal,
+    Kronecker,
+    Placement,
+    Repeated,
+    Rotation,
+    file,
+)
 from harness.transforms.identity import Identity
 from harness.transforms.pca import PCA
 from harness.transforms.quarot import QuaRot
@@ -31,7 +41,9 @@ def normal(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
 
 
 def orthogonal(n: int, seed: int = 0) -> torch.Tensor:
-    return random_orthogonal(n, draw(seed)).contiguous()  # a file keeps entries, not strides, which decide a product's last bit
+    return random_orthogonal(
+        n, draw(seed)
+    ).contiguous()  # a file keeps entries, not strides, which decide a product's last bit
 
 
 def signed(n: int) -> Rotation:
@@ -50,19 +62,43 @@ CODECS = {  # each on 192 features
     "paley blocks": signed(48),
     "diagonal": Diagonal(normal(192).abs() + 0.1),
     "kronecker": Kronecker(normal(12, 12), normal(16, 16)),
-    "chain": Chain([Diagonal(normal(192).abs() + 0.1), signed(192), Chain((Blocks(normal(12, 16, 16)), signed(64)))]),
+    "chain": Chain(
+        [
+            Diagonal(normal(192).abs() + 0.1),
+            signed(192),
+            Chain((Blocks(normal(12, 16, 16)), signed(64))),
+        ]
+    ),
     "repeated": Repeated(signed(32), 2, 3),
-    "repeated chain": Repeated(Chain([Blocks(normal(2, 32, 32)), Diagonal(normal(64).abs() + 0.1)]), 2, 3),
+    "repeated chain": Repeated(
+        Chain([Blocks(normal(2, 32, 32)), Diagonal(normal(64).abs() + 0.1)]), 2, 3
+    ),
 }
 SHARED = normal(12, 16, 16, seed=3)
 FULL = Placement(
     residual=signed(192),
-    merged={(0, "o_in"): CODECS["blocks"], (1, "o_in"): CODECS["dense"], (None, "mlp_in"): CODECS["diagonal"]},
-    online={(None, "down_in"): CODECS["hadamard"], (1, "down_in"): CODECS["kronecker"], (None, "head_in"): CODECS["chain"]},
+    merged={
+        (0, "o_in"): CODECS["blocks"],
+        (1, "o_in"): CODECS["dense"],
+        (None, "mlp_in"): CODECS["diagonal"],
+    },
+    online={
+        (None, "down_in"): CODECS["hadamard"],
+        (1, "down_in"): CODECS["kronecker"],
+        (None, "head_in"): CODECS["chain"],
+    },
     query_key=signed(48),
     encoders={(0, "self_attn.o_proj"): Blocks(SHARED), (1, "mlp.down_proj"): CODECS["repeated"]},
-    decoders={(0, "mlp.up_proj"): Blocks(None, SHARED), (1, "self_attn.q_proj"): CODECS["blocks and decoder"]},
-    notes={"block": 16, "losses": [1.5, 1.25], "rotations": ["R1"], "own": {"tensor": "none", "deep": {"a": True}, "no": None}},
+    decoders={
+        (0, "mlp.up_proj"): Blocks(None, SHARED),
+        (1, "self_attn.q_proj"): CODECS["blocks and decoder"],
+    },
+    notes={
+        "block": 16,
+        "losses": [1.5, 1.25],
+        "rotations": ["R1"],
+        "own": {"tensor": "none", "deep": {"a": True}, "no": None},
+    },
 )
 
 
@@ -126,7 +162,12 @@ def test_what_was_loaded_is_saved_as_it_was_and_replaces_the_old_file(tmp_path):
     for placement in (Placement(residual=CODECS["dense"]), FULL, None):
         file.save(path, placement or file.load(path, Identity(), CONTEXT), FACTS)
         with safe_open(path, "pt") as opened:
-            seen.append((opened.metadata(), {name: tensor.tolist() for name, tensor in load_file(path).items()}))
+            seen.append(
+                (
+                    opened.metadata(),
+                    {name: tensor.tolist() for name, tensor in load_file(path).items()},
+                )
+            )
         assert list(path.parent.iterdir()) == [path]
     assert seen[0] != seen[1] == seen[2]
 
@@ -152,17 +193,23 @@ def published(**changed) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("transform", [QuaRot(), spinquant()], ids=["quarot", "spinquant"])
-def test_published_rotations_preserve_the_function_with_the_transforms_own_r3_and_r4(tmp_path, transform):
+def test_published_rotations_preserve_the_function_with_the_transforms_own_r3_and_r4(
+    tmp_path, transform
+):
     path, tensors = tmp_path / "R.safetensors", published()
     save_file(tensors, path)
     file.check(str(path), transform, CONTEXT, FACTS)
     placement, own = file.load(path, transform, CONTEXT), QuaRot().fit(CONTEXT, None)
-    torch.testing.assert_close(placement.residual.encoder, tensors["R1"].double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        placement.residual.encoder, tensors["R1"].double(), rtol=0, atol=1e-6
+    )
     for layer in range(2):
         r2 = tensors[f"model.layers.{layer}.self_attn.R2"].double()
         torch.testing.assert_close(placement.merged[layer, "o_in"].encoder, r2, rtol=0, atol=1e-6)
     x = normal(3, 384)
-    assert torch.equal(placement.encoder(0, "down_in").encode(x), own.encoder(0, "down_in").encode(x))
+    assert torch.equal(
+        placement.encoder(0, "down_in").encode(x), own.encoder(0, "down_in").encode(x)
+    )
     assert_same(own.query_key, placement.query_key)
     adapter, ids = exact_model("llama"), token_ids()
     before = logits(adapter, ids)
@@ -185,7 +232,9 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path):
     refused(tmp_path / "R.bin", "pickled")
     file.save(tmp_path / "cut.safetensors", FULL, FACTS)
     for length in (0, 5, 1000):
-        (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:length])
+        (tmp_path / "cut.safetensors").write_bytes(
+            (tmp_path / "cut.safetensors").read_bytes()[:length]
+        )
         refused(tmp_path / "cut.safetensors", "not a safetensors file")
 
 
@@ -213,14 +262,24 @@ def test_a_header_that_is_no_placement_is_refused(tmp_path):
         refused(path, "damaged")
 
 
-@pytest.mark.parametrize("fact, other", [("model", "tiny-llama(tie=True, seed=1)"), ("transform", "spinquant")])
+@pytest.mark.parametrize(
+    "fact, other", [("model", "tiny-llama(tie=True, seed=1)"), ("transform", "spinquant")]
+)
 def test_a_file_of_another_model_or_transform_is_refused(tmp_path, fact, other):
     file.save(tmp_path / "a.safetensors", FULL, {**FACTS, fact: other})
     refused(tmp_path / "a.safetensors", f"its {fact} is .*{other[-5:-1]}.* this run's is ")
 
 
-@pytest.mark.parametrize("name, shape", [("R1", (96, 96)), ("R1", (192,)), ("model.layers.1.self_attn.R2", (48, 48)),
-                                         ("model.layers.2.self_attn.R2", (32, 32)), ("lm_head.weight", (258, 192))])
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("R1", (96, 96)),
+        ("R1", (192,)),
+        ("model.layers.1.self_attn.R2", (48, 48)),
+        ("model.layers.2.self_attn.R2", (32, 32)),
+        ("lm_head.weight", (258, 192)),
+    ],
+)
 def test_published_rotations_of_other_shapes_are_refused(tmp_path, name, shape):
     save_file(published(**{name: torch.ones(shape)}), tmp_path / "R.safetensors")
     refused(tmp_path / "R.safetensors", f"{name} has shape", spinquant())

@@ -13,7 +13,11 @@ from harness.tracking import Local, RunInfo, Several, Wandb, dashboard, replay
 
 pytestmark = needs_wandb
 VOLATILE = ("_timestamp", "runtime", "_wandb", "local_path", "artifact_path", "client_id")
-STORED = {**CONFIG, "model": {**CONFIG["model"], "path": "somewhere"}, "tracking": {"project": "mine", "tags": ["extra"]}}
+STORED = {
+    **CONFIG,
+    "model": {**CONFIG["model"], "path": "somewhere"},
+    "tracking": {"project": "mine", "tags": ["extra"]},
+}
 CHOICES = {"model": "tiny", "format": "int4", "export": None, "tracking": "local"}
 
 
@@ -28,11 +32,17 @@ def stored(run: Run, status: str = "done") -> Run:
 def told(run: Run) -> dict:
     """What the one offline run of the directory holds and that does not change from one time to the next, with its files."""
     found = records(run.path, run.path.name)
-    kept = {kind: found.get(kind, []) for kind in ("metric", "history", "summary", "artifact", "exit")}
+    kept = {
+        kind: found.get(kind, []) for kind in ("metric", "history", "summary", "artifact", "exit")
+    }
     keys = ("run_id", "display_name", "project", "run_group", "job_type", "tags", "config")
     kept["run"] = [{key: head.get(key) for key in keys} for head in found["run"]]
     (folder,) = run.path.glob("wandb/offline-run-*/files")
-    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*") if path.suffix != ".txt"}
+    files = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*.*")
+        if path.suffix != ".txt"
+    }
     return {**_lasting(kept), "files": files}
 
 
@@ -72,14 +82,18 @@ print(main([{str(root)!r}]), "torch" in sys.modules)
         live = told(run)
         shutil.rmtree(run.path / "wandb")
         with locked(busy.path / "lock"):
-            done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=120)
+            done = subprocess.run(
+                [sys.executable, "-c", command], capture_output=True, text=True, timeout=120
+            )
     return root, live, told(run), done
 
 
 def test_a_replayed_run_is_the_run_that_was_tracked(sent):
     """Config, group, tags, job type, axes, points in their order, table, figures, page, summary and exit code."""
     _, live, again, _ = sent
-    assert len(live["history"]) == 46 and len(live["files"]) == 4 and live["artifact"] and live["exit"]
+    assert (
+        len(live["history"]) == 46 and len(live["files"]) == 4 and live["artifact"] and live["exit"]
+    )
     for kind in live:
         assert again[kind] == live[kind], kind
 
@@ -112,7 +126,11 @@ def test_a_run_stored_before_there_was_run_json(sent):
     root, *_ = sent
     found = records(root / "r2", "r2")
     (head,) = found["run"]
-    assert (head["project"], head.get("run_group"), head["tags"]) == ("mine", None, ["model:tiny", "format:int4", "extra"])
+    assert (head["project"], head.get("run_group"), head["tags"]) == (
+        "mine",
+        None,
+        ["model:tiny", "format:int4", "extra"],
+    )
     assert head["config"]["update"]["quant_id"] == "q1"
     assert [record["exit_code"] for record in found["exit"]] == [1]
 
@@ -135,7 +153,11 @@ def test_the_dashboard_names_what_a_run_logs(tmp_path, capsys):
     run = execute(cfg, choices, sweep="bits").run
     record = replay.Record.read(run)
     assert record.info.group == "bits"
-    logged = {key for _, values in record.curves for key in values} | {"block/index"} | set(record.summary)
+    logged = (
+        {key for _, values in record.curves for key in values}
+        | {"block/index"}
+        | set(record.summary)
+    )
     assert dashboard.main(["--entity", "e", "--project", "p", "--corpora", "pydoc"]) == 0
     spec = json.loads(capsys.readouterr().out)["spec"]
     panels = {panel["viewType"]: [] for panel in _panels(spec)}
@@ -146,12 +168,25 @@ def test_the_dashboard_names_what_a_run_logs(tmp_path, capsys):
     for key in metrics - logged:
         section, field = key.removeprefix("config:").split(".value.")
         assert field in record.config[section]
-    assert set(panels) == {"Bar Chart", "Scatter Plot", "Parallel Coordinates Plot", "Run Comparer", "Run History Line Plot"}
-    assert all((plot["xAxis"], plot["groupBy"]) == ("block/index", "group") for plot in panels["Run History Line Plot"])
+    assert set(panels) == {
+        "Bar Chart",
+        "Scatter Plot",
+        "Parallel Coordinates Plot",
+        "Run Comparer",
+        "Run History Line Plot",
+    }
+    assert all(
+        (plot["xAxis"], plot["groupBy"]) == ("block/index", "group")
+        for plot in panels["Run History Line Plot"]
+    )
 
 
 def _panels(spec: dict) -> list[dict]:
-    return [panel for section in spec["section"]["panelBankConfig"]["sections"] for panel in section["panels"]]
+    return [
+        panel
+        for section in spec["section"]["panelBankConfig"]["sections"]
+        for panel in section["panels"]
+    ]
 
 
 def _metrics(config: dict) -> list[str]:

@@ -21,7 +21,10 @@ from harness.report.rows import row
 from harness.report.settings import apart, dotted
 from harness.store import Run, locked, write, write_json
 
-MARKS = {"wikitext-2": ["same corpus as calibration", "first 8 of 145 windows"], "arc_easy": ["first 40 documents"]}
+MARKS = {
+    "wikitext-2": ["same corpus as calibration", "first 8 of 145 windows"],
+    "arc_easy": ["first 40 documents"],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -29,35 +32,82 @@ def piped(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
 
 
-def stored(root: Path, run_id: str, status: str = "done", shift: float = 0.0, error=None, windows: int = 8) -> Path:
+def stored(
+    root: Path, run_id: str, status: str = "done", shift: float = 0.0, error=None, windows: int = 8
+) -> Path:
     """A run directory as a run leaves it. Losses and answers are drawn from the same seed, then moved by `shift` nats."""
     generator, path, solver = random.Random(0), root / run_id, run_id.split("-")[3]
     nats = [generator.uniform(2.5, 3.5) + shift for _ in range(windows)]
     draw = generator.random
-    answers = [{"doc": i, "acc": float(draw() < 0.5), "acc_norm": float(draw() > shift)} for i in range(40)]
+    answers = [
+        {"doc": i, "acc": float(draw() < 0.5), "acc_norm": float(draw() > shift)} for i in range(40)
+    ]
     right = sum(answer["acc_norm"] for answer in answers) / 40
     quantized = {
-        "ppl": {"wikitext-2": math.exp(sum(nats) / windows), "pydoc": 14.0 + shift}, "tokens": 2 * windows * 2048,
-        "losses": {"wikitext-2": nats, "pydoc": nats}, "divergence": {"wikitext-2": {"kl": 0.1 + shift, "top1": 0.83}},
-        "zeroshot": {"arc_easy": {"acc": 0.5, "acc_stderr": 0.08, "acc_norm": right, "acc_norm_stderr": 0.07, "n": 40}},
+        "ppl": {"wikitext-2": math.exp(sum(nats) / windows), "pydoc": 14.0 + shift},
+        "tokens": 2 * windows * 2048,
+        "losses": {"wikitext-2": nats, "pydoc": nats},
+        "divergence": {"wikitext-2": {"kl": 0.1 + shift, "top1": 0.83}},
+        "zeroshot": {
+            "arc_easy": {
+                "acc": 0.5,
+                "acc_stderr": 0.08,
+                "acc_norm": right,
+                "acc_norm_stderr": 0.07,
+                "n": 40,
+            }
+        },
     }
-    choices = dict(zip(("model", "format", "transform", "solver"), run_id.split("-"))) | {"data": "text", "experiment": None}
+    choices = dict(zip(("model", "format", "transform", "solver"), run_id.split("-"))) | {
+        "data": "text",
+        "experiment": None,
+    }
     config = {"seed": 0, "solver": {"name": solver, "tasks": ["[a]", "b"]}, "run_root": "r"}
     write(path / "config.yaml", OmegaConf.to_yaml(config))
-    began = {"status": status, "stage": "solve", "started": "2026-03-01T10:00:00+0000", "error": error}
+    began = {
+        "status": status,
+        "stage": "solve",
+        "started": "2026-03-01T10:00:00+0000",
+        "error": error,
+    }
     write_json(path / "status.json", began)
-    stages = {"baseline": {"ppl": {"wikitext-2": 17.0, "pydoc": 9.0}}} | ({"quantized": quantized} if status == "done" else {})
-    write_json(path / "metrics.json", {
-        "run_id": run_id, "status": status, "choices": choices, "command": f"python run.py solver={solver} seed=0",
-        "stages": stages,
-        "bits_per_weight": 4.5 if status == "done" else None, "seconds": {"load": 1.0, "solve": 11.5}, "peak_memory_mb": 1000.0,
-        "layers": [{"name": f"layers.{i}.q_proj", "rel_error": i / 100, "sqnr_db": 20.0 - i} for i in range(9)],
-        "warnings": ["[careful]"], "notes": {}, "marks": MARKS,
-    })
-    write_json(path / "outliers.json", {"rows": [
-        {"layer": i, "site": "down_in", "before": {"kurtosis": 10.0 * i, "max_over_median": 312.0},
-         "after": {"kurtosis": 7.0 - i, "max_over_median": 3.0}} for i in range(4)
-    ]})
+    stages = {"baseline": {"ppl": {"wikitext-2": 17.0, "pydoc": 9.0}}} | (
+        {"quantized": quantized} if status == "done" else {}
+    )
+    write_json(
+        path / "metrics.json",
+        {
+            "run_id": run_id,
+            "status": status,
+            "choices": choices,
+            "command": f"python run.py solver={solver} seed=0",
+            "stages": stages,
+            "bits_per_weight": 4.5 if status == "done" else None,
+            "seconds": {"load": 1.0, "solve": 11.5},
+            "peak_memory_mb": 1000.0,
+            "layers": [
+                {"name": f"layers.{i}.q_proj", "rel_error": i / 100, "sqnr_db": 20.0 - i}
+                for i in range(9)
+            ],
+            "warnings": ["[careful]"],
+            "notes": {},
+            "marks": MARKS,
+        },
+    )
+    write_json(
+        path / "outliers.json",
+        {
+            "rows": [
+                {
+                    "layer": i,
+                    "site": "down_in",
+                    "before": {"kurtosis": 10.0 * i, "max_over_median": 312.0},
+                    "after": {"kurtosis": 7.0 - i, "max_over_median": 3.0},
+                }
+                for i in range(4)
+            ]
+        },
+    )
     write_json(path / "samples" / "quantized" / "arc_easy.json", answers)
     write(path / "blocks" / "0000.safetensors", "x" * 2_000_000)
     return path
@@ -67,7 +117,12 @@ def stored(root: Path, run_id: str, status: str = "done", shift: float = 0.0, er
 def root(tmp_path) -> Path:
     stored(tmp_path / "runs", "tiny-nvfp4-identity-gptq-aaaaaaaaa1")
     stored(tmp_path / "runs", "tiny-nvfp4-hadamard-rtn-aaaaaaaaa2", shift=0.3)
-    stored(tmp_path / "runs", "tiny-int4-identity-gptq-bbbbbbbbb3", "failed", error="RuntimeError: first\nthe last [line]")
+    stored(
+        tmp_path / "runs",
+        "tiny-int4-identity-gptq-bbbbbbbbb3",
+        "failed",
+        error="RuntimeError: first\nthe last [line]",
+    )
     stored(tmp_path / "runs", "tiny-int4-identity-rtn-bbbbbbbbb4", "running")
     (tmp_path / "runs" / "_shared").mkdir()
     return tmp_path / "runs"
@@ -82,7 +137,15 @@ def test_flips_by_hand():
     """One lost and five won: 2 (1 + 6) / 2^6."""
     a, b = samples([1, 0, 0, 0, 0, 0, 1, 0]), samples([0, 1, 1, 1, 1, 1, 1, 0])
     found = flips(a, [*reversed(b), {"doc": 99, "acc": 1}])
-    assert found == {"metric": "acc", "n": 8, "a": 2 / 8, "b": 6 / 8, "lost": 1, "won": 5, "p": pytest.approx(14 / 64)}
+    assert found == {
+        "metric": "acc",
+        "n": 8,
+        "a": 2 / 8,
+        "b": 6 / 8,
+        "lost": 1,
+        "won": 5,
+        "p": pytest.approx(14 / 64),
+    }
     assert flips(a, a)["p"] == 1
     assert flips(samples([0] * 8), samples([1] * 8))["p"] == pytest.approx(2 / 256)
     with pytest.raises(ValueError, match="no document"):
@@ -100,7 +163,10 @@ def test_sign_flips_equal_enumeration(n):
     generator = random.Random(n)
     a, b = ([generator.gauss(3, 0.1) for _ in range(n)] for _ in range(2))
     apart = [y - x for x, y in zip(a, b)]
-    sums = [abs(sum(s * d for s, d in zip(signs, apart))) for signs in itertools.product((1, -1), repeat=n)]
+    sums = [
+        abs(sum(s * d for s, d in zip(signs, apart)))
+        for signs in itertools.product((1, -1), repeat=n)
+    ]
     assert losses(a, b)["p"] == sum(s >= abs(sum(apart)) - 1e-12 for s in sums) / 2**n
     assert losses(a, b)["ratio"] == pytest.approx(math.exp(sum(b) / n) / math.exp(sum(a) / n))
 
@@ -110,9 +176,14 @@ def test_window_losses_by_hand():
     zeros = [3.0] * 8
     found = losses(zeros, [3.1, 3.2, 3.3, 3.1, 3.2, 3.3, 3.1, 3.5])
     assert found["p"] == found["least"] == 2 / 256
-    assert (found["difference"], found["se"]) == (pytest.approx(0.225), pytest.approx(0.13887 / math.sqrt(8), rel=1e-3))
+    assert (found["difference"], found["se"]) == (
+        pytest.approx(0.225),
+        pytest.approx(0.13887 / math.sqrt(8), rel=1e-3),
+    )
     assert losses([0.0] * 8, [0.1] * 6 + [-0.1] * 2)["p"] == 74 / 256
-    assert losses([0.0] * 5, [0.1, 0.1, 0.1, 0.3, -0.1])["p"] == 10 / 32  # all seven tenths but one: ties only up to rounding
+    assert (
+        losses([0.0] * 5, [0.1, 0.1, 0.1, 0.3, -0.1])["p"] == 10 / 32
+    )  # all seven tenths but one: ties only up to rounding
     with pytest.raises(ValueError, match="8 and 6 windows"):
         losses(zeros, zeros[:6])
     with pytest.raises(ValueError, match="not finite"):
@@ -126,7 +197,9 @@ def test_many_windows_take_the_t_test():
     a = [generator.gauss(3, 1) for _ in range(21)]
     b = [x + generator.gauss(0.05, 0.1) for x in a]
     assert losses(a, b)["p"] == pytest.approx(ttest_rel(b, a).pvalue)
-    assert losses(a, b)["p"] == pytest.approx(losses(a[:20], b[:20])["p"], abs=0.05)  # no jump where the test changes
+    assert losses(a, b)["p"] == pytest.approx(
+        losses(a[:20], b[:20])["p"], abs=0.05
+    )  # no jump where the test changes
 
 
 @pytest.mark.parametrize("n", [1, 8, 20, 21, 145])
@@ -137,7 +210,10 @@ def test_a_run_against_itself(n):
 
 
 def test_compare_reads_what_both_runs_keep(root):
-    a, b = (row(Run(root / name)) for name in ("tiny-nvfp4-identity-gptq-aaaaaaaaa1", "tiny-nvfp4-hadamard-rtn-aaaaaaaaa2"))
+    a, b = (
+        row(Run(root / name))
+        for name in ("tiny-nvfp4-identity-gptq-aaaaaaaaa1", "tiny-nvfp4-hadamard-rtn-aaaaaaaaa2")
+    )
     found = compare(a, b)
     assert found["corpora"]["wikitext-2"]["difference"] == pytest.approx(0.3)
     assert found["corpora"]["wikitext-2"]["p"] == 2 / 256
@@ -154,10 +230,14 @@ def test_compare_reads_what_both_runs_keep(root):
 def test_ls_cuts_no_figure(root, capsys):
     path = root / "tiny-nvfp4-identity-gptq-aaaaaaaaa1" / "metrics.json"
     metrics = json.loads(path.read_text())
-    metrics["stages"]["quantized"]["zeroshot"] = {f"task{i}": {"acc": i / 10, "acc_stderr": 0.07} for i in range(9)}
+    metrics["stages"]["quantized"]["zeroshot"] = {
+        f"task{i}": {"acc": i / 10, "acc_stderr": 0.07} for i in range(9)
+    }
     write_json(path, metrics)
     assert main(["ls", str(root), "transform=identity", "status=done"]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("aaaaaaaaa1")]
+    (line,) = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("aaaaaaaaa1")
+    ]
     assert all(f" {i * 10}.0 ± 7.0" in line for i in range(9))
 
 
@@ -168,25 +248,49 @@ def told(*runs: tuple[dict, dict]) -> list[str]:
 
 def test_points_of_a_sweep_are_told_apart():
     int4, nvfp4 = {"format": "int4"}, {"format": "nvfp4"}
-    sizes = [(int4, {"format.weight.group_size": size, "seed": "0"}) for size in ("32", "64", "128")]
+    sizes = [
+        (int4, {"format.weight.group_size": size, "seed": "0"}) for size in ("32", "64", "128")
+    ]
     assert told(*sizes) == [f"weight.group_size={size}" for size in (32, 64, 128)]
     assert told(*sizes, (nvfp4, {"format.weight.group_size": "16", "seed": "1"})) == [
-        *(f"weight.group_size={size}" for size in (32, 64, 128)), "seed=1"]  # an option's own settings follow from it
+        *(f"weight.group_size={size}" for size in (32, 64, 128)),
+        "seed=1",
+    ]  # an option's own settings follow from it
     assert told(*sizes[:1] * 2, *sizes[1:2]) == ["", "", "weight.group_size=64"]
     assert told(sizes[0]) == told((int4, {}), (int4, {"seed": "1"}))[:1] == [""]
 
 
 def test_what_tells_runs_apart_names_what_one_would_type():
-    alike = {"format.weight.bits": "4", "format.act.bits": "4", "transform.r1.lr": "0.1", "format.overrides": "null"}
-    other = {"format.weight.bits": "3", "format.act.bits": "4", "transform.r1.lr": "0.2", "format.overrides.lm_head": "8"}
+    alike = {
+        "format.weight.bits": "4",
+        "format.act.bits": "4",
+        "transform.r1.lr": "0.1",
+        "format.overrides": "null",
+    }
+    other = {
+        "format.weight.bits": "3",
+        "format.act.bits": "4",
+        "transform.r1.lr": "0.2",
+        "format.overrides.lm_head": "8",
+    }
     assert told(({}, alike), ({}, other)) == [
-        "overrides.lm_head=null weight.bits=4 r1.lr=0.1", "overrides.lm_head=8 weight.bits=3 r1.lr=0.2"]
+        "overrides.lm_head=null weight.bits=4 r1.lr=0.1",
+        "overrides.lm_head=8 weight.bits=3 r1.lr=0.2",
+    ]
     same = [({}, {"a.x.lr": value, "b.x.lr": value}) for value in "12"]
-    assert told(*same) == ["a.x.lr=1 b.x.lr=1", "a.x.lr=2 b.x.lr=2"]  # two keys of one ending are written out
-    silent = ({"tracking": "local"}, {"run_root": "a", "tracking.name": "b", "force": "true", "on_error": "raise"})
+    assert told(*same) == [
+        "a.x.lr=1 b.x.lr=1",
+        "a.x.lr=2 b.x.lr=2",
+    ]  # two keys of one ending are written out
+    silent = (
+        {"tracking": "local"},
+        {"run_root": "a", "tracking.name": "b", "force": "true", "on_error": "raise"},
+    )
     assert told(({}, {"seed": "0"}), (silent[0], silent[1] | {"seed": "0"})) == ["", ""]
-    texts = [({"data": data, "eval": "perplexity"}, {"data.path": path, "seed": "0"})
-             for data, path in (("text", "/a"), ("text", "/b"), ("pydoc", "null"))]
+    texts = [
+        ({"data": data, "eval": "perplexity"}, {"data.path": path, "seed": "0"})
+        for data, path in (("text", "/a"), ("text", "/b"), ("pydoc", "null"))
+    ]
     assert told(*texts) == ["data.path=/a", "data.path=/b", "data=pydoc"]
 
 
@@ -195,20 +299,33 @@ def test_ls_has_a_column_for_what_varies(root, capsys):
     assert "settings" not in capsys.readouterr().out
     for run_id, size in (("aaaaaaaaa1", 32), ("ccccccccc1", 64)):
         path = stored(root, f"tiny-int4-identity-gptq-{run_id}")
-        write(path / "config.yaml", f"seed: 0\nhf_token: '{size}'\nformat: {{name: int4, weight: {{group_size: {size}}}}}\n")
+        write(
+            path / "config.yaml",
+            f"seed: 0\nhf_token: '{size}'\nformat: {{name: int4, weight: {{group_size: {size}}}}}\n",
+        )
     assert main(["ls", str(root), "format=int4", "status=done"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert "settings" in lines["run"]
-    assert " weight.group_size=32 " in lines["aaaaaaaaa1"] and " weight.group_size=64 " in lines["ccccccccc1"]
+    assert (
+        " weight.group_size=32 " in lines["aaaaaaaaa1"]
+        and " weight.group_size=64 " in lines["ccccccccc1"]
+    )
     assert "token" not in dotted({"path": root / "tiny-int4-identity-gptq-ccccccccc1"})
 
 
 def test_a_checkpoint_is_listed_by_what_made_it(root, capsys):
     path = stored(root, "checkpoint-none-identity-none-eeeeeeeee7")
     metrics = json.loads((path / "metrics.json").read_text())
-    write_json(path / "metrics.json", metrics | {"holds": {"format": "int4-w4a4", "transform": "quarot", "solver": None}})
+    write_json(
+        path / "metrics.json",
+        metrics | {"holds": {"format": "int4-w4a4", "transform": "quarot", "solver": None}},
+    )
     assert main(["ls", str(root), "transform=quarot"]) == 0
-    (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("eeeeeeeee7")]
+    (line,) = [
+        line.split()
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("eeeeeeeee7")
+    ]
     assert line[1:4] == ["done", "int4-w4a4", "quarot"] and "none" not in line
     assert main(["show", str(root), "eeeeeeeee7"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
@@ -216,19 +333,34 @@ def test_a_checkpoint_is_listed_by_what_made_it(root, capsys):
 
 
 def test_marks_are_letters():
-    told = {"a": ["first 2 of 3 windows", "adapted", "same corpus as calibration"], "b": ["only corpus"], "c": []}
+    told = {
+        "a": ["first 2 of 3 windows", "adapted", "same corpus as calibration"],
+        "b": ["only corpus"],
+        "c": [],
+    }
     assert letters(told) == {"a": "cas", "b": "o", "c": ""}
-    assert legend(["s", "cs"]) == "c same corpus as calibration; s a subset, the first windows or documents only"
+    assert (
+        legend(["s", "cs"])
+        == "c same corpus as calibration; s a subset, the first windows or documents only"
+    )
     assert legend([""]) == ""
 
 
 def test_ls_as_a_command(root):
     """In a process of its own, from the folder above the runs; and it loads no torch."""
     environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    )
 
     def command(*arguments):
-        return subprocess.run([sys.executable, *arguments], cwd=root.parent, env=environment, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=root.parent,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
 
     got = command("-m", "harness.report", "ls", "--sort", "ppl")
     assert (got.returncode, got.stderr) == (0, "")
@@ -237,13 +369,28 @@ def test_ls_as_a_command(root):
     ids = [line.split()[0] for line in lines if line.startswith(("aaaa", "bbbb"))]
     assert ids == ["aaaaaaaaa1", "aaaaaaaaa2", "bbbbbbbbb3", "bbbbbbbbb4"]
     best = next(line for line in lines if line.startswith("aaaaaaaaa1"))
-    ppl = json.loads((root / "tiny-nvfp4-identity-gptq-aaaaaaaaa1/metrics.json").read_text())["stages"]["quantized"]["ppl"]
-    for shown in (f"{ppl['wikitext-2']:.4f} cs", "14.0000 ", "0.1000", "100.0 ± 7.0 s", "4.50", "12.5", "03-01 10:00"):
+    ppl = json.loads((root / "tiny-nvfp4-identity-gptq-aaaaaaaaa1/metrics.json").read_text())[
+        "stages"
+    ]["quantized"]["ppl"]
+    for shown in (
+        f"{ppl['wikitext-2']:.4f} cs",
+        "14.0000 ",
+        "0.1000",
+        "100.0 ± 7.0 s",
+        "4.50",
+        "12.5",
+        "03-01 10:00",
+    ):
         assert shown in best
     assert "interrupted" in next(line for line in lines if line.startswith("bbbbbbbbb4"))
     assert "marks: c same corpus as calibration; s a subset" in got.stdout
     assert command("-m", "harness.report", "show", "nothing").returncode == 2
-    assert command("-c", "import harness.report.__main__, sys; sys.exit('torch' in sys.modules)").returncode == 0
+    assert (
+        command(
+            "-c", "import harness.report.__main__, sys; sys.exit('torch' in sys.modules)"
+        ).returncode
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -251,7 +398,10 @@ def test_ls_as_a_command(root):
     [
         (["format=nvfp4", "transform=hadamard"], ["aaaaaaaaa2"]),
         (["solver=gptq"], ["aaaaaaaaa1", "bbbbbbbbb3"]),
-        (["status=failed,interrupted", "--sort", "bits", "format=int4"], ["bbbbbbbbb3", "bbbbbbbbb4"]),
+        (
+            ["status=failed,interrupted", "--sort", "bits", "format=int4"],
+            ["bbbbbbbbb3", "bbbbbbbbb4"],
+        ),
         (["format=fp4"], []),
     ],
     ids=str,
@@ -294,9 +444,20 @@ def test_no_run_root_and_no_such_command(tmp_path, capsys):
 def test_show(root, capsys):
     assert main(["show", str(root), "aaaaaaaaa1"]) == 0
     shown = capsys.readouterr().out
-    for text in ("python run.py solver=gptq seed=0", "quantized", "KL 0.1000, top-1 agreement 0.8300", "warning: [careful]",
-                 "mark wikitext-2: same corpus as calibration; first 8 of 145 windows", "layers.8.q_proj", "0.080000",
-                 "layer 3 down_in", "30.0 -> 4.0", "layer 0 down_in", "0.0 -> 7.0", "312.0 -> 3.0"):
+    for text in (
+        "python run.py solver=gptq seed=0",
+        "quantized",
+        "KL 0.1000, top-1 agreement 0.8300",
+        "warning: [careful]",
+        "mark wikitext-2: same corpus as calibration; first 8 of 145 windows",
+        "layers.8.q_proj",
+        "0.080000",
+        "layer 3 down_in",
+        "30.0 -> 4.0",
+        "layer 0 down_in",
+        "0.0 -> 7.0",
+        "312.0 -> 3.0",
+    ):
         assert text in shown
     assert "layers.3.q_proj" not in shown and "traceback" not in shown
     assert main(["show", str(root), "bbbbbbbbb3"]) == 0
@@ -310,32 +471,59 @@ def test_diff(root, capsys):
     write(other / "config.yaml", "seed: 0\nsolver: {name: rtn, tasks: ['[a]', b], damp: 0.5}\n")
     assert main(["diff", str(root), "aaaaaaaaa1", "aaaaaaaaa2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    cells = {line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]] for line in lines if "│" in line}
-    assert (cells["solver.name"], cells["solver.damp"], cells["run_root"]) == (["gptq", "rtn"], ["-", "0.5"], ["r", "-"])
+    cells = {
+        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]]
+        for line in lines
+        if "│" in line
+    }
+    assert (cells["solver.name"], cells["solver.damp"], cells["run_root"]) == (
+        ["gptq", "rtn"],
+        ["-", "0.5"],
+        ["r", "-"],
+    )
     assert "seed" not in cells and "solver.tasks" not in cells
     assert cells["KL wikitext-2"] == ["0.1000", "0.4000", "+0.3000"]
-    assert cells["wikitext-2"][:4] == ["8", "+0.30000 ± 0.00000", f"{math.exp(0.3):.4f}", "0.007812"]
-    assert cells["arc_easy"][:3] == ["acc_norm", "40", "100.0"] and float(cells["arc_easy"][-1]) < 0.05
+    assert cells["wikitext-2"][:4] == [
+        "8",
+        "+0.30000 ± 0.00000",
+        f"{math.exp(0.3):.4f}",
+        "0.007812",
+    ]
+    assert (
+        cells["arc_easy"][:3] == ["acc_norm", "40", "100.0"] and float(cells["arc_easy"][-1]) < 0.05
+    )
     assert main(["diff", str(root), "aaaaaaaaa1", "aaaaaaaaa1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     p = [line.split("│") for line in lines if line.startswith(("│ wikitext-2", "│ arc_easy"))]
-    assert [cells[5].strip() for cells in p[:1]] + [cells[-2].strip() for cells in p[1:]] == ["1", "1"]
+    assert [cells[5].strip() for cells in p[:1]] + [cells[-2].strip() for cells in p[1:]] == [
+        "1",
+        "1",
+    ]
 
 
 def test_failed(root, capsys):
     assert main(["failed", str(root)]) == 0
     shown = capsys.readouterr().out
     assert "the last [line]" in shown and "RuntimeError" not in shown and "aaaaaaaaa" not in shown
-    assert "bbbbbbbbb3: python run.py solver=gptq seed=0\nbbbbbbbbb4: python run.py solver=rtn seed=0\n" in shown
+    assert (
+        "bbbbbbbbb3: python run.py solver=gptq seed=0\nbbbbbbbbb4: python run.py solver=rtn seed=0\n"
+        in shown
+    )
 
 
 def files(root: Path) -> set[str]:
-    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file() and path.name != "lock"}
+    return {
+        str(path.relative_to(root))
+        for path in root.rglob("*")
+        if path.is_file() and path.name != "lock"
+    }
 
 
 def test_prune_lists_and_then_removes(root, capsys):
-    os.link(root / "tiny-int4-identity-gptq-bbbbbbbbb3/blocks/0000.safetensors",
-            root / "tiny-nvfp4-identity-gptq-aaaaaaaaa1/blocks/0001.safetensors")
+    os.link(
+        root / "tiny-int4-identity-gptq-bbbbbbbbb3/blocks/0000.safetensors",
+        root / "tiny-nvfp4-identity-gptq-aaaaaaaaa1/blocks/0001.safetensors",
+    )
     before = files(root)
     assert main(["prune", str(root)]) == 0
     listed = capsys.readouterr().out
@@ -345,7 +533,9 @@ def test_prune_lists_and_then_removes(root, capsys):
         assert main(["prune", str(root), "--yes"]) == 0
         assert "bbbbbbbbb4" not in capsys.readouterr().out
     assert files(root) == {name for name in before if "bbbbbbbbb3" not in name}
-    assert (root / "tiny-nvfp4-identity-gptq-aaaaaaaaa1/blocks/0001.safetensors").stat().st_size == 2_000_000
+    assert (
+        root / "tiny-nvfp4-identity-gptq-aaaaaaaaa1/blocks/0001.safetensors"
+    ).stat().st_size == 2_000_000
     assert main(["prune", str(root), "solver=gptq", "--yes", "--blocks"]) == 0
     gone = {"bbbbbbbbb3", "aaaaaaaaa1/blocks"}
     assert files(root) == {name for name in before if not any(part in name for part in gone)}
@@ -396,16 +586,34 @@ def test_prune_keeps_finished_figures_whose_status_is_lost(root):
     assert (path / "metrics.json").is_file()
 
 
-@pytest.mark.parametrize("line", ["ls --sort ppl", "failed", "prune --yes --blocks", "show ddd", "diff ddd a1"])
+@pytest.mark.parametrize(
+    "line", ["ls --sort ppl", "failed", "prune --yes --blocks", "show ddd", "diff ddd a1"]
+)
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("status.json", ""), ("status.json", "[1]"), ("metrics.json", '{"run_'), ("metrics.json", "[]"), ("metrics.json", None),
-        ("metrics.json", '{"stages": null, "choices": null, "layers": null, "marks": 3, "seconds": null}'),
-        ("metrics.json", '{"status": "failed", "stages": {"baseline": {"ppl": {"pydoc": null}}, "quantized": {}}}'),
-        ("metrics.json", '{"choices": {"format": 3, "solver": [], "data": {}}, "holds": {"solver": []}}'),
-        ("config.yaml", "a: [1"), ("config.yaml", None), ("config.yaml", "[7]"),
-        ("outliers.json", "{"), ("samples/quantized/arc_easy.json", "[{}]"),
+        ("status.json", ""),
+        ("status.json", "[1]"),
+        ("metrics.json", '{"run_'),
+        ("metrics.json", "[]"),
+        ("metrics.json", None),
+        (
+            "metrics.json",
+            '{"stages": null, "choices": null, "layers": null, "marks": 3, "seconds": null}',
+        ),
+        (
+            "metrics.json",
+            '{"status": "failed", "stages": {"baseline": {"ppl": {"pydoc": null}}, "quantized": {}}}',
+        ),
+        (
+            "metrics.json",
+            '{"choices": {"format": 3, "solver": [], "data": {}}, "holds": {"solver": []}}',
+        ),
+        ("config.yaml", "a: [1"),
+        ("config.yaml", None),
+        ("config.yaml", "[7]"),
+        ("outliers.json", "{"),
+        ("samples/quantized/arc_easy.json", "[{}]"),
     ],
     ids=str,
 )
@@ -418,9 +626,17 @@ def test_broken_runs_never_crash(root, capsys, name, content, line):
 
 
 def test_a_perplexity_that_is_not_finite_is_shown(root, capsys):
-    path = stored(root, "tiny-nvfp4-identity-gptq-ddddddddd9", "failed", error="FloatingPointError: not finite")
+    path = stored(
+        root,
+        "tiny-nvfp4-identity-gptq-ddddddddd9",
+        "failed",
+        error="FloatingPointError: not finite",
+    )
     metrics = json.loads((path / "metrics.json").read_text())
-    write_json(path / "metrics.json", metrics | {"stages": metrics["stages"] | {"quantized": {"ppl": {"pydoc": math.nan}}}})
+    write_json(
+        path / "metrics.json",
+        metrics | {"stages": metrics["stages"] | {"quantized": {"ppl": {"pydoc": math.nan}}}},
+    )
     assert main(["show", str(root), "ddddddddd9"]) == 0
     assert "nan" in capsys.readouterr().out
 

@@ -67,14 +67,18 @@ def test_a_gradient_normal_to_the_group_does_not_move(method):
     """X S with S symmetric changes no length-preserving step: only the skew part of the gradient counts."""
     start, gradient, s = random_orthogonal(8, generator()), gaussian(8, 8), gaussian(8, 8, seed=2)
     normal = 100 * start @ (s + s.mT)
-    torch.testing.assert_close(stepped(start, [normal], lr=1e-2, method=method), start, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        stepped(start, [normal], lr=1e-2, method=method), start, rtol=0, atol=1e-12
+    )
     moved = [stepped(start, [g], lr=1e-2, method=method) for g in (gradient, gradient + normal)]
     torch.testing.assert_close(*moved, rtol=0, atol=1e-12)
 
 
 def test_fixed_point_approaches_the_solve():
     start, gradient = random_orthogonal(16, generator()), gaussian(1, 16, 16)
-    exact, iterated = (stepped(start, gradient, lr=1e-2, method=method) for method in stiefel.METHODS)
+    exact, iterated = (
+        stepped(start, gradient, lr=1e-2, method=method) for method in stiefel.METHODS
+    )
     assert (exact - start).abs().max() > 1e-3
     torch.testing.assert_close(iterated, exact, rtol=0, atol=1e-9)
 
@@ -83,7 +87,9 @@ def test_fixed_point_sums_the_series_of_the_solve():
     """(I - h)^-1 (I + h) = I + 2 (h + h^2 + ...), cut after h^6: the start has the first power, each iteration adds one."""
     x, size = random_orthogonal(8, generator()), torch.full((1, 1), 0.1, dtype=F64)
     w = stiefel._skew(x, gaussian(8, 8))
-    series = torch.eye(8, dtype=F64) + 2 * sum(torch.linalg.matrix_power(w * size / 2, k) for k in range(1, 7))
+    series = torch.eye(8, dtype=F64) + 2 * sum(
+        torch.linalg.matrix_power(w * size / 2, k) for k in range(1, 7)
+    )
     torch.testing.assert_close(stiefel._fixed_point(x, w, size), series @ x.T, rtol=0, atol=1e-12)
 
 
@@ -100,7 +106,9 @@ def test_direction_is_the_projected_gradient():
 @pytest.mark.parametrize("max_angle", [None, 0.1])
 def test_zero_lr_does_not_move(method, max_angle):
     start = blocks(6)
-    x = stepped(start, gaussian(3, 3, 6, 6), lr=0.0, momentum=0.9, method=method, max_angle=max_angle)
+    x = stepped(
+        start, gaussian(3, 3, 6, 6), lr=0.0, momentum=0.9, method=method, max_angle=max_angle
+    )
     torch.testing.assert_close(x, start, rtol=0, atol=1e-15)
 
 
@@ -156,7 +164,10 @@ def test_a_small_step_descends_at_the_rate_of_the_gradient(seed, method):
 @pytest.mark.parametrize("method", ["exact", "fixed_point"])
 @pytest.mark.parametrize("max_angle", [None, 0.2])
 def test_batched_equals_looped(method, max_angle):
-    start, gradients = blocks(8), gaussian(5, 3, 8, 8) * torch.tensor([0.01, 1.0, 100.0], dtype=F64)[:, None, None]
+    start, gradients = (
+        blocks(8),
+        gaussian(5, 3, 8, 8) * torch.tensor([0.01, 1.0, 100.0], dtype=F64)[:, None, None],
+    )
     options = {"lr": 0.5, "momentum": 0.3, "method": method, "max_angle": max_angle}
     batched = stepped(start, gradients, cap="block", **options)
     looped = [stepped(x, gradients[:, i], **options) for i, x in enumerate(start)]
@@ -167,7 +178,9 @@ def test_batched_equals_looped(method, max_angle):
 
 @pytest.mark.parametrize("theta", [math.inf, 0.2])
 def test_tensor_cap_is_the_smallest_block_step(theta):
-    w = stiefel._skew(blocks(8), gaussian(3, 8, 8) * torch.tensor([0.01, 1.0, 100.0], dtype=F64)[:, None, None])
+    w = stiefel._skew(
+        blocks(8), gaussian(3, 8, 8) * torch.tensor([0.01, 1.0, 100.0], dtype=F64)[:, None, None]
+    )
     per_block, shared = (stiefel._step_size(w, 10.0, cap, theta) for cap in ("block", "tensor"))
     assert per_block.shape == (3, 1, 1) and shared.numel() == 1
     assert shared.item() == per_block.min().item() < per_block.max().item()
@@ -231,7 +244,13 @@ def test_autocast_changes_nothing():
 
     def everything():
         steps = [stepped(start, gradient, method=method) for method in stiefel.METHODS]
-        return [*steps, project(noise), qr_orth(noise), cayley(start, noise), torch.tensor(deviation(start))]
+        return [
+            *steps,
+            project(noise),
+            qr_orth(noise),
+            cayley(start, noise),
+            torch.tensor(deviation(start)),
+        ]
 
     plain = everything()
     with torch.autocast("cpu", dtype=torch.bfloat16):

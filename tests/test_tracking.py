@@ -17,11 +17,21 @@ from harness.tracking.base import without_secrets
 needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
 
 CONFIG = {
-    "model": {"name": "smol", "path": Path("somewhere"), "tokenizer": "smol", "hf_token": "hf_hidden"},
+    "model": {
+        "name": "smol",
+        "path": Path("somewhere"),
+        "tokenizer": "smol",
+        "hf_token": "hf_hidden",
+    },
     "format": {"overrides": {"embed_tokens": {"bits": 16}}},
     "max_tokens": 4096,
     "keys": [{"api_key": "hidden", "apiKey": "hidden", "kept": 1}, "text"],
-    "login": {"password": "hidden", "client_secret": "hidden", "WANDB_API_KEY": "hidden", "access-token": "hidden"},
+    "login": {
+        "password": "hidden",
+        "client_secret": "hidden",
+        "WANDB_API_KEY": "hidden",
+        "access-token": "hidden",
+    },
 }
 KEPT = {
     "model": {"name": "smol", "path": Path("somewhere"), "tokenizer": "smol"},
@@ -34,7 +44,14 @@ KEPT = {
 
 @pytest.fixture
 def run(tmp_path) -> RunInfo:
-    return RunInfo(run_id="r1", quant_id="q1", directory=tmp_path / "r1", group="bits", tags=("fast",), job_type="quantize")
+    return RunInfo(
+        run_id="r1",
+        quant_id="q1",
+        directory=tmp_path / "r1",
+        group="bits",
+        tags=("fast",),
+        job_type="quantize",
+    )
 
 
 @pytest.fixture
@@ -56,10 +73,21 @@ def play(tracker: Tracker, run: RunInfo, status: str = "done", config: dict = CO
     for step in range(40):
         tracker.log({"train/loss": 1.0 / (step + 1)}, step)
     for block in range(3):
-        points = {"block/rel_error": torch.tensor(0.5 * block), "block/sqnr_db": 20.0 - block, "block/attn/sqnr": 30.0 + block}
+        points = {
+            "block/rel_error": torch.tensor(0.5 * block),
+            "block/sqnr_db": 20.0 - block,
+            "block/attn/sqnr": 30.0 + block,
+        }
         tracker.log(points, block)
     tracker.log({"seconds": 2.5}, 7)
-    tracker.table("layers", [{"name": "q_proj", "error": 0.1}, {"name": "k_proj", "damping": None}, {"name": 3, "error": 1}])
+    tracker.table(
+        "layers",
+        [
+            {"name": "q_proj", "error": 0.1},
+            {"name": "k_proj", "damping": None},
+            {"name": 3, "error": 1},
+        ],
+    )
     page = run.directory / "report.html"
     page.parent.mkdir(exist_ok=True)
     page.write_text("<p>r1</p>")
@@ -89,13 +117,29 @@ def test_secrets_are_dropped_at_every_depth():
 def test_local_files(run):
     play(Local(), run)
     directory = run.directory / "tracking"
-    assert sorted(path.name for path in directory.iterdir()) == ["curves.jsonl", "layers.jsonl", "run.json", "summary.json"]
-    who = {"run_id": "r1", "quant_id": "q1", "group": "bits", "tags": ["fast"], "job_type": "quantize"}
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "curves.jsonl",
+        "layers.jsonl",
+        "run.json",
+        "summary.json",
+    ]
+    who = {
+        "run_id": "r1",
+        "quant_id": "q1",
+        "group": "bits",
+        "tags": ["fast"],
+        "job_type": "quantize",
+    }
     assert json.loads((directory / "run.json").read_text()) == who
     curves = lines(directory / "curves.jsonl")
     assert len(curves) == 44
     assert curves[0] == {"step": 0, "train/loss": 1.0}
-    assert curves[42] == {"step": 2, "block/rel_error": 1.0, "block/sqnr_db": 18.0, "block/attn/sqnr": 32.0}
+    assert curves[42] == {
+        "step": 2,
+        "block/rel_error": 1.0,
+        "block/sqnr_db": 18.0,
+        "block/attn/sqnr": 32.0,
+    }
     assert lines(directory / "layers.jsonl")[1] == {"name": "k_proj", "damping": None}
     summary = json.loads((directory / "summary.json").read_text())
     assert summary == {"status": "done", "ppl": {"wikitext": 5.25}, "path": "here"}
@@ -185,12 +229,20 @@ def test_wandb_offline_run_read_back(run, nowhere, capfd):
 
     (head,) = found["run"]
     assert (head["run_id"], head["display_name"], head["project"]) == ("r1", "r1", "low-bit")
-    assert (head["run_group"], head["job_type"], head["tags"]) == ("bits", "quantize", ["fast", "extra"])
+    assert (head["run_group"], head["job_type"], head["tags"]) == (
+        "bits",
+        "quantize",
+        ["fast", "extra"],
+    )
     assert head["resume"] is True
     config = {key: value for key, value in head["config"]["update"].items() if key != "_wandb"}
     assert config == {**KEPT, "model": {**KEPT["model"], "path": "somewhere"}, "quant_id": "q1"}
 
-    axes = {metric["glob_name"]: metric["step_metric"] for metric in found["metric"] if "glob_name" in metric}
+    axes = {
+        metric["glob_name"]: metric["step_metric"]
+        for metric in found["metric"]
+        if "glob_name" in metric
+    }
     assert axes == {"block/*": "block/index", "train/*": "train/index"}
 
     history = [record["item"] for record in found["history"]]
@@ -202,7 +254,11 @@ def test_wandb_offline_run_read_back(run, nowhere, capfd):
 
     (table,) = run.directory.glob("wandb/offline-run-*/files/media/table/layers_*.table.json")
     assert json.loads(table.read_text())["columns"] == ["name", "error", "damping"]
-    assert json.loads(table.read_text())["data"] == [["q_proj", 0.1, None], ["k_proj", None, None], [3, 1, None]]
+    assert json.loads(table.read_text())["data"] == [
+        ["q_proj", 0.1, None],
+        ["k_proj", None, None],
+        [3, 1, None],
+    ]
 
     drawn = {item: history[-1][f"figures/{item}.path"] for item in ("rel_error", "sqnr_db")}
     for item, values in {"rel_error": [0.0, 0.5, 1.0], "sqnr_db": [20.0, 19.0, 18.0]}.items():
@@ -235,11 +291,17 @@ def test_a_setting_wins_over_the_environment_and_null_leaves_it(run, nowhere, tm
     nowhere.setenv("WANDB_MODE", "offline")
     (tmp_path / "elsewhere").mkdir()
     for tracker in (Wandb(), Wandb(project="mine", entity="me", name="this", mode="offline")):
-        tracker.start({}, RunInfo(run_id=f"r-{tracker._project}", quant_id="q", directory=run.directory))
+        tracker.start(
+            {}, RunInfo(run_id=f"r-{tracker._project}", quant_id="q", directory=run.directory)
+        )
         tracker.finish({})
     (left,) = records(tmp_path / "elsewhere", "r-None")["run"]
     (won,) = records(tmp_path / "elsewhere", "r-mine")["run"]
-    assert (left["project"], left["entity"], left["display_name"]) == ("env-project", "env-entity", "env-name")
+    assert (left["project"], left["entity"], left["display_name"]) == (
+        "env-project",
+        "env-entity",
+        "env-name",
+    )
     assert (won["project"], won["entity"], won["display_name"]) == ("mine", "me", "this")
 
 
@@ -267,17 +329,26 @@ tracker.log({{"block/error": 0.25}}, 5)
 tracker.finish({{}})
 print(len(warnings), "offline" in warnings[0])
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "1 True\n", "")
     found = records(run.directory)
-    assert [(record["item"]["block/index"], record["item"]["block/error"]) for record in found["history"]] == [(5, 0.25)]
+    assert [
+        (record["item"]["block/index"], record["item"]["block/error"])
+        for record in found["history"]
+    ] == [(5, 0.25)]
     assert found["exit"]
 
 
 def test_settings_that_cannot_work():
     target = {"_target_": "harness.tracking.Trackers"}
-    for settings, told in (({"mode": "ofline"}, r"mode='ofline'.*offline"), ({"wandb": "maybe"}, "wandb=maybe: needs true"),
-                           ({"tags": "a"}, "tags=a: needs a list, each a word"), ({"name": 5}, "name=5: needs a word or null")):
+    for settings, told in (
+        ({"mode": "ofline"}, r"mode='ofline'.*offline"),
+        ({"wandb": "maybe"}, "wandb=maybe: needs true"),
+        ({"tags": "a"}, "tags=a: needs a list, each a word"),
+        ({"name": 5}, "name=5: needs a word or null"),
+    ):
         with pytest.raises(ConfigError, match=rf"tracking\.{told}"):
             build(target | settings, "tracking", Tracker)
 

@@ -34,11 +34,18 @@ def tensors(folder) -> dict:
 
 
 def write(folder, content: dict, name: str = "model.safetensors") -> None:
-    save_file({key: tensor.contiguous() for key, tensor in content.items()}, folder / name, metadata={"format": "pt"})
+    save_file(
+        {key: tensor.contiguous() for key, tensor in content.items()},
+        folder / name,
+        metadata={"format": "pt"},
+    )
 
 
 def index(folder, **names) -> None:
-    content = {"metadata": {}, "weight_map": {key.replace("__", "."): file for key, file in names.items()}}
+    content = {
+        "metadata": {},
+        "weight_map": {key.replace("__", "."): file for key, file in names.items()},
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
 
 
@@ -58,7 +65,9 @@ def losses(folder, weights: str, dtype: str = "auto") -> torch.Tensor:
 
 
 def single_beside_an_index(folder):
-    write(folder, {key: tensor * 2 for key, tensor in tensors(folder).items()}, "model-1.safetensors")
+    write(
+        folder, {key: tensor * 2 for key, tensor in tensors(folder).items()}, "model-1.safetensors"
+    )
     index(folder, **{key.replace(".", "__"): "model-1.safetensors" for key in tensors(folder)})
 
 
@@ -66,7 +75,9 @@ def several_indices(folder):
     write(folder, tensors(folder), "model-1.safetensors")
     index(folder, **{key.replace(".", "__"): "model-1.safetensors" for key in tensors(folder)})
     (folder / "model.safetensors").unlink()
-    (folder / "consolidated.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "none.safetensors"}}))
+    (folder / "consolidated.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "none.safetensors"}})
+    )
 
 
 def no_dtype(folder):
@@ -75,7 +86,13 @@ def no_dtype(folder):
 
 
 def a_mixture_of_dtypes(folder):
-    write(folder, {key: tensor if "norm" in key else tensor.bfloat16() for key, tensor in tensors(folder).items()})
+    write(
+        folder,
+        {
+            key: tensor if "norm" in key else tensor.bfloat16()
+            for key, tensor in tensors(folder).items()
+        },
+    )
     config(folder, dtype="gone")
 
 
@@ -99,11 +116,22 @@ def the_head_once_more(folder):
 
 
 def old_rotary_tables(folder):
-    write(folder, tensors(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(24)})
+    write(
+        folder, tensors(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(24)}
+    )
 
 
-SAME = [single_beside_an_index, several_indices, no_dtype, a_mixture_of_dtypes, half_precision, another_dtype_than_the_config,
-        a_head_of_its_own, the_head_once_more, old_rotary_tables]
+SAME = [
+    single_beside_an_index,
+    several_indices,
+    no_dtype,
+    a_mixture_of_dtypes,
+    half_precision,
+    another_dtype_than_the_config,
+    a_head_of_its_own,
+    the_head_once_more,
+    old_rotary_tables,
+]
 
 
 @pytest.mark.parametrize("change", SAME, ids=lambda change: change.__name__)
@@ -153,7 +181,9 @@ def outside_of_the_folder(folder):
 
 
 def without(name: str):
-    return lambda folder: write(folder, {key: tensor for key, tensor in tensors(folder).items() if key != name})
+    return lambda folder: write(
+        folder, {key: tensor for key, tensor in tensors(folder).items() if key != name}
+    )
 
 
 def truncated(folder):
@@ -166,16 +196,34 @@ REFUSED = {
     "float8 with scales": (codes(torch.float8_e4m3fn, "_scale"), "codes of a quantized model"),
     "int8": (codes(torch.int8, "_scale"), "I8: codes"),
     "uint8": (codes(torch.uint8), "U8: codes"),
-    "scales beside a float": (codes(torch.bfloat16, "_scale"), rf"no parameter of the model takes {UP}_scale"),
-    "a quantization config": (lambda f: config(f, quantization_config={"quant_method": "mine"}), "quantization_config"),
-    "more layers than the config": (lambda f: config(f, num_hidden_layers=1, layer_types="gone"), r"num_hidden_layers"),
-    "fewer layers": (lambda f: config(f, num_hidden_layers=3, layer_types="gone"), r"lacks the weights model\.layers\.2\."),
-    "another vocabulary": (lambda f: config(f, vocab_size=250), r"embed_tokens.weight has shape \[258, 192\].*\[250, 192\]"),
+    "scales beside a float": (
+        codes(torch.bfloat16, "_scale"),
+        rf"no parameter of the model takes {UP}_scale",
+    ),
+    "a quantization config": (
+        lambda f: config(f, quantization_config={"quant_method": "mine"}),
+        "quantization_config",
+    ),
+    "more layers than the config": (
+        lambda f: config(f, num_hidden_layers=1, layer_types="gone"),
+        r"num_hidden_layers",
+    ),
+    "fewer layers": (
+        lambda f: config(f, num_hidden_layers=3, layer_types="gone"),
+        r"lacks the weights model\.layers\.2\.",
+    ),
+    "another vocabulary": (
+        lambda f: config(f, vocab_size=250),
+        r"embed_tokens.weight has shape \[258, 192\].*\[250, 192\]",
+    ),
     "another width": (lambda f: config(f, hidden_size=96), r"has shape .*config\.json asks for"),
     "a tensor in two files": (in_two_files, rf"both hold {NORM}"),
     "a missing tensor": (without(NORM), rf"lacks the weights {NORM}"),
     "a truncated file": (truncated, r"model\.safetensors is damaged"),
-    "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "needs a tokenizer beside its weights"),
+    "no tokenizer": (
+        lambda f: [p.unlink() for p in f.glob("tokenizer*")],
+        "needs a tokenizer beside its weights",
+    ),
 }
 
 
@@ -195,7 +243,15 @@ def test_no_file_outside_of_the_folder_is_read(folder):
         Hub(path=str(folder / "inner")).check()
 
 
-INDICES = ["[]", '"text"', "{", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}']
+INDICES = [
+    "[]",
+    '"text"',
+    "{",
+    "{}",
+    '{"weight_map": 3}',
+    '{"weight_map": {"a": 1}}',
+    '{"weight_map": {}}',
+]
 
 
 @pytest.mark.parametrize("content", INDICES)
@@ -227,7 +283,9 @@ def test_what_a_config_leaves_out_is_what_transformers_fills_in(tmp_path):
     assert facts["head_dim"] == 128
     assert facts["layer_types"] == ["full_attention"] * 2
     adapter = Adapter(source.load()[0])
-    assert adapter.family.widths(facts) == {site.name: adapter.width(site) for site in adapter.family.sites}
+    assert adapter.family.widths(facts) == {
+        site.name: adapter.width(site) for site in adapter.family.sites
+    }
 
 
 def test_the_tiny_models_state_what_transformers_would_fill_in():
@@ -238,7 +296,11 @@ def test_the_tiny_models_state_what_transformers_would_fill_in():
 
 
 BROKEN = {
-    "[]": "holds list", '"text"': "holds str", "{": "not JSON", "{}": "model_type=None", '{"model_type": 3}': "model_type=3",
+    "[]": "holds list",
+    '"text"': "holds str",
+    "{": "not JSON",
+    "{}": "model_type=None",
+    '{"model_type": 3}': "model_type=3",
     '{"model_type": "no_such_model"}': "no_such_model",
 }
 
@@ -250,9 +312,19 @@ def test_a_broken_config_is_one_error_that_names_the_file(folder, content):
         Hub(path=str(folder)).check()
 
 
-@pytest.mark.parametrize("key, value", [("hidden_size", "wide"), ("num_attention_heads", 0), ("num_hidden_layers", -1),
-                                        ("num_key_value_heads", 4), ("intermediate_size", 3.5), ("vocab_size", None),
-                                        ("head_dim", [3]), ("num_hidden_layers", True)])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("hidden_size", "wide"),
+        ("num_attention_heads", 0),
+        ("num_hidden_layers", -1),
+        ("num_key_value_heads", 4),
+        ("intermediate_size", 3.5),
+        ("vocab_size", None),
+        ("head_dim", [3]),
+        ("num_hidden_layers", True),
+    ],
+)
 def test_a_mistyped_size_is_named(folder, key, value):
     config(folder, **{key: value})
     with pytest.raises(DataError, match=rf"config\.json.*{key}"):
@@ -275,7 +347,11 @@ def not_finite(folder):
     write(folder, content)
 
 
-@pytest.mark.parametrize("change", [a_tokenizer_with_more_tokens, not_finite, truncated], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change",
+    [a_tokenizer_with_more_tokens, not_finite, truncated],
+    ids=lambda change: change.__name__,
+)
 def test_a_run_that_cannot_begin_leaves_nothing(folder, tmp_path, change):
     change(folder)
     root = tmp_path / "elsewhere"
@@ -287,5 +363,7 @@ def test_a_run_that_cannot_begin_leaves_nothing(folder, tmp_path, change):
 
 def test_what_is_left_over_stands_in_the_result(folder, tmp_path):
     write(folder, tensors(folder) | {"classifier.weight": torch.ones(2)})
-    outcome = execute(*small(tmp_path / "elsewhere", "model=hf", f"model.path={folder}", "solver=rtn"))
+    outcome = execute(
+        *small(tmp_path / "elsewhere", "model=hf", f"model.path={folder}", "solver=rtn")
+    )
     assert "no parameter of the model takes classifier.weight" in outcome.metrics["warnings"]

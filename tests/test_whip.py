@@ -65,7 +65,13 @@ def subject() -> StreamedModel:
 
 def learned(kind=DartQuant, seed: int = 0, **settings):
     """(R1 as a matrix, R2 a layer, notes) of a fit on the subject."""
-    settings = {"r1": PLAN, "r2": None, "r1_targets": ("q", "up"), "max_tokens_per_site": KEPT, **settings}
+    settings = {
+        "r1": PLAN,
+        "r2": None,
+        "r1_targets": ("q", "up"),
+        "max_tokens_per_site": KEPT,
+        **settings,
+    }
     r1, r2, notes = kind(**settings).matrices(shape_of(subject().adapter, seed=seed), subject())
     return r1.encoder, r2, notes
 
@@ -73,7 +79,9 @@ def learned(kind=DartQuant, seed: int = 0, **settings):
 @cache
 def inputs() -> torch.Tensor:
     """What q and up read in every layer, [sites, T, hidden]."""
-    found = subject().observe(lambda layer, site, n: Reservoir(KEPT, 0, layer, site), ["attn_in", "mlp_in"], "")
+    found = subject().observe(
+        lambda layer, site, n: Reservoir(KEPT, 0, layer, site), ["attn_in", "mlp_in"], ""
+    )
     return torch.stack(list(found.values()))
 
 
@@ -81,7 +89,10 @@ def inputs() -> torch.Tensor:
     "y, share",
     [
         (normal(2000, N), 0.523),
-        ((torch.rand(2000, N, generator=draw(), dtype=torch.float64) * 2 - 1) * math.sqrt(3), 0.475),
+        (
+            (torch.rand(2000, N, generator=draw(), dtype=torch.float64) * 2 - 1) * math.sqrt(3),
+            0.475,
+        ),
         (torch.stack([random_signs(N, draw(seed)) for seed in range(4)]), LEAST),
     ],
     ids=["gaussian", "uniform", "two-point"],
@@ -170,7 +181,9 @@ def test_a_loss_that_is_no_number_stops_the_descent(lr, spoilt):
     x[3, 5] *= spoilt
     start = randomized(16).float()
     with pytest.raises(FloatingPointError, match="whip"):
-        Calibration(lr=lr, epochs=1, batch=64).descend(start, x, torch.Generator(), 3, lambda r, y: whip(y @ r))
+        Calibration(lr=lr, epochs=1, batch=64).descend(
+            start, x, torch.Generator(), 3, lambda r, y: whip(y @ r)
+        )
 
 
 @pytest.mark.parametrize("pieces", [[1] * 500, [100] * 5, [7, 293, 200], [499, 1]])
@@ -194,7 +207,9 @@ def test_a_reservoir_is_an_even_sample_of_the_rows():
             kept.add(piece)
         samples.append(kept.finish().flatten())
         assert len(samples[-1].unique()) == 200
-    assert torch.cat(samples).mean().item() == pytest.approx(999.5, abs=4 * 2000 / math.sqrt(12 * 4000))
+    assert torch.cat(samples).mean().item() == pytest.approx(
+        999.5, abs=4 * 2000 / math.sqrt(12 * 4000)
+    )
     quarters = torch.histc(torch.cat(samples), bins=4, min=0, max=2000)
     assert quarters.tolist() == pytest.approx([1000] * 4, abs=4 * math.sqrt(4000 * 3 / 16))
     assert samples[0].tolist() != samples[1].tolist()
@@ -204,11 +219,16 @@ def test_a_reservoir_is_an_even_sample_of_the_rows():
 def test_every_step_is_a_point_of_a_curve(schedule):
     """Of the mean whip, which the notes say too, whatever sum the schedule descends on; and R2's beside R1's."""
     points = []
-    own = StreamedModel(subject().adapter, token_ids(6, 64), log=lambda values, step: points.append((step, values)))
+    own = StreamedModel(
+        subject().adapter, token_ids(6, 64), log=lambda values, step: points.append((step, values))
+    )
     plan = {"lr": 0.01, "epochs": 4, "batch": 64}
     kind = DartQuant(r1=plan, r2=plan, schedule=schedule, max_tokens_per_site=KEPT)
     notes = kind.matrices(shape_of(own.adapter), own)[2]
-    curves = {name: [(step, values[name]) for step, values in points if name in values] for name in ("r1/whip", "r2/whip")}
+    curves = {
+        name: [(step, values[name]) for step, values in points if name in values]
+        for name in ("r1/whip", "r2/whip")
+    }
     assert sum(map(len, curves.values())) == len(points)
     pieces = len(inputs()) if schedule == "greedy" else 1
     assert [step for step, _ in curves["r1/whip"]] == list(range(1, notes["r1_steps"] * pieces + 1))
@@ -216,6 +236,8 @@ def test_every_step_is_a_point_of_a_curve(schedule):
     for name, curve in curves.items():
         before, after = notes[name.replace("/", "_")]
         assert after < before
-        if schedule != "greedy" or name == "r2/whip":  # greedy begins at one layer's whip, not at the mean
+        if (
+            schedule != "greedy" or name == "r2/whip"
+        ):  # greedy begins at one layer's whip, not at the mean
             assert curve[0][1] == pytest.approx(before, rel=0.1)
             assert curve[-1][1] == pytest.approx(after, rel=0.1)

@@ -18,16 +18,26 @@ from harness.models.tiny import Tiny
 from harness.pipeline.job import execute
 
 CHOICES = [
-    {"query": f"Question: {n} plus one?\n", "choices": [str(n + 1), str(n + 2), "none"], "gold": n % 3} for n in range(12)
+    {
+        "query": f"Question: {n} plus one?\n",
+        "choices": [str(n + 1), str(n + 2), "none"],
+        "gold": n % 3,
+    }
+    for n in range(12)
 ]
-WORDS = [{"context": "The cat sat on the", "continuation": "mat"}, {"context": "One, two, three,", "continuation": "four"}]
+WORDS = [
+    {"context": "The cat sat on the", "continuation": "mat"},
+    {"context": "One, two, three,", "continuation": "four"},
+]
 
 
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "tasks").mkdir()
     for name, rows in (("sums", CHOICES), ("words", WORDS)):
-        (tmp_path / "tasks" / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+        (tmp_path / "tasks" / f"{name}.jsonl").write_text(
+            "\n".join(json.dumps(row) for row in rows) + "\n"
+        )
     return tmp_path / "tasks"
 
 
@@ -46,16 +56,25 @@ def test_accuracy_by_hand(folder):
     figures, samples = zeroshot(model, tokenizer, chosen)
     right, normed = [], []
     for row, sample in zip(CHOICES, samples["sums"]):
-        scores = [loglikelihood(model, tokenizer, row["query"].rstrip() + "\nAnswer:", " " + c)[0] for c in row["choices"]]
+        scores = [
+            loglikelihood(model, tokenizer, row["query"].rstrip() + "\nAnswer:", " " + c)[0]
+            for c in row["choices"]
+        ]
         assert sample["scores"] == pytest.approx(scores, abs=1e-3)
         right.append(max(range(3), key=scores.__getitem__) == row["gold"])
-        normed.append(max(range(3), key=lambda i, s=scores, row=row: s[i] / len(row["choices"][i])) == row["gold"])
+        normed.append(
+            max(range(3), key=lambda i, s=scores, row=row: s[i] / len(row["choices"][i]))
+            == row["gold"]
+        )
     assert figures["sums"]["acc"] == pytest.approx(sum(right) / 12)
     assert figures["sums"]["acc_norm"] == pytest.approx(sum(normed) / 12)
     p = figures["sums"]["acc"]
     assert figures["sums"]["acc_stderr"] == pytest.approx((p * (1 - p) / 11) ** 0.5)
     assert figures["sums"]["n"] == 12
-    greedy = [loglikelihood(model, tokenizer, row["context"], " " + row["continuation"])[1] for row in WORDS]
+    greedy = [
+        loglikelihood(model, tokenizer, row["context"], " " + row["continuation"])[1]
+        for row in WORDS
+    ]
     assert figures["words"]["acc"] == sum(greedy) / 2
     assert shown(figures["sums"])[0] == "acc_norm"
     assert shown(figures["words"])[0] == "acc"
@@ -68,7 +87,9 @@ def test_lines_end_at_newlines_and_a_row_is_what_its_own_keys_say(folder):
     for name, extra in (("plain", [{}] * 12), ("richer", more * 4)):
         lines = [json.dumps(row | own, ensure_ascii=False) for row, own in zip(rows, extra)]
         (folder / f"{name}.jsonl").write_bytes("\r\n".join(lines).encode())
-    figures, samples = zeroshot(*Tiny().load(), ZeroShot.of({"tasks": ["plain", "richer"], "data_path": str(folder)}))
+    figures, samples = zeroshot(
+        *Tiny().load(), ZeroShot.of({"tasks": ["plain", "richer"], "data_path": str(folder)})
+    )
     assert figures["plain"]["n"] == 12
     assert figures["richer"] == figures["plain"]
     assert samples["richer"] == samples["plain"]
@@ -82,8 +103,13 @@ def test_the_same_as_lm_eval_itself(folder):
     model, tokenizer = Tiny(family="qwen3").load()
     chosen = ZeroShot.of({"tasks": ["agreement", "sums"], "data_path": str(folder), "limit": 10})
     figures, _ = zeroshot(model, tokenizer, chosen)
-    found = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks_for_lm_eval(chosen), limit=10,
-                            task_manager=TaskManager(include_defaults=False), bootstrap_iters=100)["results"]
+    found = simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer),
+        tasks=tasks_for_lm_eval(chosen),
+        limit=10,
+        task_manager=TaskManager(include_defaults=False),
+        bootstrap_iters=100,
+    )["results"]
     for task in chosen.tasks:
         assert figures[task]["acc"] == found[task]["acc,none"]
         assert figures[task]["acc_stderr"] == found[task]["acc_stderr,none"]
@@ -94,9 +120,13 @@ def test_agreement_has_no_way_around():
     helps."""
     docs = documents()
     assert Counter(doc["gold"] for doc in docs) == {0: 112, 1: 112}
-    right, wrong = (Counter(doc["choices"][doc["gold"] ^ other] for doc in docs) for other in (0, 1))
+    right, wrong = (
+        Counter(doc["choices"][doc["gold"] ^ other] for doc in docs) for other in (0, 1)
+    )
     assert right == wrong
-    assert Counter(doc["query"].split()[1] for doc in docs) == Counter(doc["query"].split()[-1] for doc in docs)
+    assert Counter(doc["query"].split()[1] for doc in docs) == Counter(
+        doc["query"].split()[-1] for doc in docs
+    )
     plural = {plural for _, plural in NOUNS}
     for doc in docs:
         head, verb = doc["query"].split()[1], doc["choices"][doc["gold"]].split()[0]
@@ -115,7 +145,11 @@ def test_the_global_generators_are_left_alone(folder):
 
 
 def test_a_run_keeps_accuracies_and_samples(tmp_path, folder):
-    tasks = ["eval.zeroshot.tasks=[agreement,sums]", f"eval.zeroshot.data_path={folder}", "eval.zeroshot.limit=8"]
+    tasks = [
+        "eval.zeroshot.tasks=[agreement,sums]",
+        f"eval.zeroshot.data_path={folder}",
+        "eval.zeroshot.limit=8",
+    ]
     settings = ["eval=zeroshot", *tasks]
     cfg, choices = small(tmp_path, *settings, "solver=rtn", "format=fp4")
     outcome = execute(cfg, choices)
@@ -127,7 +161,9 @@ def test_a_run_keeps_accuracies_and_samples(tmp_path, folder):
     assert mean == pytest.approx(outcome.metrics["stages"]["quantized"]["zeroshot"]["sums"]["acc"])
     assert list((tmp_path / "runs" / "_shared" / "baselines").glob("*/sums.json"))
     (folder / "sums.jsonl").write_text("\n".join(json.dumps(row) for row in CHOICES[::-1]))
-    assert execute(cfg, choices).metrics["run_id"] != outcome.metrics["run_id"], "another text is another run"
+    assert execute(cfg, choices).metrics["run_id"] != outcome.metrics["run_id"], (
+        "another text is another run"
+    )
 
 
 SPANNING = {
@@ -141,10 +177,18 @@ SPANNING = {
 def test_scales_that_span_tokens_give_the_same_scores_in_every_batch(tmp_path, folder, overrides):
     answers, ids = [], []
     for batch in (1, 8):
-        tasks = ["eval.zeroshot.tasks=[sums]", f"eval.zeroshot.data_path={folder}", f"eval.zeroshot.batch_size={batch}"]
-        outcome = execute(*small(tmp_path / str(batch), "eval=zeroshot", *tasks, "solver=rtn", *overrides))
+        tasks = [
+            "eval.zeroshot.tasks=[sums]",
+            f"eval.zeroshot.data_path={folder}",
+            f"eval.zeroshot.batch_size={batch}",
+        ]
+        outcome = execute(
+            *small(tmp_path / str(batch), "eval=zeroshot", *tasks, "solver=rtn", *overrides)
+        )
         assert outcome.status == "done", outcome.error
-        answers.append(json.loads((outcome.run.path / "samples" / "quantized" / "sums.json").read_text()))
+        answers.append(
+            json.loads((outcome.run.path / "samples" / "quantized" / "sums.json").read_text())
+        )
         ids.append(outcome.metrics["run_id"])
     assert answers[0] == answers[1]
     assert ids[0] == ids[1]
@@ -159,46 +203,79 @@ def reading(act):
     return model
 
 
-@pytest.mark.parametrize(("act", "batch"), [
-    (None, 5), (NVFP4(role="activation", scope="token"), 5), (NVFP4(role="activation", scope="static"), 5),
-    (NVFP4(role="activation"), 1), (Integer(role="activation", granularity="token"), 5),
-    (Integer(role="activation", granularity="tensor"), 1),
-], ids=str)
+@pytest.mark.parametrize(
+    ("act", "batch"),
+    [
+        (None, 5),
+        (NVFP4(role="activation", scope="token"), 5),
+        (NVFP4(role="activation", scope="static"), 5),
+        (NVFP4(role="activation"), 1),
+        (Integer(role="activation", granularity="token"), 5),
+        (Integer(role="activation", granularity="tensor"), 1),
+    ],
+    ids=str,
+)
 def test_only_a_scale_that_spans_tokens_parts_the_batch(act, batch):
     assert together(reading(act), ZeroShot(("sums",), batch_size=5)) == batch
 
 
-@pytest.mark.parametrize(("settings", "batch"), [
-    ({"strategy": "tensor", "dynamic": True}, 1), ({"strategy": "token", "dynamic": True}, 5),
-    ({"strategy": "tensor", "dynamic": False}, 5),
-    ({"strategy": "tensor_group", "group_size": 16, "dynamic": "local", "type": "float", "num_bits": 4}, 5),
-], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "batch"),
+    [
+        ({"strategy": "tensor", "dynamic": True}, 1),
+        ({"strategy": "token", "dynamic": True}, 5),
+        ({"strategy": "tensor", "dynamic": False}, 5),
+        (
+            {
+                "strategy": "tensor_group",
+                "group_size": 16,
+                "dynamic": "local",
+                "type": "float",
+                "num_bits": 4,
+            },
+            5,
+        ),
+    ],
+    ids=str,
+)
 def test_a_compressed_tensors_model_is_asked_too(settings, batch):
     """transformers runs those, by formats of that library."""
     model = reading(None)
     read = QuantizationArgs(**settings)
-    model.lm_head.quantization_scheme = QuantizationScheme(targets=["Linear"], input_activations=read)
+    model.lm_head.quantization_scheme = QuantizationScheme(
+        targets=["Linear"], input_activations=read
+    )
     assert together(model, ZeroShot(("sums",), batch_size=5)) == batch
 
 
-@pytest.mark.parametrize(("section", "error", "words"), [
-    ({"tasks": []}, ConfigError, "eval.zeroshot.tasks"),
-    ({"tasks": ["agreement"], "limt": 3}, ConfigError, "limit"),
-    ({"tasks": ["agreement"], "limit": 0}, ConfigError, "limit=0"),
-    ({"tasks": ["agreement"], "shots": {"agreement": -1}}, ConfigError, "agreement=-1"),
-    ({"tasks": ["agreement"], "data_path": "/nowhere"}, DataError, "data_path=/nowhere"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("section", "error", "words"),
+    [
+        ({"tasks": []}, ConfigError, "eval.zeroshot.tasks"),
+        ({"tasks": ["agreement"], "limt": 3}, ConfigError, "limit"),
+        ({"tasks": ["agreement"], "limit": 0}, ConfigError, "limit=0"),
+        ({"tasks": ["agreement"], "shots": {"agreement": -1}}, ConfigError, "agreement=-1"),
+        ({"tasks": ["agreement"], "data_path": "/nowhere"}, DataError, "data_path=/nowhere"),
+    ],
+    ids=str,
+)
 def test_bad_settings_are_refused(section, error, words):
     with pytest.raises(error, match=words):
         ZeroShot.of(section)
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ("{", "line 1 is not JSON"), ('{"query": "a"}', "line 1 has neither"),
-    ('{"query": "a", "choices": ["x", "y"], "gold": 7}', "line 1 has neither"),
-    ('{"context": "a", "continuation": 5}', "line 1 has neither"), ("", "empty"),
-    (json.dumps(CHOICES[0]) + "\n" + json.dumps(WORDS[0]), "mixes"), ("\xe9", "not UTF-8"),
-])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "line 1 is not JSON"),
+        ('{"query": "a"}', "line 1 has neither"),
+        ('{"query": "a", "choices": ["x", "y"], "gold": 7}', "line 1 has neither"),
+        ('{"context": "a", "continuation": 5}', "line 1 has neither"),
+        ("", "empty"),
+        (json.dumps(CHOICES[0]) + "\n" + json.dumps(WORDS[0]), "mixes"),
+        ("\xe9", "not UTF-8"),
+    ],
+)
 def test_bad_files_are_named(folder, content, words):
     (folder / "sums.jsonl").write_bytes(content.encode("latin-1"))
     with pytest.raises(DataError, match=words):

@@ -26,14 +26,23 @@ class BlockView:
     `merged` {site: s} collects what `merge` did. original, targets: see solvers.Block; empty where the solver needs none.
     """
 
-    def __init__(self, adapter: Adapter, scheme: Scheme, index: int, stream: Stream, generator: torch.Generator,
-                 stage: Callable[[str, int], AbstractContextManager] = quiet,
-                 log: Callable[[dict, int], None] = unlogged):
+    def __init__(
+        self,
+        adapter: Adapter,
+        scheme: Scheme,
+        index: int,
+        stream: Stream,
+        generator: torch.Generator,
+        stage: Callable[[str, int], AbstractContextManager] = quiet,
+        log: Callable[[dict, int], None] = unlogged,
+    ):
         self.adapter, self.scheme, self.index, self.stream = adapter, scheme, index, stream
         self.generator, self.stage, self.log = generator, stage, log
         self.block = adapter.blocks[index]
         self.sites = {site.name: site.linears for site in adapter.family.sites}
-        self.formats = scheme.weights(index, [name for linears in self.sites.values() for name in linears])
+        self.formats = scheme.weights(
+            index, [name for linears in self.sites.values() for name in linears]
+        )
         self.original: Sequence[Tensor] = ()
         self.targets: Sequence[Tensor] = ()
         self.merged: dict[str, Tensor] = {}
@@ -41,7 +50,11 @@ class BlockView:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return {name: self.block.get_submodule(name).weight for linears in self.sites.values() for name in linears}
+        return {
+            name: self.block.get_submodule(name).weight
+            for linears in self.sites.values()
+            for name in linears
+        }
 
     @property
     def quantized(self) -> tuple[Tensor, ...]:
@@ -49,26 +62,38 @@ class BlockView:
 
     def forward(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         replaced = {f"{name}.weight": weight for name, weight in weights.items()}
-        return functional_call(self.block, replaced, (hidden,), self.stream.block_kwargs[self.block][index])
+        return functional_call(
+            self.block, replaced, (hidden,), self.stream.block_kwargs[self.block][index]
+        )
 
     def inputs(self, site: str) -> Tensor:
         return torch.cat([x.flatten(0, -2) for _, x in self._read(site)])
 
-    def parent(self, site: str, weights: Mapping[str, Tensor], scale: Tensor | None = None) -> Tensor:
+    def parent(
+        self, site: str, weights: Mapping[str, Tensor], scale: Tensor | None = None
+    ) -> Tensor:
         branch, end = self._find(site)
         around = branch.module if end is branch.entry else end.linears[0]
         module = self.block.get_submodule(around)
-        replaced = {f"{name}.weight".removeprefix(f"{around}."): weight for name, weight in weights.items()}
+        replaced = {
+            f"{name}.weight".removeprefix(f"{around}."): weight for name, weight in weights.items()
+        }
         outputs = []
         with self._reading(end, scale):
             for index, x in self._read(site):
-                context = self.stream.block_kwargs[self.block][index] if end is branch.entry and branch.context else {}
+                context = (
+                    self.stream.block_kwargs[self.block][index]
+                    if end is branch.entry and branch.context
+                    else {}
+                )
                 output = functional_call(module, replaced, (x,), context)
                 outputs.append(output[0] if isinstance(output, tuple) else output)
         return torch.cat([y.flatten(0, -2) for y in outputs])
 
     def merge(self, site: str, scale: Tensor) -> None:
-        own = scale if self.scalable(site) == "free" else self._per_head(site, scale)[:, 0].flatten()
+        own = (
+            scale if self.scalable(site) == "free" else self._per_head(site, scale)[:, 0].flatten()
+        )
         place(self.adapter, Placement(merged={(self.index, site): Diagonal(own.double())}))
         self.merged[site] = scale
         self._kept = ("", [])
@@ -96,7 +121,12 @@ class BlockView:
         return values.view(*self._heads(site), -1)
 
     def _find(self, name: str) -> tuple[Branch, Site]:
-        return next((b, s) for b in self.adapter.family.branches for s in (b.entry, b.exit) if s.name == name)
+        return next(
+            (b, s)
+            for b in self.adapter.family.branches
+            for s in (b.entry, b.exit)
+            if s.name == name
+        )
 
     def _read(self, site: str) -> list[tuple[int, Tensor]]:
         """(micro-batch, what the site reads before any encoder) of the unquantized block, PROBE tokens in all; the last site's
@@ -112,7 +142,10 @@ class BlockView:
         for index, hidden in enumerate(self.stream.hidden):
             if left <= 0:
                 return
-            run = lambda index=index, hidden=hidden: self.block(hidden, **self.stream.block_kwargs[self.block][index])  # noqa: E731
+
+            def run(index=index, hidden=hidden):
+                return self.block(hidden, **self.stream.block_kwargs[self.block][index])
+
             args, _ = arguments_at(reader, run)
             left -= hidden.shape[0] * hidden.shape[1]
             yield index, args[0]
@@ -126,7 +159,11 @@ class BlockView:
             yield
             return
         before = shared.codec, shared.format, shared.decoder
-        shared.codec, shared.format, shared.decoder = Diagonal(scale), act.dynamic(), Diagonal(scale)
+        shared.codec, shared.format, shared.decoder = (
+            Diagonal(scale),
+            act.dynamic(),
+            Diagonal(scale),
+        )
         try:
             yield
         finally:

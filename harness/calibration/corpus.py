@@ -53,14 +53,20 @@ class TextFolder(Corpus):
 
     def _file(self, part: str) -> Path:
         if self.path is None:
-            raise ConfigError("data=text needs data.path=DIR, a folder with train.txt (or valid.txt) and test.txt")
+            raise ConfigError(
+                "data=text needs data.path=DIR, a folder with train.txt (or valid.txt) and test.txt"
+            )
         if not self.path.is_dir():
-            raise DataError(f"data.path={self.path} is not a folder; give one with train.txt (or valid.txt) and test.txt")
+            raise DataError(
+                f"data.path={self.path} is not a folder; give one with train.txt (or valid.txt) and test.txt"
+            )
         names = (("train.txt", "valid.txt"), ("test.txt",))[_index(part)]
         for name in names:
             if (self.path / name).is_file():
                 return self.path / name
-        raise DataError(f"data.path={self.path} holds no {' or '.join(names)}, which {part} needs; put one there")
+        raise DataError(
+            f"data.path={self.path} holds no {' or '.join(names)}, which {part} needs; put one there"
+        )
 
 
 class Samples(Corpus):
@@ -77,15 +83,21 @@ class Samples(Corpus):
 
     def check(self) -> None:
         if self.path.suffix not in (".txt", ".jsonl"):
-            raise ConfigError(f"data.calibration.path={self.path}: only .txt and .jsonl files are read")
+            raise ConfigError(
+                f"data.calibration.path={self.path}: only .txt and .jsonl files are read"
+            )
         self.text("calibration")
         _refuse_blank(self.path, "data.calibration.path")
 
     def text(self, part: str) -> str | list[str]:
         if part != "calibration":
-            raise ConfigError(f"data.calibration.path={self.path} only calibrates; there is no {part} text in it")
+            raise ConfigError(
+                f"data.calibration.path={self.path} only calibrates; there is no {part} text in it"
+            )
         if not self.path.is_file():
-            raise DataError(f"data.calibration.path={self.path} is not a file; give one, or null to calibrate on the data set")
+            raise DataError(
+                f"data.calibration.path={self.path} is not a file; give one, or null to calibrate on the data set"
+            )
         content = _read(self.path, "data.calibration.path")
         return content if self.path.suffix == ".txt" else self._samples(content)
 
@@ -99,7 +111,9 @@ class Samples(Corpus):
             except (ValueError, KeyError, TypeError):
                 sample = None
             if not isinstance(sample, str):
-                raise DataError(f'data.calibration.path={self.path} line {number}: expected {{"text": "..."}}')
+                raise DataError(
+                    f'data.calibration.path={self.path} line {number}: expected {{"text": "..."}}'
+                )
             samples.append(sample)
         if not any(sample.strip() for sample in samples):
             raise DataError(f"data.calibration.path={self.path}: every sample is empty")
@@ -115,13 +129,27 @@ class HubText(Corpus):
     Raises DataError where the hub cannot be reached and the set is not in the cache.
     """
 
-    def __init__(self, dataset: str, config: str, evaluation_split: str, *, revision: str | None = None,
-                 documents: int | None = None, name: str | None = None):
-        for field, value in (("dataset", dataset), ("config", config), ("evaluation_split", evaluation_split)):
+    def __init__(
+        self,
+        dataset: str,
+        config: str,
+        evaluation_split: str,
+        *,
+        revision: str | None = None,
+        documents: int | None = None,
+        name: str | None = None,
+    ):
+        for field, value in (
+            ("dataset", dataset),
+            ("config", config),
+            ("evaluation_split", evaluation_split),
+        ):
             if not isinstance(value, str):
                 raise ConfigError(f"data.{field}={value}: needs a name")
         if documents is not None and (type(documents) is not int or documents < 1):
-            raise ConfigError(f"data.documents={documents} must be a positive whole number, or null for all of them")
+            raise ConfigError(
+                f"data.documents={documents} must be a positive whole number, or null for all of them"
+            )
         self.dataset, self.config, self.revision = dataset, config, revision
         self.evaluation_split, self.documents = evaluation_split, documents
         self.name = name or dataset.split("/")[-1]
@@ -157,7 +185,9 @@ class HubText(Corpus):
             return cached.as_dataset(split=split)
         self._refuse_offline()
         streaming = self.documents is not None
-        return load_dataset(self.dataset, self.config, split=split, revision=self.revision, streaming=streaming)
+        return load_dataset(
+            self.dataset, self.config, split=split, revision=self.revision, streaming=streaming
+        )
 
     def _cached(self):
         """The `datasets` cache's own builder of the set, or None. A named revision is always asked of the hub."""
@@ -185,7 +215,9 @@ def _read(path: Path, field: str) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{field}: {path} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+        raise DataError(
+            f"{field}: {path} is not UTF-8 ({error.reason} at byte {error.start}); convert it"
+        ) from error
 
 
 def _refuse_blank(path: Path, field: str) -> None:

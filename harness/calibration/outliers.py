@@ -15,7 +15,9 @@ from harness.models.adapter import Adapter
 
 EDGES = torch.arange(-20.0, 12.5, 0.5)  # of log2 |x|: 64 bins of half an octave
 WINDOWS = 4  # calibration windows looked at
-MEDIAN_OF = 1 << 20  # values; a median needs no more. An odd stride visits all features, whatever their order
+MEDIAN_OF = (
+    1 << 20
+)  # values; a median needs no more. An odd stride visits all features, whatever their order
 
 
 @torch.no_grad()
@@ -39,9 +41,17 @@ def outliers(before: dict[tuple[int, str], dict], after: dict[tuple[int, str], d
         for when, profile in (("before", before), ("after", after)):
             counts = [one["counts"] for (_, name), one in profile.items() if name == site]
             kept[when] = [sum(bins) for bins in zip(*counts)]
-    rows = [{"layer": layer, "site": site, **{when: {k: v for k, v in profile[layer, site].items() if k != "counts"}
-                                              for when, profile in (("before", before), ("after", after))}}
-            for layer, site in before]
+    rows = [
+        {
+            "layer": layer,
+            "site": site,
+            **{
+                when: {k: v for k, v in profile[layer, site].items() if k != "counts"}
+                for when, profile in (("before", before), ("after", after))
+            },
+        }
+        for layer, site in before
+    ]
     return {"edges": (2**EDGES).tolist(), "sites": sites, "rows": rows}
 
 
@@ -54,4 +64,8 @@ def _profile(x: Tensor) -> dict:
     largest, median = float(size.max()), float(size[:: len(size) // MEDIAN_OF | 1].median())
     bins = size.log2_().sub_(EDGES[0]).mul_(2).floor_().clamp_(0, len(EDGES) - 2).nan_to_num_(0)
     counts = torch.bincount(bins.long(), minlength=len(EDGES) - 1)
-    return {"max_over_median": largest / max(median, 1e-12), "kurtosis": kurtosis, "counts": counts.tolist()}
+    return {
+        "max_over_median": largest / max(median, 1e-12),
+        "kurtosis": kurtosis,
+        "counts": counts.tolist(),
+    }

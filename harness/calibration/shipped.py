@@ -12,9 +12,39 @@ from harness.calibration.corpus import PARTS, Corpus
 from harness.config.errors import DataError
 
 MODULES = (
-    "argparse", "ast", "calendar", "collections", "configparser", "csv", "datetime", "difflib", "dis", "doctest", "fractions",
-    "ftplib", "gettext", "heapq", "inspect", "logging", "mailbox", "nntplib", "optparse", "pathlib", "pickle", "random",
-    "shutil", "smtplib", "statistics", "string", "subprocess", "tarfile", "textwrap", "threading", "typing", "uuid", "zipfile",
+    "argparse",
+    "ast",
+    "calendar",
+    "collections",
+    "configparser",
+    "csv",
+    "datetime",
+    "difflib",
+    "dis",
+    "doctest",
+    "fractions",
+    "ftplib",
+    "gettext",
+    "heapq",
+    "inspect",
+    "logging",
+    "mailbox",
+    "nntplib",
+    "optparse",
+    "pathlib",
+    "pickle",
+    "random",
+    "shutil",
+    "smtplib",
+    "statistics",
+    "string",
+    "subprocess",
+    "tarfile",
+    "textwrap",
+    "threading",
+    "typing",
+    "uuid",
+    "zipfile",
 )
 
 
@@ -37,7 +67,9 @@ class Pydoc(Corpus):
         try:
             from pydoc_data.topics import topics
         except ImportError as error:
-            raise DataError("data=pydoc: this Python comes without pydoc_data; use data=text data.path=DIR") from error
+            raise DataError(
+                "data=pydoc: this Python comes without pydoc_data; use data=text data.path=DIR"
+            ) from error
         return [topics[key] for key in sorted(topics)]
 
     def _split(self) -> tuple[list[str], list[str]]:
@@ -57,5 +89,7 @@ class Stdlib(Pydoc):
         specs = [find_spec(name) for name in MODULES]
         sources = [spec.loader.get_source(spec.name) for spec in specs if spec is not None]
         if not all(sources) or len(sources) < 2:
-            raise DataError("data=stdlib: this Python comes without the sources of its library; use data=text data.path=DIR")
+            raise DataError(
+                "data=stdlib: this Python comes without the sources of its library; use data=text data.path=DIR"
+            )
         return sources

@@ -28,7 +28,9 @@ class Statistics:
         """Take in activations [..., n]; the Hessian sees `product_of` instead when the quantized input is asked for."""
         x = x.reshape(-1, x.shape[-1])
         low, high = torch.aminmax(x)
-        self.range = torch.stack([torch.minimum(self.range[0], low), torch.maximum(self.range[1], high)]).float()
+        self.range = torch.stack(
+            [torch.minimum(self.range[0], low), torch.maximum(self.range[1], high)]
+        ).float()
         first = -(-self.tokens // self._stride)
         rows = x[first * self._stride - self.tokens :: self._stride]
         self._sample[first : first + len(rows)] = rows
@@ -45,7 +47,9 @@ class Statistics:
         product_of = None
         if self.hessian is not None and solver.hessian_input == "quantized" and act is not None:
             # a static scale is not known before the last micro-batch; each one's own range stands in for it
-            product_of = act.fake(x, global_scale=act.calibrated(*torch.aminmax(x)) if act.needs_static else None)
+            product_of = act.fake(
+                x, global_scale=act.calibrated(*torch.aminmax(x)) if act.needs_static else None
+            )
         self.add(x, product_of)
 
     @property

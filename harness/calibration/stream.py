@@ -82,7 +82,13 @@ class Stream:
     `folder`, in files there, whose pages the system may drop and read again.
     """
 
-    def __init__(self, adapter: Adapter, windows: Tensor, tokens_at_once: int = 2048, folder: Path | None = None):
+    def __init__(
+        self,
+        adapter: Adapter,
+        windows: Tensor,
+        tokens_at_once: int = 2048,
+        folder: Path | None = None,
+    ):
         """windows: token ids [N, L]. Runs the embedding, the rotary table and the masks once. `block_kwargs` {block: what it is
         called with besides hidden states, one a micro-batch}."""
         self.adapter, self._folder = adapter, folder
@@ -102,8 +108,12 @@ class Stream:
         if self._folder is None or like.device.type != "cpu":
             return like.new_empty(*shape, width)
         self._folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self._folder) as file:  # mapped, it lives as long as the tensor and has no name
-            return torch.from_file(file.name, shared=True, size=shape.numel() * width, dtype=like.dtype).view(*shape, width)
+        with tempfile.NamedTemporaryFile(
+            dir=self._folder
+        ) as file:  # mapped, it lives as long as the tensor and has no name
+            return torch.from_file(
+                file.name, shared=True, size=shape.numel() * width, dtype=like.dtype
+            ).view(*shape, width)
 
     @property
     def hidden(self) -> tuple[Tensor, ...]:
@@ -113,8 +123,10 @@ class Stream:
     def window(self, block: nn.Module) -> tuple[Tensor, dict]:
         """The first window's hidden states [1, L, hidden], a view, and the context the block takes with them."""
         rows = self.hidden[0].shape[0]
-        alone = {key: value[:1] if isinstance(value, Tensor) and value.shape[0] == rows else value
-                 for key, value in self.block_kwargs[block][0].items()}
+        alone = {
+            key: value[:1] if isinstance(value, Tensor) and value.shape[0] == rows else value
+            for key, value in self.block_kwargs[block][0].items()
+        }
         return self.hidden[0][:1], alone
 
     def walk(self, block: nn.Module) -> Iterator[tuple[Site, Iterator[Tensor]]]:
@@ -139,10 +151,17 @@ class Stream:
 
     def _exit(self, block: nn.Module, branch: Branch) -> Iterator[Tensor]:
         """What the branch's last linear is about to read, one micro-batch at a time; kept until `_close`."""
-        module, last = block.get_submodule(branch.module), block.get_submodule(branch.exit.linears[0])
+        module, last = (
+            block.get_submodule(branch.module),
+            block.get_submodule(branch.exit.linears[0]),
+        )
         self._read = self._room(self._hidden, last.in_features, self._hidden.shape[:2])
-        for context, x, kept in zip(self.block_kwargs[block], self._entry(block, branch), self._read.split(self._batch)):
-            args, _ = arguments_at(last, lambda x=x, context=context: module(x, **(context if branch.context else {})))
+        for context, x, kept in zip(
+            self.block_kwargs[block], self._entry(block, branch), self._read.split(self._batch)
+        ):
+            args, _ = arguments_at(
+                last, lambda x=x, context=context: module(x, **(context if branch.context else {}))
+            )
             yield kept.copy_(args[0])
 
     def advance(self, block: nn.Module) -> None:

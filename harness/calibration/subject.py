@@ -15,7 +15,9 @@ from harness.models.adapter import Adapter
 from harness.models.unmerged import unmerged
 from harness.transforms import Placement
 
-HELD = 10  # every tenth of the calibration windows, at the end, is kept to choose the best iterate by
+HELD = (
+    10  # every tenth of the calibration windows, at the end, is kept to choose the best iterate by
+)
 
 
 @contextmanager
@@ -32,21 +34,33 @@ class StreamedModel:
     """A swapped model with calibration windows [N, L]. stage(title, total) shows progress; gains are what `fuse_norms` gave,
     if the norms are fused; log(values, step) keeps points of curves. See transforms.CalibrationModel."""
 
-    def __init__(self, adapter: Adapter, windows: Tensor, stage: Callable[[str, int], AbstractContextManager] = quiet,
-                 gains: Mapping[tuple[int | None, str], Tensor] | None = None,
-                 log: Callable[[dict, int], None] = unlogged):
+    def __init__(
+        self,
+        adapter: Adapter,
+        windows: Tensor,
+        stage: Callable[[str, int], AbstractContextManager] = quiet,
+        gains: Mapping[tuple[int | None, str], Tensor] | None = None,
+        log: Callable[[dict, int], None] = unlogged,
+    ):
         self.adapter, self.windows, self.stage, self.log = adapter, windows, stage, log
         self.roles, self.device, self.gains = adapter.roles, adapter.device, gains or {}
         held = max(1, len(windows) // HELD)
-        self.train, self.held = (windows[:-held], windows[-held:]) if len(windows) > 1 else (windows, windows)
+        self.train, self.held = (
+            (windows[:-held], windows[-held:]) if len(windows) > 1 else (windows, windows)
+        )
 
     def weight(self, layer: int, linear: str) -> Tensor:
         with self.adapter.open(layer):
             return self.adapter.blocks[layer].get_submodule(linear).weight
 
     @torch.no_grad()
-    def observe(self, collector: Callable, sites: Iterable[str], title: str,
-                note: Callable[[dict], str] = lambda found: "") -> dict:
+    def observe(
+        self,
+        collector: Callable,
+        sites: Iterable[str],
+        title: str,
+        note: Callable[[dict], str] = lambda found: "",
+    ) -> dict:
         sites, found = set(sites), {}
         stream = Stream(self.adapter, self.windows)
         with self.stage(title, len(self.adapter.blocks)) as advance:
@@ -73,7 +87,9 @@ class StreamedModel:
         return self.head(self.hidden(ids))
 
     def hidden(self, ids: Tensor) -> Tensor:
-        return self.adapter.backbone(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+        return self.adapter.backbone(
+            input_ids=ids.to(self.device), use_cache=False
+        ).last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
         return self.adapter.head(hidden)

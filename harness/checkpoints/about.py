@@ -9,7 +9,9 @@ from harness.config.errors import DataError
 from harness.models.facts import read_object
 
 ABOUT = "quantization_metadata.json"
-WORD = re.compile(r"[\w.+-]{1,40}", re.ASCII)  # what an option or a format may be called in a file of others
+WORD = re.compile(
+    r"[\w.+-]{1,40}", re.ASCII
+)  # what an option or a format may be called in a file of others
 
 
 def about(folder: Path) -> dict:
@@ -31,8 +33,12 @@ def held(folder: Path) -> dict[str, str | None]:
 def _format(found: dict) -> str | None:
     """The formats of its weights, most tensors first, and the bits of all linears."""
     counts = _at(found, "formats")
-    counts = counts if isinstance(counts, dict) and all(type(n) is int for n in counts.values()) else {}
-    names = sorted(counts, key=counts.get, reverse=True) or [_at(found, "bits", "weights", "format")]
+    counts = (
+        counts if isinstance(counts, dict) and all(type(n) is int for n in counts.values()) else {}
+    )
+    names = sorted(counts, key=counts.get, reverse=True) or [
+        _at(found, "bits", "weights", "format")
+    ]
     bits = [_at(found, "bits", part, "bits") for part in ("weights", "activations", "kv")]
     if not all(type(n) is int and 1 <= n <= 16 for n in bits) or not all(map(_word, names)):
         return None

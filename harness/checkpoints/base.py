@@ -55,7 +55,13 @@ class Exporter(ABC):
     tolerance: float | None = None
 
     @abstractmethod
-    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: ModelShape, dtype: str = "auto") -> list[str]:
+    def check(
+        self,
+        scheme: Scheme,
+        transforms: Sequence[Transform],
+        context: ModelShape,
+        dtype: str = "auto",
+    ) -> list[str]:
         """Refuse (ConfigError, naming both fields and a way out) what the layout cannot hold, before any weight is loaded;
         returns warnings. dtype: of the model, "auto" where only its weights tell."""
 
@@ -88,7 +94,9 @@ def check_destination(section: Mapping) -> None:
     try:
         folder = isinstance(section["path"], str) and not Path(section["path"]).is_file()
     except OSError as error:
-        raise ConfigError(f"export.path={section['path']}: {error.strerror}; give another folder.") from None
+        raise ConfigError(
+            f"export.path={section['path']}: {error.strerror}; give another folder."
+        ) from None
     if not folder:
         raise ConfigError(f"export.path={section['path']}: needs a folder.")
     writable("export.path", Path(section["path"]))
@@ -100,8 +108,10 @@ def check_destination(section: Mapping) -> None:
         HfApi().whoami()
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"export.push_to={section['push_to']}: the hub cannot be used ({reason}); set HF_TOKEN, or "
-                          "export.push_to=null.") from None
+        raise ConfigError(
+            f"export.push_to={section['push_to']}: the hub cannot be used ({reason}); set HF_TOKEN, or "
+            "export.push_to=null."
+        ) from None
 
 
 def write_checkpoint(exporter: Exporter, snapshot: Snapshot, folder: Path) -> None:
@@ -115,7 +125,10 @@ def write_checkpoint(exporter: Exporter, snapshot: Snapshot, folder: Path) -> No
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
     model = snapshot.adapter.model
     own = model.config.to_dict() | exporter.config(snapshot)
-    write_json(folder / "config.json", {key: value for key, value in own.items() if not key.startswith("_")})
+    write_json(
+        folder / "config.json",
+        {key: value for key, value in own.items() if not key.startswith("_")},
+    )
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     snapshot.tokenizer.save_pretrained(folder)
@@ -129,7 +142,11 @@ def modules(adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
     tied = adapter.head.weight is adapter.model.get_submodule(adapter.family.embedding).weight
 
     def layer(named: tuple[str, nn.Module]) -> int | None:
-        return int(named[0].removeprefix(inside).partition(".")[0]) if named[0].startswith(inside) else None
+        return (
+            int(named[0].removeprefix(inside).partition(".")[0])
+            if named[0].startswith(inside)
+            else None
+        )
 
     for index, named in groupby(adapter.model.named_modules(), layer):
         with adapter.open(index):
@@ -176,7 +193,11 @@ def _save(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> dict[str, tupl
     close()
     placed = {}
     for index, sizes in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        )
         (folder / f"{index}.part").rename(folder / file)
         placed |= {name: (file, size) for name, size in sizes.items()}
     return placed

@@ -11,40 +11,80 @@ from harness.checkpoints.names import spelled
 from harness.report.figures import accuracy, number
 from harness.report.marks import legend, letters
 
-STAGES = {"baseline": "untouched model", "transformed": "float model, transformed", "quantized": "this checkpoint"}
+STAGES = {
+    "baseline": "untouched model",
+    "transformed": "float model, transformed",
+    "quantized": "this checkpoint",
+}
 LIBRARY = {"compressed_tensors": "transformers", "fp_quant": "transformers", "harness": "harness"}
-PARTS = {"weights": "weights", "activations": "activations", "kv": "KV cache", "head": "output head"}
+PARTS = {
+    "weights": "weights",
+    "activations": "activations",
+    "kv": "KV cache",
+    "head": "output head",
+}
 SPECIAL = re.compile(r"([\\`*_\[\]<>|~&#$])")
 
 
 def card(metadata: Mapping, layout: str) -> str:
     """Markdown with YAML front matter. layout: compressed_tensors | fp_quant | harness."""
     sections = [
-        _front(metadata, layout), f"# {_plain(metadata['name'])}", _sentence(metadata),
-        "## What it measures", _figures(metadata), _marks(metadata),
-        "## How it was made", _fenced(metadata["command"] or "(not recorded)", "sh"), _origin(metadata),
-        "## How to load it", *_loading(metadata["name"], layout),
-        "## Bits and sizes", _bits(metadata), _sizes(metadata),
+        _front(metadata, layout),
+        f"# {_plain(metadata['name'])}",
+        _sentence(metadata),
+        "## What it measures",
+        _figures(metadata),
+        _marks(metadata),
+        "## How it was made",
+        _fenced(metadata["command"] or "(not recorded)", "sh"),
+        _origin(metadata),
+        "## How to load it",
+        *_loading(metadata["name"], layout),
+        "## Bits and sizes",
+        _bits(metadata),
+        _sizes(metadata),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _front(metadata: Mapping, layout: str) -> str:
     """Every value as JSON, which YAML reads: nothing in it can be taken for syntax."""
-    tags = list(dict.fromkeys(["quantized", *metadata["formats"], *_methods(metadata), layout.replace("_", "-")]))
-    base = {"base_model": metadata["base_model"], "base_model_relation": "quantized"} if metadata["base_model"] else {}
+    tags = list(
+        dict.fromkeys(
+            ["quantized", *metadata["formats"], *_methods(metadata), layout.replace("_", "-")]
+        )
+    )
+    base = (
+        {"base_model": metadata["base_model"], "base_model_relation": "quantized"}
+        if metadata["base_model"]
+        else {}
+    )
     licence = {"license": metadata["license"]} if metadata["license"] else {}
-    fields = base | licence | {"library_name": LIBRARY[layout], "pipeline_tag": "text-generation", "tags": tags}
-    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"])
+    fields = (
+        base
+        | licence
+        | {"library_name": LIBRARY[layout], "pipeline_tag": "text-generation", "tags": tags}
+    )
+    return "\n".join(
+        ["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"]
+    )
 
 
 def _methods(metadata: Mapping) -> list[str]:
     method = metadata["method"]
-    return [spelled(option) for option in (method["transform"], method["solver"]) if option not in (None, "identity", "none")]
+    return [
+        spelled(option)
+        for option in (method["transform"], method["solver"])
+        if option not in (None, "identity", "none")
+    ]
 
 
 def _sentence(metadata: Mapping) -> str:
-    parts = [f"{PARTS[part]} in {own['format']}{_group(own)}" for part, own in metadata["bits"].items() if own["bits"] != 16]
+    parts = [
+        f"{PARTS[part]} in {own['format']}{_group(own)}"
+        for part, own in metadata["bits"].items()
+        if own["bits"] != 16
+    ]
     by = f" by {' and '.join(_methods(metadata))}" if _methods(metadata) else ""
     revision = f" (revision {_plain(metadata['revision'])})" if metadata["revision"] else ""
     quantized = f"{metadata['quantized']} linear layers quantized"
@@ -56,20 +96,45 @@ def _figures(metadata: Mapping) -> str:
     stages, marked = metadata["evaluation"], letters(metadata["marks"])
 
     def row(label: str, name: str, shown: Iterable[str]) -> list[str]:
-        return [label, *(f"{text} {marked.get(name, '')}".strip() if text else "" for text in shown)]
+        return [
+            label,
+            *(f"{text} {marked.get(name, '')}".strip() if text else "" for text in shown),
+        ]
 
     rows = []
     for corpus in _names(stages, "ppl"):
         found = [stage.get("divergence", {}).get(corpus, {}) for stage in stages.values()]
-        rows.append(row(f"perplexity, {corpus}", corpus, (number(s.get("ppl", {}).get(corpus)) for s in stages.values())))
+        rows.append(
+            row(
+                f"perplexity, {corpus}",
+                corpus,
+                (number(s.get("ppl", {}).get(corpus)) for s in stages.values()),
+            )
+        )
         if any(found):
-            rows.append(row(f"KL from the untouched model, {corpus}", corpus, (number(own.get("kl")) for own in found)))
+            rows.append(
+                row(
+                    f"KL from the untouched model, {corpus}",
+                    corpus,
+                    (number(own.get("kl")) for own in found),
+                )
+            )
             agreement = (None if own.get("top1") is None else 100 * own["top1"] for own in found)
-            rows.append(row(f"top-1 agreement with it in percent, {corpus}", corpus, (number(x, 1) for x in agreement)))
+            rows.append(
+                row(
+                    f"top-1 agreement with it in percent, {corpus}",
+                    corpus,
+                    (number(x, 1) for x in agreement),
+                )
+            )
     for task in _names(stages, "zeroshot"):
         answers = (accuracy(stage.get("zeroshot", {}).get(task)) for stage in stages.values())
         rows.append(row(f"accuracy in percent, {task}", task, answers))
-    return _table(["", *(STAGES.get(stage, stage) for stage in stages)], rows) if rows else "Nothing was measured."
+    return (
+        _table(["", *(STAGES.get(stage, stage) for stage in stages)], rows)
+        if rows
+        else "Nothing was measured."
+    )
 
 
 def _names(stages: Mapping, figure: str) -> list[str]:
@@ -78,34 +143,56 @@ def _names(stages: Mapping, figure: str) -> list[str]:
 
 def _marks(metadata: Mapping) -> str:
     """What must be said beside the numbers."""
-    told, marked = {name: own for name, own in metadata["marks"].items() if own}, letters(metadata["marks"])
-    lines = [f"- {_plain(name)} ({marked[name]}): {_plain(', '.join(own))}" for name, own in told.items()]
-    return "\n".join([f"Letters beside a number: {legend(marked.values())}.", "", *lines]) if lines else ""
+    told, marked = (
+        {name: own for name, own in metadata["marks"].items() if own},
+        letters(metadata["marks"]),
+    )
+    lines = [
+        f"- {_plain(name)} ({marked[name]}): {_plain(', '.join(own))}" for name, own in told.items()
+    ]
+    return (
+        "\n".join([f"Letters beside a number: {legend(marked.values())}.", "", *lines])
+        if lines
+        else ""
+    )
 
 
 def _origin(metadata: Mapping) -> str:
     text = metadata["calibration"]
-    return (f"Run {_plain(metadata['run_id'])}, seed {metadata['seed']}, harness {metadata['harness']}. Calibrated on "
-            f"{_plain(text['corpus'])}: {text['windows']} windows of {text['length']} tokens, order {_plain(text['order'])}.")
+    return (
+        f"Run {_plain(metadata['run_id'])}, seed {metadata['seed']}, harness {metadata['harness']}. Calibrated on "
+        f"{_plain(text['corpus'])}: {text['windows']} windows of {text['length']} tokens, order {_plain(text['order'])}."
+    )
 
 
 def _loading(name: str, layout: str) -> list[str]:
     path = json.dumps(name)
     if layout == "harness":
         return [_fenced(f"import harness\n\nmodel, tokenizer = harness.load({path})", "python")]
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-             f'model = AutoModelForCausalLM.from_pretrained({path}, dtype="auto")',
-             f"tokenizer = AutoTokenizer.from_pretrained({path})"]
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained({path}, dtype="auto")',
+        f"tokenizer = AutoTokenizer.from_pretrained({path})",
+    ]
     package = {"compressed_tensors": "compressed-tensors", "fp_quant": "fp-quant"}[layout]
-    return [f"With transformers (and the package {package}):", _fenced("\n".join(lines), "python"), "With vLLM:",
-            _fenced(f"vllm serve {shlex.quote(name)}", "sh")]
+    return [
+        f"With transformers (and the package {package}):",
+        _fenced("\n".join(lines), "python"),
+        "With vLLM:",
+        _fenced(f"vllm serve {shlex.quote(name)}", "sh"),
+    ]
 
 
 def _bits(metadata: Mapping) -> str:
     rows = []
     for part, own in metadata["bits"].items():
         counts = metadata["formats"] if part == "weights" else {}
-        format = ", ".join(f"{name} ({count})" for name, count in counts.items()) if len(counts) > 1 else own["format"]
+        format = (
+            ", ".join(f"{name} ({count})" for name, count in counts.items())
+            if len(counts) > 1
+            else own["format"]
+        )
         rows.append([PARTS[part], format, str(own["bits"]), _group(own).removeprefix(" ") or "-"])
     return _table(["", "format", "bits", "scales"], rows)
 
@@ -114,7 +201,11 @@ def _group(own: Mapping) -> str:
     """` in groups of 64`, ` per token`; nothing where nothing is scaled."""
     if own["granularity"] is None:
         return ""
-    return f" in groups of {own['group_size']}" if own["granularity"] == "group" else f" per {own['granularity']}"
+    return (
+        f" in groups of {own['group_size']}"
+        if own["granularity"] == "group"
+        else f" per {own['granularity']}"
+    )
 
 
 def _sizes(metadata: Mapping) -> str:
@@ -124,7 +215,10 @@ def _sizes(metadata: Mapping) -> str:
         ["KV cache a token, bytes", number(cache["fp16"], 0), number(cache["quantized"], 0)],
     ]
     saved = [number(part["reduction_percent"], 1) for part in (size, cache)]
-    return _table(["", "fp16", "this checkpoint", "saved, percent"], [[*row, cell] for row, cell in zip(rows, saved)])
+    return _table(
+        ["", "fp16", "this checkpoint", "saved, percent"],
+        [[*row, cell] for row, cell in zip(rows, saved)],
+    )
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

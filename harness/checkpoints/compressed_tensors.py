@@ -43,33 +43,49 @@ class CompressedTensors(Exporter):
     def stored(self, snapshot: Snapshot) -> torch.dtype:
         return layouts.served(snapshot.adapter.model.dtype, _formats(snapshot.scheme))
 
-    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: ModelShape, dtype: str = "auto") -> list[str]:
+    def check(
+        self,
+        scheme: Scheme,
+        transforms: Sequence[Transform],
+        context: ModelShape,
+        dtype: str = "auto",
+    ) -> list[str]:
         for transform in transforms:
             left = transform.leaves(context)
             if left:
-                raise ConfigError(f"transform={transform.name} with export=compressed_tensors: {', '.join(left)} would have "
-                                  "to run online, and whoever loads the file would not run it; use export=harness.")
+                raise ConfigError(
+                    f"transform={transform.name} with export=compressed_tensors: {', '.join(left)} would have "
+                    "to run online, and whoever loads the file would not run it; use export=harness."
+                )
         layouts.cache_scheme(scheme.kv, context.head_dim)
         for layer, name in scheme.overrides:
             if layer is None and any(name == family.embedding for family in FAMILIES.values()):
-                raise ConfigError(f"format.overrides: {name} with export=compressed_tensors: transformers does not load a "
-                                  "packed embedding; drop it there, or use export=harness.")
+                raise ConfigError(
+                    f"format.overrides: {name} with export=compressed_tensors: transformers does not load a "
+                    "packed embedding; drop it there, or use export=harness."
+                )
         formats = _formats(scheme)
         for format, field in formats.items():
             layouts.refuse(format, field)
         warnings = []
         if scheme.kv is not None:
-            warnings.append("format.kv with export=compressed_tensors: transformers applies it, vLLM does not")
+            warnings.append(
+                "format.kv with export=compressed_tensors: transformers applies it, vLLM does not"
+            )
         if any(isinstance(format, FourOverSix) for format in formats):
-            warnings.append("FourOverSix with export=compressed_tensors: of a bfloat16 model, a weight whose values the file "
-                            "cannot give back is refused when it is written")
+            warnings.append(
+                "FourOverSix with export=compressed_tensors: of a bfloat16 model, a weight whose values the file "
+                "cannot give back is refused when it is written"
+            )
         evaluated = getattr(torch, dtype, None)
         served = layouts.served(evaluated, formats)
         if (scheme.any("act") or scheme.kv is not None) and served != evaluated:
             name = str(served).removeprefix("torch.")
             own = "the dtype of its weights" if evaluated is None else dtype
-            warnings.append(f"export=compressed_tensors: the file is served in {name} and evaluated in {own}, where rounding "
-                            f"gives some activations another code; model.dtype={name} evaluates what is served")
+            warnings.append(
+                f"export=compressed_tensors: the file is served in {name} and evaluated in {own}, where rounding "
+                f"gives some activations another code; model.dtype={name} evaluates what is served"
+            )
         return warnings
 
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
@@ -81,7 +97,9 @@ class CompressedTensors(Exporter):
                 for entry, tensor in layouts.weight_entries(q, kinds[name], served).items():
                     yield f"{name}.{entry}", tensor
             if isinstance(module, QuantLinear):
-                for entry, tensor in layouts.input_entries(module.site.format, module.site.global_scale, evaluated).items():
+                for entry, tensor in layouts.input_entries(
+                    module.site.format, module.site.global_scale, evaluated
+                ).items():
                     yield f"{name}.{entry}", tensor
             for entry, tensor in module.state_dict(keep_vars=True).items():
                 if "." not in entry and not (entry == "weight" and q is not None):
@@ -90,11 +108,18 @@ class CompressedTensors(Exporter):
     def config(self, snapshot: Snapshot) -> dict:
         model, groups = snapshot.adapter.model, _groups(snapshot)
         quantized = {name for _, names in groups for name in names}
-        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | QuantLinear)]
+        linears = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | QuantLinear)
+        ]
         described = {
             f"group_{index}": {
-                "targets": ["Linear"] if len(groups) == 1 else names, "weights": layouts.described(weight),
-                "input_activations": layouts.described(act), "output_activations": None, "format": kind,
+                "targets": ["Linear"] if len(groups) == 1 else names,
+                "weights": layouts.described(weight),
+                "input_activations": layouts.described(act),
+                "output_activations": None,
+                "format": kind,
             }
             for index, ((kind, weight, act), names) in enumerate(groups)
         }
@@ -105,10 +130,14 @@ class CompressedTensors(Exporter):
             "quantization_status": "compressed",
             "config_groups": described,
             "ignore": [name for name in linears if name not in quantized],
-            "kv_cache_scheme": layouts.cache_scheme(snapshot.scheme.kv, head_dim(model.config.to_dict())),
+            "kv_cache_scheme": layouts.cache_scheme(
+                snapshot.scheme.kv, head_dim(model.config.to_dict())
+            ),
             "global_compression_ratio": None,
         }
-        if any(kind == "pack-quantized" and not weight.symmetric for (kind, weight, _), _ in groups):
+        if any(
+            kind == "pack-quantized" and not weight.symmetric for (kind, weight, _), _ in groups
+        ):
             quantization["dequantize"] = True  # see layouts.layout
         served = str(self.stored(snapshot)).removeprefix("torch.")
         own = {"architectures": [type(model).__name__], "dtype": served, "use_cache": True}
@@ -120,7 +149,9 @@ class CompressedTensors(Exporter):
         model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
         model.config.use_cache = False
         with torch.no_grad():
-            model(torch.zeros(1, 1, dtype=torch.long, device=device))  # the first forward unpacks the weights
+            model(
+                torch.zeros(1, 1, dtype=torch.long, device=device)
+            )  # the first forward unpacks the weights
         cast(model, model.dtype, dtype)
         return model
 
@@ -145,12 +176,17 @@ def _groups(snapshot: Snapshot) -> list[tuple[tuple[str, Format | None, Format |
     ConfigError for what the file cannot hold."""
     for placement in snapshot.placements:
         if placement.online or placement.query_key is not None:
-            raise ConfigError("a transform that stays online with export=compressed_tensors: whoever loads the file would not "
-                              "run it; use export=harness.")
+            raise ConfigError(
+                "a transform that stays online with export=compressed_tensors: whoever loads the file would not "
+                "run it; use export=harness."
+            )
     groups: dict[tuple[Format | None, Format | None], list[str]] = {}
     for name, module in snapshot.adapter.model.named_modules():
         q = snapshot.qtensors.get(name)
-        weight, act = None if q is None else q.format, module.site.format if isinstance(module, QuantLinear) else None
+        weight, act = (
+            None if q is None else q.format,
+            module.site.format if isinstance(module, QuantLinear) else None,
+        )
         if weight is None and act is None:
             continue
         for format in (weight, act):

@@ -27,8 +27,12 @@ def encoding(name: str, tensor: QTensor) -> dict:
     low, high = scale * offset, scale * (format.qmax - format.qmin + offset)
     values = {"scale": scale, "offset": offset, "min": low, "max": high}
     return {
-        "name": name, "bits": format.bits, "symmetric": format.symmetric, "axis": None if format.granularity == "tensor" else 0,
-        "group_size": format.group_size, **{key: value.flatten().tolist() for key, value in values.items()},
+        "name": name,
+        "bits": format.bits,
+        "symmetric": format.symmetric,
+        "axis": None if format.granularity == "tensor" else 0,
+        "group_size": format.group_size,
+        **{key: value.flatten().tolist() for key, value in values.items()},
     }
 
 

@@ -46,7 +46,15 @@ from harness.transforms.hadamard import HadamardBlocks
 KINDS = {NVFP4: "nvfp4", MX: "mxfp4"}
 ORDERS = {NVFP4: (16, 32, 64, 128), MX: (32, 64, 128)}  # hadamard_group_size
 MATRIX = "forward_hadamard_matrix"
-ENTRIES = ("qweight", "scales", "dqweight", "weight_global_scale", "act_global_scale", MATRIX, "bias")  # what is read
+ENTRIES = (
+    "qweight",
+    "scales",
+    "dqweight",
+    "weight_global_scale",
+    "act_global_scale",
+    MATRIX,
+    "bias",
+)  # what is read
 
 
 class FPQuant(Exporter):
@@ -61,32 +69,79 @@ class FPQuant(Exporter):
     def stored(self, snapshot: Snapshot) -> torch.dtype:
         return torch.bfloat16
 
-    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: ModelShape, dtype: str = "auto") -> list[str]:
+    def check(
+        self,
+        scheme: Scheme,
+        transforms: Sequence[Transform],
+        context: ModelShape,
+        dtype: str = "auto",
+    ) -> list[str]:
         if scheme.kv is not None:
-            refuse("format.kv.bits", scheme.kv.bits, "the layout has no KV cache", "set format.kv.bits=16")
+            refuse(
+                "format.kv.bits",
+                scheme.kv.bits,
+                "the layout has no KV cache",
+                "set format.kv.bits=16",
+            )
         for part, format in (("weight", scheme.weight), ("act", scheme.act)):
-            if type(format) not in KINDS or format.bits != 4 or type(format) is not type(scheme.weight):
-                field, value = (f"format.{part}.bits", 16) if format is None else (f"format.{part}", type(format).__name__)
-                refuse(field, value, "weights and activations are both NVFP4 or both MXFP4", "use format=nvfp4, format=mxfp4")
+            if (
+                type(format) not in KINDS
+                or format.bits != 4
+                or type(format) is not type(scheme.weight)
+            ):
+                field, value = (
+                    (f"format.{part}.bits", 16)
+                    if format is None
+                    else (f"format.{part}", type(format).__name__)
+                )
+                refuse(
+                    field,
+                    value,
+                    "weights and activations are both NVFP4 or both MXFP4",
+                    "use format=nvfp4, format=mxfp4",
+                )
             for key, legal, why in self._knobs(format):
                 if getattr(format, key) not in legal:
-                    refuse(f"format.{part}.{key}", getattr(format, key), why, f"set format.{part}.{key}={legal[0]}")
+                    refuse(
+                        f"format.{part}.{key}",
+                        getattr(format, key),
+                        why,
+                        f"set format.{part}.{key}={legal[0]}",
+                    )
         online = [transform for transform in transforms if transform.leaves(context)]
         for (layer, name), own in scheme.overrides.items():
-            formats, legal = [scheme.part(part, layer, name) for part in ("weight", "act")], [[None, None]]
+            formats, legal = (
+                [scheme.part(part, layer, name) for part in ("weight", "act")],
+                [[None, None]],
+            )
             if layer is not None:
-                legal = [[scheme.weight, scheme.act]] if online else [[scheme.weight, scheme.act], *legal]
+                legal = (
+                    [[scheme.weight, scheme.act]]
+                    if online
+                    else [[scheme.weight, scheme.act], *legal]
+                )
             if formats not in legal:
-                refuse("format.overrides", f"{name}: {', '.join(own)}", "a linear of the blocks has the one format, or none "
-                       "where no matrix runs in front of it", "drop it there")
+                refuse(
+                    "format.overrides",
+                    f"{name}: {', '.join(own)}",
+                    "a linear of the blocks has the one format, or none "
+                    "where no matrix runs in front of it",
+                    "drop it there",
+                )
         order = _order(online, context, type(scheme.weight))
-        warnings = ["export=fp_quant: loaded back by its documented layout; the kernels themselves need a GPU"]
+        warnings = [
+            "export=fp_quant: loaded back by its documented layout; the kernels themselves need a GPU"
+        ]
         if order in (32, 128):
-            warnings.append(f"transform.block_size={order} with export=fp_quant: 1/sqrt({order}) is rounded to bfloat16, so "
-                            "inputs come out 1e-4 smaller; blocks of 16 and 64 are exact")
+            warnings.append(
+                f"transform.block_size={order} with export=fp_quant: 1/sqrt({order}) is rounded to bfloat16, so "
+                "inputs come out 1e-4 smaller; blocks of 16 and 64 are exact"
+            )
         if self.pseudo:
-            warnings.append("export.pseudo=true: transformers loads it only with ignore_mismatched_sizes=True; quantized "
-                            "linears with biases, which fp_quant 0.3.2 adds twice, are refused when they are written")
+            warnings.append(
+                "export.pseudo=true: transformers loads it only with ignore_mismatched_sizes=True; quantized "
+                "linears with biases, which fp_quant 0.3.2 adds twice, are refused when they are written"
+            )
         return warnings
 
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
@@ -101,7 +156,11 @@ class FPQuant(Exporter):
 
     def config(self, snapshot: Snapshot) -> dict:
         model = snapshot.adapter.model
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | QuantLinear)}
+        linears = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | QuantLinear)
+        }
         module, q = next((linears[name], q) for name, q in snapshot.qtensors.items())
         codec = module.site.codec
         # the file's matrix is what a loader uses; its name is for who quantizes anew
@@ -127,14 +186,24 @@ class FPQuant(Exporter):
         config = AutoConfig.from_pretrained(folder)
         about = config.quantization_config
         del config.quantization_config
-        tensors = {name: tensor for path in weight_files(folder) for name, tensor in load_file(path).items()}
+        tensors = {
+            name: tensor
+            for path in weight_files(folder)
+            for name, tensor in load_file(path).items()
+        }
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         for name, module in list(model.named_modules()):
             if f"{name}.{MATRIX}" in tensors:
-                own = {entry: tensors[f"{name}.{entry}"].to(device) for entry in ENTRIES if f"{name}.{entry}" in tensors}
+                own = {
+                    entry: tensors[f"{name}.{entry}"].to(device)
+                    for entry in ENTRIES
+                    if f"{name}.{entry}" in tensors
+                }
                 model.set_submodule(name, _linear(own, about, dtype))
-            elif any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # the rotary table, which is in no file
+            elif any(
+                buffer.is_meta for buffer in module.buffers(recurse=False)
+            ):  # the rotary table, which is in no file
                 model.set_submodule(name, type(module)(config=config).to(device))
         for name, _ in list(model.named_parameters()):
             assign(model, name, tensors[name].to(device, dtype, copy=True))
@@ -144,55 +213,91 @@ class FPQuant(Exporter):
         return model.eval()
 
     def weight(self, model, name: str) -> Tensor:
-        return model.get_submodule(name).weight.bfloat16()  # as `load` rounds it, and the gate what it compares with
+        return model.get_submodule(
+            name
+        ).weight.bfloat16()  # as `load` rounds it, and the gate what it compares with
 
     def _knobs(self, format: Format) -> Iterable[tuple[str, tuple, str]]:
         """(key, what it may be, why). A weight's codes and scales stand in the file; an activation's the kernels find."""
         weight = format.role == "weight"
         yield "pad", ("error",), "groups divide the width"
         if isinstance(format, NVFP4) and not (weight and self.pseudo):
-            yield "global_scale", ("fixed", "none"), "transformers loads global scales as bfloat16, which rounds one of an amax"
+            yield (
+                "global_scale",
+                ("fixed", "none"),
+                "transformers loads global scales as bfloat16, which rounds one of an amax",
+            )
             g = format.global_from_amax(torch.zeros(1))
             if g.bfloat16() != g:
-                yield "fixed_decode_scale", (2.0**-10 if weight else 2.0**-3,), "its reciprocal is no bfloat16 number"
+                yield (
+                    "fixed_decode_scale",
+                    (2.0**-10 if weight else 2.0**-3,),
+                    "its reciprocal is no bfloat16 number",
+                )
         if not weight:
             yield "observer", ("minmax",), "ranges at run time are the extremes"
             yield "compute_dtype", ("float32",), "scales at run time are computed in float32"
             ties = "zero" if self.pseudo else "even"
-            yield "fp4_ties", (ties,), f"ties at run time go to {ties} with export.pseudo={str(self.pseudo).lower()}"
+            yield (
+                "fp4_ties",
+                (ties,),
+                f"ties at run time go to {ties} with export.pseudo={str(self.pseudo).lower()}",
+            )
             if isinstance(format, MX):
                 yield "mx_scale", ("fpquant",), "scales at run time are of that kind"
 
     def _entries(self, name: str, module: QuantLinear, q: QTensor) -> dict[str, Tensor]:
         """{entry: tensor} of one quantized linear, its bias apart. Raises ConfigError for a bias that would be added twice."""
         if self.pseudo and module.bias is not None:
-            refuse("export.pseudo", "true", f"{name} has a bias, which fp_quant 0.3.2 adds twice", "set export.pseudo=false")
+            refuse(
+                "export.pseudo",
+                "true",
+                f"{name} has a bias, which fp_quant 0.3.2 adds twice",
+                "set export.pseudo=false",
+            )
         matrix = _matrix(module.site.codec, q.format).to(torch.bfloat16)
-        values = {"dqweight": q.format.decode(q.codes, q.scales).to(torch.bfloat16)} if self.pseudo else {
-            "qweight": pack_nibbles(q.codes), "scales": q.scales.scale.view(torch.uint8)}
+        values = (
+            {"dqweight": q.format.decode(q.codes, q.scales).to(torch.bfloat16)}
+            if self.pseudo
+            else {"qweight": pack_nibbles(q.codes), "scales": q.scales.scale.view(torch.uint8)}
+        )
         return values | {
             "weight_global_scale": _stored(q.format, q.scales.global_scale),
             "act_global_scale": _stored(module.site.format, None),
-            MATRIX: matrix, "backward_hadamard_matrix": matrix.clone(),
+            MATRIX: matrix,
+            "backward_hadamard_matrix": matrix.clone(),
         }
 
 
 def refuse(field: str, value: object, why: str, way_out: str) -> None:
     """Raise a ConfigError that names both fields and the way out."""
-    raise ConfigError(f"{field}={value} with export=fp_quant: {why}; {way_out}, or use export=harness.")
+    raise ConfigError(
+        f"{field}={value} with export=fp_quant: {why}; {way_out}, or use export=harness."
+    )
 
 
 def _order(online: Sequence[Transform], context: ModelShape, kind: type[Format]) -> int | None:
     """The order of the blocks at run time, None where there are none. Raises ConfigError for what is no such block."""
     for transform in online:
         if len(online) > 1 or not isinstance(transform, HadamardBlocks | SequencyBlocks):
-            refuse("transform", transform.name, f"{', '.join(transform.leaves(context))} would have to run online, where the "
-                   "layout has one block matrix", "use transform=hadamard, transform=gsr")
+            refuse(
+                "transform",
+                transform.name,
+                f"{', '.join(transform.leaves(context))} would have to run online, where the "
+                "layout has one block matrix",
+                "use transform=hadamard, transform=gsr",
+            )
         orders = set(transform.orders(context.widths).values())
         if len(orders) > 1 or not orders <= set(ORDERS[kind]):
             fitting = [order for order in common_blocks(context.widths) if order in ORDERS[kind]]
-            refuse("transform.block_size", transform.block_size, f"all sites have one of the blocks {ORDERS[kind]}",
-                   f"set transform.block_size={fitting[0]}" if fitting else "none divides every site; use transform=identity")
+            refuse(
+                "transform.block_size",
+                transform.block_size,
+                f"all sites have one of the blocks {ORDERS[kind]}",
+                f"set transform.block_size={fitting[0]}"
+                if fitting
+                else "none divides every site; use transform=identity",
+            )
         return orders.pop()
     return None
 
@@ -201,18 +306,29 @@ def _matrix(codec: Codec | None, format: Format) -> Tensor:
     """H [b, b] of a site, float32; without a codec the identity of the format's group."""
     if codec is None:
         return torch.eye(format.group_size)
-    if isinstance(codec, Blocks) and codec.decoder is None and codec.encoder is not None and codec.encoder.ndim == 2:
+    if (
+        isinstance(codec, Blocks)
+        and codec.decoder is None
+        and codec.encoder is not None
+        and codec.encoder.ndim == 2
+    ):
         return codec.encoder.float()
     if isinstance(codec, Rotation):
         return codec.matrix.dense(torch.float32)
-    raise ConfigError(f"{type(codec).__name__} with export=fp_quant: the layout has one block matrix; use export=harness.")
+    raise ConfigError(
+        f"{type(codec).__name__} with export=fp_quant: the layout has one block matrix; use export=harness."
+    )
 
 
 def _stored(format: Format, global_scale: Tensor | None) -> Tensor:
     """g, bfloat16 [1]."""
     if isinstance(format, MX):
         return torch.full((1,), 3.0 if format.mx_scale == "fpquant" else 1.0, dtype=torch.bfloat16)
-    return (format.global_from_amax(torch.zeros(1)) if global_scale is None else global_scale).bfloat16().reshape(1)
+    return (
+        (format.global_from_amax(torch.zeros(1)) if global_scale is None else global_scale)
+        .bfloat16()
+        .reshape(1)
+    )
 
 
 # reading
@@ -230,12 +346,19 @@ def decoded(qweight: Tensor, scales: Tensor, g: Tensor) -> Tensor:
 def _linear(own: Mapping[str, Tensor], about: Mapping, dtype: torch.dtype) -> QuantLinear:
     """A linear with its matrix and its quantizer in front, from the file's tensors and its quantization_config."""
     pseudo = about["pseudoquantization"]
-    weight = own["dqweight"] if pseudo else decoded(own["qweight"], own["scales"], own["weight_global_scale"])
+    weight = (
+        own["dqweight"]
+        if pseudo
+        else decoded(own["qweight"], own["scales"], own["weight_global_scale"])
+    )
     knobs = {"role": "activation", "fp4_ties": "zero" if pseudo else "even"}
     site = SiteInput(1)
     site.codec = Blocks(own[MATRIX].float())
     if about["forward_dtype"] == "nvfp4":
-        site.format, site.global_scale = NVFP4(scope="static", **knobs), own["act_global_scale"].float()
+        site.format, site.global_scale = (
+            NVFP4(scope="static", **knobs),
+            own["act_global_scale"].float(),
+        )
     else:
         site.format = MX(mx_scale="fpquant", **knobs)
     bias = own["bias"].to(dtype) if "bias" in own else None

@@ -28,7 +28,17 @@ import torch
 from torch import Tensor
 
 from harness.config.errors import ConfigError, DataError
-from harness.formats import FP4, MX, NVFP4, Format, FourOverSix, Integer, KVCache, QTensor, pack_nibbles
+from harness.formats import (
+    FP4,
+    MX,
+    NVFP4,
+    Format,
+    FourOverSix,
+    Integer,
+    KVCache,
+    QTensor,
+    pack_nibbles,
+)
 from harness.libraries.compressed_tensors import cache_refusal
 
 WAY_OUT = "or use export=harness"
@@ -44,12 +54,16 @@ def refuse(format: Format, field: str) -> None:
     weight = format.role == "weight"
     if isinstance(format, FP4) or (isinstance(format, FourOverSix) and not weight):
         kind = type(format).__name__
-        raise ConfigError(f"{field}={kind} with export=compressed_tensors: the layout knows no such {format.role}; take NVFP4 "
-                          f"or MX, {WAY_OUT}.")
+        raise ConfigError(
+            f"{field}={kind} with export=compressed_tensors: the layout knows no such {format.role}; take NVFP4 "
+            f"or MX, {WAY_OUT}."
+        )
     for key, legal, why in (_weight if weight else _input)(format):
         if getattr(format, key) not in legal:
-            raise ConfigError(f"{field}.{key}={getattr(format, key)} with export=compressed_tensors: {why}; set "
-                              f"{field}.{key}={legal[0]}, {WAY_OUT}.")
+            raise ConfigError(
+                f"{field}.{key}={getattr(format, key)} with export=compressed_tensors: {why}; set "
+                f"{field}.{key}={legal[0]}, {WAY_OUT}."
+            )
 
 
 def _weight(format: Format) -> Iterable[tuple[str, tuple, str]]:
@@ -59,7 +73,11 @@ def _weight(format: Format) -> Iterable[tuple[str, tuple, str]]:
         yield "element", ELEMENTS[format.bits], "the layout has no such element"
         yield "mx_scale", ("even", "floor", "ceil", "rceil"), "its scales are no powers of two"
     if isinstance(format, Integer):
-        yield "scale_dtype", ("bf16",), "scales are loaded in the checkpoint's dtype, so codes must come from such"
+        yield (
+            "scale_dtype",
+            ("bf16",),
+            "scales are loaded in the checkpoint's dtype, so codes must come from such",
+        )
         yield "zp", ("rounded",), "zero points are whole numbers"
         if not format.spans_zero:
             yield "incl0", ("always",), "zero points are codes, so zero lies in every range"
@@ -79,9 +97,17 @@ def _input(format: Format) -> Iterable[tuple[str, tuple, str]]:
             yield "clip", (1.0,), "ranges at run time are the extremes"
         yield "int_range", ("full",), "codes reach -2^(bits - 1)"
         if format.symmetric and not static:
-            yield "int_scale", ("half_range",), "a symmetric scale at run time is the greatest magnitude over (2^bits - 1) / 2"
+            yield (
+                "int_scale",
+                ("half_range",),
+                "a symmetric scale at run time is the greatest magnitude over (2^bits - 1) / 2",
+            )
         if not format.symmetric:
-            yield "zp_order", ("add_then_round",), "at run time the zero point is added before rounding"
+            yield (
+                "zp_order",
+                ("add_then_round",),
+                "at run time the zero point is added before rounding",
+            )
             yield "zp_range", ("signed",), "zero points at run time are signed codes"
     else:
         yield "fp4_ties", ("even",), "a tie at run time goes to the even code"
@@ -91,9 +117,17 @@ def _input(format: Format) -> Iterable[tuple[str, tuple, str]]:
         yield "element", ELEMENTS[format.bits], "the layout has no such element"
         yield "mx_scale", ("even",), "scales at run time are rounded that way"
         if format.element == "e4m3":
-            yield "mx_even_mbits", (1,), "scales at run time are rounded as those of one mantissa bit"
+            yield (
+                "mx_even_mbits",
+                (1,),
+                "scales at run time are rounded as those of one mantissa bit",
+            )
         elif format.element == "e2m3":
-            yield "mx_even_mbits", ("element",), "scales at run time are rounded as those of three mantissa bits"
+            yield (
+                "mx_even_mbits",
+                ("element",),
+                "scales at run time are rounded as those of three mantissa bits",
+            )
     else:  # an MX scale and its elements are exact in any dtype
         yield "compute_dtype", ("input",), "scales at run time are computed in the model's dtype"
 
@@ -119,15 +153,27 @@ def described(format: Format | None) -> dict | None:
     """`weights` or `input_activations` of a config group."""
     if format is None:
         return None
-    about = {"num_bits": format.bits, "type": "int" if isinstance(format, Integer) else "float", "symmetric": format.symmetric}
-    about |= {"strategy": format.granularity, "group_size": format.group_size, "dynamic": format.role == "activation"}
+    about = {
+        "num_bits": format.bits,
+        "type": "int" if isinstance(format, Integer) else "float",
+        "symmetric": format.symmetric,
+    }
+    about |= {
+        "strategy": format.granularity,
+        "group_size": format.group_size,
+        "dynamic": format.role == "activation",
+    }
     if isinstance(format, NVFP4):
         scale = {"scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"}
-        local = {"dynamic": "local", "observer": "static_minmax"} if format.role == "activation" else {}
+        local = (
+            {"dynamic": "local", "observer": "static_minmax"} if format.role == "activation" else {}
+        )
         return about | {"strategy": "tensor_group"} | local | scale
     if isinstance(format, MX):
         return about | {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
-    return about | ({"dynamic": False, "observer": "static_minmax"} if format.range == "static" else {})
+    return about | (
+        {"dynamic": False, "observer": "static_minmax"} if format.range == "static" else {}
+    )
 
 
 # tensors
@@ -146,7 +192,11 @@ def weight_entries(q: QTensor, kind: str, dtype: torch.dtype = torch.bfloat16) -
     scale, zero = q.scales.scale, q.scales.zero
     if isinstance(q.format, NVFP4):
         g = stored_global_scale(q) if isinstance(q.format, FourOverSix) else q.scales.global_scale
-        return {"weight_packed": pack_nibbles(q.codes), "weight_scale": scale, "weight_global_scale": g}
+        return {
+            "weight_packed": pack_nibbles(q.codes),
+            "weight_scale": scale,
+            "weight_global_scale": g,
+        }
     if isinstance(q.format, MX):
         if kind == "mxfp8-quantized":
             return {"weight": q.codes.view(torch.float8_e4m3fn), "weight_scale": scale}
@@ -158,18 +208,27 @@ def weight_entries(q: QTensor, kind: str, dtype: torch.dtype = torch.bfloat16) -
         scale, zero = scale.reshape(1), None if zero is None else zero.reshape(1)
     entries = {"weight": codes, "weight_scale": scale.to(dtype)}
     if kind == "pack-quantized":
-        entries |= {"weight_packed": pack_words(codes, q.format.bits), "weight_shape": torch.tensor(q.shape)}
+        entries |= {
+            "weight_packed": pack_words(codes, q.format.bits),
+            "weight_shape": torch.tensor(q.shape),
+        }
         del entries["weight"]
         if zero is not None and zero.ndim == 2:
             zero = pack_words(zero.T, q.format.bits).T
     return entries if zero is None else entries | {"weight_zero_point": zero}
 
 
-def input_entries(format: Format | None, seen: Tensor | None, evaluated: torch.dtype) -> dict[str, Tensor]:
+def input_entries(
+    format: Format | None, seen: Tensor | None, evaluated: torch.dtype
+) -> dict[str, Tensor]:
     """{entry: tensor} of what is static of a linear's input. seen: SiteInput.global_scale;
     evaluated: dtype of the activations, in which a scale is computed."""
     if isinstance(format, NVFP4):
-        return {"input_global_scale": format.global_from_amax(torch.zeros(1)) if seen is None else seen.reshape(1).clone()}
+        return {
+            "input_global_scale": format.global_from_amax(torch.zeros(1))
+            if seen is None
+            else seen.reshape(1).clone()
+        }
     if not isinstance(format, Integer) or format.range != "static":
         return {}
     scales = format.scales(seen.new_zeros(1, 1, dtype=evaluated), seen)
@@ -195,18 +254,25 @@ def stored_global_scale(q: QTensor) -> Tensor:
         g = (start.view(torch.int32) + step).view(torch.float32)
         if torch.equal((elements * (scale.float() / g)).bfloat16(), wanted):
             return g
-    raise DataError(f"no global scale near {start.item()} gives back the FourOverSix values of this weight in bfloat16; use "
-                    "export=harness")
+    raise DataError(
+        f"no global scale near {start.item()} gives back the FourOverSix values of this weight in bfloat16; use "
+        "export=harness"
+    )
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """codes [rows, n], the low `bits` of each used, as a stream of bits: uint8 [rows, ceil(n bits / 8)]."""
     if bits == 4:
         return pack_nibbles(codes)
-    stream = (codes.view(torch.uint8).unsqueeze(-1) >> torch.arange(bits, device=codes.device, dtype=torch.uint8)) & 1
+    stream = (
+        codes.view(torch.uint8).unsqueeze(-1)
+        >> torch.arange(bits, device=codes.device, dtype=torch.uint8)
+    ) & 1
     stream = stream.flatten(-2)
     stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (stream << torch.arange(8, device=codes.device, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return (stream << torch.arange(8, device=codes.device, dtype=torch.uint8)).sum(
+        -1, dtype=torch.uint8
+    )
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
@@ -225,7 +291,11 @@ def cache_scheme(kv: KVCache | None, head_dim: int) -> dict | None:
     if kv is None:
         return None
     for key, legal, why in (
-        ("symmetric", (False,), "symmetric scales at run time are another multiple of the greatest magnitude"),
+        (
+            "symmetric",
+            (False,),
+            "symmetric scales at run time are another multiple of the greatest magnitude",
+        ),
         ("clip_k", (1.0,), "ranges at run time are the extremes"),
         ("clip_v", (1.0,), "ranges at run time are the extremes"),
         ("zp", ("rounded",), "zero points are whole numbers"),
@@ -234,13 +304,26 @@ def cache_scheme(kv: KVCache | None, head_dim: int) -> dict | None:
         ("zp_range", ("signed",), "zero points at run time are signed codes"),
     ):
         if getattr(kv, key) not in legal:
-            raise ConfigError(f"format.kv.bits={kv.bits} and format.kv.{key}={getattr(kv, key)} with "
-                              f"export=compressed_tensors: {why}; set format.kv.{key}={str(legal[0]).lower()}, {WAY_OUT}.")
+            raise ConfigError(
+                f"format.kv.bits={kv.bits} and format.kv.{key}={getattr(kv, key)} with "
+                f"export=compressed_tensors: {why}; set format.kv.{key}={str(legal[0]).lower()}, {WAY_OUT}."
+            )
     if kv.group_size == -1:
-        raise ConfigError(f"format.kv.bits={kv.bits} and format.kv.group_size=-1 with export=compressed_tensors: a group "
-                          f"lies inside one head; set format.kv.group_size=null, {WAY_OUT}.")
+        raise ConfigError(
+            f"format.kv.bits={kv.bits} and format.kv.group_size=-1 with export=compressed_tensors: a group "
+            f"lies inside one head; set format.kv.group_size=null, {WAY_OUT}."
+        )
     if (why := cache_refusal()) is not None:
-        raise ConfigError(f"format.kv.bits={kv.bits} with export=compressed_tensors: {why}; install releases that "
-                          f"agree (those of requirements.lock do), {WAY_OUT}.")
+        raise ConfigError(
+            f"format.kv.bits={kv.bits} with export=compressed_tensors: {why}; install releases that "
+            f"agree (those of requirements.lock do), {WAY_OUT}."
+        )
     group = kv.group_size or head_dim
-    return {"num_bits": kv.bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": group, "dynamic": True}
+    return {
+        "num_bits": kv.bits,
+        "type": "int",
+        "symmetric": False,
+        "strategy": "group",
+        "group_size": group,
+        "dynamic": True,
+    }

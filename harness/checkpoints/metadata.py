@@ -38,12 +38,24 @@ FIGURES = ("ppl", "divergence", "zeroshot", "tokens")
 
 def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
     """What the checkpoint `name`, whose tensors lie in `folder`, is. Reads every quantized tensor once."""
-    settings, choices, scheme, metrics = snapshot.settings, snapshot.choices, snapshot.scheme, snapshot.metrics
+    settings, choices, scheme, metrics = (
+        snapshot.settings,
+        snapshot.choices,
+        snapshot.scheme,
+        snapshot.metrics,
+    )
     adapter, section = snapshot.adapter, settings["model"]
     remote = hub_id(section)
     layers = [
-        {"name": module, "format": _spelled(q.format), "bits": q.format.bits, "group_size": q.format.group_size,
-         "shape": list(q.shape), "weights": q.codes.numel(), "stored_bits": q.bits()}
+        {
+            "name": module,
+            "format": _spelled(q.format),
+            "bits": q.format.bits,
+            "group_size": q.format.group_size,
+            "shape": list(q.shape),
+            "weights": q.codes.numel(),
+            "stored_bits": q.bits(),
+        }
         for module, q in snapshot.qtensors.items()
     ]
     linears = {module for module, role in adapter.roles.items() if role.kind == "linear"}
@@ -55,15 +67,21 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
         "license": section.get("license"),
         "method": {"transform": choices["transform"], "solver": choices["solver"]},
         "seed": settings["seed"],
-        "calibration": _calibration(settings["data"], choices["data"], metrics.get("calibration", {})),
+        "calibration": _calibration(
+            settings["data"], choices["data"], metrics.get("calibration", {})
+        ),
         "bits": {
-            "weights": _part(scheme.weight), "activations": _part(scheme.act), "kv": _cache(scheme.kv),
+            "weights": _part(scheme.weight),
+            "activations": _part(scheme.act),
+            "kv": _cache(scheme.kv),
             "head": _part(scheme.part("weight", None, adapter.family.head)),
         },
         "quantized": f"{sum(layer['name'] in linears for layer in layers)}/{len(linears)}",
         "formats": dict(Counter(layer["format"] for layer in layers)),
         "layers": layers,
-        "sizes": _sizes(adapter, _tied(section), sum(layer["stored_bits"] for layer in layers), folder),
+        "sizes": _sizes(
+            adapter, _tied(section), sum(layer["stored_bits"] for layer in layers), folder
+        ),
         "kv_cache": _kv_bytes(scheme.kv, adapter.model.config.to_dict()),
         "evaluation": {
             stage: {key: figures[key] for key in FIGURES if key in figures}
@@ -95,9 +113,20 @@ def _spelled(format: Format) -> str:
 def _part(format: Format | None) -> dict:
     """The format of weights or activations; 16 bits: not quantized."""
     if format is None:
-        return {"format": "fp16", "bits": 16, "group_size": None, "granularity": None, "symmetric": None}
-    return {"format": _spelled(format), "bits": format.bits, "group_size": format.group_size, "granularity": format.granularity,
-            "symmetric": format.symmetric}
+        return {
+            "format": "fp16",
+            "bits": 16,
+            "group_size": None,
+            "granularity": None,
+            "symmetric": None,
+        }
+    return {
+        "format": _spelled(format),
+        "bits": format.bits,
+        "group_size": format.group_size,
+        "granularity": format.granularity,
+        "symmetric": format.symmetric,
+    }
 
 
 def _cache(kv: KVCache | None) -> dict:
@@ -105,15 +134,28 @@ def _cache(kv: KVCache | None) -> dict:
         return _part(None)
     granularity = {None: "head", -1: "token"}.get(kv.group_size, "group")
     size = kv.group_size if granularity == "group" else None
-    return {"format": f"int{kv.bits}", "bits": kv.bits, "group_size": size, "granularity": granularity,
-            "symmetric": kv.symmetric}
+    return {
+        "format": f"int{kv.bits}",
+        "bits": kv.bits,
+        "group_size": size,
+        "granularity": granularity,
+        "symmetric": kv.symmetric,
+    }
 
 
 def _calibration(data: Mapping, option: str, used: Mapping) -> dict:
     """Of a text of one's own the file's name only: where it lies is nobody's business. used: the windows there were."""
     chosen = data["calibration"]
-    corpus = Path(chosen["path"]).name if chosen["path"] else data["name"] or Path(data.get("path") or option).name
-    return {"corpus": corpus, **{key: chosen[key] for key in ("windows", "length", "order")}, **used}
+    corpus = (
+        Path(chosen["path"]).name
+        if chosen["path"]
+        else data["name"] or Path(data.get("path") or option).name
+    )
+    return {
+        "corpus": corpus,
+        **{key: chosen[key] for key in ("windows", "length", "order")},
+        **used,
+    }
 
 
 def _sizes(adapter: Adapter, tied: bool, stored_bits: int, folder: Path) -> dict:
@@ -128,8 +170,13 @@ def _sizes(adapter: Adapter, tied: bool, stored_bits: int, folder: Path) -> dict
         count -= adapter.head.weight.numel()
     before, after = 2 * count, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     files = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return {"before": before, "after": after, "files": files, "weights": -(-stored_bits // 8),
-            "reduction_percent": 100 * (1 - after / before)}
+    return {
+        "before": before,
+        "after": after,
+        "files": files,
+        "weights": -(-stored_bits // 8),
+        "reduction_percent": 100 * (1 - after / before),
+    }
 
 
 def _tied(section: Mapping) -> bool:

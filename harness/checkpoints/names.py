@@ -46,9 +46,25 @@ TAG = {  # from the right
     "weight": re.compile(rf"w({FORMAT})"),
 }
 ELEMENTS = {"e2m1": "mxfp4", "e2m3": "mxfp6", "e4m3": "mxfp8"}
-SPELLING = {"adacodec": "AdaCodec", "adascale": "AdaScale", "awq": "AWQ", "dartquant": "DartQuant", "dct": "DCT", "dst": "DST",
-            "gptq": "GPTQ", "gsr": "GSR", "jointquant": "JointQuant", "jq": "JQ", "minmax": "MinMax", "pca": "PCA",
-            "quarot": "QuaRot", "rht": "RHT", "rtn": "RTN", "smoothquant": "SmoothQuant", "spinquant": "SpinQuant"}
+SPELLING = {
+    "adacodec": "AdaCodec",
+    "adascale": "AdaScale",
+    "awq": "AWQ",
+    "dartquant": "DartQuant",
+    "dct": "DCT",
+    "dst": "DST",
+    "gptq": "GPTQ",
+    "gsr": "GSR",
+    "jointquant": "JointQuant",
+    "jq": "JQ",
+    "minmax": "MinMax",
+    "pca": "PCA",
+    "quarot": "QuaRot",
+    "rht": "RHT",
+    "rtn": "RTN",
+    "smoothquant": "SmoothQuant",
+    "spinquant": "SpinQuant",
+}
 
 
 @dataclass(frozen=True)
@@ -69,19 +85,28 @@ class Name:
 
     def __post_init__(self):
         if not BASE.fullmatch(self.base):
-            raise ValueError(f"base={self.base}: needs letters, digits, dots, hyphens and underscores")
+            raise ValueError(
+                f"base={self.base}: needs letters, digits, dots, hyphens and underscores"
+            )
         for part in (*WORDS, "method"):
             word = getattr(self, part)
             if word is None:
                 continue
             if not WORD.fullmatch(word):
-                raise ValueError(f"{part}={word}: needs letters, digits and dots; hyphens and underscores stand between parts")
+                raise ValueError(
+                    f"{part}={word}: needs letters, digits and dots; hyphens and underscores stand between parts"
+                )
             kind = _kind(word)
             if kind != ("dataset" if part == "method" else part):
-                known = {"training": f"; known: {', '.join(TRAININGS)}", "peft": ", which is one such as LoRa256"}.get(part, "")
+                known = {
+                    "training": f"; known: {', '.join(TRAININGS)}",
+                    "peft": ", which is one such as LoRa256",
+                }.get(part, "")
                 raise ValueError(f"{part}={word}: would not be read as the {part}{known}")
         if self.dataset and not (self.training or self.peft or self.method):
-            raise ValueError(f"dataset={self.dataset}: alone it would be read as the method; name the training, too")
+            raise ValueError(
+                f"dataset={self.dataset}: alone it would be read as the method; name the training, too"
+            )
         for part, pattern in TAG.items():
             value = getattr(self, part)
             match = pattern.fullmatch(f"{LETTERS[part]}{value}")
@@ -89,7 +114,11 @@ class Name:
                 raise ValueError(f"{part}={value}: is no such part of a name")
 
     def __str__(self):
-        tag = [f"{letters}{getattr(self, part)}" for part, letters in LETTERS.items() if getattr(self, part) is not None]
+        tag = [
+            f"{letters}{getattr(self, part)}"
+            for part, letters in LETTERS.items()
+            if getattr(self, part) is not None
+        ]
         return f"{self.base}-{'_'.join([*filter(None, (self.dataset, self.training, self.peft, self.method)), *tag])}"
 
     @classmethod
@@ -106,14 +135,18 @@ class Name:
                 pieces.pop()
         if "weight" not in found:
             last = f"'{pieces[-1]}'" if pieces else "nothing"
-            raise ValueError(f"{text}: {last} stands where the tag is, w4_g64_a4_kv4_headfp16 or wnvfp4_g16_anvfp4 ..")
+            raise ValueError(
+                f"{text}: {last} stands where the tag is, w4_g64_a4_kv4_headfp16 or wnvfp4_g16_anvfp4 .."
+            )
         if pieces and _kind(pieces[-1]) == "dataset":
             found["method"] = pieces.pop()
         for piece in pieces:
             part = _kind(piece)
-            behind = next((other for other in WORDS[WORDS.index(part):] if other in found), None)
+            behind = next((other for other in WORDS[WORDS.index(part) :] if other in found), None)
             if behind:
-                raise ValueError(f"{text}: '{piece}' is read as the {part} and stands behind the {behind}")
+                raise ValueError(
+                    f"{text}: '{piece}' is read as the {part} and stands behind the {behind}"
+                )
             found[part] = piece
         try:
             return cls(base, **found)
@@ -121,23 +154,32 @@ class Name:
             raise ValueError(f"{text}: {error}") from None
 
     @classmethod
-    def of(cls, settings: Mapping, choices: Mapping[str, str | None], scheme: Scheme, head: str) -> Name:
+    def of(
+        cls, settings: Mapping, choices: Mapping[str, str | None], scheme: Scheme, head: str
+    ) -> Name:
         """The name of a run's checkpoint, before or after the run. head: the output head's module. The method is transform and
         solver, QuaRot.GPTQ, or the one of them that there is. Raises ConfigError naming the field of `export`."""
         section, transform = settings["export"], choices["transform"]
         if transform == "identity" and settings["transform"].get("smooth"):
             transform = "smoothquant"
         absent = {None, "identity", "none"}
-        method = ".".join(spelled(option) for option in (transform, choices["solver"]) if option not in absent)
+        method = ".".join(
+            spelled(option) for option in (transform, choices["solver"]) if option not in absent
+        )
         top, weights = scheme.part("weight", None, head), scheme.weight
         auto = settings["format"]["auto"]
         tensor = weights is not None and weights.granularity == "tensor"
         try:
             name = cls(
                 str(section["base"] or base_of(settings["model"])),
-                *(None if section[part] is None else str(section[part]) for part in WORDS), method or None,
+                *(None if section[part] is None else str(section[part]) for part in WORDS),
+                method or None,
                 weight=f"auto{auto['bits_per_weight']:g}" if auto else _mixed(scheme, "weight"),
-                group=None if auto or weights is None else "tensor" if tensor else weights.group_size,
+                group=None
+                if auto or weights is None
+                else "tensor"
+                if tensor
+                else weights.group_size,
                 act=_mixed(scheme, "act"),
                 kv=16 if scheme.kv is None else scheme.kv.bits,
                 head="fp16" if top is None else word(top),
@@ -146,21 +188,29 @@ class Name:
             raise ConfigError(f"export.{error}") from None
         if len(str(name)) > LONGEST:
             part = max(("base", *WORDS), key=lambda part: len(getattr(name, part) or ""))
-            raise ConfigError(f"export.{part}={getattr(name, part)}: the checkpoint's name has {len(str(name))} letters "
-                              f"with it, and a folder's at most {LONGEST}; set export.{part} to a shorter one.")
+            raise ConfigError(
+                f"export.{part}={getattr(name, part)}: the checkpoint's name has {len(str(name))} letters "
+                f"with it, and a folder's at most {LONGEST}; set export.{part} to a shorter one."
+            )
         return name
 
 
 def name_of(snapshot: Snapshot) -> Name:
     """The name under which a snapshot is written."""
-    return Name.of(snapshot.settings, snapshot.choices, snapshot.scheme, snapshot.adapter.family.head)
+    return Name.of(
+        snapshot.settings, snapshot.choices, snapshot.scheme, snapshot.adapter.family.head
+    )
 
 
 def base_of(model: Mapping) -> str:
     """What names of a model begin with: the last part of its hub id or folder, else the model's own name."""
     if hub_id(model) is not None:
         return Path(hub_id(model)).name
-    return Path(model["path"]).expanduser().resolve().name if model.get("path") else build(model, "model", ModelSource).name
+    return (
+        Path(model["path"]).expanduser().resolve().name
+        if model.get("path")
+        else build(model, "model", ModelSource).name
+    )
 
 
 def hub_id(model: Mapping) -> str | None:
@@ -188,7 +238,11 @@ def word(format: Format | None) -> int | str:
 
 def _mixed(scheme: Scheme, part: str) -> int | str:
     """The word of all linears' format; where single linears of the blocks have another one, it says so."""
-    own = [parts[part] for (layer, _), parts in scheme.overrides.items() if layer is not None and part in parts]
+    own = [
+        parts[part]
+        for (layer, _), parts in scheme.overrides.items()
+        if layer is not None and part in parts
+    ]
     common = getattr(scheme, part)
     return word(common) if all(format == common for format in own) else f"mixed{word(common)}"
 

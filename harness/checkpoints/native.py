@@ -51,12 +51,21 @@ class PackedLinear(QuantLinear):
             self.register_buffer(name, tensor)
         self.register_buffer("bias", linear.bias)
         self.site, self.decoder, self.encoder = linear.site, linear.decoder, linear.encoder
-        self.format, self.shape, self.stored, self.dtype = quantized.format, quantized.shape, quantized.dtype, dtype
+        self.format, self.shape, self.stored, self.dtype = (
+            quantized.format,
+            quantized.shape,
+            quantized.dtype,
+            dtype,
+        )
 
     @property
     def weight(self) -> Tensor:
         state = {name: getattr(self, name) for name in PARTS if name in self._buffers}
-        return QTensor.from_state(self.format, state, self.shape, self.stored).dequantize().to(self.dtype)
+        return (
+            QTensor.from_state(self.format, state, self.shape, self.stored)
+            .dequantize()
+            .to(self.dtype)
+        )
 
     @property
     def in_features(self) -> int:
@@ -89,13 +98,18 @@ def load(path, device="cpu", dtype: torch.dtype | None = None, packed: bool = Fa
     placements = _placements(folder)
     swap(adapter)
     read = {*record.activations, *record.weights}
-    if read & {HEAD_SITE, adapter.family.head} or any(p.encoder(None, HEAD_SITE) for p in placements):
+    if read & {HEAD_SITE, adapter.family.head} or any(
+        p.encoder(None, HEAD_SITE) for p in placements
+    ):
         swap_head(adapter)
     with ExitStack() as stack:
         take = _tensors(folder, stack, torch.device(device))
         _fill(model, record.weights, take, original, dtype, packed)
         for name, site in sites(adapter):
-            site.format, site.global_scale = record.activations.get(name), take(f"{name}.global_scale", optional=True)
+            site.format, site.global_scale = (
+                record.activations.get(name),
+                take(f"{name}.global_scale", optional=True),
+            )
     if config.tie_word_embeddings:
         model.tie_weights()
     for placement in placements:
@@ -114,7 +128,9 @@ def verified(folder: Path) -> Record:
     listed = read_object(folder / DIGESTS)
     for name, digest in listed.items():
         if Path(name).name != name or not isinstance(digest, str):
-            raise DataError(f"{folder / DIGESTS}: {name}: needs the hash of a file of this folder; export it again.")
+            raise DataError(
+                f"{folder / DIGESTS}: {name}: needs the hash of a file of this folder; export it again."
+            )
     wanted = {name: digest for name, digest in listed.items() if not name.endswith(".md")}
     needed = {"config.json", RECORD, PLACEMENT}
     for name in (*wanted, *needed):
@@ -123,10 +139,14 @@ def verified(folder: Path) -> Record:
     for name, digest in wanted.items():
         with open(folder / name, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                raise DataError(f"{folder / name} is damaged or changed: its hash is not that in {DIGESTS}; copy it again.")
+                raise DataError(
+                    f"{folder / name} is damaged or changed: its hash is not that in {DIGESTS}; copy it again."
+                )
     needed |= {file.name for file in weight_files(folder)}
     if needed - set(wanted):
-        raise DataError(f"{folder / DIGESTS} says nothing of {', '.join(sorted(needed - set(wanted)))}; export it again.")
+        raise DataError(
+            f"{folder / DIGESTS} says nothing of {', '.join(sorted(needed - set(wanted)))}; export it again."
+        )
     return Record.read(folder)
 
 
@@ -166,8 +186,14 @@ def _tensors(folder: Path, stack: ExitStack, device: torch.device) -> Callable[.
     return take
 
 
-def _fill(model: nn.Module, weights: Mapping[str, Format], take: Callable[..., Tensor | None], original: torch.dtype,
-          dtype: torch.dtype | None, packed: bool) -> None:
+def _fill(
+    model: nn.Module,
+    weights: Mapping[str, Format],
+    take: Callable[..., Tensor | None],
+    original: torch.dtype,
+    dtype: torch.dtype | None,
+    packed: bool,
+) -> None:
     """Give a swapped model without storage its tensors; dtype: of parameters, weights and biases, None as they are."""
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     for name, empty in (parameters | buffers).items():
@@ -184,21 +210,29 @@ def _fill(model: nn.Module, weights: Mapping[str, Format], take: Callable[..., T
             tensor = quantized.dequantize()
         else:
             tensor = take(name)
-        computed = name in buffers and not isinstance(module, QuantLinear)  # the rotary table, which has a dtype of its own
+        computed = name in buffers and not isinstance(
+            module, QuantLinear
+        )  # the rotary table, which has a dtype of its own
         assign(model, name, tensor if dtype is None or computed else tensor.to(dtype))
 
 
-def _refuse_other_state(name: str, format: Format, state: Mapping[str, Tensor], shape: torch.Size) -> None:
+def _refuse_other_state(
+    name: str, format: Format, state: Mapping[str, Tensor], shape: torch.Size
+) -> None:
     """Raise DataError where codes and scales are not those of a weight of that shape in that format, as one row tells."""
     row, rows = format.quantize(torch.zeros(1, shape[-1])).state(), shape[0]
     for part in sorted({*row, *state}):
         if part in row and part in state:
             shared = part == "global_scale" or (format.granularity == "tensor" and part != "codes")
             whole = row[part].numel() * (1 if shared else rows)
-            if state[part].numel() == whole and (part != "codes" or state[part].dtype == row[part].dtype):
+            if state[part].numel() == whole and (
+                part != "codes" or state[part].dtype == row[part].dtype
+            ):
                 continue
-        raise DataError(f"{RECORD} gives {name} the format {type(format).__name__}, and {part} in the file is not one's; "
-                        "export it again.")
+        raise DataError(
+            f"{RECORD} gives {name} the format {type(format).__name__}, and {part} in the file is not one's; "
+            "export it again."
+        )
 
 
 class _QuantizedCache:

@@ -18,6 +18,8 @@ def recorded(folder: Path) -> dict:
     record = read_object(folder / RECORD)
     version = record.get("version")
     if not isinstance(version, int) or version > VERSION:
-        raise DataError(f"{folder / RECORD} has layout version {version}, and {VERSION} is the last one known here; load it "
-                        "with the version of this project that wrote it.")
+        raise DataError(
+            f"{folder / RECORD} has layout version {version}, and {VERSION} is the last one known here; load it "
+            "with the version of this project that wrote it."
+        )
     return record

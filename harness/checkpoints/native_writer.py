@@ -29,16 +29,26 @@ class Checkpoint(Exporter):
 
     name = "harness"
 
-    def check(self, scheme: Scheme, transforms: Sequence[Transform], context: ModelShape, dtype: str = "auto") -> list[str]:
+    def check(
+        self,
+        scheme: Scheme,
+        transforms: Sequence[Transform],
+        context: ModelShape,
+        dtype: str = "auto",
+    ) -> list[str]:
         return []
 
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
         adapter, quantized = snapshot.adapter, snapshot.qtensors
         for name, module in modules(adapter):
-            own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+            own = dict(module.named_parameters(recurse=False)) | dict(
+                module.named_buffers(recurse=False)
+            )
             for part, tensor in own.items():
                 if part == "weight" and name in quantized:
-                    yield from ((f"{name}.{key}", value) for key, value in quantized[name].state().items())
+                    yield from (
+                        (f"{name}.{key}", value) for key, value in quantized[name].state().items()
+                    )
                 else:
                     yield f"{name}.{part}", tensor
         for name, site in sites(adapter):

@@ -39,7 +39,9 @@ class Record:
         """From the file in a checkpoint's folder. Raises DataError naming the field that is missing or wrong."""
         found, where = recorded(folder), folder / RECORD
         if found.get("dtype") not in FLOATS:
-            raise DataError(f"{where}: dtype={found.get('dtype')}: needs one of {', '.join(FLOATS)}.")
+            raise DataError(
+                f"{where}: dtype={found.get('dtype')}: needs one of {', '.join(FLOATS)}."
+            )
         kv = found.get("kv")
         return cls(
             dtype=getattr(torch, found["dtype"]),

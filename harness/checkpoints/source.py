@@ -28,7 +28,9 @@ class CheckpointModel(ModelSource):
     def __post_init__(self):
         super().__post_init__()
         if not isinstance(self.path, str) or not self.path:
-            raise ConfigError("model=checkpoint needs model.path: the folder of an exported checkpoint.")
+            raise ConfigError(
+                "model=checkpoint needs model.path: the folder of an exported checkpoint."
+            )
         self.name = self.name or self._folder.name
 
     def check(self) -> None:
@@ -41,14 +43,20 @@ class CheckpointModel(ModelSource):
         quantization = self.facts().get("quantization_config")
         quantization = quantization if isinstance(quantization, Mapping) else {}
         if quantization.get("quant_method") != "compressed-tensors":
-            raise DataError(f"{where} has neither a {RECORD} nor a compressed-tensors config; for a model that is not "
-                            f"quantized use model=hf model.path={self.path}.")
+            raise DataError(
+                f"{where} has neither a {RECORD} nor a compressed-tensors config; for a model that is not "
+                f"quantized use model=hf model.path={self.path}."
+            )
         if find_spec("compressed_tensors") is None:
-            raise DataError(f"{where} needs compressed-tensors to be read; pip install compressed-tensors")
+            raise DataError(
+                f"{where} needs compressed-tensors to be read; pip install compressed-tensors"
+            )
         stored(weight_files(folder))
         if quantization.get("kv_cache_scheme") and (why := cache_refusal()) is not None:
-            raise DataError(f"{where} has a kv_cache_scheme: {why}; install releases that agree (those of requirements.lock "
-                            "do).")
+            raise DataError(
+                f"{where} has a kv_cache_scheme: {why}; install releases that agree (those of requirements.lock "
+                "do)."
+            )
 
     def facts(self) -> dict:
         return facts_of(config_of(self._folder), f"model.path={self.path}")
@@ -72,7 +80,9 @@ class CheckpointModel(ModelSource):
             if file.name in (DIGESTS, "config.json"):
                 digest.update(file.read_bytes())
             elif file.suffix == ".safetensors" and not self._own:
-                digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+                digest.update(
+                    f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode()
+                )
         return f"{self._folder.resolve().name}:{digest.hexdigest()[:16]}"
 
     @property
@@ -82,7 +92,9 @@ class CheckpointModel(ModelSource):
     def _there(self) -> Path:
         """The folder. Raises DataError where there is none with a config."""
         if not (self._folder / "config.json").is_file():
-            raise DataError(f"model.path={self.path}: no such folder with a config.json; give that of an exported checkpoint.")
+            raise DataError(
+                f"model.path={self.path}: no such folder with a config.json; give that of an exported checkpoint."
+            )
         return self._folder
 
     @property
@@ -96,11 +108,19 @@ def _compressed(folder: Path, dtype, device):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True,
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        local_files_only=True,
     )
     if report["missing_keys"]:
-        raise DataError(f"{folder} lacks the weights {', '.join(sorted(report['missing_keys'])[:4])}.")
+        raise DataError(
+            f"{folder} lacks the weights {', '.join(sorted(report['missing_keys'])[:4])}."
+        )
     model = model.to(device)
     with torch.no_grad():
-        model(torch.zeros(1, 1, dtype=torch.long, device=device))  # the first forward unpacks the weights
+        model(
+            torch.zeros(1, 1, dtype=torch.long, device=device)
+        )  # the first forward unpacks the weights
     return model, AutoTokenizer.from_pretrained(folder)

@@ -43,7 +43,9 @@ class Codec(ABC):
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Codec:
         """The same codec with its tensors there."""
-        return replace(self, **{f.name: _moved(getattr(self, f.name), device, dtype) for f in fields(self)})
+        return replace(
+            self, **{f.name: _moved(getattr(self, f.name), device, dtype) for f in fields(self)}
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,4 +178,8 @@ def _moved(value, device: torch.device, dtype: torch.dtype):
         return value.to(device, dtype)
     if isinstance(value, Hadamard):
         return value if value.signs is None else replace(value, signs=value.signs.to(device, dtype))
-    return [_moved(item, device, dtype) for item in value] if isinstance(value, list | tuple) else value
+    return (
+        [_moved(item, device, dtype) for item in value]
+        if isinstance(value, list | tuple)
+        else value
+    )

@@ -17,7 +17,9 @@ from torch import Tensor
 from harness.codecs.placement import Placement, Role
 
 
-def fold(weights: Mapping[str, Tensor], placement: Placement, roles: Mapping[str, Role]) -> dict[str, Tensor]:
+def fold(
+    weights: Mapping[str, Tensor], placement: Placement, roles: Mapping[str, Role]
+) -> dict[str, Tensor]:
     """Parameters with every codec merged in.
 
     weights: {"module.weight" | "module.bias": tensor}, any float dtype; roles: {"module": Role}. What no codec touches is

@@ -1,8 +1,8 @@
 """Placements as JSON and tensors, and back: what a file says is data, its shape is checked and only codecs come of it.
 
-    {"notes": {..}, "residual": C, "query_key": C, "merged": [[layer, site, C], ..], "online", "encoders", "decoders"}
-    C = null | {"codec": name, "fields": {field: V}}
-    V = C | scalar | [V, ..] | {"tensor": name} | {"hadamard": n, "signs": V}
+{"notes": {..}, "residual": C, "query_key": C, "merged": [[layer, site, C], ..], "online", "encoders", "decoders"}
+C = null | {"codec": name, "fields": {field: V}}
+V = C | scalar | [V, ..] | {"tensor": name} | {"hadamard": n, "signs": V}
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def pack(placement: Placement, tensors: dict[str, Tensor], start: str = "") -> d
         spec[name] = _pack(getattr(placement, name), f"{start}{name}", tensors)
     for name in KEYED:
         placed = getattr(placement, name).items()
-        spec[name] = [[*where, _pack(codec, f"{start}{name}.{where[0]}.{where[1]}", tensors)] for where, codec in placed]
+        spec[name] = [
+            [*where, _pack(codec, f"{start}{name}.{where[0]}.{where[1]}", tensors)]
+            for where, codec in placed
+        ]
     return spec
 
 
@@ -50,7 +53,10 @@ def _pack(value, name: str, tensors: dict[str, Tensor]):
     if isinstance(value, Hadamard):
         return {"hadamard": value.n, "signs": _pack(value.signs, f"{name}.signs", tensors)}
     if isinstance(value, Codec):
-        inner = {f.name: _pack(getattr(value, f.name), f"{name}.{f.name}", tensors) for f in fields(value)}
+        inner = {
+            f.name: _pack(getattr(value, f.name), f"{name}.{f.name}", tensors)
+            for f in fields(value)
+        }
         return {"codec": type(value).__name__, "fields": inner}
     if isinstance(value, list | tuple):
         return [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
@@ -61,9 +67,18 @@ def _placed(spec, tensors: Mapping[str, Tensor], where: str) -> dict:
     """{(layer, name): codec} of one kind of place."""
     found = {}
     for entry in spec if isinstance(spec, list) else [spec]:
-        if not (isinstance(entry, list) and len(entry) == 3 and type(entry[0]) in (int, type(None)) and type(entry[1]) is str):
-            raise DataError(f"a placement's description is damaged: {where} needs [layer, name, codec], not {entry}.")
-        found[entry[0], entry[1]] = _codec(entry[2], tensors, f"{where}.{entry[0]}.{entry[1]}", optional=False)
+        if not (
+            isinstance(entry, list)
+            and len(entry) == 3
+            and type(entry[0]) in (int, type(None))
+            and type(entry[1]) is str
+        ):
+            raise DataError(
+                f"a placement's description is damaged: {where} needs [layer, name, codec], not {entry}."
+            )
+        found[entry[0], entry[1]] = _codec(
+            entry[2], tensors, f"{where}.{entry[0]}.{entry[1]}", optional=False
+        )
     return found
 
 
@@ -86,15 +101,28 @@ def _value(spec, tensors: Mapping[str, Tensor], where: str):
     if kind == {"hadamard", "signs"}:
         signs = _value(spec["signs"], tensors, f"{where}.signs")
         n = spec["hadamard"]
-        if type(n) is int and n > 0 and (signs is None or (isinstance(signs, Tensor) and signs.shape == (n,))):
+        if (
+            type(n) is int
+            and n > 0
+            and (signs is None or (isinstance(signs, Tensor) and signs.shape == (n,)))
+        ):
             return Hadamard(n, signs)
     if kind == {"codec", "fields"} and isinstance(spec["fields"], Mapping):
         known = {codec.__name__: codec for codec in Codec.__subclasses__()}.get(str(spec["codec"]))
-        values = {name: _value(value, tensors, f"{where}.{name}") for name, value in spec["fields"].items()}
+        values = {
+            name: _value(value, tensors, f"{where}.{name}")
+            for name, value in spec["fields"].items()
+        }
         hints = get_type_hints(known) if known is not None else {}
-        if known is not None and set(values) == set(hints) and all(_is(values[name], hints[name]) for name in hints):
+        if (
+            known is not None
+            and set(values) == set(hints)
+            and all(_is(values[name], hints[name]) for name in hints)
+        ):
             return known(**values)
-    raise DataError(f"a placement's description is damaged: {where} is neither a codec nor one of the file's matrices.")
+    raise DataError(
+        f"a placement's description is damaged: {where} is neither a codec nor one of the file's matrices."
+    )
 
 
 def _is(value, hint) -> bool:

@@ -1,12 +1,12 @@
 """Placement: the matrices of a transform keyed by where they sit, and Role: what a parameter reads and writes.
 
-    residual    the stream h: the embedding and the last linear of every branch write h R, every norm's readers absorb R
-    merged      a site's codec whose encoder goes into what feeds the site: the norm's weight (a Diagonal), v's rows, up's
-                rows (a Diagonal: the gate multiplies elementwise)
-    online      a site's codec whose encoder runs before the activation quantizer
-    query_key   on queries and keys after RoPE; it cancels in their product
-    encoders    (layer, linear) -> the codec with which this linear writes the residual stream, instead of `residual`
-    decoders    (layer, linear) -> the codec with which this linear undoes all that encodes its input
+residual    the stream h: the embedding and the last linear of every branch write h R, every norm's readers absorb R
+merged      a site's codec whose encoder goes into what feeds the site: the norm's weight (a Diagonal), v's rows, up's
+            rows (a Diagonal: the gate multiplies elementwise)
+online      a site's codec whose encoder runs before the activation quantizer
+query_key   on queries and keys after RoPE; it cancels in their product
+encoders    (layer, linear) -> the codec with which this linear writes the residual stream, instead of `residual`
+decoders    (layer, linear) -> the codec with which this linear undoes all that encodes its input
 """
 
 from __future__ import annotations
@@ -36,7 +36,14 @@ class Placement:
     @property
     def empty(self) -> bool:
         """Whether nothing changes."""
-        return not (self.residual or self.merged or self.online or self.query_key or self.encoders or self.decoders)
+        return not (
+            self.residual
+            or self.merged
+            or self.online
+            or self.query_key
+            or self.encoders
+            or self.decoders
+        )
 
     def encoder(self, layer: int | None, site: str) -> Codec | None:
         """What runs online at a site, or None where the activation is read as it is."""

@@ -20,16 +20,42 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGE = __name__.partition(".")[0]
 WINDOWS = {"windows": int | None, "length": int}
 FIELDS = {  # {section: {setting: its type}} of what no class is built from
-    "": {"model": Mapping, "data": Mapping, "format": Mapping, "transform": Mapping, "solver": Mapping, "eval": Mapping,
-         "export": Mapping, "tracking": Mapping, "seed": int, "device": str, "on_error": str, "force": bool, "run_root": str},
+    "": {
+        "model": Mapping,
+        "data": Mapping,
+        "format": Mapping,
+        "transform": Mapping,
+        "solver": Mapping,
+        "eval": Mapping,
+        "export": Mapping,
+        "tracking": Mapping,
+        "seed": int,
+        "device": str,
+        "on_error": str,
+        "force": bool,
+        "run_root": str,
+    },
     "data.calibration": WINDOWS | {"order": str, "path": str | None, "activations": str},
-    "format": {"name": str, "weight": Mapping, "act": Mapping, "kv": Mapping, "overrides": Mapping | None,
-               "auto": Mapping | None},
-    "eval": {"name": str, "perplexity": Mapping, "layer_windows": int | None, "streaming": bool,
-             "zeroshot": Mapping | None},
+    "format": {
+        "name": str,
+        "weight": Mapping,
+        "act": Mapping,
+        "kv": Mapping,
+        "overrides": Mapping | None,
+        "auto": Mapping | None,
+    },
+    "eval": {
+        "name": str,
+        "perplexity": Mapping,
+        "layer_windows": int | None,
+        "streaming": bool,
+        "zeroshot": Mapping | None,
+    },
     "eval.perplexity": WINDOWS | {"corpora": list[str]},
 }
-RESULTS_VERSION = 3  # raised by every change that moves a number, so that no stale result is replayed
+RESULTS_VERSION = (
+    3  # raised by every change that moves a number, so that no stale result is replayed
+)
 
 
 def build(node: Mapping, field: str, base):
@@ -45,26 +71,38 @@ def build(node: Mapping, field: str, base):
             known_keys(f"{field}.", node, ("bits", "_target_"))
             return None
         group = field.partition(".")[0]
-        raise ConfigError(f"{field}={dict(node)}: the option of {group} has no class for it; choose another {group}.")
+        raise ConfigError(
+            f"{field}={dict(node)}: the option of {group} has no class for it; choose another {group}."
+        )
     cls = _class(str(target), field, base)
     arguments = {key: value for key, value in node.items() if key != "_target_"}
     hints = get_type_hints(cls if is_dataclass(cls) else cls.__init__)
-    typed(f"{field}.", arguments, {key: hints.get(key, object) for key in inspect.signature(cls).parameters})
+    typed(
+        f"{field}.",
+        arguments,
+        {key: hints.get(key, object) for key in inspect.signature(cls).parameters},
+    )
     if off:
         return None
     try:
         return cls(**arguments)
-    except ConfigError as error:  # a class knows its fields, only the configuration knows where they stand
+    except (
+        ConfigError
+    ) as error:  # a class knows its fields, only the configuration knows where they stand
         raise ConfigError(str(error).replace(f"{cls.__name__}: ", f"{field}.", 1)) from None
     except TypeError as error:  # a field without a default was left out, or the class is abstract
-        raise ConfigError(f"{field}: {cls.__name__} cannot be built from {arguments} ({error}).") from None
+        raise ConfigError(
+            f"{field}: {cls.__name__} cannot be built from {arguments} ({error})."
+        ) from None
 
 
 def _class(target: str, field: str, base) -> type:
     """The class of that name. Raises ConfigError where it is none of ours, or of another kind than `base`."""
     module, _, name = target.rpartition(".")
     if module.partition(".")[0] != PACKAGE:
-        raise ConfigError(f"{field}._target_={target}: only classes of this package ({PACKAGE}.*) are built.")
+        raise ConfigError(
+            f"{field}._target_={target}: only classes of this package ({PACKAGE}.*) are built."
+        )
     try:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError):
@@ -72,7 +110,9 @@ def _class(target: str, field: str, base) -> type:
     ours = isinstance(found, type) and found.__module__.partition(".")[0] == PACKAGE
     if not ours or not issubclass(found, base):
         kinds = " or ".join(kind.__name__ for kind in get_args(base) or [base])
-        raise ConfigError(f"{field}._target_={target}: no class of this package that can stand there ({kinds}).")
+        raise ConfigError(
+            f"{field}._target_={target}: no class of this package that can stand there ({kinds})."
+        )
     return found
 
 
@@ -82,9 +122,15 @@ def option(group: str, name: str) -> dict:
     path = ROOT / "conf" / group / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        raise ConfigError(f"{group}={name}: no such option.{nearest(name, known)} Options: {', '.join(known)}.")
+        raise ConfigError(
+            f"{group}={name}: no such option.{nearest(name, known)} Options: {', '.join(known)}."
+        )
     own = OmegaConf.load(path)
-    inherited = [option(group, other) for other in own.pop("defaults", []) if isinstance(other, str) and other != "_self_"]
+    inherited = [
+        option(group, other)
+        for other in own.pop("defaults", [])
+        if isinstance(other, str) and other != "_self_"
+    ]
     return OmegaConf.to_container(OmegaConf.merge(*inherited, own), resolve=True)
 
 
@@ -99,7 +145,9 @@ def settings(cfg) -> dict:
     integer("seed", plain["seed"], low=0)
     one_of("on_error", plain["on_error"], ("raise", "record"))
     device = plain["device"]
-    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
+    if device not in ("auto", "cpu", "cuda") and not (
+        device.startswith("cuda:") and device[5:].isdigit()
+    ):
         raise ConfigError(f"device={device}: needs auto, cpu, cuda or cuda:N.")
     if not plain["run_root"]:
         raise ConfigError(f"run_root={plain['run_root']}: needs a folder.")

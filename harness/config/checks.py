@@ -9,14 +9,22 @@ from typing import Union, get_args, get_origin
 
 from harness.config.errors import ConfigError
 
-WORDS = {NoneType: "null", bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+WORDS = {
+    NoneType: "null",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+}
 
 
 def one_of(field: str, value, legal: Iterable):
     """`value` if it is one of `legal`; the error lists the legal values and the nearest one."""
     legal = list(legal)
     if isinstance(value, bool) or value not in legal:
-        raise ConfigError(f"{field}={value}: not a legal value.{nearest(value, legal)} Legal: {', '.join(map(str, legal))}.")
+        raise ConfigError(
+            f"{field}={value}: not a legal value.{nearest(value, legal)} Legal: {', '.join(map(str, legal))}."
+        )
     return value
 
 
@@ -25,7 +33,9 @@ def integer(field: str, value, low: int = 1, optional: bool = False):
     if optional and value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{field}={value}: needs a whole number of at least {low}{' or null' if optional else ''}.")
+        raise ConfigError(
+            f"{field}={value}: needs a whole number of at least {low}{' or null' if optional else ''}."
+        )
     return value
 
 
@@ -48,20 +58,28 @@ def names(field: str, value, legal: Iterable) -> list:
     legal = list(legal)
     listed = isinstance(value, list | tuple) and value and all(name in legal for name in value)
     if not listed or len(set(value)) != len(value):
-        raise ConfigError(f"{field}={value}: needs a list of some of {', '.join(map(str, legal))}, each once.")
+        raise ConfigError(
+            f"{field}={value}: needs a list of some of {', '.join(map(str, legal))}, each once."
+        )
     return list(value)
 
 
 def known_keys(field: str, section: Mapping, known: Iterable[str]) -> None:
     """Refuse a key that nothing would read, and a section that is none."""
     if not isinstance(section, Mapping):
-        raise ConfigError(f"{field.rstrip('.')}={section}: this is a group of settings: {', '.join(known)}.")
+        raise ConfigError(
+            f"{field.rstrip('.')}={section}: this is a group of settings: {', '.join(known)}."
+        )
     for key in section:
         if key not in known:
-            raise ConfigError(f"{field}{key}: no such setting.{nearest(key, known)} Known: {', '.join(known)}.")
+            raise ConfigError(
+                f"{field}{key}: no such setting.{nearest(key, known)} Known: {', '.join(known)}."
+            )
 
 
-def typed(field: str, section: Mapping, hints: Mapping[str, object], needed: Iterable[str] = ()) -> None:
+def typed(
+    field: str, section: Mapping, hints: Mapping[str, object], needed: Iterable[str] = ()
+) -> None:
     """Refuse a key of `section` that `hints` {key: its type} lacks, a value of another type, and the lack of a `needed` key.
 
     field: what stands before a key, with its dot. A float may be written as a whole number, a truth value is no number, a list
@@ -70,7 +88,9 @@ def typed(field: str, section: Mapping, hints: Mapping[str, object], needed: Ite
     known_keys(field, section, hints)
     for key in needed:
         if key not in section:
-            raise ConfigError(f"{field}{key}: this setting is missing, and nothing runs without it.")
+            raise ConfigError(
+                f"{field}{key}: this setting is missing, and nothing runs without it."
+            )
     for key, value in section.items():
         if not fits(value, hints[key]):
             raise ConfigError(f"{field}{key}={value}: needs {_words(hints[key])}.")
@@ -84,9 +104,13 @@ def fits(value, hint) -> bool:
     if origin in (int, float):
         return not isinstance(value, bool) and isinstance(value, int | origin)
     if issubclass(origin, Mapping):
-        return isinstance(value, Mapping) and all(fits(own, one) for one in inner[1:] for own in value.values())
+        return isinstance(value, Mapping) and all(
+            fits(own, one) for one in inner[1:] for own in value.values()
+        )
     if issubclass(origin, Sequence) and origin is not str:
-        return isinstance(value, list | tuple) and all(fits(own, one) for one in inner[:1] for own in value)
+        return isinstance(value, list | tuple) and all(
+            fits(own, one) for one in inner[:1] for own in value
+        )
     return isinstance(value, origin)
 
 

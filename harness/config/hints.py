@@ -26,7 +26,9 @@ def explain(error: Exception, arguments: list[str]) -> str:
         return f"{group}={name}: no such option.{nearest(name, known)} Options: {', '.join(known)}."
     if match := re.search(r"Interpolation key '(.+)' not found\s+full_key: (\S+)", text):
         return f"{match[2]}=${{{match[1]}}}: there is no setting {match[1]} to take it from."
-    if match := re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text):
+    if match := re.search(r"Could not override '([^']+)'", text) or re.search(
+        r"full_key: (\S+)", text
+    ):
         key = match.group(1)
         known = _known(arguments, key)
         groups = [p.name for p in CONF.iterdir() if p.is_dir()] + ["sweeps"]
@@ -37,10 +39,19 @@ def explain(error: Exception, arguments: list[str]) -> str:
 
 def _known(arguments: list[str], failed: str) -> list[str]:
     """The settings of the chosen options, of each in turn where a sweep goes through several."""
-    words = [word for word in arguments if re.fullmatch(r"\w+=[\w,-]+", word) and not word.startswith(f"{failed}=")]
-    choices = {group: names.split(",") for group, _, names in (word.partition("=") for word in words)}
+    words = [
+        word
+        for word in arguments
+        if re.fullmatch(r"\w+=[\w,-]+", word) and not word.startswith(f"{failed}=")
+    ]
+    choices = {
+        group: names.split(",") for group, _, names in (word.partition("=") for word in words)
+    }
     turns = max(map(len, choices.values()), default=1)
-    found = [_compose([f"{group}={names[turn % len(names)]}" for group, names in choices.items()]) for turn in range(turns)]
+    found = [
+        _compose([f"{group}={names[turn % len(names)]}" for group, names in choices.items()])
+        for turn in range(turns)
+    ]
     return list(dict.fromkeys(key for config in found for key in _keys(config)))
 
 

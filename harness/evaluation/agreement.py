@@ -8,8 +8,16 @@ agrees with the nearest noun scores 0 and one that guesses a half. In the manner
 
 from __future__ import annotations
 
-NOUNS = (("key", "keys"), ("box", "boxes"), ("letter", "letters"), ("window", "windows"), ("picture", "pictures"),
-         ("chair", "chairs"), ("garden", "gardens"), ("house", "houses"))
+NOUNS = (
+    ("key", "keys"),
+    ("box", "boxes"),
+    ("letter", "letters"),
+    ("window", "windows"),
+    ("picture", "pictures"),
+    ("chair", "chairs"),
+    ("garden", "gardens"),
+    ("house", "houses"),
+)
 BETWEEN = ("near", "behind")
 VERBS = (("is old.", "are old."), ("was lost.", "were lost."))
 NAME = "agreement"
@@ -28,5 +36,11 @@ def documents() -> list[dict]:
                     query = f"The {head[number]} {between} the {attractor[1 - number]}"
                     gold = (len(found) // 2) % 2  # the right one stands first as often as second
                     choices = [verbs[number], verbs[1 - number]]
-                    found.append({"query": query, "choices": choices if gold == 0 else choices[::-1], "gold": gold})
+                    found.append(
+                        {
+                            "query": query,
+                            "choices": choices if gold == 0 else choices[::-1],
+                            "gold": gold,
+                        }
+                    )
     return [doc | {"id": index} for index, doc in enumerate(found)]

@@ -1,10 +1,10 @@
 """Honesty marks: what must be said beside a number so that it is not read as more than it is.
 
-    same corpus as calibration    the text that calibrated is another part of the one that is evaluated
-    adapted                       a learned transform was trained on it, so a gain may be adaptation of the float model
-    learned elsewhere             its matrices come from a file, so it may have been trained on this corpus
-    first N of M windows          a subset; the same of documents of a task
-    only corpus                   nothing shows whether a gain holds elsewhere
+same corpus as calibration    the text that calibrated is another part of the one that is evaluated
+adapted                       a learned transform was trained on it, so a gain may be adaptation of the float model
+learned elsewhere             its matrices come from a file, so it may have been trained on this corpus
+first N of M windows          a subset; the same of documents of a task
+only corpus                   nothing shows whether a gain holds elsewhere
 """
 
 from __future__ import annotations
@@ -12,8 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 
-def marks(calibrated: str | None, learned: bool, loaded: bool, measured: Mapping[str, tuple[int, int]],
-          tasks: Mapping[str, int | None]) -> dict[str, list[str]]:
+def marks(
+    calibrated: str | None,
+    learned: bool,
+    loaded: bool,
+    measured: Mapping[str, tuple[int, int]],
+    tasks: Mapping[str, int | None],
+) -> dict[str, list[str]]:
     """{corpus or task: [marks]}.
 
     calibrated: name of the corpus that calibrated, if any did; learned: whether a transform learned from it; loaded: or came
@@ -32,4 +37,6 @@ def marks(calibrated: str | None, learned: bool, loaded: bool, measured: Mapping
             own.append(f"first {windows} of {whole} windows")
         if len(measured) == 1:
             own.append("only corpus")
-    return found | {task: [] if limit is None else [f"first {limit} documents"] for task, limit in tasks.items()}
+    return found | {
+        task: [] if limit is None else [f"first {limit} documents"] for task, limit in tasks.items()
+    }

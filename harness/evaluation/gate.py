@@ -20,7 +20,10 @@ from harness.calibration.stream import Stream, arriving
 from harness.models.adapter import Adapter
 
 FLOAT_MAX, FLOAT_MEAN = 1e-4, 1e-4  # float32: max |delta| against max |logit|, and mean |delta|
-HALF_MAX, HALF_MEAN = 4.0, 3.0  # 16 bits: max and mean |after - exact| against those of |before - exact|
+HALF_MAX, HALF_MEAN = (
+    4.0,
+    3.0,
+)  # 16 bits: max and mean |after - exact| against those of |before - exact|
 STREAM = {torch.float32: 1e-4, torch.float64: 1e-8}  # |difference| / |hidden states|, Frobenius
 STREAM_HALF = 0.05
 
@@ -38,7 +41,11 @@ def gate(before: Tensor, after: Tensor, name: str, exact: Tensor | None = None) 
         noise = (before - exact).abs()
         most, average = HALF_MAX * float(noise.max()), HALF_MEAN * float(noise.mean())
     if not (worst <= most and mean <= average):
-        precision = "" if exact is None else ", or set model.dtype=float32 if 16 bits are too few for these matrices"
+        precision = (
+            ""
+            if exact is None
+            else ", or set model.dtype=float32 if 16 bits are too few for these matrices"
+        )
         raise RuntimeError(
             f"transform={name} changed the model: logits are off by up to {worst:.3g} (mean {mean:.3g}), allowed {most:.3g} "
             f"(mean {average:.3g}); leave parts of it out (transform.r1, r2, r3, r4) to find which one{precision}. What was "
@@ -55,7 +62,9 @@ def exact_logits(adapter: Adapter, ids: Tensor) -> Tensor:
     hidden = hidden.float()
     for layer, (block, context) in enumerate(zip(adapter.blocks, contexts)):
         with adapter.open(layer):
-            hidden = copy.deepcopy(block).float()(hidden, **{name: _float(value) for name, value in context.items()})
+            hidden = copy.deepcopy(block).float()(
+                hidden, **{name: _float(value) for name, value in context.items()}
+            )
     norm = copy.deepcopy(adapter.model.get_submodule(adapter.family.final_norm)).float()
     return copy.deepcopy(adapter.head).float()(norm(hidden))
 
@@ -69,7 +78,9 @@ def stream_gate(adapter: Adapter, window: Tensor) -> float:
         with adapter.open(layer):
             stream.advance(block)
     walked = next(stream.leave()).float()
-    wanted = adapter.backbone(input_ids=window.to(adapter.device), use_cache=False).last_hidden_state.float()
+    wanted = adapter.backbone(
+        input_ids=window.to(adapter.device), use_cache=False
+    ).last_hidden_state.float()
     off = float((walked - wanted).norm() / wanted.norm())
     if not off <= STREAM.get(adapter.model.dtype, STREAM_HALF):
         raise RuntimeError(

@@ -20,13 +20,21 @@ from harness.calibration.stream import Stream
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import QuantLinear
 
-LOGITS_AT_ONCE = 256  # tokens whose logits are held at a time; a vocabulary of 150,000 makes that 150 MB
+LOGITS_AT_ONCE = (
+    256  # tokens whose logits are held at a time; a vocabulary of 150,000 makes that 150 MB
+)
 Watch = Callable[[int, int, Tensor, Tensor], None]
 
 
 @torch.no_grad()
-def window_losses(adapter: Adapter, windows: Tensor, amp: torch.dtype | None = None, advance: Callable[[], None] = lambda: None,
-                  streaming: bool = False, watch: Watch | None = None) -> Tensor:
+def window_losses(
+    adapter: Adapter,
+    windows: Tensor,
+    amp: torch.dtype | None = None,
+    advance: Callable[[], None] = lambda: None,
+    streaming: bool = False,
+    watch: Watch | None = None,
+) -> Tensor:
     """Summed next-token loss of each window, float64 [W], in nats.
 
     windows: token ids [W, L]; amp: autocast dtype of the forward; advance: called `steps` times; streaming: block by block;
@@ -34,14 +42,24 @@ def window_losses(adapter: Adapter, windows: Tensor, amp: torch.dtype | None = N
     """
     device = adapter.device
     with torch.autocast(device.type, dtype=amp) if amp is not None else nullcontext():
-        passed = _by_block(adapter, windows, advance) if streaming else _by_window(adapter, windows, advance)
+        passed = (
+            _by_block(adapter, windows, advance)
+            if streaming
+            else _by_window(adapter, windows, advance)
+        )
         losses, piece = [], _piece(adapter, windows.shape[1])
         for index, (hidden, window) in enumerate(zip(passed, windows)):
             ids = window.to(device)
             loss = torch.zeros((), dtype=torch.float64, device=device)
-            for part, (states, targets) in enumerate(zip(hidden[:-1].split(piece), ids[1:].split(piece))):
-                logits = adapter.head(states[None])[0].float()  # a window is a batch of one, also to who quantizes tokens
-                loss += nn.functional.cross_entropy(logits, targets, reduction="none").double().sum()
+            for part, (states, targets) in enumerate(
+                zip(hidden[:-1].split(piece), ids[1:].split(piece))
+            ):
+                logits = adapter.head(states[None])[
+                    0
+                ].float()  # a window is a batch of one, also to who quantizes tokens
+                loss += (
+                    nn.functional.cross_entropy(logits, targets, reduction="none").double().sum()
+                )
                 if watch is not None:
                     watch(index, part * piece, states, logits)
             losses.append(loss.cpu())
@@ -62,7 +80,9 @@ def steps(adapter: Adapter, windows: Tensor, streaming: bool) -> int:
 def _by_window(adapter: Adapter, windows: Tensor, advance: Callable[[], None]) -> Iterator[Tensor]:
     """Final hidden states [L, hidden], window by window."""
     for window in windows:
-        yield adapter.backbone(input_ids=window.to(adapter.device)[None], use_cache=False).last_hidden_state[0]
+        yield adapter.backbone(
+            input_ids=window.to(adapter.device)[None], use_cache=False
+        ).last_hidden_state[0]
         advance()
 
 

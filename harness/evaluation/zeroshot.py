@@ -31,7 +31,13 @@ from harness.config.errors import ConfigError, DataError
 from harness.evaluation.agreement import NAME, documents
 
 CHOICE, CONTINUATION = ("query", "choices", "gold"), ("context", "continuation")
-METRICS = ("acc_norm", "acc", "exact_match", "mc2", "mc1")  # the first that a task has is the one shown
+METRICS = (
+    "acc_norm",
+    "acc",
+    "exact_match",
+    "mc2",
+    "mc1",
+)  # the first that a task has is the one shown
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,9 @@ class ZeroShot:
         typed("eval.zeroshot.", section, get_type_hints(cls), needed=("tasks",))
         tasks = section["tasks"]
         if not tasks or len(set(tasks)) < len(tasks):
-            raise ConfigError(f"eval.zeroshot.tasks={tasks}: needs a list of tasks, each once, e.g. [agreement].")
+            raise ConfigError(
+                f"eval.zeroshot.tasks={tasks}: needs a list of tasks, each once, e.g. [agreement]."
+            )
         integer("eval.zeroshot.limit", section.get("limit"), optional=True)
         integer("eval.zeroshot.batch_size", section.get("batch_size", 8))
         shots = section.get("shots")
@@ -77,10 +85,19 @@ class ZeroShot:
     def fingerprint(self) -> list:
         """What decides its numbers, as plain values."""
         shots = dict(self.shots) if isinstance(self.shots, Mapping) else self.shots
-        texts = {name: path and hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name in self.tasks
-                 for path in [self.file(name)]}
-        files = [] if self.include_path is None else [p for p in sorted(Path(self.include_path).rglob("*")) if p.is_file()]
-        included = hashlib.sha256(b"".join(str(path).encode() + path.read_bytes() for path in files)).hexdigest()[:16]
+        texts = {
+            name: path and hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            for name in self.tasks
+            for path in [self.file(name)]
+        }
+        files = (
+            []
+            if self.include_path is None
+            else [p for p in sorted(Path(self.include_path).rglob("*")) if p.is_file()]
+        )
+        included = hashlib.sha256(
+            b"".join(str(path).encode() + path.read_bytes() for path in files)
+        ).hexdigest()[:16]
         return [texts, included if files else None, self.limit, shots]
 
     def check(self) -> None:
@@ -90,11 +107,15 @@ class ZeroShot:
         if named:
             from lm_eval.tasks import TaskManager
 
-            known = TaskManager(include_path=self.include_path, include_defaults=self.include_path is None).all_tasks
+            known = TaskManager(
+                include_path=self.include_path, include_defaults=self.include_path is None
+            ).all_tasks
             for name in named:
                 if name not in known:
-                    raise ConfigError(f"eval.zeroshot.tasks: there is no task {name}.{nearest(name, [*known, NAME])} Tasks are "
-                                      "files of eval.zeroshot.data_path, agreement, and those of lm-eval.")
+                    raise ConfigError(
+                        f"eval.zeroshot.tasks: there is no task {name}.{nearest(name, [*known, NAME])} Tasks are "
+                        "files of eval.zeroshot.data_path, agreement, and those of lm-eval."
+                    )
 
 
 def tasks_for_lm_eval(chosen: ZeroShot) -> list:
@@ -102,7 +123,9 @@ def tasks_for_lm_eval(chosen: ZeroShot) -> list:
     return [_configured(chosen, name) for name in chosen.tasks]
 
 
-def zeroshot(model, tokenizer, chosen: ZeroShot, amp=None, advance: Callable[[], None] = lambda: None) -> tuple[dict, dict]:
+def zeroshot(
+    model, tokenizer, chosen: ZeroShot, amp=None, advance: Callable[[], None] = lambda: None
+) -> tuple[dict, dict]:
     """({task: {metric: value, metric_stderr: value, "n": documents}}, {task: [one dict a document]}).
 
     model: a causal language model; amp: autocast dtype of its forward; advance: called after each task.
@@ -113,16 +136,32 @@ def zeroshot(model, tokenizer, chosen: ZeroShot, amp=None, advance: Callable[[],
 
     tasks = tasks_for_lm_eval(chosen)
     named = any(isinstance(task, str) for task in tasks)
-    manager = TaskManager(include_path=chosen.include_path, include_defaults=named and chosen.include_path is None)
-    shots = chosen.shots if isinstance(chosen.shots, Mapping) else dict.fromkeys(chosen.tasks, chosen.shots)
+    manager = TaskManager(
+        include_path=chosen.include_path, include_defaults=named and chosen.include_path is None
+    )
+    shots = (
+        chosen.shots
+        if isinstance(chosen.shots, Mapping)
+        else dict.fromkeys(chosen.tasks, chosen.shots)
+    )
     batch = together(model, chosen)
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, mixed_precision_dtype=amp)
+    wrapped = HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=batch, mixed_precision_dtype=amp
+    )
     figures, samples = {}, {}
     for name, task in zip(chosen.tasks, tasks):
         with _undisturbed():
             found = simple_evaluate(
-                wrapped, tasks=[task], num_fewshot=shots.get(name), limit=chosen.limit, task_manager=manager, log_samples=True,
-                random_seed=None, numpy_random_seed=None, torch_random_seed=None, bootstrap_iters=100,
+                wrapped,
+                tasks=[task],
+                num_fewshot=shots.get(name),
+                limit=chosen.limit,
+                task_manager=manager,
+                log_samples=True,
+                random_seed=None,
+                numpy_random_seed=None,
+                torch_random_seed=None,
+                bootstrap_iters=100,
             )
         for key, result in found["results"].items():
             figures[key] = _figures(result, found["n-samples"].get(key, {}).get("effective"))
@@ -172,18 +211,37 @@ def _configured(chosen: ZeroShot, name: str):
     if path is None and name != NAME:
         return name
     rows = documents() if path is None else _read(path)
-    load = lambda **_: DatasetDict({"test": Dataset.from_list(rows)})  # noqa: E731
-    common = {"task": name, "custom_dataset": load, "test_split": "test", "metadata": {"version": 1}}
+    load = lambda **_: DatasetDict({"test": Dataset.from_list(rows)})
+    common = {
+        "task": name,
+        "custom_dataset": load,
+        "test_split": "test",
+        "metadata": {"version": 1},
+    }
     if "context" in rows[0]:
-        metrics = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-                   {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}]
-        texts = {"doc_to_text": "{{context}}", "doc_to_target": "{{' ' + continuation}}", "target_delimiter": ""}
+        metrics = [
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+        ]
+        texts = {
+            "doc_to_text": "{{context}}",
+            "doc_to_target": "{{' ' + continuation}}",
+            "target_delimiter": "",
+        }
         return common | texts | {"output_type": "loglikelihood", "metric_list": metrics}
     own = name == NAME and path is None  # both answers are of one length, but not in bytes
-    metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")[: 1 if own else 2]]
+    metrics = [
+        {"metric": m, "aggregation": "mean", "higher_is_better": True}
+        for m in ("acc", "acc_norm")[: 1 if own else 2]
+    ]
     text = "{{query}}" if own else "{{query.rstrip() + '\\nAnswer:'}}"
-    return common | {"output_type": "multiple_choice", "doc_to_text": text, "doc_to_choice": "choices", "doc_to_target": "gold",
-                     "metric_list": metrics}
+    return common | {
+        "output_type": "multiple_choice",
+        "doc_to_text": text,
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "metric_list": metrics,
+    }
 
 
 def _read(path: Path) -> list[dict]:
@@ -192,7 +250,9 @@ def _read(path: Path) -> list[dict]:
     try:
         content = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"eval.zeroshot: {path} is not UTF-8 ({error.reason} at byte {error.start}); convert it.") from None
+        raise DataError(
+            f"eval.zeroshot: {path} is not UTF-8 ({error.reason} at byte {error.start}); convert it."
+        ) from None
     rows = []
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
@@ -202,10 +262,14 @@ def _read(path: Path) -> list[dict]:
         except ValueError:
             raise DataError(f"eval.zeroshot: {path} line {number} is not JSON.") from None
         kinds = {CHOICE: _is_choice, CONTINUATION: _is_continuation}
-        own = next((keys for keys, fits in kinds.items() if isinstance(row, dict) and fits(row)), None)
+        own = next(
+            (keys for keys, fits in kinds.items() if isinstance(row, dict) and fits(row)), None
+        )
         if own is None:
-            raise DataError(f"eval.zeroshot: {path} line {number} has neither query, choices (texts), gold (the index of "
-                            "one) nor context and continuation (texts).")
+            raise DataError(
+                f"eval.zeroshot: {path} line {number} has neither query, choices (texts), gold (the index of "
+                "one) nor context and continuation (texts)."
+            )
         rows.append({key: row[key] for key in own})
     if not rows or any(row.keys() != rows[0].keys() for row in rows):
         raise DataError(f"eval.zeroshot: {path} is empty or mixes two kinds of documents.")
@@ -224,12 +288,21 @@ def _is_continuation(row: Mapping) -> bool:
 
 def _figures(result: Mapping, count: int | None) -> dict:
     """lm-eval's {"acc,none": .., "acc_stderr,none": ..} without filters' names (the last filter of a metric stands)."""
-    figures = {key.partition(",")[0]: value for key, value in result.items() if isinstance(value, float)}
+    figures = {
+        key.partition(",")[0]: value for key, value in result.items() if isinstance(value, float)
+    }
     return figures | {"n": count}
 
 
 def _sample(kept: Mapping) -> dict:
     """What stays of one document: which one, its metrics, the log-likelihood of every answer."""
-    scores = [answer[0] if isinstance(answer, tuple | list) else answer for answer in kept["filtered_resps"]]
+    scores = [
+        answer[0] if isinstance(answer, tuple | list) else answer
+        for answer in kept["filtered_resps"]
+    ]
     own = {key: kept[key] for key in METRICS if isinstance(kept.get(key), int | float)}
-    return {"doc": kept["doc_id"], **own, "scores": [score for score in scores if isinstance(score, int | float)]}
+    return {
+        "doc": kept["doc_id"],
+        **own,
+        "scores": [score for score in scores if isinstance(score, int | float)],
+    }

@@ -26,7 +26,9 @@ from harness.config.errors import ConfigError, DataError
 from harness.formats.observers import MSE
 from harness.formats.qtensor import QTensor, Scales
 
-CHUNK = 2**17  # elements worked on at once on a CPU, so that input, output and one temporary stay in its cache
+CHUNK = (
+    2**17
+)  # elements worked on at once on a CPU, so that input, output and one temporary stay in its cache
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ class Format(ABC):
         integer(f"{name}: group_size", self.group_size, optional=True)
         if (self.role, self.granularity) in (("weight", "token"), ("activation", "channel")):
             other = {"token": "channel", "channel": "token"}[self.granularity]
-            raise ConfigError(f"{name}: granularity={self.granularity} is not for role={self.role}; set granularity={other}.")
+            raise ConfigError(
+                f"{name}: granularity={self.granularity} is not for role={self.role}; set granularity={other}."
+            )
         if (self.granularity == "group") != (self.group_size is not None):
             raise ConfigError(
                 f"{name}: group_size={self.group_size} contradicts granularity={self.granularity}: "
@@ -133,7 +137,9 @@ class Format(ABC):
 
     # the four maps
 
-    def scales(self, x: Tensor, global_scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Scales:
+    def scales(
+        self, x: Tensor, global_scale: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Scales:
         """Scales of x [*lead, n] by the observer.
 
         global_scale: given for NVFP4 with a static or shared one. dtype: dtype of the stored tensor where x is a float32
@@ -141,7 +147,9 @@ class Format(ABC):
         """
         if self.role == "weight" and not torch.isfinite(x).all():
             bad = int((~torch.isfinite(x)).sum())
-            raise DataError(f"{bad} of {x.numel()} values of a weight are NaN or Inf; mend or exclude it before quantizing")
+            raise DataError(
+                f"{bad} of {x.numel()} values of a weight are NaN or Inf; mend or exclude it before quantizing"
+            )
         global_scale = self._global(x, global_scale)
         return self._scales(self.split(x), global_scale, dtype or x.dtype)
 
@@ -220,7 +228,9 @@ class Format(ABC):
 
     def _fake(self, x: Tensor, global_scale: Tensor | None) -> Tensor:
         if x.device.type != "cpu" or self.granularity == "tensor":
-            return self._fake_rows(x, global_scale, torch.empty(x.shape, dtype=x.dtype, device=x.device))
+            return self._fake_rows(
+                x, global_scale, torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            )
         rows = x.reshape(-1, x.shape[-1])
         out = torch.empty(rows.shape, dtype=x.dtype)
         step = max(1, CHUNK // x.shape[-1])
@@ -233,7 +243,9 @@ class Format(ABC):
     def _fake_rows(self, x: Tensor, global_scale: Tensor | None, out: Tensor) -> Tensor:
         blocks = self.split(x)
         work = blocks.to(self._element(x.dtype))
-        scales = self._scales(work if work.dtype == self._compute(x.dtype) else blocks, global_scale, x.dtype)
+        scales = self._scales(
+            work if work.dtype == self._compute(x.dtype) else blocks, global_scale, x.dtype
+        )
         lattice = (t.unsqueeze(-1) for t in self.lattice(scales, work.dtype))
         if work.dtype == out.dtype and work.numel() == out.numel():
             self.snap(work, *lattice, out=self.split(out))
@@ -249,4 +261,3 @@ def straight_through(x: Tensor, dq: Tensor) -> Tensor:
 def over(x: Tensor, divisor: float) -> Tensor:
     """x / divisor, correctly rounded: on a GPU torch multiplies by the reciprocal of a Python number instead."""
     return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
-

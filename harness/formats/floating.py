@@ -53,7 +53,9 @@ class Floating(Format):
         return -self.grid.max, self.grid.max
 
     @abstractmethod
-    def _store(self, peak: Tensor, a: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Scales:
+    def _store(
+        self, peak: Tensor, a: Tensor, global_scale: Tensor | None, dtype: torch.dtype
+    ) -> Scales:
         """Stored scales of groups with greatest magnitude `peak`; a = peak / grid.max, not rounded to a storage dtype."""
 
     def _scales(self, blocks: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Scales:
@@ -61,13 +63,26 @@ class Floating(Format):
         peak = absmax(blocks)
         a = over(peak, self.grid.max)
         if self.observer == "mse":
-            peak, a = search(blocks, (peak, a), self._candidates(blocks, peak, a, global_scale, dtype), self.mse)
+            peak, a = search(
+                blocks, (peak, a), self._candidates(blocks, peak, a, global_scale, dtype), self.mse
+            )
         return self._store(peak, a, global_scale, dtype)
 
-    def _candidates(self, blocks: Tensor, peak: Tensor, a: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Iterator:
+    def _candidates(
+        self,
+        blocks: Tensor,
+        peak: Tensor,
+        a: Tensor,
+        global_scale: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Iterator:
         for p in self.mse.factors:
             by_range = self.mse.shrink == "range"
-            found = (p * peak, over(p * peak, self.grid.max)) if by_range else (p * a * self.grid.max, p * a)
+            found = (
+                (p * peak, over(p * peak, self.grid.max))
+                if by_range
+                else (p * a * self.grid.max, p * a)
+            )
             eff = found[1]
             if self.mse_on_rounded_scale:
                 (eff,) = self.lattice(self._store(*found, global_scale, dtype), blocks.dtype)

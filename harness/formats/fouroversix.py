@@ -32,10 +32,16 @@ class FourOverSix(NVFP4):
     def __post_init__(self):
         super().__post_init__()
         self._choose("choose", "mse", "mae", "abs_max")
-        for field, only in (("observer", "minmax"), ("compute_dtype", "float32"), ("global_scale", "amax_256")):
+        for field, only in (
+            ("observer", "minmax"),
+            ("compute_dtype", "float32"),
+            ("global_scale", "amax_256"),
+        ):
             if getattr(self, field) != only:
-                raise ConfigError(f"FourOverSix: {field}={getattr(self, field)} is not legal: it defines its own scales, so "
-                                  f"only {field}={only}; NVFP4 takes the others.")
+                raise ConfigError(
+                    f"FourOverSix: {field}={getattr(self, field)} is not legal: it defines its own scales, so "
+                    f"only {field}={only}; NVFP4 takes the others."
+                )
 
     def global_from_amax(self, amax: Tensor) -> Tensor:
         """amax itself, float32."""
@@ -50,22 +56,37 @@ class FourOverSix(NVFP4):
     def _scales(self, blocks: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Scales:
         x = blocks.float()
         h = over(absmax(x), 6.0) * self.encode_multiplier(global_scale)
-        six, four = (Scales(u.clamp(max=E4M3.max).to(torch.float8_e4m3fn), None, global_scale) for u in (h, h * 1.5))
+        six, four = (
+            Scales(u.clamp(max=E4M3.max).to(torch.float8_e4m3fn), None, global_scale)
+            for u in (h, h * 1.5)
+        )
         better = self._error(x, four) < self._error(x, six)
         chosen = torch.where(better, four.scale.view(torch.uint8), six.scale.view(torch.uint8))
         return Scales(chosen.view(torch.float8_e4m3fn), None, global_scale)
 
     def _error(self, x: Tensor, scales: Scales) -> Tensor:
         d = self.snap(x, *(t.unsqueeze(-1) for t in self.lattice(scales))).sub_(x)
-        return d.square_().sum(-1) if self.choose == "mse" else d.abs_().sum(-1) if self.choose == "mae" else d.abs_().amax(-1)
+        return (
+            d.square_().sum(-1)
+            if self.choose == "mse"
+            else d.abs_().sum(-1)
+            if self.choose == "mae"
+            else d.abs_().amax(-1)
+        )
 
     def lattice(self, scales: Scales, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         """(1 / (s / E), 0 where s = 0;  s;  amax)"""
         s = E4M3.decode(scales.scale.view(torch.uint8))
-        inverse = (s * self.encode_multiplier(scales.global_scale).reciprocal()).reciprocal().masked_fill(s == 0, 0)
+        inverse = (
+            (s * self.encode_multiplier(scales.global_scale).reciprocal())
+            .reciprocal()
+            .masked_fill(s == 0, 0)
+        )
         return inverse, s, scales.global_scale.expand_as(s)
 
-    def snap(self, x: Tensor, inverse: Tensor, s: Tensor, amax: Tensor, out: Tensor | None = None) -> Tensor:
+    def snap(
+        self, x: Tensor, inverse: Tensor, s: Tensor, amax: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         return self._value(self.grid.round_(torch.mul(x, inverse, out=out), self.fp4_ties), s, amax)
 
     def _value(self, q: Tensor, s: Tensor, amax: Tensor) -> Tensor:

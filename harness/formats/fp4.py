@@ -26,7 +26,9 @@ class FP4(Floating):
         super().__post_init__()
         self._choose("scale_dtype", *SCALE_DTYPES, "input")
 
-    def _store(self, peak: Tensor, a: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Scales:
+    def _store(
+        self, peak: Tensor, a: Tensor, global_scale: Tensor | None, dtype: torch.dtype
+    ) -> Scales:
         s = a.to(dtype if self.scale_dtype == "input" else SCALE_DTYPES[self.scale_dtype])
         return Scales(s.masked_fill(s == 0, 1))
 

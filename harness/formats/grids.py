@@ -36,7 +36,9 @@ class Grid:
         if x.dtype != torch.float32:
             return x.copy_(self.round_(x.float(), ties))
         x.clamp_(-self.max, self.max)
-        power = x.view(torch.int32).bitwise_and(EXPONENT).view(torch.float32).clamp_(min=2.0**self.emin)
+        power = (
+            x.view(torch.int32).bitwise_and(EXPONENT).view(torch.float32).clamp_(min=2.0**self.emin)
+        )
         if ties == "even":
             shift = 1.5 * 2.0 ** (23 - self.mantissa)
             return x.add_(power, alpha=shift).sub_(power, alpha=shift)
@@ -50,7 +52,9 @@ class Grid:
     def encode(self, q: Tensor, negative: Tensor) -> Tensor:
         """Bit patterns (uint8) of grid values q; the sign bit is taken from the boolean tensor `negative`."""
         a = q.abs().float()
-        normal = (a.view(torch.int32) >> (23 - self.mantissa)) - ((126 + self.emin) << self.mantissa)
+        normal = (a.view(torch.int32) >> (23 - self.mantissa)) - (
+            (126 + self.emin) << self.mantissa
+        )
         subnormal = (a * 2.0 ** (self.mantissa - self.emin)).int()
         code = torch.where(a < 2.0**self.emin, subnormal, normal).to(torch.uint8)
         return code.bitwise_or_(negative.to(torch.uint8) << (self.bits - 1))

@@ -72,13 +72,19 @@ class Integer(Format):
         self._choose("degenerate", "auto", "eps", "one")
         self._choose("range", "dynamic", "static")
         if self.range == "static" and (self.role, self.granularity) != ("activation", "tensor"):
-            raise ConfigError(f"Integer: range=static with role={self.role} and granularity={self.granularity}: only an "
-                              "activation with granularity=tensor has a calibrated range; set range=dynamic.")
+            raise ConfigError(
+                f"Integer: range=static with role={self.role} and granularity={self.granularity}: only an "
+                "activation with granularity=tensor has a calibrated range; set range=dynamic."
+            )
         if self.signed and not self.symmetric and self.incl0 == "never":
-            raise ConfigError("Integer: incl0=never with zp_range=signed: a signed zero point is a code, "
-                              "so 0 lies in every range; set incl0=auto, or zp_range=unsigned.")
+            raise ConfigError(
+                "Integer: incl0=never with zp_range=signed: a signed zero point is a code, "
+                "so 0 lies in every range; set incl0=auto, or zp_range=unsigned."
+            )
         if self.symmetric and self.zp == "float_offset":
-            raise ConfigError("Integer: zp=float_offset needs symmetric=false; a symmetric grid has no offset.")
+            raise ConfigError(
+                "Integer: zp=float_offset needs symmetric=false; a symmetric grid has no offset."
+            )
 
     @property
     def unread(self) -> tuple[str, ...]:
@@ -134,8 +140,10 @@ class Integer(Format):
 
     def _global(self, x: Tensor, given: Tensor | None) -> Tensor | None:
         if self.needs_static and given is None:
-            raise ConfigError("Integer: range=static needs a calibrated range and got none; calibrate activations, or set "
-                              "range=dynamic.")
+            raise ConfigError(
+                "Integer: range=static needs a calibrated range and got none; calibrate activations, or set "
+                "range=dynamic."
+            )
         return given if self.needs_static else None
 
     def _extremes(self, blocks: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -153,7 +161,10 @@ class Integer(Format):
             hi = hi.clamp(min=FLOOR) if self.role == "weight" else hi
         elif self.degenerate == "auto" and self.zp == "rounded":
             constant = lo == hi  # has no range of its own; one that reaches to zero represents it
-            lo, hi = torch.where(constant, lo.clamp(max=0), lo), torch.where(constant, hi.clamp(min=0), hi)
+            lo, hi = (
+                torch.where(constant, lo.clamp(max=0), lo),
+                torch.where(constant, hi.clamp(min=0), hi),
+            )
             empty = (lo == 0) & (hi == 0)
             lo, hi = lo.masked_fill(empty, -1), hi.masked_fill(empty, 1)
         return lo, hi
@@ -196,7 +207,9 @@ class Integer(Format):
         blocks = blocks.to(self._compute(dtype))
         lo, hi = self._extremes(blocks, global_scale)
         s = self._step(lo, hi)
-        floored = self.zp == "float_offset" or (self.degenerate == "auto" and self.role == "weight" and not self.symmetric)
+        floored = self.zp == "float_offset" or (
+            self.degenerate == "auto" and self.role == "weight" and not self.symmetric
+        )
         if floored:
             s = over((hi - lo).clamp(min=FLOOR), 2**self.bits - 1)
         found = self._parameters(lo, s, dtype)
@@ -205,7 +218,9 @@ class Integer(Format):
         zero = None if self.symmetric else found[1].float() + 0.0
         return Scales(found[0].to(self._storage(dtype)), zero)
 
-    def _candidates(self, blocks: Tensor, lo: Tensor, hi: Tensor, s: Tensor, stored: torch.dtype) -> Iterator:
+    def _candidates(
+        self, blocks: Tensor, lo: Tensor, hi: Tensor, s: Tensor, stored: torch.dtype
+    ) -> Iterator:
         for p in self.mse.factors:
             if self.mse.shrink == "range":
                 found = self._parameters(p * lo, self._step(p * lo, p * hi), stored)
@@ -220,7 +235,9 @@ class Integer(Format):
         stored = (scales.scale,) if scales.zero is None else (scales.scale, scales.zero)
         return tuple(t.to(dtype) for t in stored)
 
-    def _level(self, x: Tensor, s: Tensor, z: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def _level(
+        self, x: Tensor, s: Tensor, z: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """The code of x as a float. RNE may leave -0, which no integer is: adding 0 makes it +0."""
         if self.zp == "float_offset":
             q = torch.sub(x, z, out=out).div_(s).round_()

@@ -47,8 +47,10 @@ class MX(Floating):
         self._choose("mx_scale", "floor", "ceil", "even", "rceil", "fpquant")
         self._choose("mx_even_mbits", "element", 1)
         if self.group_size != 32:
-            raise ConfigError(f"MX: group_size={self.group_size} is not legal: an MX block has 32 elements "
-                              "(granularity=group, group_size=32); FP4 takes other groups.")
+            raise ConfigError(
+                f"MX: group_size={self.group_size} is not legal: an MX block has 32 elements "
+                "(granularity=group, group_size=32); FP4 takes other groups."
+            )
 
     @property
     def unread(self) -> tuple[str, ...]:
@@ -58,7 +60,9 @@ class MX(Floating):
     def grid(self) -> Grid:
         return GRIDS[self.element]
 
-    def _store(self, peak: Tensor, a: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Scales:
+    def _store(
+        self, peak: Tensor, a: Tensor, global_scale: Tensor | None, dtype: torch.dtype
+    ) -> Scales:
         if self.mx_scale == "rceil":
             bits = over(peak.float(), self.grid.max).view(torch.int32)
             k = torch.where(bits <= 1 << 22, 0, (bits + 0x7FFFFF) >> 23)

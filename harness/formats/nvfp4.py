@@ -45,14 +45,20 @@ class NVFP4(Floating):
         number(f"{name}: fixed_decode_scale", self.fixed_decode_scale, TINY, 1 / TINY)
         self._choose("scope", "tensor", "token", "static")
         if self.group_size != 16:
-            raise ConfigError(f"{name}: group_size={self.group_size} is not legal: an NVFP4 block has 16 elements "
-                              "(granularity=group, group_size=16); FP4 takes other groups.")
+            raise ConfigError(
+                f"{name}: group_size={self.group_size} is not legal: an NVFP4 block has 16 elements "
+                "(granularity=group, group_size=16); FP4 takes other groups."
+            )
         if self.role == "weight" and self.scope != "tensor":
-            raise ConfigError(f"{name}: scope={self.scope} is for activations; a weight has scope=tensor.")
+            raise ConfigError(
+                f"{name}: scope={self.scope} is for activations; a weight has scope=tensor."
+            )
 
     @property
     def unread(self) -> tuple[str, ...]:
-        muted = {"fixed": ["scope"], "none": ["scope", "fixed_decode_scale"]}.get(self.global_scale, ["fixed_decode_scale"])
+        muted = {"fixed": ["scope"], "none": ["scope", "fixed_decode_scale"]}.get(
+            self.global_scale, ["fixed_decode_scale"]
+        )
         return (*super().unread, *muted)
 
     @property
@@ -77,7 +83,9 @@ class NVFP4(Floating):
             return over(torch.ones((1,), device=amax.device), self._decode_scale)
         # As the reference computes it: a true division would often differ in the last bit.
         reach = 256 if self.global_scale == "amax_256" else E4M3.max
-        g = amax.to(self._compute(amax.dtype)).clamp(min=TINY).reciprocal() * (reach * self.grid.max)
+        g = amax.to(self._compute(amax.dtype)).clamp(min=TINY).reciprocal() * (
+            reach * self.grid.max
+        )
         return g.masked_fill(g.isinf(), 1).float()
 
     @property
@@ -88,11 +96,15 @@ class NVFP4(Floating):
         if given is not None:
             return given.reshape(1) if given.numel() == 1 and self.scope != "token" else given
         if self.needs_static:
-            raise ConfigError(f"{type(self).__name__}: scope=static needs a calibrated global scale and got none; "
-                              "calibrate activations, or set scope=tensor or scope=token.")
+            raise ConfigError(
+                f"{type(self).__name__}: scope=static needs a calibrated global scale and got none; "
+                "calibrate activations, or set scope=tensor or scope=token."
+            )
         if self.global_scale in ("fixed", "none"):
             return self.global_from_amax(x.new_zeros(1))
-        return self.global_from_amax(x.abs().amax(-1, keepdim=True) if self.scope == "token" else x.abs().amax())
+        return self.global_from_amax(
+            x.abs().amax(-1, keepdim=True) if self.scope == "token" else x.abs().amax()
+        )
 
     # block scales
 

@@ -58,7 +58,9 @@ class MSE:
     def factors(self) -> list[float]:
         """The shrink factors p_i in the order they are tried."""
         if self.shrink == "scale":
-            return [self.expand * (1 - i * self.maxshrink / self.grid) for i in range(int(self.grid))]
+            return [
+                self.expand * (1 - i * self.maxshrink / self.grid) for i in range(int(self.grid))
+            ]
         return [self.expand * (1 - i / self.grid) for i in range(int(self.maxshrink * self.grid))]
 
 
@@ -75,7 +77,12 @@ def error(x: Tensor, dq: Tensor, norm: float) -> Tensor:
     return (dq - x).abs_().pow_(norm).sum(-1)
 
 
-def search(x: Tensor, start: tuple[Tensor, ...], candidates: Iterable[tuple[tuple[Tensor, ...], Tensor]], mse: MSE):
+def search(
+    x: Tensor,
+    start: tuple[Tensor, ...],
+    candidates: Iterable[tuple[tuple[Tensor, ...], Tensor]],
+    mse: MSE,
+):
     """Parameters of least error per group.
 
     x: [*lead, groups, group]. start: parameters [*lead, groups] kept where no candidate has a finite error.

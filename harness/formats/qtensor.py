@@ -23,7 +23,9 @@ class CodeFormat(Protocol):
     zero_bits: int
     signed: bool
 
-    def decode(self, codes: Tensor, scales: Scales, dtype: torch.dtype = torch.float32) -> Tensor: ...
+    def decode(
+        self, codes: Tensor, scales: Scales, dtype: torch.dtype = torch.float32
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class Scales:
     global_scale: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return {
+            f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None
+        }
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ class QTensor:
         """Stored bits: codes, scales, zero points (as wide as a code where they are integers) and global scales."""
         stored = self.codes.numel() * self.format.bits
         for name, t in self.scales.tensors().items():
-            stored += t.numel() * (self.format.zero_bits if name == "zero" else 8 * t.element_size())
+            stored += t.numel() * (
+                self.format.zero_bits if name == "zero" else 8 * t.element_size()
+            )
         return stored
 
     def state(self) -> dict[str, Tensor]:
@@ -73,10 +79,25 @@ class QTensor:
         return {"codes": codes, **self.scales.tensors()}
 
     @classmethod
-    def from_state(cls, format: CodeFormat, state: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> QTensor:
+    def from_state(
+        cls,
+        format: CodeFormat,
+        state: Mapping[str, Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> QTensor:
         """Inverse of `state`; shape and dtype are those of the original tensor."""
-        codes = unpack_nibbles(state["codes"], shape[-1], format.signed) if format.bits <= 4 else state["codes"]
-        return cls(codes.view(shape), Scales(**{k: t for k, t in state.items() if k != "codes"}), format, dtype)
+        codes = (
+            unpack_nibbles(state["codes"], shape[-1], format.signed)
+            if format.bits <= 4
+            else state["codes"]
+        )
+        return cls(
+            codes.view(shape),
+            Scales(**{k: t for k, t in state.items() if k != "codes"}),
+            format,
+            dtype,
+        )
 
     def to(self, device: torch.device | str) -> QTensor:
         scales = Scales(**{k: t.to(device) for k, t in self.scales.tensors().items()})

@@ -83,16 +83,25 @@ class Scheme:
     weight: Format | None = None
     act: Format | None = None
     kv: KVCache | None = None
-    overrides: Mapping[tuple[int | None, str], Mapping[str, Format | None]] = field(default_factory=dict)
+    overrides: Mapping[tuple[int | None, str], Mapping[str, Format | None]] = field(
+        default_factory=dict
+    )
 
     def __post_init__(self):
-        for where, parts in (("format", {"weight": self.weight, "act": self.act}), *self.overrides.items()):
+        for where, parts in (
+            ("format", {"weight": self.weight, "act": self.act}),
+            *self.overrides.items(),
+        ):
             for part, format in parts.items():
                 if part not in ("weight", "act"):
-                    raise ConfigError(f"format.overrides: {where}.{part} is not a part; choose weight or act")
+                    raise ConfigError(
+                        f"format.overrides: {where}.{part} is not a part; choose weight or act"
+                    )
                 role = {"weight": "weight", "act": "activation"}[part]
                 if format is not None and format.role != role:
-                    raise ConfigError(f"{where}.{part}.role={format.role} is not legal; set {where}.{part}.role={role}")
+                    raise ConfigError(
+                        f"{where}.{part}.role={format.role} is not legal; set {where}.{part}.role={role}"
+                    )
 
     def part(self, name: str, layer: int | None, linear: str) -> Format | None:
         """The format of part `name` (weight | act) of one linear."""
@@ -103,9 +112,15 @@ class Scheme:
 
     def seen(self, *parts: str) -> "Scheme":
         """The scheme with these parts (act, kv) alone, those of overrides included: what a transform learns with."""
-        overrides = {where: {p: own[p] for p in parts if p in own} for where, own in self.overrides.items()}
-        return Scheme(self.name, act=self.act if "act" in parts else None, kv=self.kv if "kv" in parts else None,
-                      overrides=overrides)
+        overrides = {
+            where: {p: own[p] for p in parts if p in own} for where, own in self.overrides.items()
+        }
+        return Scheme(
+            self.name,
+            act=self.act if "act" in parts else None,
+            kv=self.kv if "kv" in parts else None,
+            overrides=overrides,
+        )
 
     def weights(self, layer: int | None, linears: Iterable[str]) -> dict[str, Format]:
         """{name: weight format} of those linears of a block that are quantized."""
@@ -114,7 +129,10 @@ class Scheme:
 
     def any(self, name: str) -> bool:
         """Whether part `name` (weight | act) of any linear is quantized."""
-        return any(part is not None for part in (getattr(self, name), *(x.get(name) for x in self.overrides.values())))
+        return any(
+            part is not None
+            for part in (getattr(self, name), *(x.get(name) for x in self.overrides.values()))
+        )
 
     @property
     def spans_tokens(self) -> bool:
@@ -125,4 +143,9 @@ class Scheme:
     @property
     def outside(self) -> bool:
         """Whether anything outside the blocks is quantized."""
-        return any(part is not None for (layer, _), own in self.overrides.items() if layer is None for part in own.values())
+        return any(
+            part is not None
+            for (layer, _), own in self.overrides.items()
+            if layer is None
+            for part in own.values()
+        )

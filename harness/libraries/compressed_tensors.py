@@ -20,8 +20,10 @@ def cache_refusal() -> str | None:
         attention = LlamaAttention(LlamaConfig(hidden_size=8, num_attention_heads=1), layer_idx=0)
     if is_cached_attention_module(attention):
         return None
-    return (f"compressed-tensors {version('compressed-tensors')} does not find the cache of transformers "
-            f"{version('transformers')} and would leave keys and values as they are")
+    return (
+        f"compressed-tensors {version('compressed-tensors')} does not find the cache of transformers "
+        f"{version('transformers')} and would leave keys and values as they are"
+    )
 
 
 def spans_tokens(module) -> bool:

@@ -9,7 +9,9 @@ def cached_builder(dataset: str, config: str):
 
     name = dataset.split("/")[-1]
     try:
-        return Cache(repo_id=dataset, dataset_name=name, config_name=config, version="auto", hash="auto")
+        return Cache(
+            repo_id=dataset, dataset_name=name, config_name=config, version="auto", hash="auto"
+        )
     except ValueError:
         return None
 

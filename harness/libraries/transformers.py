@@ -1,11 +1,11 @@
 """transformers, its insides: attention by name, the cache of a generation, tied weights, GGUF files.
 
-    AttentionInterface, sdpa_attention_forward, sdpa_mask    the function an attention module calls is found by a name
-    DynamicCache, DynamicLayer, Cache                        past keys and values; the argument is `cache` from 5.24 on and
-                                                             `past_key_values` before
-    all_tied_weights_keys                                    which parameters are saved once
-    _keys_to_ignore_on_load_unexpected                       what a file may hold and a model has no use for
-    load_gguf_checkpoint                                     tensors and config of a GGUF file
+AttentionInterface, sdpa_attention_forward, sdpa_mask    the function an attention module calls is found by a name
+DynamicCache, DynamicLayer, Cache                        past keys and values; the argument is `cache` from 5.24 on and
+                                                         `past_key_values` before
+all_tied_weights_keys                                    which parameters are saved once
+_keys_to_ignore_on_load_unexpected                       what a file may hold and a model has no use for
+load_gguf_checkpoint                                     tensors and config of a GGUF file
 """
 
 from __future__ import annotations

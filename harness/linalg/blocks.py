@@ -21,14 +21,18 @@ def times(x: Tensor, matrix: Tensor) -> Tensor:
     if matrix.ndim == 3 and len(matrix) == 1:
         matrix = matrix[0]
     if matrix.ndim == 3 and len(matrix) * matrix.shape[1] != x.shape[-1]:
-        raise ValueError(f"{len(matrix)} blocks of {matrix.shape[1]} do not make up {x.shape[-1]} features")
+        raise ValueError(
+            f"{len(matrix)} blocks of {matrix.shape[1]} do not make up {x.shape[-1]} features"
+        )
     rows = x.to(dtype).reshape(-1, x.shape[-1])
     if matrix.ndim == 2:
         product = rows.reshape(-1, len(matrix)) @ matrix
     elif x.device.type == "cpu":
         product = _Times.apply(rows, matrix)
     else:
-        product = torch.bmm(rows.unflatten(-1, matrix.shape[:2]).transpose(0, 1), matrix).transpose(0, 1)
+        product = torch.bmm(rows.unflatten(-1, matrix.shape[:2]).transpose(0, 1), matrix).transpose(
+            0, 1
+        )
     return product.reshape(x.shape).to(x.dtype)
 
 

@@ -21,7 +21,9 @@ from harness.linalg.paley import constructible, paley
 
 BACKENDS = ("auto", "kernel", "torch")
 DENSE = 256  # up to this order one matmul beats two smaller ones on a CPU
-KERNEL = range(8, 32769)  # orders the CUDA kernel takes; it pads what is no power of two, which would not be orthogonal
+KERNEL = range(
+    8, 32769
+)  # orders the CUDA kernel takes; it pads what is no power of two, which would not be orthogonal
 
 
 def factors(n: int) -> tuple[int, int]:
@@ -35,7 +37,11 @@ def factors(n: int) -> tuple[int, int]:
     if core is None:
         legal = [d for d in range(n // 2, 1, -1) if n % d == 0 and _core(d) is not None]
         blocks = ", ".join(map(str, [d for d in legal if d >= 16] or legal))
-        way_out = f"use blocks: {blocks}" if blocks else "no block size divides it, use a transform that is not Hadamard"
+        way_out = (
+            f"use blocks: {blocks}"
+            if blocks
+            else "no block size divides it, use a transform that is not Hadamard"
+        )
         raise ConfigError(f"no Hadamard matrix of order {n} is constructible here; {way_out}")
     return core, n // core
 
@@ -82,12 +88,20 @@ class Hadamard:
 
     def __post_init__(self) -> None:
         factors(self.n)
-        if self.signs is not None and (self.signs.shape != (self.n,) or not bool((self.signs.abs() == 1).all())):
-            raise ConfigError(f"signs must be a vector of {self.n} entries +-1, got shape {tuple(self.signs.shape)}")
+        if self.signs is not None and (
+            self.signs.shape != (self.n,) or not bool((self.signs.abs() == 1).all())
+        ):
+            raise ConfigError(
+                f"signs must be a vector of {self.n} entries +-1, got shape {tuple(self.signs.shape)}"
+            )
         if self.backend not in BACKENDS:
-            raise ConfigError(f"backend={self.backend!r} is unknown; choose from {', '.join(BACKENDS)}")
+            raise ConfigError(
+                f"backend={self.backend!r} is unknown; choose from {', '.join(BACKENDS)}"
+            )
         if self.backend == "kernel" and _kernel() is None:
-            raise ConfigError("backend='kernel' needs fast-hadamard-transform, which cannot be imported; use backend='auto'")
+            raise ConfigError(
+                "backend='kernel' needs fast-hadamard-transform, which cannot be imported; use backend='auto'"
+            )
 
     def apply(self, x: Tensor) -> Tensor:
         """x R block by block. x: `[..., blocks * n]`, any float dtype; same shape and dtype out, computed in float32 at least.
@@ -112,14 +126,24 @@ class Hadamard:
     def _rows(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x as `[rows, n]` in the dtype to compute in, and the signs beside it."""
         if x.shape[-1] % self.n:
-            raise ConfigError(f"a Hadamard block of {self.n} does not divide the last dimension {x.shape[-1]}")
+            raise ConfigError(
+                f"a Hadamard block of {self.n} does not divide the last dimension {x.shape[-1]}"
+            )
         wide = torch.promote_types(x.dtype, torch.float32)
-        return x.to(wide).reshape(-1, self.n), None if self.signs is None else self.signs.to(x.device, wide)
+        return x.to(wide).reshape(-1, self.n), None if self.signs is None else self.signs.to(
+            x.device, wide
+        )
 
     def _multiply(self, x: Tensor, transpose: bool) -> Tensor:
         """x H or x H^T for x `[rows, n]`, as A^T X B or A X B^T on `[rows, a, b]`."""
         core, power = factors(self.n)
-        fast = self.backend != "torch" and x.is_cuda and x.dtype != torch.float64 and power in KERNEL and _kernel() is not None
+        fast = (
+            self.backend != "torch"
+            and x.is_cuda
+            and x.dtype != torch.float64
+            and power in KERNEL
+            and _kernel() is not None
+        )
         a, b = (core, power) if fast else _split(self.n)
         x = x.reshape(-1, a, b)
         if fast:

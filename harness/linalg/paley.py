@@ -45,7 +45,9 @@ def paley(order: int) -> Tensor:
         conference = _bordered(_jacobsthal(*_second(order)), 1.0)
         pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
         diagonal = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
-        return torch.kron(conference, pair) + torch.kron(torch.eye(order // 2, dtype=torch.float64), diagonal)
+        return torch.kron(conference, pair) + torch.kron(
+            torch.eye(order // 2, dtype=torch.float64), diagonal
+        )
 
 
 def _first(order: int) -> tuple[int, int] | None:

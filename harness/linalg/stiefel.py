@@ -43,8 +43,13 @@ class CayleySGD(torch.optim.Optimizer):
     Raises ConfigError for an unknown method or cap, or a parameter that is not square.
     """
 
-    def __init__(self, params, lr, momentum=0.0, method="exact", cap="tensor", max_angle: float | None = None) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "method": method, "cap": cap, "max_angle": max_angle})
+    def __init__(
+        self, params, lr, momentum=0.0, method="exact", cap="tensor", max_angle: float | None = None
+    ) -> None:
+        super().__init__(
+            params,
+            {"lr": lr, "momentum": momentum, "method": method, "cap": cap, "max_angle": max_angle},
+        )
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
@@ -52,10 +57,14 @@ class CayleySGD(torch.optim.Optimizer):
         group.setdefault("base_lr", group["lr"])
         for name, choices in (("method", METHODS), ("cap", CAPS)):
             if group[name] not in choices:
-                raise ConfigError(f"{name}={group[name]!r} is unknown; choose from {', '.join(choices)}")
+                raise ConfigError(
+                    f"{name}={group[name]!r} is unknown; choose from {', '.join(choices)}"
+                )
         for x in group["params"]:
             if x.ndim < 2 or x.shape[-1] != x.shape[-2]:
-                raise ConfigError(f"Cayley SGD needs square matrices [..., n, n], got shape {tuple(x.shape)}")
+                raise ConfigError(
+                    f"Cayley SGD needs square matrices [..., n, n], got shape {tuple(x.shape)}"
+                )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -109,7 +118,9 @@ def cayley(r0: Tensor, a: Tensor) -> Tensor:
 def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
     """A Haar-distributed orthogonal matrix, float64 `[n, n]` on the generator's device."""
     # Without the sign fix QR of a Gaussian is not Haar: LAPACK's choice of reflections leaves a bias in the diagonal.
-    return qr_orth(torch.randn(n, n, generator=generator, device=generator.device, dtype=torch.float64))
+    return qr_orth(
+        torch.randn(n, n, generator=generator, device=generator.device, dtype=torch.float64)
+    )
 
 
 @torch.no_grad()

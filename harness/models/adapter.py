@@ -60,8 +60,11 @@ class Family:
 
     def widths(self, facts: Mapping) -> dict[str, int]:
         """{site: features} from the facts of a config.json. heads * head_dim need not be hidden_size (Qwen3)."""
-        sizes = {"hidden": facts["hidden_size"], "heads": facts["num_attention_heads"] * head_dim(facts),
-                 "intermediate": facts["intermediate_size"]}
+        sizes = {
+            "hidden": facts["hidden_size"],
+            "heads": facts["num_attention_heads"] * head_dim(facts),
+            "intermediate": facts["intermediate_size"],
+        }
         return {site.name: sizes[site.features] for site in self.sites}
 
     def roles(self, facts: Mapping) -> dict[str, Role]:
@@ -75,10 +78,14 @@ class Family:
                 within = [Role(layer, into.norm, "norm", writes=into.name)]
                 for name in into.linears:
                     feeds = out.name if name in out.fed_by else None
-                    within.append(Role(layer, name, "linear", into.name, reads_residual=True, writes=feeds))
+                    within.append(
+                        Role(layer, name, "linear", into.name, reads_residual=True, writes=feeds)
+                    )
                 for name in out.linears:
                     repeated = heads if out.features == "heads" else None
-                    within.append(Role(layer, name, "linear", out.name, writes="residual", heads=repeated))
+                    within.append(
+                        Role(layer, name, "linear", out.name, writes="residual", heads=repeated)
+                    )
                 roles |= {f"{self.blocks}.{layer}.{role.name}": role for role in within}
         roles[self.final_norm] = Role(None, self.final_norm, "norm", writes=HEAD_SITE)
         roles[self.head] = Role(None, self.head, "linear", HEAD_SITE, reads_residual=True)
@@ -90,12 +97,20 @@ def head_dim(facts: Mapping) -> int:
     return facts.get("head_dim") or facts["hidden_size"] // facts["num_attention_heads"]
 
 
-def shape_of(facts: Mapping, scheme: Scheme, seed: int = 0, solver: str | None = None) -> ModelShape:
+def shape_of(
+    facts: Mapping, scheme: Scheme, seed: int = 0, solver: str | None = None
+) -> ModelShape:
     """What a transform may know of a model before its weights are loaded, from the facts of its config.json."""
     heads, family = facts["num_attention_heads"], family_of(facts.get("model_type"))
     return ModelShape(
-        widths=family.widths(facts), layers=facts["num_hidden_layers"], heads=heads,
-        kv_heads=facts.get("num_key_value_heads") or heads, head_dim=head_dim(facts), scheme=scheme, seed=seed, solver=solver,
+        widths=family.widths(facts),
+        layers=facts["num_hidden_layers"],
+        heads=heads,
+        kv_heads=facts.get("num_key_value_heads") or heads,
+        head_dim=head_dim(facts),
+        scheme=scheme,
+        seed=seed,
+        solver=solver,
         readers={site.name: site.linears for site in family.sites},
     )
 
@@ -106,14 +121,22 @@ _LLAMA = Family(
         Branch(
             "self_attn",
             entry=Site(
-                "attn_in", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "hidden", norm="input_layernorm"
+                "attn_in",
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                "hidden",
+                norm="input_layernorm",
             ),
             exit=Site("o_in", ("self_attn.o_proj",), "heads", fed_by=("self_attn.v_proj",)),
             context=True,
         ),
         Branch(
             "mlp",
-            entry=Site("mlp_in", ("mlp.gate_proj", "mlp.up_proj"), "hidden", norm="post_attention_layernorm"),
+            entry=Site(
+                "mlp_in",
+                ("mlp.gate_proj", "mlp.up_proj"),
+                "hidden",
+                norm="post_attention_layernorm",
+            ),
             exit=Site("down_in", ("mlp.down_proj",), "intermediate", fed_by=("mlp.up_proj",)),
         ),
     ),
@@ -170,7 +193,11 @@ class Adapter:
 
     def open(self, layer: int | None, write: bool = False) -> AbstractContextManager:
         """Within it the weights of block `layer` are in memory; write: changes to them last. None is outside the blocks."""
-        return nullcontext() if self.offloaded is None or layer is None else self.offloaded.open(layer, write)
+        return (
+            nullcontext()
+            if self.offloaded is None or layer is None
+            else self.offloaded.open(layer, write)
+        )
 
     def name(self, index: int, linear: str) -> str:
         """The absolute name of a block-relative module."""

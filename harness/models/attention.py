@@ -68,7 +68,9 @@ class QuantizedLayer(DynamicLayer):
         super().__init__()
         self._heads = heads
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         keys, values = super().update(*self._heads.store(key_states, value_states), *args, **kwargs)
         self._heads._cached = keys
         return keys, values
@@ -108,4 +110,6 @@ def _modules(adapter: Adapter) -> list[nn.Module]:
 
 
 def _attention(module, query, key, value, attention_mask, **kwargs):
-    return sdpa_attention_forward(module, *module.heads_input(query, key, value), attention_mask, **kwargs)
+    return sdpa_attention_forward(
+        module, *module.heads_input(query, key, value), attention_mask, **kwargs
+    )

@@ -12,7 +12,13 @@ from pathlib import Path
 
 from harness.config.errors import DataError
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
@@ -24,13 +30,17 @@ def config_of(folder: Path, **origin):
     path = folder / "config.json"
     raw = read_object(path)
     if not isinstance(raw.get("model_type"), str):
-        raise DataError(f"{path}: model_type={raw.get('model_type')}: names no architecture; give a folder saved by "
-                        "save_pretrained.")
+        raise DataError(
+            f"{path}: model_type={raw.get('model_type')}: names no architecture; give a folder saved by "
+            "save_pretrained."
+        )
     refuse_sizes(str(path), raw)
     try:
         return AutoConfig.from_pretrained(folder, **origin)
     except Exception as error:  # each release validates by other classes
-        raise DataError(f"{path} cannot be read as the config of a {raw['model_type']}: {reason(error)}") from None
+        raise DataError(
+            f"{path} cannot be read as the config of a {raw['model_type']}: {reason(error)}"
+        ) from None
 
 
 def facts_of(config, where: str) -> dict:
@@ -44,11 +54,17 @@ def refuse_sizes(where: str, facts: Mapping) -> None:
     """Raise DataError for a size that is there and no positive whole number, and for heads that do not divide."""
     for key in (*SIZES, *OPTIONAL_SIZES):
         value = facts.get(key)
-        if key in facts and not (type(value) is int and value > 0) and not (value is None and key in OPTIONAL_SIZES):
+        if (
+            key in facts
+            and not (type(value) is int and value > 0)
+            and not (value is None and key in OPTIONAL_SIZES)
+        ):
             raise DataError(f"{where}: {key}={value}: needs a whole number of at least 1.")
     heads, groups = facts.get("num_attention_heads"), facts.get("num_key_value_heads")
     if heads and groups and heads % groups:
-        raise DataError(f"{where}: num_attention_heads={heads} is no multiple of num_key_value_heads={groups}.")
+        raise DataError(
+            f"{where}: num_attention_heads={heads} is no multiple of num_key_value_heads={groups}."
+        )
 
 
 def read_object(path: Path) -> dict:
@@ -56,7 +72,9 @@ def read_object(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path.parent} lacks {path.name}; copy it again, or give a folder saved by save_pretrained.") from None
+        raise DataError(
+            f"{path.parent} lacks {path.name}; copy it again, or give a folder saved by save_pretrained."
+        ) from None
     except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{path} is damaged, not JSON ({reason(error)}); copy it again.") from None
     if not isinstance(found, dict):

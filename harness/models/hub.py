@@ -67,7 +67,9 @@ class Hub(ModelSource):
                 model = skeleton(self._config, weights.files, dtype, device)
             return self.ready(model), self._tokenizer
         with self._explained():
-            model = AutoModelForCausalLM.from_pretrained(dtype=dtype, use_safetensors=True, **self._origin())
+            model = AutoModelForCausalLM.from_pretrained(
+                dtype=dtype, use_safetensors=True, **self._origin()
+            )
         return self.ready(model, device), self._tokenizer
 
     def offloaded(self, model, scratch: Path):
@@ -77,7 +79,9 @@ class Hub(ModelSource):
         if self.weights == "memory":
             return None
         adapter, files = Adapter(model), self._weights.files
-        return OffloadedBlocks(adapter.blocks, adapter.family.blocks, files, scratch, model.dtype, adapter.device)
+        return OffloadedBlocks(
+            adapter.blocks, adapter.family.blocks, files, scratch, model.dtype, adapter.device
+        )
 
     @cached_property
     def _config(self):
@@ -88,7 +92,9 @@ class Hub(ModelSource):
             if self._folder is not None:
                 return config_of(self._folder)
             offline = self._cached()
-            path = hf_hub_download(self.path, "config.json", revision=self.revision, local_files_only=offline)
+            path = hf_hub_download(
+                self.path, "config.json", revision=self.revision, local_files_only=offline
+            )
             return config_of(Path(path).parent, trust_remote_code=self.trust_remote_code)
 
     @cached_property
@@ -104,7 +110,9 @@ class Hub(ModelSource):
         with self._explained("needs a tokenizer beside its weights, which"):
             tokenizer = AutoTokenizer.from_pretrained(**self._origin())
         if not tokenizer("text")["input_ids"]:  # made of nothing where there are no files
-            raise DataError(f"model.path={self.path} needs a tokenizer beside its weights; save it there with save_pretrained")
+            raise DataError(
+                f"model.path={self.path} needs a tokenizer beside its weights; save it there with save_pretrained"
+            )
         return tokenizer
 
     def _files(self) -> Path:
@@ -114,7 +122,11 @@ class Hub(ModelSource):
         if self._folder is not None:
             return self._folder
         wanted, here = ["model*.safetensors", INDEX], self._cached()
-        return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=wanted, local_files_only=here))
+        return Path(
+            snapshot_download(
+                self.path, revision=self.revision, allow_patterns=wanted, local_files_only=here
+            )
+        )
 
     def fingerprint(self) -> str:
         if self._folder is None:
@@ -124,7 +136,9 @@ class Hub(ModelSource):
             if file.name == "config.json":
                 digest.update(file.read_bytes())
             elif file.is_file() and file.suffix != ".md":
-                digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+                digest.update(
+                    f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode()
+                )
         return f"{self._folder.resolve().name}:{digest.hexdigest()[:16]}"
 
     @property
@@ -167,8 +181,12 @@ class Hub(ModelSource):
 
     def _no_safetensors(self, files: list[str]) -> DataError:
         pickles = [file for file in files if Path(file).suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        found = f"only {pickles[0]}, and pickled weights are not opened" if pickles else "no weights"
-        return DataError(f"model.path={self.path}: no *.safetensors but {found}; save it again with save_pretrained")
+        found = (
+            f"only {pickles[0]}, and pickled weights are not opened" if pickles else "no weights"
+        )
+        return DataError(
+            f"model.path={self.path}: no *.safetensors but {found}; save it again with save_pretrained"
+        )
 
     @contextmanager
     def _explained(self, needs: str = ""):
@@ -186,7 +204,9 @@ class Hub(ModelSource):
             raise
         except DataError as error:  # of a file, which is one of this folder
             field = f"model.path={self.path}"
-            raise error if str(error).startswith(field) else DataError(f"{field}: {error}") from None
+            raise (
+                error if str(error).startswith(field) else DataError(f"{field}: {error}")
+            ) from None
         except Exception as error:  # the client's HTTP library, and with it its error classes, has changed over time
             causes = [error, error.__cause__, error.__context__]
             if any(isinstance(cause, GatedRepoError) for cause in causes):

@@ -30,7 +30,11 @@ def swap(adapter: Adapter) -> None:
     swapped already, in a model from a checkpoint, stays as it is."""
     for index, block in enumerate(adapter.blocks):
         for site in adapter.family.sites:
-            linears = {n: linear for n, linear in adapter.linears(index, site).items() if not isinstance(linear, QuantLinear)}
+            linears = {
+                n: linear
+                for n, linear in adapter.linears(index, site).items()
+                if not isinstance(linear, QuantLinear)
+            }
             shared = SiteInput(len(linears))
             for name, linear in linears.items():
                 block.set_submodule(name, _quant_linear(linear, shared))
@@ -75,7 +79,11 @@ def place(adapter: Adapter, placement: Placement) -> None:
     if head is not None:
         swap_head(adapter)
     for layer, roles in _by_layer(adapter):
-        changed = [name for name, role in roles.items() if placement.reading(role) or placement.writing(role)]
+        changed = [
+            name
+            for name, role in roles.items()
+            if placement.reading(role) or placement.writing(role)
+        ]
         with adapter.open(layer, write=True) if changed else nullcontext():
             for name in changed:
                 for part in ("weight", "bias"):
@@ -96,7 +104,9 @@ def attach_online(adapter: Adapter, placement: Placement) -> None:
         if codec is not None and module.site not in attached:
             attached.add(module.site)
             codec = _ready(codec, adapter)
-            module.site.codec = codec if module.site.codec is None else Chain([module.site.codec, codec])
+            module.site.codec = (
+                codec if module.site.codec is None else Chain([module.site.codec, codec])
+            )
     if placement.query_key is not None:
         codec = _ready(placement.query_key, adapter)
         for heads in attach(adapter):

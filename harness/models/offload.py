@@ -31,7 +31,9 @@ def read(names: Mapping[str, Path], dtype: torch.dtype, device) -> dict[str, Ten
             for name, where in names.items():
                 if where == path:
                     tensor = file.get_tensor(name)
-                    tensors[name] = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+                    tensors[name] = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(
+                        tensor
+                    )
     return tensors
 
 
@@ -43,7 +45,9 @@ def skeleton(config, files: Mapping[str, Path], dtype: torch.dtype, device) -> n
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     blocks = f"{family_of(config.model_type).blocks}."
-    for name, module in list(model.named_modules()):  # what is computed from the config, not stored: the rotary table
+    for name, module in list(
+        model.named_modules()
+    ):  # what is computed from the config, not stored: the rotary table
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             model.set_submodule(name, type(module)(config=config).to(device))
     head = tied_names(model) if config.tie_word_embeddings else {}
@@ -52,7 +56,10 @@ def skeleton(config, files: Mapping[str, Path], dtype: torch.dtype, device) -> n
     for name, tensor in tensors.items():
         refuse_nonfinite(name, tensor)
         assign(model, name, tensor)
-    if head and all(name not in tensors or torch.equal(tensors[name], tensors[source]) for name, source in head.items()):
+    if head and all(
+        name not in tensors or torch.equal(tensors[name], tensors[source])
+        for name, source in head.items()
+    ):
         model.tie_weights()
     return model
 
@@ -70,19 +77,30 @@ class OffloadedBlocks:
     """The blocks of a skeleton. files: {absolute name: file}; prefix: of the blocks' names; scratch: folder for changed ones,
     emptied at once and by `close`."""
 
-    def __init__(self, blocks: nn.ModuleList, prefix: str, files: Mapping[str, Path], scratch: Path, dtype: torch.dtype,
-                 device: torch.device):
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        prefix: str,
+        files: Mapping[str, Path],
+        scratch: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
         self.blocks, self.scratch, self.dtype, self.device = blocks, scratch, dtype, device
         self.files = []
         for index, block in enumerate(blocks):
-            own = [f"{prefix}.{index}.{name}" for name in block.state_dict()]  # a file may hold more, such as old rotary tables
+            own = [
+                f"{prefix}.{index}.{name}" for name in block.state_dict()
+            ]  # a file may hold more, such as old rotary tables
             self.files.append({name: files[name] for name in own if name in files})
         self.prefix = prefix
         self._users = [0] * len(blocks)
         self.close()
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(lambda *_, index=index: self._take(index))
-            block.register_forward_hook(lambda *_, index=index: self._put_back(index), always_call=True)
+            block.register_forward_hook(
+                lambda *_, index=index: self._put_back(index), always_call=True
+            )
 
     def close(self) -> None:
         """Remove the scratch folder."""
@@ -121,7 +139,10 @@ class OffloadedBlocks:
     def _save(self, index: int) -> None:
         self.scratch.mkdir(parents=True, exist_ok=True)
         start = f"{self.prefix}.{index}."
-        save_file({start + name: tensor.contiguous() for name, tensor in self._tensors(index).items()}, self._changed(index))
+        save_file(
+            {start + name: tensor.contiguous() for name, tensor in self._tensors(index).items()},
+            self._changed(index),
+        )
 
     def _tensors(self, index: int) -> dict[str, Tensor]:
         """{block-relative name: tensor} of what the files hold, as it is now."""

@@ -38,10 +38,14 @@ class SiteInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._seen is not x:
-            with torch.autocast(x.device.type, enabled=False):  # rotations and rounding have a precision of their own
+            with torch.autocast(
+                x.device.type, enabled=False
+            ):  # rotations and rounding have a precision of their own
                 y = self.encode(x)
                 if self.format is not None:
-                    y = self.format.fake(y, ste=torch.is_grad_enabled(), global_scale=self.global_scale)
+                    y = self.format.fake(
+                        y, ste=torch.is_grad_enabled(), global_scale=self.global_scale
+                    )
                 if self.decoder is not None:
                     y = self.decoder.decode(y)
             self._seen, self._read, self._left = x, y, self.readers

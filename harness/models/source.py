@@ -34,7 +34,9 @@ class ModelSource:
     amp: str | None = None
     trust_remote_code: bool = False
     license: str | None = None
-    quantized: ClassVar[bool] = False  # whether it is to be measured as it is, for quantizing it again would mean nothing
+    quantized: ClassVar[bool] = (
+        False  # whether it is to be measured as it is, for quantizing it again would mean nothing
+    )
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
@@ -42,7 +44,9 @@ class ModelSource:
         if self.amp not in AMPS:
             raise ConfigError(f"model.amp={self.amp}: choose null or bfloat16")
         if not isinstance(self.trust_remote_code, bool):
-            raise ConfigError(f"model.trust_remote_code={self.trust_remote_code}: choose true or false")
+            raise ConfigError(
+                f"model.trust_remote_code={self.trust_remote_code}: choose true or false"
+            )
 
     def check(self) -> None:
         """Raise ConfigError or DataError if the model cannot be had. Reads no weights."""
@@ -74,7 +78,9 @@ class ModelSource:
         """The loaded model as every caller wants it: in evaluation mode, without KV cache, on `device` (None: where it is)."""
         model.config.use_cache = False
         if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-            model.config.tie_word_embeddings = False  # a file may hold a head of its own, whatever its config says
+            model.config.tie_word_embeddings = (
+                False  # a file may hold a head of its own, whatever its config says
+            )
         return (model if device is None else model.to(device)).eval()
 
 
@@ -90,7 +96,9 @@ def untie(model) -> bool:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
     if tied:
-        head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), embedding.weight.requires_grad)
+        head.weight = torch.nn.Parameter(
+            embedding.weight.detach().clone(), embedding.weight.requires_grad
+        )
     model.config.tie_word_embeddings = False
     untie_names(model)
     return tied
@@ -107,4 +115,6 @@ def refuse_nonfinite(name: str, tensor) -> None:
     """Raise DataError if a model's tensor holds NaN or an infinity."""
     if tensor.is_floating_point() and not tensor.isfinite().all():
         count = int((~tensor.isfinite()).sum())
-        raise DataError(f"the model's weight {name} holds {count} values that are NaN or infinite; the file is damaged")
+        raise DataError(
+            f"the model's weight {name} holds {count} values that are NaN or infinite; the file is damaged"
+        )

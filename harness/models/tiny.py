@@ -60,7 +60,9 @@ class Tiny(ModelSource):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.for_model(**self.facts())
-        with torch.random.fork_rng(devices=[]):  # transformers initializes from the global generator
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # transformers initializes from the global generator
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
@@ -70,7 +72,9 @@ class Tiny(ModelSource):
                     parameter.copy_(1 + 0.2 * noise)
                 else:
                     parameter.copy_((0.1 if name.endswith(".bias") else 0.05) * noise)
-        if self.dtype == "bfloat16":  # of weights only: the rotary table stays float32 in models that are read from files too
+        if (
+            self.dtype == "bfloat16"
+        ):  # of weights only: the rotary table stays float32 in models that are read from files too
             for parameter in model.parameters():
                 parameter.data = parameter.data.bfloat16()
         return self.ready(model, device), byte_tokenizer()
@@ -85,7 +89,11 @@ def byte_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE({letter: index for index, letter in enumerate(alphabet)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL
+    )

@@ -21,7 +21,9 @@ from harness.transforms import Placement
 
 
 @contextmanager
-def unmerged(adapter: Adapter, placement: Placement, scheme: Scheme | None = None) -> Iterator[None]:
+def unmerged(
+    adapter: Adapter, placement: Placement, scheme: Scheme | None = None
+) -> Iterator[None]:
     """Within it the swapped model runs with `placement` applied to activations and, with a scheme, with activations and the
     KV cache quantized (straight-through; scales that would be calibrated follow each tensor). Undone on leaving.
 
@@ -31,7 +33,9 @@ def unmerged(adapter: Adapter, placement: Placement, scheme: Scheme | None = Non
     for name, role in adapter.roles.items():
         module = adapter.model.get_submodule(name)
         if role.kind in ("embedding", "norm") and (encoder := placement.writing(role)) is not None:
-            handles.append(module.register_forward_hook(lambda _, args, y, encoder=encoder: encoder.encode(y)))
+            handles.append(
+                module.register_forward_hook(lambda _, args, y, encoder=encoder: encoder.encode(y))
+            )
         elif role.kind == "linear" and isinstance(module, QuantLinear):
             module.encoder = placement.writing(role)
             module.site.codec = placement.encoder(role.layer, role.reads)
@@ -42,7 +46,11 @@ def unmerged(adapter: Adapter, placement: Placement, scheme: Scheme | None = Non
             else:
                 module.site.decoder = placement.reading(role)
         elif role.kind == "linear" and placement.residual is not None:
-            handles.append(module.register_forward_pre_hook(lambda _, args: (placement.residual.decode(args[0]), *args[1:])))
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _, args: (placement.residual.decode(args[0]), *args[1:])
+                )
+            )
     kv = None if scheme is None else scheme.kv
     before = attention_name(adapter.model.config)
     attached = attach(adapter) if placement.query_key is not None or kv is not None else []
@@ -55,7 +63,9 @@ def unmerged(adapter: Adapter, placement: Placement, scheme: Scheme | None = Non
             handle.remove()
         for module in adapter.model.modules():
             if isinstance(module, QuantLinear):
-                module.encoder = module.decoder = module.site.codec = module.site.decoder = module.site.format = None
+                module.encoder = module.decoder = module.site.codec = module.site.decoder = (
+                    module.site.format
+                ) = None
         for heads in attached:
             heads.codec = heads.format = None
         if attached and before != NAME:

@@ -20,7 +20,12 @@ from pathlib import Path
 from harness.config.errors import DataError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors and torch call them
+FLOATS = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+}  # as safetensors and torch call them
 SHOWN = 3  # names in a message
 
 
@@ -40,7 +45,9 @@ def weight_files(folder: Path) -> list[Path]:
     names = shard_names(folder / INDEX)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise DataError(f"{folder} lacks {_some(missing)} of its {len(names)} weight files; copy it again.")
+        raise DataError(
+            f"{folder} lacks {_some(missing)} of its {len(names)} weight files; copy it again."
+        )
     return [folder / name for name in names]
 
 
@@ -49,16 +56,26 @@ def shard_names(index: Path) -> list[str]:
     try:
         found = json.loads(index.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{index.parent} holds neither {SINGLE} nor {INDEX}; give a folder saved by save_pretrained.") from None
+        raise DataError(
+            f"{index.parent} holds neither {SINGLE} nor {INDEX}; give a folder saved by save_pretrained."
+        ) from None
     except ValueError:
         raise DataError(f"{index} is not JSON; copy it again.") from None
     names = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise DataError(f"{index}: weight_map is to say which file holds which tensor; copy it again.")
+    if (
+        not isinstance(names, dict)
+        or not names
+        or not all(isinstance(name, str) for name in names.values())
+    ):
+        raise DataError(
+            f"{index}: weight_map is to say which file holds which tensor; copy it again."
+        )
     for name in sorted(set(names.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise DataError(f"{index}: weight_map names {name}, which is no safetensors file of this folder; a checkpoint "
-                            "keeps its weights beside its config.json.")
+            raise DataError(
+                f"{index}: weight_map names {name}, which is no safetensors file of this folder; a checkpoint "
+                "keeps its weights beside its config.json."
+            )
     return sorted(set(names.values()))
 
 
@@ -73,7 +90,9 @@ def stored(files: Iterable[Path]) -> dict[str, Stored]:
             with safe_open(path, "np") as file:
                 for name in file.keys():  # noqa: SIM118
                     if name in found:
-                        raise DataError(f"{path} and {found[name].file.name} both hold {name}; keep one of them.")
+                        raise DataError(
+                            f"{path} and {found[name].file.name} both hold {name}; keep one of them."
+                        )
                     part = file.get_slice(name)
                     found[name] = Stored(path, part.get_dtype(), tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
@@ -105,8 +124,10 @@ def weights_of(folder: Path, config) -> Weights:
     """The weights of a folder for a model of this config (transformers'), compared by name, dtype and shape. Reads no tensor;
     raises DataError where they are not those of an unquantized model of that config."""
     if getattr(config, "quantization_config", None) is not None:
-        raise DataError(f"{folder / 'config.json'}: quantization_config says that the weights are quantized; measure it with "
-                        "model=checkpoint, or give the unquantized model.")
+        raise DataError(
+            f"{folder / 'config.json'}: quantization_config says that the weights are quantized; measure it with "
+            "model=checkpoint, or give the unquantized model."
+        )
     from harness.libraries.transformers import tied_names
 
     found = stored(weight_files(folder))
@@ -116,11 +137,15 @@ def weights_of(folder: Path, config) -> Weights:
     optional = tied_names(model) if config.tie_word_embeddings else {}
     missing = [name for name in expected if name not in found and name not in optional]
     if missing:
-        raise DataError(f"{folder} lacks the weights {_some(missing)} of its {config.num_hidden_layers} layers.")
+        raise DataError(
+            f"{folder} lacks the weights {_some(missing)} of its {config.num_hidden_layers} layers."
+        )
     for name in expected:
         if name in found and found[name].shape != tuple(expected[name].shape):
-            raise DataError(f"{found[name].file}: {name} has shape {list(found[name].shape)}, and config.json asks for "
-                            f"{list(expected[name].shape)}; one of them is of another model.")
+            raise DataError(
+                f"{found[name].file}: {name} has shape {list(found[name].shape)}, and config.json asks for "
+                f"{list(expected[name].shape)}; one of them is of another model."
+            )
     warnings = _left_over(folder, model, [name for name in found if name not in expected])
     first = next((FLOATS[each.dtype] for each in found.values()), "float32")
     dtype = first if config.dtype is None else str(config.dtype).removeprefix("torch.")
@@ -131,8 +156,10 @@ def _refuse_codes(folder: Path, found: Mapping[str, Stored]) -> None:
     codes = [name for name, each in found.items() if each.dtype not in FLOATS]
     if codes:
         kinds = ", ".join(sorted({found[name].dtype for name in codes}))
-        raise DataError(f"{folder}: {_some(codes)} are stored as {kinds}: codes of a quantized model, which are no weights; "
-                        "give the unquantized model, or one that it was dequantized to.")
+        raise DataError(
+            f"{folder}: {_some(codes)} are stored as {kinds}: codes of a quantized model, which are no weights; "
+            "give the unquantized model, or one that it was dequantized to."
+        )
 
 
 def _left_over(folder: Path, model, names: list[str]) -> tuple[str, ...]:
@@ -140,13 +167,17 @@ def _left_over(folder: Path, model, names: list[str]) -> tuple[str, ...]:
     from harness.libraries.transformers import unused
 
     known = set(unused(model, names))
-    names = [name for name in names if name not in known and not name.endswith("rotary_emb.inv_freq")]
+    names = [
+        name for name in names if name not in known and not name.endswith("rotary_emb.inv_freq")
+    ]
     modules = {name for name, _ in model.named_modules() if name}
     layers = {name.rpartition(".")[0] for name in modules if name.rpartition(".")[2].isdigit()}
     inside = [name for name in names if name.rpartition(".")[0] in modules or _owner(name, layers)]
     if inside:
-        raise DataError(f"{folder}: no parameter of the model takes {_some(inside)}; its config.json says less than its files "
-                        "hold (num_hidden_layers, or how it is quantized).")
+        raise DataError(
+            f"{folder}: no parameter of the model takes {_some(inside)}; its config.json says less than its files "
+            "hold (num_hidden_layers, or how it is quantized)."
+        )
     return (f"no parameter of the model takes {_some(names)}",) if names else ()
 
 

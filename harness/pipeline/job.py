@@ -42,8 +42,14 @@ class Outcome:
     error: str | None = None
 
 
-def execute(cfg, choices: Mapping[str, str | None], sweep: str | None = None, reporter: Reporter | None = None,
-            command: str | None = None, overrides: Sequence[str] = ()) -> Outcome:
+def execute(
+    cfg,
+    choices: Mapping[str, str | None],
+    sweep: str | None = None,
+    reporter: Reporter | None = None,
+    command: str | None = None,
+    overrides: Sequence[str] = (),
+) -> Outcome:
     """Run what `cfg` describes, or find it done. Raises ConfigError or DataError before anything is written when it cannot
     begin; an error after that is recorded in the run directory and returned. command: the line that runs it again; overrides:
     what it says of settings."""
@@ -89,17 +95,44 @@ class Job:
     plan, parts (build.py), store, run, reporter, tracker; scratch: a folder that goes away at the end.
     """
 
-    def __init__(self, plan: Plan, parts, store: Store, run: Run, reporter: Reporter, command: str | None = None):
-        self.plan, self.parts, self.store, self.run, self.reporter = plan, parts, store, run, reporter
+    def __init__(
+        self,
+        plan: Plan,
+        parts,
+        store: Store,
+        run: Run,
+        reporter: Reporter,
+        command: str | None = None,
+    ):
+        self.plan, self.parts, self.store, self.run, self.reporter = (
+            plan,
+            parts,
+            store,
+            run,
+            reporter,
+        )
         self.offloaded, self.scratch, self.placements = None, run.path / "scratch", []
         if plan.settings["force"]:
             run.forget()
         self.metrics = {
-            "run_id": plan.run_id, "quant_id": plan.quant_id, "baseline_id": plan.baseline_id, "status": "running",
-            "choices": plan.choices, "command": command, "marks": {}, "stages": {}, "bits_per_weight": None, "seconds": {},
-            "peak_memory_mb": None, "layers": [], "warnings": parts.warnings, "notes": {},
+            "run_id": plan.run_id,
+            "quant_id": plan.quant_id,
+            "baseline_id": plan.baseline_id,
+            "status": "running",
+            "choices": plan.choices,
+            "command": command,
+            "marks": {},
+            "stages": {},
+            "bits_per_weight": None,
+            "seconds": {},
+            "peak_memory_mb": None,
+            "layers": [],
+            "warnings": parts.warnings,
+            "notes": {},
         }
-        if plan.model.quantized:  # the run quantizes nothing; what it measures was quantized by these
+        if (
+            plan.model.quantized
+        ):  # the run quantizes nothing; what it measures was quantized by these
             self.metrics["holds"] = held(Path(plan.settings["model"]["path"]).expanduser())
 
     def outcome(self, sweep: str | None) -> Outcome:
@@ -136,8 +169,10 @@ class Job:
         with device(self.plan.settings["device"], self.store.root / "_shared" / "devices") as found:
             chosen, expected = self.plan.settings["device"], self.plan.device_kind
             if found.type != expected:  # the run's id says otherwise
-                raise ConfigError(f"device={chosen}: the machine has {expected}, torch computes on {found.type}; set "
-                                  f"device={found.type}.")
+                raise ConfigError(
+                    f"device={chosen}: the machine has {expected}, torch computes on {found.type}; set "
+                    f"device={found.type}."
+                )
             self.run.set_environment(compute=described(found))
             self._compute_on(found)
 
@@ -158,24 +193,42 @@ class Job:
             assert_finite(model)
             self.offloaded = plan.model.offloaded(model, self.scratch)
             adapter = Adapter(model, self.offloaded)
-            chosen, read = plan.evaluation, {c.name: measure.tokens(self, c, "evaluation") for c in plan.corpora}
-            self.texts = {name: windows(x, chosen.length, chosen.count, field="eval.perplexity") for name, x in read.items()}
-            calibration = next(iter(self.texts.values()))  # of a run that calibrates nothing: for the gate to probe with
+            chosen, read = (
+                plan.evaluation,
+                {c.name: measure.tokens(self, c, "evaluation") for c in plan.corpora},
+            )
+            self.texts = {
+                name: windows(x, chosen.length, chosen.count, field="eval.perplexity")
+                for name, x in read.items()
+            }
+            calibration = next(
+                iter(self.texts.values())
+            )  # of a run that calibrates nothing: for the gate to probe with
             used = dict(read)
             if plan.calibrates:
-                ids = used["calibration"] = measure.tokens(self, plan.calibration_corpus, "calibration")
+                ids = used["calibration"] = measure.tokens(
+                    self, plan.calibration_corpus, "calibration"
+                )
                 own = plan.calibration.within(len(ids))
                 calibration = windows(ids, own.length, own.count, own.order, plan.settings["seed"])
                 self.metrics["calibration"] = dict(zip(("windows", "length"), calibration.shape))
                 if own.count is None:
-                    self.metrics["notes"]["calibration"] = "{} x {} tokens".format(*calibration.shape)
+                    self.metrics["notes"]["calibration"] = "{} x {} tokens".format(
+                        *calibration.shape
+                    )
             for name, x in used.items():
                 refuse_unknown_ids(name, x, model.get_input_embeddings().num_embeddings)
             self.metrics["marks"] = marks(
-                plan.calibrated, any(t.learned for t in parts.transforms),
+                plan.calibrated,
+                any(t.learned for t in parts.transforms),
                 plan.settings["transform"].get("load") is not None,
-                {name: (len(self.texts[name]), len(ids) // chosen.length) for name, ids in read.items()},
-                {} if plan.zeroshot is None else dict.fromkeys(plan.zeroshot.tasks, plan.zeroshot.limit),
+                {
+                    name: (len(self.texts[name]), len(ids) // chosen.length)
+                    for name, ids in read.items()
+                },
+                {}
+                if plan.zeroshot is None
+                else dict.fromkeys(plan.zeroshot.tasks, plan.zeroshot.limit),
             )
         amp = plan.model.amp
         self.amp = None if amp is None else getattr(torch, amp)
@@ -188,7 +241,9 @@ class Job:
             measure.evaluate(self, "transformed", adapter)
         if plan.quantizes:
             if parts.auto is not None:
-                parts = self.parts = replace(parts, scheme=stages.allocation(self, adapter, calibration))
+                parts = self.parts = replace(
+                    parts, scheme=stages.allocation(self, adapter, calibration)
+                )
             if parts.scheme.any("weight") or parts.scheme.any("act"):
                 # Several evaluations of one quantized model solve it once.
                 with self.store.holding(self.store.shared("solving", plan.quant_id)):
@@ -209,30 +264,49 @@ class Job:
         self.run.event("stage", stage=name)
         start = time.perf_counter()
         yield
-        self.metrics["seconds"][name] = self.metrics["seconds"].get(name, 0.0) + time.perf_counter() - start
+        self.metrics["seconds"][name] = (
+            self.metrics["seconds"].get(name, 0.0) + time.perf_counter() - start
+        )
         self.run.save_metrics(self.metrics)
 
     def _start_tracker(self, sweep: str | None):
         from harness.tracking import RunInfo
 
         plan, tracker = self.plan, self.parts.tracker
-        tags = tuple(f"{group}:{option}" for group, option in plan.choices.items() if option and group != "tracking")
-        tracker.start(plan.settings, RunInfo(plan.run_id, plan.quant_id, self.run.path, group=sweep, tags=tags))
+        tags = tuple(
+            f"{group}:{option}"
+            for group, option in plan.choices.items()
+            if option and group != "tracking"
+        )
+        tracker.start(
+            plan.settings,
+            RunInfo(plan.run_id, plan.quant_id, self.run.path, group=sweep, tags=tags),
+        )
         return tracker
 
     def _mirror(self) -> None:
         """Send the final numbers to the trackers."""
-        summary = {f"ppl/{stage}/{corpus}": x for stage, s in self.metrics["stages"].items() for corpus, x in s["ppl"].items()}
+        summary = {
+            f"ppl/{stage}/{corpus}": x
+            for stage, s in self.metrics["stages"].items()
+            for corpus, x in s["ppl"].items()
+        }
         for stage, result in self.metrics["stages"].items():
             for family in ("zeroshot", "divergence"):
                 for name, figures in result.get(family, {}).items():
-                    summary |= {f"{family}/{stage}/{name}/{metric}": value for metric, value in figures.items()}
+                    summary |= {
+                        f"{family}/{stage}/{name}/{metric}": value
+                        for metric, value in figures.items()
+                    }
         summary |= {k: self.metrics[k] for k in ("bits_per_weight", "peak_memory_mb", "status")}
         summary |= {f"seconds/{stage}": s for stage, s in self.metrics["seconds"].items()}
         if self.metrics["layers"]:
             self.tracker.table("layers", self.metrics["layers"])
-        answers = [{"stage": stage, "task": task, **figures} for stage, result in self.metrics["stages"].items()
-                   for task, figures in result.get("zeroshot", {}).items()]
+        answers = [
+            {"stage": stage, "task": task, **figures}
+            for stage, result in self.metrics["stages"].items()
+            for task, figures in result.get("zeroshot", {}).items()
+        ]
         if answers:
             self.tracker.table("zeroshot", answers)
         self.tracker.finish(summary, self.metrics["status"])

@@ -41,11 +41,17 @@ def baseline(job, adapter: Adapter) -> None:
         if known is None:
             evaluate(job, "baseline", adapter)
             job.reference.save(path.with_suffix(".safetensors"))
-            known = {"stage": job.metrics["stages"]["baseline"], "seconds": job.metrics["seconds"]["baseline"]}
+            known = {
+                "stage": job.metrics["stages"]["baseline"],
+                "seconds": job.metrics["seconds"]["baseline"],
+            }
             records.write_record(path, known)
         else:
             job.reporter.say("baseline: from the store")
-    job.metrics["stages"]["baseline"], job.metrics["seconds"]["baseline"] = known["stage"], known["seconds"]
+    job.metrics["stages"]["baseline"], job.metrics["seconds"]["baseline"] = (
+        known["stage"],
+        known["seconds"],
+    )
 
 
 def _known(job, path: Path) -> dict | None:
@@ -64,7 +70,9 @@ def _known(job, path: Path) -> dict | None:
 def evaluate(job, stage: str, adapter: Adapter) -> None:
     """All figures of the model as it is now, into job.metrics. Raises FloatingPointError for a perplexity that is none."""
     shared = job.store.shared("baselines", job.plan.baseline_id)
-    result = {"ppl": {}, "losses": {}, "tokens": 0} | ({} if stage == "baseline" else {"divergence": {}})
+    result = {"ppl": {}, "losses": {}, "tokens": 0} | (
+        {} if stage == "baseline" else {"divergence": {}}
+    )
     streaming = job.plan.settings["eval"]["streaming"] or job.offloaded is not None
     total = sum(steps(adapter, text, streaming) for text in job.texts.values())
     with job.stage(stage), job.reporter.stage(f"evaluate {stage}", total) as advance:
@@ -81,12 +89,16 @@ def evaluate(job, stage: str, adapter: Adapter) -> None:
             if stage != "baseline":
                 result["divergence"][corpus] = watch.figures
         if job.plan.zeroshot is not None:
-            folder = shared.with_suffix("") if stage == "baseline" else job.run.path / "samples" / stage
+            folder = (
+                shared.with_suffix("") if stage == "baseline" else job.run.path / "samples" / stage
+            )
             result["zeroshot"], result["samples"] = _zeroshot(job, stage, adapter, folder)
     job.metrics["stages"][stage] = result
     lost = [corpus for corpus, x in result["ppl"].items() if not math.isfinite(x)]
     if lost:
-        raise FloatingPointError(f"the {stage} model's perplexity on {', '.join(lost)} is not finite")
+        raise FloatingPointError(
+            f"the {stage} model's perplexity on {', '.join(lost)} is not finite"
+        )
 
 
 def _zeroshot(job, stage: str, adapter: Adapter, folder: Path) -> tuple[dict, dict]:
@@ -94,7 +106,9 @@ def _zeroshot(job, stage: str, adapter: Adapter, folder: Path) -> tuple[dict, di
     from harness.evaluation.zeroshot import zeroshot
 
     with job.reporter.stage(f"zero-shot {stage}", len(job.plan.zeroshot.tasks)) as advance:
-        figures, samples = zeroshot(adapter.model, job.tokenizer, job.plan.zeroshot, job.amp, advance)
+        figures, samples = zeroshot(
+            adapter.model, job.tokenizer, job.plan.zeroshot, job.amp, advance
+        )
     digests = {
         task: records.write_checked(folder / f"{task}.json", documents)
         for task, documents in samples.items()

@@ -22,8 +22,10 @@ from harness.tracking import Tracker
 
 NAMES = dict.fromkeys(("base", "dataset", "training", "peft"), str | None)
 SERVES = {  # what an export may say of how its engine computes, whatever the format
-    "scale_dtype": ("float32", "bf16", "fp16", "input"), "compute_dtype": ("float32", "input"),
-    "zp_order": ("round_then_add", "add_then_round"), "zp_range": ("unsigned", "signed"),
+    "scale_dtype": ("float32", "bf16", "fp16", "input"),
+    "compute_dtype": ("float32", "input"),
+    "zp_order": ("round_then_add", "add_then_round"),
+    "zp_range": ("unsigned", "signed"),
 }
 EXPORT = {"name": str, "_target_": str, "path": str, **NAMES, "push_to": str | None}
 
@@ -39,7 +41,11 @@ class Windows:
     def within(self, tokens: int) -> Windows:
         """Those of a text of so many tokens: where all of it is taken, it may be one shorter window
         (of two tokens at least, so that there is one to predict)."""
-        return self if self.count is not None else replace(self, length=max(2, min(self.length, tokens)))
+        return (
+            self
+            if self.count is not None
+            else replace(self, length=max(2, min(self.length, tokens)))
+        )
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,11 @@ class Plan:
     def __post_init__(self):
         chosen = self.settings
         model = self._model()
-        tested = [[[c.name, c.fingerprint("evaluation")] for c in self.corpora], vars(self.evaluation), self.model.amp]
+        tested = [
+            [[c.name, c.fingerprint("evaluation")] for c in self.corpora],
+            vars(self.evaluation),
+            self.model.amp,
+        ]
         if self.zeroshot is not None:
             tested.append(self.zeroshot.fingerprint())
         made = [model, self._format(), self._transform(), chosen["solver"], chosen["seed"]]
@@ -72,9 +82,14 @@ class Plan:
             made.append(chosen["eval"]["layer_windows"])
         if self.calibrates:
             made += [self.calibration_corpus.fingerprint("calibration"), vars(self.calibration)]
-        labels = "-".join(str(self.choices.get(group) or group) for group in ("model", "format", "transform", "solver"))
+        labels = "-".join(
+            str(self.choices.get(group) or group)
+            for group in ("model", "format", "transform", "solver")
+        )
         object.__setattr__(self, "quant_id", f"{labels}-{fingerprint(made)}")
-        object.__setattr__(self, "run_id", f"{labels}-{fingerprint(made, tested, chosen['export'])}")
+        object.__setattr__(
+            self, "run_id", f"{labels}-{fingerprint(made, tested, chosen['export'])}"
+        )
         object.__setattr__(self, "baseline_id", fingerprint(model, tested))
 
     @property
@@ -91,20 +106,30 @@ class Plan:
         if not self.calibrates:
             return None
         mark = self.calibration_corpus.fingerprint("calibration")
-        same = (c.name for c in self.corpora if not isinstance(c, Samples) and c.fingerprint("calibration") == mark)
+        same = (
+            c.name
+            for c in self.corpora
+            if not isinstance(c, Samples) and c.fingerprint("calibration") == mark
+        )
         return next(same, self.calibration_corpus.name)
 
     @property
     def quantizes(self) -> bool:
         """Whether any weight, activation, key or value is quantized."""
         chosen = self.settings["format"]
-        return bool(chosen["overrides"]) or any(chosen[part].get("bits") != 16 for part in ("weight", "act", "kv"))
+        return bool(chosen["overrides"]) or any(
+            chosen[part].get("bits") != 16 for part in ("weight", "act", "kv")
+        )
 
     @property
     def calibrates(self) -> bool:
         """Whether the calibration text can matter."""
         chosen = self.settings["transform"]
-        return self.quantizes or not str(chosen.get("_target_")).endswith(".Identity") or chosen.get("smooth") is not None
+        return (
+            self.quantizes
+            or not str(chosen.get("_target_")).endswith(".Identity")
+            or chosen.get("smooth") is not None
+        )
 
     def fit_id(self, part: int, sees: tuple[str, ...]) -> str:
         """The key of what one part of the transform learns, seeing these parts of the format; the solver never changes it."""
@@ -136,9 +161,15 @@ class Plan:
         """The format's settings, with what stands behind the options that overrides and candidates name, and what changes
         those."""
         chosen = self.settings["format"]
-        candidates = {f"int4:{name}" if name[3:].isdigit() else name for name in _strings(chosen["auto"])}  # intN is int4's
+        candidates = {
+            f"int4:{name}" if name[3:].isdigit() else name for name in _strings(chosen["auto"])
+        }  # intN is int4's
         names = candidates | set(_strings(chosen["overrides"]))
-        found = {name: option("format", name.partition(":")[0]) for name in sorted(names) if _is_option(name.partition(":")[0])}
+        found = {
+            name: option("format", name.partition(":")[0])
+            for name in sorted(names)
+            if _is_option(name.partition(":")[0])
+        }
         if found and self.settings["export"].get("serves"):
             found["serves"] = self.settings["export"]["serves"]
         return {**chosen, "named": found} if found else chosen
@@ -163,7 +194,9 @@ class Plan:
         for corpus in self.corpora:
             _long_enough("eval.perplexity", self.evaluation, corpus.text("evaluation"))
         if self.calibrates and self.calibration.count is not None:
-            _long_enough("data.calibration", self.calibration, self.calibration_corpus.text("calibration"))
+            _long_enough(
+                "data.calibration", self.calibration, self.calibration_corpus.text("calibration")
+            )
         tested = {corpus.fingerprint("evaluation") for corpus in self.corpora}
         if self.calibrates and self.calibration_corpus.fingerprint("calibration") in tested:
             raise ConfigError(
@@ -172,19 +205,28 @@ class Plan:
             )
 
 
-def make_plan(settings: dict, choices: Mapping[str, str | None], overrides: Sequence[str] = ()) -> Plan:
+def make_plan(
+    settings: dict, choices: Mapping[str, str | None], overrides: Sequence[str] = ()
+) -> Plan:
     """Build the torch-free parts of a run. overrides: those of the command line. Raises ConfigError or DataError."""
     _check_fixed(settings, choices, overrides)
     data, chosen = settings["data"], settings["data"]["calibration"]
     known = EXPORT if settings["export"].get("_target_") else {"name": str}
     if not settings["solver"].get("_target_"):
         typed("solver.", settings["solver"], {"name": str, "_target_": None})
-    typed("export.", settings["export"], known | {"serves": Mapping[str, Mapping[str, str]], "pseudo": bool}, needed=known)
+    typed(
+        "export.",
+        settings["export"],
+        known | {"serves": Mapping[str, Mapping[str, str]], "pseudo": bool},
+        needed=known,
+    )
     for part, rules in settings["export"].get("serves", {}).items():
         known_keys(f"export.serves.{part}.", rules, SERVES)
         for key, value in rules.items():
             one_of(f"export.serves.{part}.{key}", value, SERVES[key])
-    files = {key: settings["transform"][key] for key in ("save", "load") if key in settings["transform"]}
+    files = {
+        key: settings["transform"][key] for key in ("save", "load") if key in settings["transform"]
+    }
     typed("transform.", files, dict.fromkeys(files, str | None))
     one_of("data.calibration.activations", chosen["activations"], ("memory", "disk"))
     corpus = _corpus(data)
@@ -202,28 +244,47 @@ def make_plan(settings: dict, choices: Mapping[str, str | None], overrides: Sequ
     model = build(settings["model"], "model", ModelSource)
     corpora: dict[str, Corpus] = {}
     if not perplexity["corpora"]:
-        raise ConfigError("eval.perplexity.corpora=[]: needs at least one corpus, e.g. [data, pydoc].")
+        raise ConfigError(
+            "eval.perplexity.corpora=[]: needs at least one corpus, e.g. [data, pydoc]."
+        )
     for name in perplexity["corpora"]:
         each = corpus if name == "data" else _other("eval.perplexity.corpora", name)
         mark = each.fingerprint("evaluation")
         if any(other.name == each.name and key != mark for key, other in corpora.items()):
-            raise ConfigError(f"eval.perplexity.corpora: two different texts are called {each.name}; set data.name to another.")
+            raise ConfigError(
+                f"eval.perplexity.corpora: two different texts are called {each.name}; set data.name to another."
+            )
         corpora.setdefault(mark, each)
     calibration_corpus = corpus if chosen["path"] is None else Samples(chosen["path"])
-    return Plan(settings, dict(choices), model, calibration_corpus, calibration, tuple(corpora.values()), evaluation,
-                ZeroShot.of(settings["eval"]["zeroshot"]), build(settings["tracking"], "tracking", Tracker),
-                tuple(key for key in map(_key, overrides) if "." in key))
+    return Plan(
+        settings,
+        dict(choices),
+        model,
+        calibration_corpus,
+        calibration,
+        tuple(corpora.values()),
+        evaluation,
+        ZeroShot.of(settings["eval"]["zeroshot"]),
+        build(settings["tracking"], "tracking", Tracker),
+        tuple(key for key in map(_key, overrides) if "." in key),
+    )
 
 
-def _check_fixed(settings: Mapping, choices: Mapping[str, str | None], overrides: Sequence[str]) -> None:
+def _check_fixed(
+    settings: Mapping, choices: Mapping[str, str | None], overrides: Sequence[str]
+) -> None:
     """Refuse what looks like a setting and is what an option is: its name, its class."""
     for group in ("format", "transform", "solver", "eval", "export"):
         name = settings[group].get("name")
         if choices.get(group) not in (None, name):
-            raise ConfigError(f"{group}.name={name}: is no setting, it is what the option is called; choose {group}={name}.")
+            raise ConfigError(
+                f"{group}.name={name}: is no setting, it is what the option is called; choose {group}={name}."
+            )
     for override in overrides:
         if "_target_" in override and not _key(override).startswith("format.overrides"):
-            raise ConfigError(f"{override}: the class is no setting, the option of {override.partition('.')[0]} decides it.")
+            raise ConfigError(
+                f"{override}: the class is no setting, the option of {override.partition('.')[0]} decides it."
+            )
 
 
 def _key(override: str) -> str:
@@ -232,7 +293,10 @@ def _key(override: str) -> str:
 
 def _long_enough(field: str, windows: Windows, text: str | list[str]) -> None:
     """Refuse a text with fewer bytes than tokens asked for; the exact count needs the tokenizer and comes later."""
-    available, wanted = sum(len(part.encode()) for part in ([text] if isinstance(text, str) else text)), windows.length
+    available, wanted = (
+        sum(len(part.encode()) for part in ([text] if isinstance(text, str) else text)),
+        windows.length,
+    )
     wanted *= windows.count or 1
     if available < wanted:
         raise DataError(
@@ -266,7 +330,9 @@ def _is_option(name: str) -> bool:
 
 
 def _corpus(data: Mapping) -> Corpus:
-    return build({k: v for k, v in data.items() if k not in ("calibration", "beside")}, "data", Corpus)
+    return build(
+        {k: v for k, v in data.items() if k not in ("calibration", "beside")}, "data", Corpus
+    )
 
 
 def unnamed(section: Mapping) -> dict:

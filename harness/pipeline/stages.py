@@ -36,11 +36,17 @@ def transform(job, adapter: Adapter, calibration: Tensor, probe: Tensor) -> bool
         if job.plan.calibrates:
             job.metrics["notes"]["stream"] = stream_gate(adapter, calibration[:1])
         before, exact = _logits(adapter, probe), None
-        if adapter.model.dtype not in (torch.float32, torch.float64) and any(map(_changes, transforms)):
+        if adapter.model.dtype not in (torch.float32, torch.float64) and any(
+            map(_changes, transforms)
+        ):
             exact = exact_logits(adapter, probe)
         merge.swap(adapter)
         untouched = profiles(adapter, calibration) if job.plan.calibrates else {}
-        gains = merge.fuse_norms(adapter) if any(transform.residual for transform in transforms) else None
+        gains = (
+            merge.fuse_norms(adapter)
+            if any(transform.residual for transform in transforms)
+            else None
+        )
         for parameter in adapter.model.parameters():
             parameter.requires_grad_(False)
         subject = StreamedModel(adapter, calibration, job.reporter.stage, gains, job.tracker.log)
@@ -75,7 +81,12 @@ def _changes(transform) -> bool:
 
 def _flat(row: dict) -> dict:
     """{"before": {"kurtosis"}} -> {"before_kurtosis"}, for tables."""
-    nested = {f"{key}_{name}": x for key, value in row.items() if isinstance(value, dict) for name, x in value.items()}
+    nested = {
+        f"{key}_{name}": x
+        for key, value in row.items()
+        if isinstance(value, dict)
+        for name, x in value.items()
+    }
     return {key: value for key, value in row.items() if not isinstance(value, dict)} | nested
 
 
@@ -83,17 +94,25 @@ def fitted(job, part: int, transform, subject: StreamedModel) -> Placement:
     """What a transform fits; what it has learned before is taken from the store, or from `transform.load`."""
     if not transform.learned:
         return transform.fit(job.parts.context, subject)
-    section, context, facts = job.plan.settings["transform"], job.parts.context, placement_facts(job.plan, transform)
+    section, context, facts = (
+        job.plan.settings["transform"],
+        job.parts.context,
+        placement_facts(job.plan, transform),
+    )
     if section.get("load") is not None:
         path = Path(section["load"])
         job.run.event("placement", source=str(path))
         placement = file.load(path, transform, context)
     else:
-        path = job.store.shared("placements", job.plan.fit_id(part, transform.sees)).with_suffix(".safetensors")
+        path = job.store.shared("placements", job.plan.fit_id(part, transform.sees)).with_suffix(
+            ".safetensors"
+        )
         with job.store.holding(path):
             force, damaged = job.plan.settings["force"], job.run.damaged
             placement = None if force else file.found(path, transform, context, damaged)
-            job.run.event("placement", source="learned" if placement is None else "store", key=path.stem)
+            job.run.event(
+                "placement", source="learned" if placement is None else "store", key=path.stem
+            )
             if placement is None:
                 file.save(path, transform.fit(context, subject), facts)
                 placement = file.load(path, transform, context)
@@ -108,7 +127,9 @@ def fitted(job, part: int, transform, subject: StreamedModel) -> Placement:
 def allocation(job, adapter: Adapter, calibration: Tensor) -> Scheme:
     """The scheme with every linear's weight format chosen by measured sensitivity; what it chose stands in the notes."""
     auto, scheme = job.parts.auto, job.parts.scheme
-    path = job.store.shared("sensitivities", fingerprint(job.plan.allocation_id(), job.run.placement))
+    path = job.store.shared(
+        "sensitivities", fingerprint(job.plan.allocation_id(), job.run.placement)
+    )
     with job.stage("allocate"), job.store.holding(path):
         known = None if job.plan.settings["force"] else records.read_record(path, job.run.damaged)
         if known is None:
@@ -117,13 +138,18 @@ def allocation(job, adapter: Adapter, calibration: Tensor) -> Scheme:
             records.write_record(path, known)
     rows = known["rows"]
     overrides = {where: dict(own) for where, own in scheme.overrides.items()}
-    rows = [row for row in rows if "weight" not in overrides.get((row["layer"], row["name"]), {})]  # those are decided
+    rows = [
+        row for row in rows if "weight" not in overrides.get((row["layer"], row["name"]), {})
+    ]  # those are decided
     chosen = allocate(rows, auto.bits_per_weight)
     for row, name in zip(rows, chosen):
         overrides.setdefault((row["layer"], row["name"]), {})["weight"] = auto.candidates[name]
     job.run.placement += fingerprint(chosen)
     job.metrics["notes"]["allocation"] = {name: chosen.count(name) for name in auto.candidates}
-    table = [{"name": adapter.name(row["layer"], row["name"]), "format": name} for row, name in zip(rows, chosen)]
+    table = [
+        {"name": adapter.name(row["layer"], row["name"]), "format": name}
+        for row, name in zip(rows, chosen)
+    ]
     job.tracker.table("allocation", table)
     return replace(scheme, overrides=overrides)
 
@@ -146,14 +172,21 @@ def quantize(job, adapter: Adapter, calibration: Tensor) -> None:
     if found:
         job.reporter.say(f"quantize: {found} of {len(adapter.blocks)} blocks are in the store")
     outside = parts.scheme.outside
-    with job.stage("solve"), job.reporter.stage("quantize", len(adapter.blocks) + outside) as advance:
+    with (
+        job.stage("solve"),
+        job.reporter.stage("quantize", len(adapter.blocks) + outside) as advance,
+    ):
 
         def done(index: int, layers: list[dict], output: dict) -> None:
             job.metrics["layers"] += layers
-            errors = [math.nan if layer["rel_error"] is None else layer["rel_error"] for layer in layers]
+            errors = [
+                math.nan if layer["rel_error"] is None else layer["rel_error"] for layer in layers
+            ]
             mean = sum(errors) / len(errors)
             note = f"relative output error {mean:.4f}"
-            if index == len(adapter.blocks):  # embedding and head: no block, so no point of its curves
+            if index == len(
+                adapter.blocks
+            ):  # embedding and head: no block, so no point of its curves
                 job.tracker.log(_outside(layers), step=0)
                 return advance(note)
             points = {"block/rel_error": mean, "block/worst_rel_error": max(errors)}
@@ -165,8 +198,18 @@ def quantize(job, adapter: Adapter, calibration: Tensor) -> None:
             advance(note)
 
         on_disk = plan.settings["data"]["calibration"]["activations"] == "disk"
-        blocks.quantize(adapter, parts.scheme, parts.solver, calibration, job.run, done, plan.settings["seed"],
-                           stage=job.reporter.stage, folder=job.scratch if on_disk else None, log=job.tracker.log)
+        blocks.quantize(
+            adapter,
+            parts.scheme,
+            parts.solver,
+            calibration,
+            job.run,
+            done,
+            plan.settings["seed"],
+            stage=job.reporter.stage,
+            folder=job.scratch if on_disk else None,
+            log=job.tracker.log,
+        )
         if parts.solver is not None and parts.solver.encodings is not None:
             for index in range(len(adapter.blocks) + outside):
                 qtensors = solved(adapter, parts.scheme, job.run, index)
@@ -174,18 +217,28 @@ def quantize(job, adapter: Adapter, calibration: Tensor) -> None:
     layers = job.metrics["layers"]
     fallbacks = [layer["name"] for layer in layers if layer.get("fallback")]
     if fallbacks:
-        job.metrics["warnings"].append(f"{len(fallbacks)} linears fell back to RTN (singular H): {', '.join(fallbacks)}")
+        job.metrics["warnings"].append(
+            f"{len(fallbacks)} linears fell back to RTN (singular H): {', '.join(fallbacks)}"
+        )
     damped = [layer["name"] for layer in layers if layer.get("redamped")]
     if damped:
-        job.metrics["warnings"].append(f"{len(damped)} linears needed more damping than solver.damp: {', '.join(damped)}")
+        job.metrics["warnings"].append(
+            f"{len(damped)} linears needed more damping than solver.damp: {', '.join(damped)}"
+        )
     if parts.solver is not None:
         job.metrics["warnings"] += parts.solver.idle(layers)
     weights = sum(layer.get("weights", 0) for layer in layers)
-    job.metrics["bits_per_weight"] = sum(layer.get("bits", 0) for layer in layers) / weights if weights else None
+    job.metrics["bits_per_weight"] = (
+        sum(layer.get("bits", 0) for layer in layers) / weights if weights else None
+    )
 
 
 def _outside(layers: list[dict]) -> dict:
     """{"outside/lm_head/rel_error": ..} of what stands outside the blocks."""
     measured = {layer["name"].rpartition(".")[2]: layer for layer in layers}
-    return {f"outside/{name}/{key}": layer[key] for name, layer in measured.items() for key in ("rel_error", "sqnr_db")
-            if layer.get(key) is not None}
+    return {
+        f"outside/{name}/{key}": layer[key]
+        for name, layer in measured.items()
+        for key in ("rel_error", "sqnr_db")
+        if layer.get(key) is not None
+    }

@@ -50,7 +50,9 @@ def auto_of(section: Mapping | None, weight: Mapping, serves: Mapping | None = N
     typed("format.auto.", section, hints, needed=hints)
     names = section["candidates"]
     if len(names) < 2 or len(set(names)) != len(names):
-        raise ConfigError(f"format.auto.candidates={names}: needs a list of at least two formats, each once.")
+        raise ConfigError(
+            f"format.auto.candidates={names}: needs a list of at least two formats, each once."
+        )
     candidates = {}
     for name in names:
         stem, bits = str(name)[:3], str(name)[3:]
@@ -59,15 +61,21 @@ def auto_of(section: Mapping | None, weight: Mapping, serves: Mapping | None = N
         else:
             chosen = option("format", name)["weight"]
         if "_target_" in chosen:
-            chosen = as_served(chosen, serves) | {key: weight[key] for key in SHARED if key in weight}
+            chosen = as_served(chosen, serves) | {
+                key: weight[key] for key in SHARED if key in weight
+            }
         candidates[name] = build(chosen, f"format.auto.candidates.{name}", Format)
         if candidates[name] is None:
             raise ConfigError(f"format.auto.candidates: {name} quantizes no weights; leave it out.")
-    return Auto(number("format.auto.bits_per_weight", section["bits_per_weight"], 1, 16), candidates)
+    return Auto(
+        number("format.auto.bits_per_weight", section["bits_per_weight"], 1, 16), candidates
+    )
 
 
 @torch.no_grad()
-def sensitivities(adapter: Adapter, auto: Auto, windows: Tensor, advance: Callable[[], None]) -> list[dict]:
+def sensitivities(
+    adapter: Adapter, auto: Auto, windows: Tensor, advance: Callable[[], None]
+) -> list[dict]:
     """[{"layer", "name", "weights", "errors": {candidate: e}, "bits": {candidate: stored bits}}], block after block.
 
     windows: calibration token ids [N, L]; advance: called after each block.
@@ -78,13 +86,17 @@ def sensitivities(adapter: Adapter, auto: Auto, windows: Tensor, advance: Callab
         with adapter.open(layer):
             for site, activations in stream.walk(block):
                 shared = block.get_submodule(site.linears[0]).site
-                statistics = Statistics(adapter.width(site, layer), stream.tokens, adapter.device, hessian=True)
+                statistics = Statistics(
+                    adapter.width(site, layer), stream.tokens, adapter.device, hessian=True
+                )
                 for x in activations:
                     statistics.add(shared.encode(x))
                 statistics.finish()
                 for name in site.linears:
                     weight = block.get_submodule(name).weight
-                    found = _candidates(weight, auto.candidates, statistics.hessian, fisher[layer, name])
+                    found = _candidates(
+                        weight, auto.candidates, statistics.hessian, fisher[layer, name]
+                    )
                     rows.append({"layer": layer, "name": name, "weights": weight.numel(), **found})
         advance()
     return rows
@@ -103,7 +115,7 @@ def importance(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], Tenso
                 def keep(gradient: Tensor, where=(layer, name)) -> None:
                     found[where] += gradient.float().square().flatten(0, -2).sum(0)
 
-                hook = lambda _, args, y, keep=keep: y.register_hook(keep) and None  # noqa: E731
+                hook = lambda _, args, y, keep=keep: y.register_hook(keep) and None
                 handles.append(linear.register_forward_hook(hook))
     embedding = adapter.model.get_input_embeddings()
     handles.append(embedding.register_forward_hook(lambda _, args, y: y.requires_grad_()))
@@ -117,12 +129,17 @@ def importance(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], Tenso
     return found
 
 
-def _candidates(weight: Tensor, candidates: Mapping[str, Format], hessian: Tensor, fisher: Tensor) -> dict:
+def _candidates(
+    weight: Tensor, candidates: Mapping[str, Format], hessian: Tensor, fisher: Tensor
+) -> dict:
     errors, bits = {}, {}
     for name, format in candidates.items():
         quantized = format.quantize(weight)
         noise = quantized.dequantize().float() - weight.float()
-        errors[name], bits[name] = float(((noise @ hessian) * noise).sum(1) @ fisher), quantized.bits()
+        errors[name], bits[name] = (
+            float(((noise @ hessian) * noise).sum(1) @ fisher),
+            quantized.bits(),
+        )
     return {"errors": errors, "bits": bits}
 
 
@@ -136,12 +153,19 @@ def allocate(rows: Sequence[Mapping], bits_per_weight: float) -> list[str]:
     weights = float(sum(row["weights"] for row in rows))
     least = bits.min(1).sum() / weights
     if least > bits_per_weight:
-        raise ConfigError(f"format.auto.bits_per_weight={bits_per_weight}: the candidates need at least {least:.3f}; raise it, "
-                          "or add a smaller candidate.")
+        raise ConfigError(
+            f"format.auto.bits_per_weight={bits_per_weight}: the candidates need at least {least:.3f}; raise it, "
+            "or add a smaller candidate."
+        )
     one_each = np.kron(np.eye(len(rows)), np.ones(len(names)))
     budget = LinearConstraint(bits.reshape(1, -1) / weights, -np.inf, bits_per_weight * (1 + 1e-9))
-    solution = milp(errors.ravel(), constraints=[LinearConstraint(one_each, 1, 1), budget], bounds=Bounds(0, 1),
-                    integrality=np.ones(errors.size), options={"mip_rel_gap": 1e-6})
+    solution = milp(
+        errors.ravel(),
+        constraints=[LinearConstraint(one_each, 1, 1), budget],
+        bounds=Bounds(0, 1),
+        integrality=np.ones(errors.size),
+        options={"mip_rel_gap": 1e-6},
+    )
     if solution.x is None:
         raise RuntimeError(f"format=auto: the allocation was not found ({solution.message})")
     return [names[index] for index in solution.x.reshape(errors.shape).argmax(1)]

@@ -31,10 +31,18 @@ from harness.transforms import generator
 
 
 @torch.no_grad()
-def quantize(adapter: Adapter, scheme: Scheme, solver: Solver | None, windows: Tensor, run: Run,
-             done: Callable[[int, list[dict], dict], None], seed: int = 0,
-             stage: Callable[[str, int], AbstractContextManager] = quiet, folder: Path | None = None,
-             log: Callable[[dict, int], None] = unlogged) -> None:
+def quantize(
+    adapter: Adapter,
+    scheme: Scheme,
+    solver: Solver | None,
+    windows: Tensor,
+    run: Run,
+    done: Callable[[int, list[dict], dict], None],
+    seed: int = 0,
+    stage: Callable[[str, int], AbstractContextManager] = quiet,
+    folder: Path | None = None,
+    log: Callable[[dict, int], None] = unlogged,
+) -> None:
     """Solve every block of a placed model and switch its activation quantizers on.
 
     windows: calibration token ids [N, L]; solver None: only activation scales are taken. Solved blocks go to `run` and
@@ -51,7 +59,11 @@ def quantize(adapter: Adapter, scheme: Scheme, solver: Solver | None, windows: T
         together = solver.windows
     if together is not None:
         options["tokens_at_once"] = together * windows.shape[1]
-    original = Stream(adapter, windows, **options) if missing and solver is not None and solver.scope == "block" else None
+    original = (
+        Stream(adapter, windows, **options)
+        if missing and solver is not None and solver.scope == "block"
+        else None
+    )
     outside.embed(run)
     stream = Stream(adapter, windows, **options) if missing else None
     error = OutputError(adapter, scheme, stream) if missing else None
@@ -61,14 +73,18 @@ def quantize(adapter: Adapter, scheme: Scheme, solver: Solver | None, windows: T
             if stream is not None:
                 if solved.found is None:
                     error.before(index)
-                view = BlockView(adapter, scheme, index, stream, generator(seed, "solver", index), stage, log)
+                view = BlockView(
+                    adapter, scheme, index, stream, generator(seed, "solver", index), stage, log
+                )
                 solved.walk(stream, original, view)
                 if solved.found is None:
                     solved.output = error.after(index)
             else:
                 solved.install()
         if solved.found is None:
-            run.save_block(index, solved.tensors, {"layers": solved.layers, "output": solved.output})
+            run.save_block(
+                index, solved.tensors, {"layers": solved.layers, "output": solved.output}
+            )
         done(index, solved.layers, solved.output)
         trim()
     if outside.quantizes:
@@ -80,7 +96,9 @@ def quantize(adapter: Adapter, scheme: Scheme, solver: Solver | None, windows: T
 def _activations(adapter: Adapter, scheme: Scheme, index: int, on: bool) -> None:
     """Switch the activation quantizers of a block on or off."""
     for site in adapter.family.sites:
-        _input(adapter, index, site).format = scheme.part("act", index, site.linears[0]) if on else None
+        _input(adapter, index, site).format = (
+            scheme.part("act", index, site.linears[0]) if on else None
+        )
 
 
 class OutputError:
@@ -119,21 +137,35 @@ class _Block:
     """One block on its way from float to quantized: either solved now, or installed from what was `found` on disk."""
 
     def __init__(self, adapter: Adapter, scheme: Scheme, solver: Solver | None, index: int, found):
-        self.adapter, self.scheme, self.solver, self.index, self.found = adapter, scheme, solver, index, found
+        self.adapter, self.scheme, self.solver, self.index, self.found = (
+            adapter,
+            scheme,
+            solver,
+            index,
+            found,
+        )
         self.block = adapter.blocks[index]
         self.inputs = {site.name: _input(adapter, index, site) for site in adapter.family.sites}
-        self.acts = {site.name: scheme.part("act", index, site.linears[0]) for site in adapter.family.sites}
+        self.acts = {
+            site.name: scheme.part("act", index, site.linears[0]) for site in adapter.family.sites
+        }
         self.tensors: dict[str, Tensor] = {}
         self.layers: list[dict] = []
         self.output: dict = {}
         if found is not None:
-            self.tensors, self.layers, self.output = found[0], found[1]["layers"], found[1].get("output", {})
+            self.tensors, self.layers, self.output = (
+                found[0],
+                found[1]["layers"],
+                found[1].get("output", {}),
+            )
 
     def walk(self, stream: Stream, original: Stream | None, view: BlockView) -> None:
         """Pass the stream through, solving each site on the way (or all of them first, for whoever works on whole blocks)."""
         whole = self.solver is not None and "block" in (self.solver.sequencing, self.solver.scope)
         if original is not None:
-            view.original = [hidden.clone() for hidden in original.hidden] if self.found is None else ()
+            view.original = (
+                [hidden.clone() for hidden in original.hidden] if self.found is None else ()
+            )
             original.advance(self.block)
             view.targets = original.hidden
         if self.found is not None:
@@ -175,7 +207,9 @@ class _Block:
         gathered = self._gather(stream)
         if self.solver.scope == "site":
             for site in self.adapter.family.sites:
-                self._settle(site, gathered[site.name], *self._solved(site, gathered[site.name]), shared)
+                self._settle(
+                    site, gathered[site.name], *self._solved(site, gathered[site.name]), shared
+                )
             return
         solution = self.solver.solve_block(view)
         for site in self.adapter.family.sites:
@@ -184,11 +218,13 @@ class _Block:
 
     def _gather(self, stream: Stream) -> dict[str, Statistics]:
         """Statistics of all sites from one pass of the unquantized block."""
-        statistics = {site.name: self._statistics(site, stream) for site in self.adapter.family.sites}
+        statistics = {
+            site.name: self._statistics(site, stream) for site in self.adapter.family.sites
+        }
         handles = []
         for site in self.adapter.family.sites:
             reader = self.block.get_submodule(site.linears[0])
-            observe = lambda _, args, site=site: self._observe(site, statistics[site.name], args[0])  # noqa: E731
+            observe = lambda _, args, site=site: self._observe(site, statistics[site.name], args[0])
             handles.append(reader.register_forward_pre_hook(observe))
         for hidden, context in zip(stream.hidden, stream.block_kwargs[self.block]):
             self.block(hidden, **context)
@@ -200,8 +236,14 @@ class _Block:
 
     def _statistics(self, site: Site, stream: Stream, hessian: bool = True) -> Statistics:
         reader: QuantLinear = self.block.get_submodule(site.linears[0])
-        needed = self.solver is not None and "hessian" in self.solver.needs and self.scheme.weights(self.index, site.linears)
-        return Statistics(reader.in_features, stream.tokens, reader.weight.device, hessian and bool(needed))
+        needed = (
+            self.solver is not None
+            and "hessian" in self.solver.needs
+            and self.scheme.weights(self.index, site.linears)
+        )
+        return Statistics(
+            reader.in_features, stream.tokens, reader.weight.device, hessian and bool(needed)
+        )
 
     def _observe(self, site: Site, statistics: Statistics, x: Tensor) -> None:
         statistics.observe(self.inputs[site.name].encode(x), self.acts[site.name], self.solver)
@@ -215,17 +257,27 @@ class _Block:
         solution = self.solver.solve(Problem(weights, formats, statistics.hessian))
         return solution.qtensors, solution.report
 
-    def _settle(self, site: Site, statistics: Statistics, qtensors: Mapping[str, QTensor], report: Mapping,
-                shared: Mapping) -> None:
+    def _settle(
+        self,
+        site: Site,
+        statistics: Statistics,
+        qtensors: Mapping[str, QTensor],
+        report: Mapping,
+        shared: Mapping,
+    ) -> None:
         """Swap a site's solved weights in and report on them; shared: what the solver said of the whole block."""
         linears = {n: self.block.get_submodule(n) for n in site.linears}
         self._calibrate(site, statistics.range)
         names = {n: self.adapter.name(self.index, n) for n in site.linears}
         read = self.acts[site.name], self.inputs[site.name].global_scale
-        reports = swap_in(linears, names, qtensors, statistics, *read, counts=self.solver is not None)
+        reports = swap_in(
+            linears, names, qtensors, statistics, *read, counts=self.solver is not None
+        )
         for name in qtensors:
             reports[name] |= {**shared, **report}
-            self.tensors |= {f"{name}.{key}": value for key, value in qtensors[name].state().items()}
+            self.tensors |= {
+                f"{name}.{key}": value for key, value in qtensors[name].state().items()
+            }
         self.layers += reports.values()
 
     def _calibrate(self, site: Site, seen: Tensor) -> None:

@@ -49,8 +49,15 @@ class Embeddings:
                 quantized = self.table.quantize(weight.detach())
                 self.tensors |= {f"{name}.{key}": value for key, value in quantized.state().items()}
                 noise = relative(quantized.dequantize(), weight)
-                self.layers.append({"name": name, "sqnr_db": decibel(noise), "bits": quantized.bits(),
-                                    "weights": weight.numel(), "rel_error": noise})
+                self.layers.append(
+                    {
+                        "name": name,
+                        "sqnr_db": decibel(noise),
+                        "bits": quantized.bits(),
+                        "weights": weight.numel(),
+                        "rel_error": noise,
+                    }
+                )
             weight.copy_(quantized.dequantize())
 
     def finish(self, stream: Stream | None, run: Run) -> list[dict]:
@@ -64,13 +71,17 @@ class Embeddings:
             else:
                 seen = self.found[0][f"{HEAD_SITE}.range"]
                 if self.weight is not None:
-                    linear.load(stored(self.found[0], name, self.weight, linear.weight).dequantize())
+                    linear.load(
+                        stored(self.found[0], name, self.weight, linear.weight).dequantize()
+                    )
             self.tensors[f"{HEAD_SITE}.range"] = seen
             if self.act is not None and self.act.needs_static:
                 linear.site.global_scale = self.act.calibrated(*seen.to(linear.weight))
             if self.found is None:
                 read = self.act, linear.site.global_scale
-                reports = swap_in({name: linear}, {name: name}, qtensors, statistics, *read, counts=True)
+                reports = swap_in(
+                    {name: linear}, {name: name}, qtensors, statistics, *read, counts=True
+                )
                 self.layers.append(reports[name] | report)
                 for key, value in (qtensors[name].state() if qtensors else {}).items():
                     self.tensors[f"{name}.{key}"] = value
@@ -80,7 +91,9 @@ class Embeddings:
         run.save_block(len(self.adapter.blocks), self.tensors, {"layers": self.layers})
         return self.layers
 
-    def _solve(self, linear: QuantLinear, stream: Stream) -> tuple[dict[str, QTensor], Mapping, Statistics]:
+    def _solve(
+        self, linear: QuantLinear, stream: Stream
+    ) -> tuple[dict[str, QTensor], Mapping, Statistics]:
         needed = self.weight is not None and "hessian" in self.solver.needs
         statistics = Statistics(linear.in_features, stream.tokens, linear.weight.device, needed)
         for x in stream.leave():
@@ -89,5 +102,7 @@ class Embeddings:
         if self.weight is None:
             return {}, {}, statistics
         name = self.adapter.family.head
-        solution = self.solver.solve(Problem({name: linear.weight}, {name: self.weight}, statistics.hessian))
+        solution = self.solver.solve(
+            Problem({name: linear.weight}, {name: self.weight}, statistics.hessian)
+        )
         return solution.qtensors, solution.report, statistics

@@ -28,8 +28,9 @@ PARTS = ("weight", "act")
 RANGE = re.compile(r"(?:first|last)_(\d+)|blocks_(\d+)(?:_(\d+))?")
 
 
-def resolve(chosen: Mapping, family: Family, layers: int,
-            serves: Mapping[str, Mapping] | None = None) -> dict[tuple[int | None, str], dict]:
+def resolve(
+    chosen: Mapping, family: Family, layers: int, serves: Mapping[str, Mapping] | None = None
+) -> dict[tuple[int | None, str], dict]:
     """{(block, linear): {part: Format or None}} from a `format` section. serves: `export.serves`, by
     which options named here are changed as the format itself is. Raises ConfigError naming the
     field."""
@@ -41,16 +42,25 @@ def resolve(chosen: Mapping, family: Family, layers: int,
     def put(field: str, rank: int, where: tuple[int | None, str], parts: dict) -> None:
         other = ranked.setdefault(where, {}).get(rank)
         if other is not None:
-            raise ConfigError(f"{field} and {other[0]} both name block {where[0]}; let the ranges not meet.")
+            raise ConfigError(
+                f"{field} and {other[0]} both name block {where[0]}; let the ranges not meet."
+            )
         ranked[where][rank] = (field, parts)
 
     overrides = {} if chosen["overrides"] is None else chosen["overrides"]
     if not isinstance(overrides, Mapping):
-        raise ConfigError(f"format.overrides={overrides}: needs a mapping such as {{down_proj: 8, lm_head: 8}}, or null.")
+        raise ConfigError(
+            f"format.overrides={overrides}: needs a mapping such as {{down_proj: 8, lm_head: 8}}, or null."
+        )
     for key, value in overrides.items():
         field = f"format.overrides.{key}"
         if key in outside:
-            put(field, 1, (None, outside[key]), _outside(field, value, chosen, key == family.embedding.rpartition(".")[2]))
+            put(
+                field,
+                1,
+                (None, outside[key]),
+                _outside(field, value, chosen, key == family.embedding.rpartition(".")[2]),
+            )
         elif key in linears or key == "decoder":
             parts = _parts(field, value, chosen)
             for layer in range(layers):
@@ -62,7 +72,9 @@ def resolve(chosen: Mapping, family: Family, layers: int,
                     put(own, rank, (layer, name), parts)
         else:
             legal = (*linears, *outside, "decoder", "first_N", "last_N", "blocks_N", "blocks_N_M")
-            raise ConfigError(f"{field}: names nothing to quantize.{nearest(key, legal)} Legal: {', '.join(legal)}.")
+            raise ConfigError(
+                f"{field}: names nothing to quantize.{nearest(key, legal)} Legal: {', '.join(legal)}."
+            )
     resolved = {}
     for where, found in ranked.items():
         merged: dict = {}
@@ -73,13 +85,17 @@ def resolve(chosen: Mapping, family: Family, layers: int,
     return resolved
 
 
-def _within(field: str, value, chosen: Mapping, linears: Mapping[str, str]) -> Iterator[tuple[int, str, str, dict]]:
+def _within(
+    field: str, value, chosen: Mapping, linears: Mapping[str, str]
+) -> Iterator[tuple[int, str, str, dict]]:
     """(rank, linear, field, parts) of what one range of blocks says."""
     if isinstance(value, Mapping) and value and not set(value) & set(PARTS):
         for key, own in value.items():
             if key not in linears:
-                raise ConfigError(f"{field}.{key}: no such linear.{nearest(key, linears)} Legal: {', '.join(linears)}, weight, "
-                                  "act.")
+                raise ConfigError(
+                    f"{field}.{key}: no such linear.{nearest(key, linears)} Legal: {', '.join(linears)}, weight, "
+                    "act."
+                )
             yield 3, linears[key], f"{field}.{key}", _parts(f"{field}.{key}", own, chosen)
     else:
         parts = _parts(field, value, chosen)
@@ -104,30 +120,41 @@ def _outside(field: str, value, chosen: Mapping, embedding: bool) -> dict:
     parts = _parts(field, value, chosen)
     if not embedding:
         quantized = parts.get("weight") is not None
-        return {"weight": None, "act": build(chosen["act"], "format.act", Format) if quantized else None} | parts
+        return {
+            "weight": None,
+            "act": build(chosen["act"], "format.act", Format) if quantized else None,
+        } | parts
     if isinstance(value, Mapping) and "act" in value:
-        raise ConfigError(f"{field}.act: tokens are looked up there, no activation is read; set weight only.")
+        raise ConfigError(
+            f"{field}.act: tokens are looked up there, no activation is read; set weight only."
+        )
     return {"weight": parts.get("weight")}
 
 
 def _parts(field: str, value, chosen: Mapping) -> dict:
     """{part: Format or None} of one value."""
     if isinstance(value, bool) or not isinstance(value, int | str | Mapping):
-        raise ConfigError(f"{field}={value}: needs bits, an option of format, or a mapping of weight and act.")
+        raise ConfigError(
+            f"{field}={value}: needs bits, an option of format, or a mapping of weight and act."
+        )
     if isinstance(value, int):
         return {"weight": _part(field, "weight", value, chosen)}
     if isinstance(value, str):
         return {part: _part(field, part, value, chosen) for part in PARTS}
     unknown = [key for key in value if key not in PARTS]
     if unknown or not value:
-        raise ConfigError(f"{field}: {', '.join(map(str, unknown)) or 'nothing'} is not a part; choose weight or act.")
+        raise ConfigError(
+            f"{field}: {', '.join(map(str, unknown)) or 'nothing'} is not a part; choose weight or act."
+        )
     return {part: _part(f"{field}.{part}", part, own, chosen) for part, own in value.items()}
 
 
 def _part(field: str, part: str, value, chosen: Mapping):
     """The Format of one part, or None at 16 bits."""
     if isinstance(value, str):
-        return build(as_served(_option(field, value)[part], chosen["serves"].get(part)), field, Format)
+        return build(
+            as_served(_option(field, value)[part], chosen["serves"].get(part)), field, Format
+        )
     base = chosen[part]
     if isinstance(value, int) and not isinstance(value, bool):
         if value == 16:
@@ -137,12 +164,16 @@ def _part(field: str, part: str, value, chosen: Mapping):
         raise ConfigError(f"{field}={value}: needs bits, an option of format, or settings.")
     changed = dict(value) if "_target_" in value else {**base, **value}
     if changed.get("_target_") is None and changed.get("bits") != 16:
-        raise ConfigError(f"{field}={dict(value)}: format.{part} is off, so there is nothing to change; give an option of "
-                          "format such as int8.")
+        raise ConfigError(
+            f"{field}={dict(value)}: format.{part} is off, so there is nothing to change; give an option of "
+            "format such as int8."
+        )
     try:
         return build(changed, field, Format)
     except ConfigError as error:
-        raise ConfigError(f"{error} For another number format name its option, e.g. {field}=mxfp8.") from None
+        raise ConfigError(
+            f"{error} For another number format name its option, e.g. {field}=mxfp8."
+        ) from None
 
 
 def as_served(settings: Mapping, serves: Mapping | None) -> dict:
@@ -168,5 +199,7 @@ def _one_activation(resolved: Mapping, chosen: Mapping, family: Family, layers: 
             acts = [resolved.get((layer, name), {}).get("act", base) for name in site.linears]
             if any(act != acts[0] for act in acts):
                 readers = ", ".join(name.rpartition(".")[2] for name in site.linears)
-                raise ConfigError(f"format.overrides: {readers} of block {layer} read one activation but would quantize it "
-                                  "differently; give all of them the same act.")
+                raise ConfigError(
+                    f"format.overrides: {readers} of block {layer} read one activation but would quantize it "
+                    "differently; give all of them the same act."
+                )

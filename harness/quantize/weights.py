@@ -14,8 +14,15 @@ from harness.models.quant_linear import QuantLinear
 from harness.store import Run
 
 
-def swap_in(linears: Mapping[str, QuantLinear], names: Mapping[str, str], qtensors: Mapping[str, QTensor],
-            statistics: Statistics, act: Format | None, global_scale: Tensor | None, counts: bool) -> dict[str, dict]:
+def swap_in(
+    linears: Mapping[str, QuantLinear],
+    names: Mapping[str, str],
+    qtensors: Mapping[str, QTensor],
+    statistics: Statistics,
+    act: Format | None,
+    global_scale: Tensor | None,
+    counts: bool,
+) -> dict[str, dict]:
     """Load the dequantized weights of one site; returns {linear: report} with the relative output error on the sample.
 
     counts: report bits and weights of linears that stay float too.
@@ -30,7 +37,11 @@ def swap_in(linears: Mapping[str, QuantLinear], names: Mapping[str, str], qtenso
             report["sqnr_db"] = decibel(relative(values, linear.weight))
             linear.load(values)
         if counts:
-            stored = qtensors[name].bits() if name in qtensors else 8 * linear.weight.element_size() * linear.weight.numel()
+            stored = (
+                qtensors[name].bits()
+                if name in qtensors
+                else 8 * linear.weight.element_size() * linear.weight.numel()
+            )
             report |= {"bits": stored, "weights": linear.weight.numel()}
         report["rel_error"] = relative(read @ linear.weight.float().T, wanted)
     return reports
@@ -39,8 +50,12 @@ def swap_in(linears: Mapping[str, QuantLinear], names: Mapping[str, str], qtenso
 def stored(tensors: Mapping[str, Tensor], name: str, format: Format, weight: Tensor) -> QTensor:
     """The QTensor of one weight among a block's tensors, where the weight is (on the CPU while that is not in memory)."""
     prefix = f"{name}."
-    state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    return QTensor.from_state(format, state, weight.shape, weight.dtype).to("cpu" if weight.is_meta else weight.device)
+    state = {
+        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+    }
+    return QTensor.from_state(format, state, weight.shape, weight.dtype).to(
+        "cpu" if weight.is_meta else weight.device
+    )
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
@@ -59,7 +74,11 @@ class Solved(Mapping):
 
     def __init__(self, adapter: Adapter, scheme: Scheme, run: Run):
         self._block = lambda index: solved(adapter, scheme, run, index)
-        self._where = {name: index for index in range(len(adapter.blocks) + scheme.outside) for name in self._block(index)}
+        self._where = {
+            name: index
+            for index in range(len(adapter.blocks) + scheme.outside)
+            for name in self._block(index)
+        }
         self._kept: tuple[int, dict[str, QTensor]] = (-1, {})
 
     def __getitem__(self, name: str) -> QTensor:
@@ -82,7 +101,11 @@ def solved(adapter: Adapter, scheme: Scheme, run: Run, index: int) -> dict[str, 
     if found is None:
         return {}
     layer = index if index < count else None
-    names = [n for site in family.sites for n in site.linears] if layer is not None else [family.embedding, family.head]
+    names = (
+        [n for site in family.sites for n in site.linears]
+        if layer is not None
+        else [family.embedding, family.head]
+    )
     qtensors = {}
     for name, format in scheme.weights(layer, names).items():
         absolute = name if layer is None else adapter.name(index, name)

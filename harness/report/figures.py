@@ -9,7 +9,15 @@ from harness.evaluation.zeroshot import METRICS, shown
 from harness.report.marks import letters
 from harness.report.rows import last
 
-FIGURES = ("ppl", "KL", "top-1", *METRICS, "bits/weight", "seconds", "peak")  # the first words of labels, in their order
+FIGURES = (
+    "ppl",
+    "KL",
+    "top-1",
+    *METRICS,
+    "bits/weight",
+    "seconds",
+    "peak",
+)  # the first words of labels, in their order
 
 
 def number(value, digits: int = 4) -> str:
@@ -40,7 +48,10 @@ def figures(row: dict) -> dict[str, tuple[float | None, str]]:
     """{label: (value, as shown)} of the stage a run is judged by, nothing of it before the run is done; labels begin with
     a word of FIGURES; accuracies in percent."""
     stage, marks = last(row), letters(row["marks"])
-    found = {f"ppl {name}": (x, f"{number(x)} {marks.get(name, '')}".strip()) for name, x in stage["ppl"].items()}
+    found = {
+        f"ppl {name}": (x, f"{number(x)} {marks.get(name, '')}".strip())
+        for name, x in stage["ppl"].items()
+    }
     for name, own in (stage.get("divergence") or {}).items():
         found[f"KL {name}"] = own.get("kl"), number(own.get("kl"))
         found[f"top-1 {name}"] = own.get("top1"), number(own.get("top1"))
@@ -49,10 +60,17 @@ def figures(row: dict) -> dict[str, tuple[float | None, str]]:
             _, _, percent = accuracy(own).partition(" ")
             found[f"{best[0]} {name}"] = 100 * best[1], f"{percent} {marks.get(name, '')}".strip()
     seconds = sum(value or 0 for value in row["seconds"].values()) or None
-    tail = (("bits/weight", row["bits_per_weight"], 2), ("seconds", seconds, 1), ("peak MB", row["peak_memory_mb"], 0))
+    tail = (
+        ("bits/weight", row["bits_per_weight"], 2),
+        ("seconds", seconds, 1),
+        ("peak MB", row["peak_memory_mb"], 0),
+    )
     return found | {label: (value, number(value, digits)) for label, value, digits in tail}
 
 
 def in_order(*found: Mapping[str, object]) -> list[str]:
     """All labels that occur, by kind."""
-    return sorted(dict.fromkeys(label for own in found for label in own), key=lambda label: FIGURES.index(label.split()[0]))
+    return sorted(
+        dict.fromkeys(label for own in found for label in own),
+        key=lambda label: FIGURES.index(label.split()[0]),
+    )

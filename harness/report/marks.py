@@ -15,7 +15,10 @@ LEGEND = {
 
 def letters(marks: Mapping[str, Iterable[str]]) -> dict[str, str]:
     """{corpus or task: "cs"}: one letter a kind of mark, in the order of LEGEND."""
-    return {name: "".join(sorted(set(map(letter, told)), key=list(LEGEND).index)) for name, told in marks.items()}
+    return {
+        name: "".join(sorted(set(map(letter, told)), key=list(LEGEND).index))
+        for name, told in marks.items()
+    }
 
 
 def legend(used: Iterable[str]) -> str:

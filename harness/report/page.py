@@ -34,7 +34,9 @@ def write_page(root: Path, path: Path, run_ids: Collection[str] | None = None) -
         "style": (ASSETS / "page.css").read_text(encoding="utf-8"),
         "script": "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS),
         # In JSON "<" occurs only inside strings: escaped, no text of a run can end the element it stands in.
-        "data": json.dumps(_data(Path(root), run_ids), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+        "data": json.dumps(
+            _data(Path(root), run_ids), ensure_ascii=False, separators=(",", ":")
+        ).replace("<", "\\u003c"),
         "plotly": get_plotlyjs().replace("</script", "<\\/script"),
     }
     template = (ASSETS / "page.html").read_text(encoding="utf-8")
@@ -66,25 +68,39 @@ def _data(root: Path, run_ids: Collection[str] | None) -> dict:
     """
     settings, histograms, edges, marks = Pool(), Pool(), Pool(), Pool()
     rows = [row(run) for run in Store(root).runs() if run_ids is None or run.path.name in run_ids]
-    configs = [{key: value for key, value in dotted(own).items() if key != "run_root"} for own in rows]
+    configs = [
+        {key: value for key, value in dotted(own).items() if key != "run_root"} for own in rows
+    ]
     runs = []
     for figures, config, told in zip(rows, configs, apart(rows, configs)):
-        runs.append(_run(figures) | {
-            **{group: figures["labels"].get(group) for group in GROUPS},
-            "settings": told,
-            "marks": {k: [marks.add(text) for text in texts] for k, texts in (figures["marks"] or {}).items()},
-            "curves": _curves(Path(figures["path"]) / "tracking" / "curves.jsonl"),
-            "activations": _activations(outliers(figures) or {}, histograms, edges),
-            "config": {settings.add(pair) for pair in config.items()},
-        })
+        runs.append(
+            _run(figures)
+            | {
+                **{group: figures["labels"].get(group) for group in GROUPS},
+                "settings": told,
+                "marks": {
+                    k: [marks.add(text) for text in texts]
+                    for k, texts in (figures["marks"] or {}).items()
+                },
+                "curves": _curves(Path(figures["path"]) / "tracking" / "curves.jsonl"),
+                "activations": _activations(outliers(figures) or {}, histograms, edges),
+                "config": {settings.add(pair) for pair in config.items()},
+            }
+        )
     runs.sort(key=lambda run: (run["started"] or "", run["id"]), reverse=True)
     shares = Counter(index for run in runs for index in run["config"])
     base = {index for index, count in shares.items() if 2 * count > len(runs)}
     for run in runs:
         run["config"] = sorted(run["config"] ^ base) if run["config"] else None
     return {
-        "runs": [{key: value for key, value in run.items() if value not in (None, {}, "")} for run in runs],
-        "settings": settings.values, "base": sorted(base), "histograms": histograms.values, "edges": edges.values,
+        "runs": [
+            {key: value for key, value in run.items() if value not in (None, {}, "")}
+            for run in runs
+        ],
+        "settings": settings.values,
+        "base": sorted(base),
+        "histograms": histograms.values,
+        "edges": edges.values,
         "marks": [[letter(text), text] for text in marks.values],
     }
 
@@ -95,13 +111,25 @@ def _run(row: dict) -> dict:
     divergence = final.get("divergence") or {}
     lines = str(row["error"] or "").strip().splitlines() or [""]
     return {
-        "id": row["run_id"], "status": row["status"], "stage": row["stage"], "sweep": row["sweep"], "error": lines[-1][:500],
-        "started": row["started"], "updated": row["updated"], "command": row["command"],
-        "ppl": _rounded(final.get("ppl"), 6), "baseline": _rounded(baseline.get("ppl"), 6),
+        "id": row["run_id"],
+        "status": row["status"],
+        "stage": row["stage"],
+        "sweep": row["sweep"],
+        "error": lines[-1][:500],
+        "started": row["started"],
+        "updated": row["updated"],
+        "command": row["command"],
+        "ppl": _rounded(final.get("ppl"), 6),
+        "baseline": _rounded(baseline.get("ppl"), 6),
         "kl": _rounded({corpus: figures.get("kl") for corpus, figures in divergence.items()}),
         "top1": _rounded({corpus: figures.get("top1") for corpus, figures in divergence.items()}),
-        "accuracy": {task: _accuracy(figures) for task, figures in (final.get("zeroshot") or {}).items() if shown(figures)},
-        "bits": _number(row["bits_per_weight"], 6), "seconds": sum(_rounded(row["seconds"], 6).values()) or None,
+        "accuracy": {
+            task: _accuracy(figures)
+            for task, figures in (final.get("zeroshot") or {}).items()
+            if shown(figures)
+        },
+        "bits": _number(row["bits_per_weight"], 6),
+        "seconds": sum(_rounded(row["seconds"], 6).values()) or None,
         "peak": _number(row["peak_memory_mb"], 6),
     }
 
@@ -157,10 +185,18 @@ def _activations(found: dict, histograms: Pool, edges: Pool) -> dict:
     empty where none were measured."""
     sites = {}
     for site, counts in found.get("sites", {}).items():
-        sides = {side: histograms.add([_number(n) or 0 for n in counts[side]]) for side in SIDES if side in counts}
+        sides = {
+            side: histograms.add([_number(n) or 0 for n in counts[side]])
+            for side in SIDES
+            if side in counts
+        }
         layers = [layer for layer in found.get("rows", []) if layer.get("site") == site]
         sites[site] = {**sides, "worst": {side: _worst(layers, side) for side in sides}}
-    return {"edges": edges.add([_number(edge) for edge in found["edges"]]), "sites": sites} if sites else {}
+    return (
+        {"edges": edges.add([_number(edge) for edge in found["edges"]]), "sites": sites}
+        if sites
+        else {}
+    )
 
 
 def _worst(layers: list[dict], side: str) -> dict[str, list]:

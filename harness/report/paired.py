@@ -27,13 +27,23 @@ def flips(a: Sequence[Mapping], b: Sequence[Mapping]) -> dict:
     shared = [doc for doc in first if doc in second]
     if not shared:
         raise ValueError("no document in common")
-    metric = next((m for m in METRICS if all(m in side[doc] for side in (first, second) for doc in shared)), None)
+    metric = next(
+        (m for m in METRICS if all(m in side[doc] for side in (first, second) for doc in shared)),
+        None,
+    )
     if metric is None:
         raise ValueError(f"none of {', '.join(METRICS)} in all documents of both")
     right = [(first[doc][metric] == 1, second[doc][metric] == 1) for doc in shared]
     lost, won, n = right.count((True, False)), right.count((False, True)), len(right)
     accuracies = {"a": sum(x for x, _ in right) / n, "b": sum(y for _, y in right) / n}
-    return {"metric": metric, "n": n, **accuracies, "lost": lost, "won": won, "p": _mcnemar(lost, won)}
+    return {
+        "metric": metric,
+        "n": n,
+        **accuracies,
+        "lost": lost,
+        "won": won,
+        "p": _mcnemar(lost, won),
+    }
 
 
 def losses(a: Sequence[float], b: Sequence[float]) -> dict:
@@ -58,9 +68,13 @@ def losses(a: Sequence[float], b: Sequence[float]) -> dict:
     mean = float(differences.mean())
     exact = n <= EXACT
     return {
-        "n": n, "difference": mean, "se": float(differences.std(ddof=1)) / math.sqrt(n) if n > 1 else None,
-        "ratio": math.exp(mean), "p": (_sign_flip if exact else _t)(differences),
-        "test": "sign-flip" if exact else "t", "least": 2.0 ** (1 - n) if exact else 0.0,
+        "n": n,
+        "difference": mean,
+        "se": float(differences.std(ddof=1)) / math.sqrt(n) if n > 1 else None,
+        "ratio": math.exp(mean),
+        "p": (_sign_flip if exact else _t)(differences),
+        "test": "sign-flip" if exact else "t",
+        "least": 2.0 ** (1 - n) if exact else 0.0,
     }
 
 
@@ -73,7 +87,9 @@ def compare(a: dict, b: dict) -> dict[str, dict[str, dict]]:
     ours, theirs = last(a), last(b)
     for corpus, windows in (ours.get("losses") or {}).items():
         if corpus in (theirs.get("losses") or {}):
-            found["corpora"][corpus] = _window_pairs(windows, theirs["losses"][corpus], _length(ours), _length(theirs))
+            found["corpora"][corpus] = _window_pairs(
+                windows, theirs["losses"][corpus], _length(ours), _length(theirs)
+            )
     for task in ours.get("zeroshot") or {}:
         answers = samples(a, task), samples(b, task)
         if all(answers):
@@ -84,7 +100,9 @@ def compare(a: dict, b: dict) -> dict[str, dict[str, dict]]:
 def settings(a: dict, b: dict) -> dict[str, tuple]:
     """{dotted setting: (of a, of b)} of those in which two rows differ; `-` where one has no such setting or no config.yaml."""
     ours, theirs = map(dotted, (a, b))
-    sides = {key: (ours.get(key, "-"), theirs.get(key, "-")) for key in dict.fromkeys([*ours, *theirs])}
+    sides = {
+        key: (ours.get(key, "-"), theirs.get(key, "-")) for key in dict.fromkeys([*ours, *theirs])
+    }
     return {key: (left, right) for key, (left, right) in sides.items() if left != right}
 
 
@@ -97,7 +115,11 @@ def _window_pairs(a: list, b: list, *lengths: int | None) -> dict:
 def _tried(test, *sides) -> dict:
     try:
         return test(*sides)
-    except (ValueError, TypeError, KeyError) as error:  # a record of another shape is told like one that cannot be paired
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+    ) as error:  # a record of another shape is told like one that cannot be paired
         return {"error": str(error)}
 
 
@@ -120,7 +142,9 @@ def _sign_flip(differences) -> float:
     sums = numpy.zeros(1)
     for difference in differences:
         sums = numpy.concatenate([sums + difference, sums - difference])
-    rounding = 1e-12 * numpy.abs(differences).sum()  # sums of equal size must count as ties whatever their order of addition
+    rounding = (
+        1e-12 * numpy.abs(differences).sum()
+    )  # sums of equal size must count as ties whatever their order of addition
     return float((numpy.abs(sums) >= abs(differences.sum()) - rounding).mean())
 
 

@@ -9,7 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class Reporter:
@@ -36,7 +43,11 @@ class Reporter:
         the outer one's while it runs; without a terminal it is silent."""
         self._depth += 1
         try:
-            with self._bar(title, total) if self.console.is_terminal else self._lines(title, total) as advance:
+            with (
+                self._bar(title, total)
+                if self.console.is_terminal
+                else self._lines(title, total) as advance
+            ):
                 yield advance
         finally:
             self._depth -= 1
@@ -44,12 +55,20 @@ class Reporter:
     @contextmanager
     def _bar(self, title: str, total: int) -> Iterator[Callable[..., None]]:
         if self._progress is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                       TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             with Progress(*columns, console=self.console) as self._progress:
                 if self._sweep is not None:
                     done, jobs, _ = self._sweep
-                    self._progress.add_task("sweep", total=jobs, completed=done, note=self._expected())
+                    self._progress.add_task(
+                        "sweep", total=jobs, completed=done, note=self._expected()
+                    )
                 try:
                     with self._task(self._progress, title, total) as advance:
                         yield advance
@@ -78,7 +97,9 @@ class Reporter:
             if not shown or not steps:
                 return
             if done == total or done * 10 // total > (done - 1) * 10 // total:
-                self.say(f"{title}: {done}/{total} after {time.monotonic() - start:.0f} s{'; ' + note if note else ''}")
+                self.say(
+                    f"{title}: {done}/{total} after {time.monotonic() - start:.0f} s{'; ' + note if note else ''}"
+                )
 
         yield advance
 
@@ -86,7 +107,11 @@ class Reporter:
         """How long the sweep has run, and how much longer it takes if the other jobs are like those before."""
         done, jobs, began = self._sweep
         gone = time.time() - began
-        return f", {clock(gone)} gone, about {clock(gone / done * (jobs - done))} to go" if done else ""
+        return (
+            f", {clock(gone)} gone, about {clock(gone / done * (jobs - done))} to go"
+            if done
+            else ""
+        )
 
 
 def clock(seconds: float) -> str:

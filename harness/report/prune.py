@@ -14,20 +14,32 @@ from harness.store import Run, RunLocked, locked
 def doomed(row: dict, blocks: bool) -> Path | None:
     """What `prune` would remove of a run. Nothing that lies behind a link, and no run whose figures are complete."""
     path = Path(row["path"])
-    if row["status"] in ("failed", "interrupted") and (Run(path).metrics or {}).get("status") != "done":
+    if (
+        row["status"] in ("failed", "interrupted")
+        and (Run(path).metrics or {}).get("status") != "done"
+    ):
         target = path
     elif blocks and row["status"] == "done" and last(row)["ppl"]:
         target = path / "blocks"
     else:
         return None
-    return target if target.is_dir() and not any(p.is_symlink() for p in (path, target, path / "lock")) else None
+    return (
+        target
+        if target.is_dir() and not any(p.is_symlink() for p in (path, target, path / "lock"))
+        else None
+    )
 
 
 def freed(targets: list[Path]) -> list[int]:
     """Bytes that removing all targets frees, each one's part: a file that other hard links keep frees none."""
-    files = [[path.lstat() for path in target.rglob("*") if not path.is_dir()] for target in targets]
+    files = [
+        [path.lstat() for path in target.rglob("*") if not path.is_dir()] for target in targets
+    ]
     links = Counter((s.st_dev, s.st_ino) for own in files for s in own)
-    return [sum(s.st_size // s.st_nlink for s in own if links[s.st_dev, s.st_ino] == s.st_nlink) for own in files]
+    return [
+        sum(s.st_size // s.st_nlink for s in own if links[s.st_dev, s.st_ino] == s.st_nlink)
+        for own in files
+    ]
 
 
 def remove(row: dict, target: Path) -> bool:

@@ -13,7 +13,10 @@ LABELS = ("model", "format", "transform", "solver")  # what a run id begins with
 
 def rows(root: str | Path) -> list[dict]:
     """Every run below `root`, oldest first."""
-    return sorted((row(run) for run in Store(root).runs()), key=lambda row: (row["started"] or "", row["run_id"]))
+    return sorted(
+        (row(run) for run in Store(root).runs()),
+        key=lambda row: (row["started"] or "", row["run_id"]),
+    )
 
 
 def row(run: Run) -> dict:
@@ -28,15 +31,31 @@ def row(run: Run) -> dict:
             state = "interrupted"
     except (TypeError, ValueError, OSError) as error:
         status, metrics, state = {"error": f"cannot be read: {error}"}, {}, "broken"
-    empty = {"quant_id": status.get("quant_id"), "baseline_id": None, "choices": {}, "stages": {}, "bits_per_weight": None,
-             "seconds": {}, "peak_memory_mb": None, "layers": [], "warnings": [], "marks": {}, "notes": {},
-             "holds": {}, "command": status.get("command")}
+    empty = {
+        "quant_id": status.get("quant_id"),
+        "baseline_id": None,
+        "choices": {},
+        "stages": {},
+        "bits_per_weight": None,
+        "seconds": {},
+        "peak_memory_mb": None,
+        "layers": [],
+        "warnings": [],
+        "marks": {},
+        "notes": {},
+        "holds": {},
+        "command": status.get("command"),
+    }
     kept = {key: status.get(key) for key in ("stage", "error", "started", "updated", "sweep")}
-    found = empty | metrics | kept | {"run_id": run.path.name, "status": state, "path": str(run.path)}
+    found = (
+        empty | metrics | kept | {"run_id": run.path.name, "status": state, "path": str(run.path)}
+    )
     found["choices"] = dict(zip(LABELS, run.path.name.rsplit("-", 4))) | found["choices"]
     found["labels"] = found["choices"] | found["holds"]
     stages = found["stages"].items()
-    found["stages"] = {name: stage | {"ppl": _with_nan(stage.get("ppl", {}))} for name, stage in stages}
+    found["stages"] = {
+        name: stage | {"ppl": _with_nan(stage.get("ppl", {}))} for name, stage in stages
+    }
     return found
 
 
@@ -56,7 +75,11 @@ def samples(row: dict, task: str) -> list[dict] | None:
     stage = next(reversed(row["stages"]), None)
     folder = Path(row["path"]) / "samples" / str(stage)
     if stage == "baseline":  # shared by all runs of the model
-        folder = Store(Path(row["path"]).parent).shared("baselines", str(row["baseline_id"])).with_suffix("")
+        folder = (
+            Store(Path(row["path"]).parent)
+            .shared("baselines", str(row["baseline_id"]))
+            .with_suffix("")
+        )
     digests = row["stages"].get(stage, {}).get("samples") or {}
     return checked(folder / f"{task}.json", digests.get(task))
 

@@ -17,7 +17,9 @@ def root_and_filters(words: list[str]) -> tuple[Path, list[str]]:
 def root_and_runs(words: list[str], count: int) -> tuple[Path, list[str]]:
     """The run root, if the words begin with one, and `count` names of runs. Raises ConfigError."""
     if len(words) not in (count, count + 1):
-        raise ConfigError(f"{' '.join(words) or 'nothing given'}: needs {count or 'no'} run ids, after the run root if any.")
+        raise ConfigError(
+            f"{' '.join(words) or 'nothing given'}: needs {count or 'no'} run ids, after the run root if any."
+        )
     root = Path(words[0] if len(words) > count else "runs")
     if not root.is_dir():
         raise ConfigError(f"{root}: no such folder; give the run root.")
@@ -29,18 +31,28 @@ def filtered(rows: list[dict], filters: list[str]) -> list[dict]:
     groups = {"status", *LABELS, *(group for row in rows for group in row["labels"])}
     for group, _, options in (text.partition("=") for text in filters):
         if group not in groups:
-            raise ConfigError(f"{group}={options}: no such filter; there are {', '.join(sorted(groups))}.")
-        rows = [row for row in rows if (row["labels"] | {"status": row["status"]}).get(group) in options.split(",")]
+            raise ConfigError(
+                f"{group}={options}: no such filter; there are {', '.join(sorted(groups))}."
+            )
+        rows = [
+            row
+            for row in rows
+            if (row["labels"] | {"status": row["status"]}).get(group) in options.split(",")
+        ]
     return rows
 
 
 def find(rows: list[dict], part: str) -> dict:
     """The one run whose id is `part` or contains it. Raises ConfigError with the candidates."""
-    found = [row for row in rows if row["run_id"] == part] or [row for row in rows if part in row["run_id"]]
+    found = [row for row in rows if row["run_id"] == part] or [
+        row for row in rows if part in row["run_id"]
+    ]
     if len(found) == 1:
         return found[0]
     candidates = ", ".join(row["run_id"] for row in (found or rows)[-8:]) or "none"
-    raise ConfigError(f"{part}: {f'{len(found)} runs match, e.g.' if found else 'no such run; the latest are'} {candidates}.")
+    raise ConfigError(
+        f"{part}: {f'{len(found)} runs match, e.g.' if found else 'no such run; the latest are'} {candidates}."
+    )
 
 
 def unrecorded(row: dict) -> str:

@@ -11,7 +11,9 @@ import yaml
 
 from harness.tracking.base import without_secrets
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where PyYAML was built with it
+LOADER = getattr(
+    yaml, "CSafeLoader", yaml.SafeLoader
+)  # ten times faster, where PyYAML was built with it
 SILENT = ("run_root", "tracking", "on_error", "force")  # of these no number depends on
 GROUPS = ("data", "eval", "export")  # choices that have no column of their own
 
@@ -53,8 +55,14 @@ def apart(rows: Sequence[Mapping], settings: Sequence[Mapping[str, str]]) -> lis
 
 def _compared(choices: Mapping[str, str | None], settings: Mapping[str, str]) -> dict[str, str]:
     """The settings that can tell a run from another, with the choices that stand in no column; empty ones are not set."""
-    own = {key: value for key, value in settings.items() if value != "{}" and key.partition(".")[0] not in SILENT}
-    return own | {group: choices[group] for group in GROUPS if choices.get(group)} if settings else {}
+    own = {
+        key: value
+        for key, value in settings.items()
+        if value != "{}" and key.partition(".")[0] not in SILENT
+    }
+    return (
+        own | {group: choices[group] for group in GROUPS if choices.get(group)} if settings else {}
+    )
 
 
 def _shortened(keys: Collection[str]) -> dict[str, str]:
@@ -69,4 +77,7 @@ def _leaves(value, key: str = "") -> Iterator[tuple[str, str]]:
         for name, item in value.items():
             yield from _leaves(item, f"{key}.{name}" if key else str(name))
     elif key:
-        yield key, value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+        yield (
+            key,
+            value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False),
+        )

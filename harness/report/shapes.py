@@ -10,22 +10,42 @@ from harness.config.checks import fits
 NUMBER = float | None
 FIGURES = Mapping[str, Mapping[str, NUMBER]]  # {corpus or task: {metric: value}}
 STAGE = {
-    "ppl": Mapping[str, NUMBER], "losses": Mapping[str, list[NUMBER]], "tokens": int,
-    "divergence": FIGURES, "zeroshot": FIGURES, "samples": Mapping[str, str],
+    "ppl": Mapping[str, NUMBER],
+    "losses": Mapping[str, list[NUMBER]],
+    "tokens": int,
+    "divergence": FIGURES,
+    "zeroshot": FIGURES,
+    "samples": Mapping[str, str],
 }
 METRICS = {
-    "run_id": str, "quant_id": str | None, "baseline_id": str | None, "status": str, "choices": Mapping[str, str | None],
-    "command": str | None, "marks": Mapping[str, list[str]], "stages": Mapping[str, Mapping], "bits_per_weight": NUMBER,
-    "seconds": Mapping[str, float], "peak_memory_mb": NUMBER, "layers": list[Mapping[str, float | str | None]],
-    "warnings": list[str], "notes": Mapping, "holds": Mapping[str, str | None], "export": Mapping,
+    "run_id": str,
+    "quant_id": str | None,
+    "baseline_id": str | None,
+    "status": str,
+    "choices": Mapping[str, str | None],
+    "command": str | None,
+    "marks": Mapping[str, list[str]],
+    "stages": Mapping[str, Mapping],
+    "bits_per_weight": NUMBER,
+    "seconds": Mapping[str, float],
+    "peak_memory_mb": NUMBER,
+    "layers": list[Mapping[str, float | str | None]],
+    "warnings": list[str],
+    "notes": Mapping,
+    "holds": Mapping[str, str | None],
+    "export": Mapping,
 }
-STATUS = dict.fromkeys(("status", "stage", "error", "started", "updated", "sweep", "quant_id", "command"), str | None)
+STATUS = dict.fromkeys(
+    ("status", "stage", "error", "started", "updated", "sweep", "quant_id", "command"), str | None
+)
 
 
 def sound(record: object, shape: Mapping[str, object]) -> dict:
     """The fields of a record that are of their shape."""
     found = record if isinstance(record, Mapping) else {}
-    return {key: found[key] for key, hint in shape.items() if key in found and fits(found[key], hint)}
+    return {
+        key: found[key] for key, hint in shape.items() if key in found and fits(found[key], hint)
+    }
 
 
 def metrics(record: object) -> dict:

@@ -51,9 +51,18 @@ def records(sweep: Path) -> list[dict]:
 
 def everyone(sweep: Path) -> list[dict]:
     """A row for every job: the one it kept, or that its process ended before it could."""
-    kept, begun = {row["job"]: row for row in records(sweep)}, read_record(sweep / "sweep.json") or {"overrides": []}
-    lost = {"status": "failed", "error": "no process ended it (one was killed, for lack of memory?); the same command goes on"}
-    return [kept.get(job, {"job": job, "overrides": own, **lost}) for job, own in enumerate(begun["overrides"])]
+    kept, begun = (
+        {row["job"]: row for row in records(sweep)},
+        read_record(sweep / "sweep.json") or {"overrides": []},
+    )
+    lost = {
+        "status": "failed",
+        "error": "no process ended it (one was killed, for lack of memory?); the same command goes on",
+    }
+    return [
+        kept.get(job, {"job": job, "overrides": own, **lost})
+        for job, own in enumerate(begun["overrides"])
+    ]
 
 
 def summary(metrics: dict) -> dict:
@@ -64,20 +73,31 @@ def summary(metrics: dict) -> dict:
     *_, last = list(stages.values()) or [{"ppl": {}}]
     last = last if metrics["status"] == "done" else {"ppl": {}}
     return {
-        "status": metrics["status"], "ppl": last["ppl"], "zeroshot": last.get("zeroshot", {}),
-        "divergence": last.get("divergence", {}), "marks": metrics.get("marks", {}),
-        "baseline": stages.get("baseline", {}).get("ppl", {}), "transformed": stages.get("transformed", {}).get("ppl", {}),
+        "status": metrics["status"],
+        "ppl": last["ppl"],
+        "zeroshot": last.get("zeroshot", {}),
+        "divergence": last.get("divergence", {}),
+        "marks": metrics.get("marks", {}),
+        "baseline": stages.get("baseline", {}).get("ppl", {}),
+        "transformed": stages.get("transformed", {}).get("ppl", {}),
         "accuracy": stages.get("baseline", {}).get("zeroshot", {}),
-        "bits_per_weight": metrics["bits_per_weight"], "warnings": metrics["warnings"],
+        "bits_per_weight": metrics["bits_per_weight"],
+        "warnings": metrics["warnings"],
     } | ({"disk_mb": metrics["export"]["sizes"]["after"] / 1e6} if metrics.get("export") else {})
 
 
 def reporter(sweep: Path, job: int) -> Reporter:
     """Who tells of a job: with the sweep's bar above its own in the process that launches, else a file beside its row."""
-    begun = read_record(sweep / "sweep.json") or {"pid": os.getpid(), "jobs": job + 1, "started": time.time()}
+    begun = read_record(sweep / "sweep.json") or {
+        "pid": os.getpid(),
+        "jobs": job + 1,
+        "started": time.time(),
+    }
     if begun["pid"] == os.getpid():
         return Reporter(sweep=(len(records(sweep)), begun["jobs"], begun["started"]))
-    return Reporter(Console(file=open(sweep / f"{job:05d}.log", "w", buffering=1, encoding="utf-8"), width=140))
+    return Reporter(
+        Console(file=open(sweep / f"{job:05d}.log", "w", buffering=1, encoding="utf-8"), width=140)
+    )
 
 
 def sweep(task: Callable, overrides: list[str]) -> int:
@@ -95,13 +115,18 @@ def sweep(task: Callable, overrides: list[str]) -> int:
             raise unknown[0]
         jobs = _jobs(loader, config, overrides)
         folder = Path(config.hydra.sweep.dir)
-        for old in folder.glob("[0-9]*.*"):  # of an earlier sweep, where HARNESS_SWEEP names the folder
+        for old in folder.glob(
+            "[0-9]*.*"
+        ):  # of an earlier sweep, where HARNESS_SWEEP names the folder
             old.unlink()
         begun = {"jobs": len(jobs), "overrides": jobs, "started": time.time(), "pid": os.getpid()}
         write_record(folder / "sweep.json", begun)
         context = HydraContext(config_loader=loader, callbacks=Callbacks())
         launcher = Plugins.instance().instantiate_launcher(context, task, config)
-        with _watched(folder, len(jobs), launcher), suppress(BrokenExecutor):  # a worker was killed, and the pool gave up
+        with (
+            _watched(folder, len(jobs), launcher),
+            suppress(BrokenExecutor),
+        ):  # a worker was killed, and the pool gave up
             for job in launcher.launch(jobs, initial_job_idx=0):
                 _ = job.return_value  # raises what the job did
         return _close(config, folder)
@@ -110,7 +135,11 @@ def sweep(task: Callable, overrides: list[str]) -> int:
 def swept(config, overrides: Iterable[str]) -> dict[str, str]:
     """{setting: its values} that a chosen option goes through, without those that the command line sets."""
     named = {_key(override) for override in overrides}
-    return {key: values for key, values in (config.hydra.sweeper.get("params") or {}).items() if key not in named}
+    return {
+        key: values
+        for key, values in (config.hydra.sweeper.get("params") or {}).items()
+        if key not in named
+    }
 
 
 def _jobs(loader, config, overrides: list[str]) -> list[list[str]]:
@@ -118,17 +147,23 @@ def _jobs(loader, config, overrides: list[str]) -> list[list[str]]:
 
     Raises Hydra's error for a setting that no job has.
     """
-    parsed = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in swept(config, overrides).items()), *overrides])
+    parsed = OverridesParser.create().parse_overrides(
+        [*(f"{k}={v}" for k, v in swept(config, overrides).items()), *overrides]
+    )
     rows = jobs_of([one for one in parsed if not one.is_hydra_override()])
     fitted = [_fitting(partial(loader.load_sweep_config, config), row)[1:] for row in rows]
     for key, error in fitted[0][1].items():
         if all(key in missing for _, missing in fitted):
             raise error
-    once = {tuple(own) if missing else row: own for row, (own, missing) in enumerate(fitted)}  # rows that became alike
+    once = {
+        tuple(own) if missing else row: own for row, (own, missing) in enumerate(fitted)
+    }  # rows that became alike
     return list(once.values())
 
 
-def _fitting(compose: Callable, overrides: list[str]) -> tuple[object, list[str], dict[str, Exception]]:
+def _fitting(
+    compose: Callable, overrides: list[str]
+) -> tuple[object, list[str], dict[str, Exception]]:
     """(the configuration, the overrides that it has a place for, {key: Hydra's error} of those that it has not)."""
     missing: dict[str, Exception] = {}
     while True:
@@ -170,7 +205,11 @@ def _watch(folder: Path, jobs: int, over: threading.Event) -> None:
             ended = over.wait(PERIOD)
             finished = {row["job"] for row in records(folder)}
             logs = {int(path.stem): path for path in folder.glob("[0-9]*.log")}
-            lines = [f"job {job}: {_last_line(path)}" for job, path in sorted(logs.items()) if job not in finished]
+            lines = [
+                f"job {job}: {_last_line(path)}"
+                for job, path in sorted(logs.items())
+                if job not in finished
+            ]
             for _ in range(len(finished) - done):
                 advance()
             done = len(finished)

@@ -30,13 +30,20 @@ def terminal() -> Console:
 def show(table: Table, console: Console) -> None:
     """Print a table; a file or a pipe gets it as wide as it needs, so that no figure is cut or folded."""
     if not console.is_terminal:
-        console.width = max(console.width, console.measure(table, options=console.options.update(width=10_000)).maximum)
+        console.width = max(
+            console.width,
+            console.measure(table, options=console.options.update(width=10_000)).maximum,
+        )
     console.print(table)
 
 
 def _short(value) -> str:
     if isinstance(value, list):
-        return " -> ".join(map(_short, value)) if all(isinstance(v, float) for v in value) else ", ".join(map(_short, value))
+        return (
+            " -> ".join(map(_short, value))
+            if all(isinstance(v, float) for v in value)
+            else ", ".join(map(_short, value))
+        )
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -48,14 +55,18 @@ def run_table(metrics: dict, directory: Path, console: Console | None = None) ->
     corpora = list(dict.fromkeys(c for stage in stages.values() for c in stage["ppl"]))
     baseline = stages.get("baseline", {}).get("ppl", {})
     labels = metrics["choices"] | metrics.get("holds", {})
-    table = Table(title=Text(" · ".join(f"{g}={o}" for g, o in labels.items() if o)), title_justify="left")
+    table = Table(
+        title=Text(" · ".join(f"{g}={o}" for g, o in labels.items() if o)), title_justify="left"
+    )
     table.add_column("stage")
     diverges = any(stage.get("divergence") for stage in stages.values())
     for corpus in corpora:
         table.add_column(Text(f"ppl {corpus}"), justify="right", no_wrap=True, min_width=9)
         for name in ("Δ", "KL", "top-1 %")[: 3 if diverges else 1]:
             table.add_column(name, justify="right", no_wrap=True)
-    tasks = list(dict.fromkeys(task for stage in stages.values() for task in stage.get("zeroshot", {})))
+    tasks = list(
+        dict.fromkeys(task for stage in stages.values() for task in stage.get("zeroshot", {}))
+    )
     for task in tasks:
         table.add_column(Text(task), justify="right")
     for column in ("bits/weight", "seconds", "peak MB"):
@@ -67,16 +78,28 @@ def run_table(metrics: dict, directory: Path, console: Console | None = None) ->
             change = "" if name == "baseline" or None in (ppl, base) else f"{ppl - base:+.4f}"
             cells += [_marked(number(ppl), marks.get(corpus)), change]
             moved = stage.get("divergence", {}).get(corpus, {})
-            cells += [number(moved.get("kl")), number(100 * moved["top1"], 1) if moved else ""] if diverges else []
-        cells += [_marked(accuracy(stage.get("zeroshot", {}).get(task)), marks.get(task)) for task in tasks]
+            cells += (
+                [number(moved.get("kl")), number(100 * moved["top1"], 1) if moved else ""]
+                if diverges
+                else []
+            )
+        cells += [
+            _marked(accuracy(stage.get("zeroshot", {}).get(task)), marks.get(task))
+            for task in tasks
+        ]
         bits = metrics["bits_per_weight"] if name == "quantized" else None
         peak = metrics["peak_memory_mb"] if name == list(stages)[-1] else None
-        table.add_row(*cells, number(bits, 2), number(metrics["seconds"].get(name), 1), number(peak, 0))
+        table.add_row(
+            *cells, number(bits, 2), number(metrics["seconds"].get(name), 1), number(peak, 0)
+        )
     show(table, console)
     notes = {k: v for k, v in metrics.get("notes", {}).items() if k != "gate"}
     if notes:
         _line(console, "transform: " + ", ".join(f"{k} {_short(v)}" for k, v in notes.items()))
-    _line(console, "seconds: " + ", ".join(f"{stage} {s:.1f}" for stage, s in metrics["seconds"].items()))
+    _line(
+        console,
+        "seconds: " + ", ".join(f"{stage} {s:.1f}" for stage, s in metrics["seconds"].items()),
+    )
     for name, told in metrics.get("marks", {}).items():
         if told:
             _line(console, f"{name} ({marks[name]}): {', '.join(told)}")
@@ -86,9 +109,14 @@ def run_table(metrics: dict, directory: Path, console: Console | None = None) ->
         _line(console, CHECKLIST)
     left = metrics.get("export")
     if left:
-        after, before, share = (left["sizes"][key] for key in ("after", "before", "reduction_percent"))
-        _line(console, f"exported: {left['path']} ({after / 1e6:.1f} MB of weights, untouched in fp16 {before / 1e6:.1f}, "
-                       f"{share:.1f} % less)")
+        after, before, share = (
+            left["sizes"][key] for key in ("after", "before", "reduction_percent")
+        )
+        _line(
+            console,
+            f"exported: {left['path']} ({after / 1e6:.1f} MB of weights, untouched in fp16 {before / 1e6:.1f}, "
+            f"{share:.1f} % less)",
+        )
     _line(console, f"run directory: {directory}")
 
 
@@ -104,14 +132,26 @@ def sweep_table(rows: list[dict], console: Console | None = None) -> None:
     changed = [c for c in corpora if any(c in row.get("transformed", {}) for row in rows)]
     diverges = [c for c in corpora if any(c in row.get("divergence", {}) for row in rows)]
     first = rows[0]["overrides"] if rows else []
-    shared = [override for override in first if all(override in row["overrides"] for row in rows)] if len(rows) > 1 else []
-    table = Table(title=f"{len(rows)} jobs, {sum(row['status'] != 'done' for row in rows)} failed", title_justify="left")
+    shared = (
+        [override for override in first if all(override in row["overrides"] for row in rows)]
+        if len(rows) > 1
+        else []
+    )
+    table = Table(
+        title=f"{len(rows)} jobs, {sum(row['status'] != 'done' for row in rows)} failed",
+        title_justify="left",
+    )
     table.add_column("job")
     table.add_column("overrides", overflow="fold")
     table.add_column("status")
     for label, columns in (("ppl", corpora), ("float", changed), ("KL", diverges)):
         for corpus in columns:
-            table.add_column(Text(f"{label} {corpus}"), justify="right", no_wrap=True, min_width=9 if label != "KL" else None)
+            table.add_column(
+                Text(f"{label} {corpus}"),
+                justify="right",
+                no_wrap=True,
+                min_width=9 if label != "KL" else None,
+            )
     tasks = list(dict.fromkeys(task for row in rows for task in row.get("zeroshot", {})))
     for task in tasks:
         table.add_column(Text(task), justify="right")
@@ -122,21 +162,42 @@ def sweep_table(rows: list[dict], console: Console | None = None) -> None:
     if exported:
         table.add_column("disk MB", justify="right")
     table.add_column("run", overflow="fold")
-    for base in {tuple(row.get("baseline", {}).items()): row for row in rows if row.get("baseline")}.values():
-        answers = [accuracy(base.get("accuracy", {}).get(task)) for task in tasks] + [""] * bool(tasks)
+    for base in {
+        tuple(row.get("baseline", {}).items()): row for row in rows if row.get("baseline")
+    }.values():
+        answers = [accuracy(base.get("accuracy", {}).get(task)) for task in tasks] + [""] * bool(
+            tasks
+        )
         ppl = [number(base["baseline"].get(corpus)) for corpus in corpora]
-        table.add_row("", "untouched model", "", *ppl, *[""] * (len(changed) + len(diverges)), *answers, *[""] * (2 + exported))
+        table.add_row(
+            "",
+            "untouched model",
+            "",
+            *ppl,
+            *[""] * (len(changed) + len(diverges)),
+            *answers,
+            *[""] * (2 + exported),
+        )
     for row in rows:
         status = "stored" if row.get("stored") and row["status"] == "done" else row["status"]
         marks = letters(row.get("marks", {}))
-        cells = [_marked(number(row.get("ppl", {}).get(corpus)), marks.get(corpus)) for corpus in corpora]
+        cells = [
+            _marked(number(row.get("ppl", {}).get(corpus)), marks.get(corpus)) for corpus in corpora
+        ]
         cells += [number(row.get("transformed", {}).get(corpus)) for corpus in changed]
-        cells += [number(row.get("divergence", {}).get(corpus, {}).get("kl")) for corpus in diverges]
-        cells += [_marked(accuracy(row.get("zeroshot", {}).get(task)), marks.get(task)) for task in tasks]
+        cells += [
+            number(row.get("divergence", {}).get(corpus, {}).get("kl")) for corpus in diverges
+        ]
+        cells += [
+            _marked(accuracy(row.get("zeroshot", {}).get(task)), marks.get(task)) for task in tasks
+        ]
         cells += [number(kept(row.get("zeroshot", {}), row.get("accuracy", {})), 1)] * bool(tasks)
         own = " ".join(override for override in row["overrides"] if override not in shared)
         style = "red" if row["status"] != "done" else None
-        cells += [number(row.get("bits_per_weight"), 2), *[number(row.get("disk_mb"), 1)] * exported]
+        cells += [
+            number(row.get("bits_per_weight"), 2),
+            *[number(row.get("disk_mb"), 1)] * exported,
+        ]
         run = Text((row.get("run_id") or "").rpartition("-")[2])
         table.add_row(str(row["job"]), Text(own), status, *cells, run, style=style)
     show(table, console)
@@ -168,4 +229,7 @@ def _line(console: Console, text: str, style: str | None = None) -> None:
 
 def _lost(ppl: dict, baseline: dict) -> bool:
     """Whether a model that worked does not any more; a perplexity that is not finite may stand as None."""
-    return any((x is None or not x <= LOST) and (baseline.get(corpus) or LOST) <= LOST for corpus, x in ppl.items())
+    return any(
+        (x is None or not x <= LOST) and (baseline.get(corpus) or LOST) <= LOST
+        for corpus, x in ppl.items()
+    )

@@ -63,7 +63,9 @@ class AdaScale(Solver):
         boolean("solver.flexround", self.flexround)
         number("solver.mix", self.mix, 0, 1)
         if not (self.lwc or self.flexround):
-            raise ConfigError("solver.lwc=false with solver.flexround=false: nothing is learned; use solver=minmax.")
+            raise ConfigError(
+                "solver.lwc=false with solver.flexround=false: nothing is learned; use solver=minmax."
+            )
 
     def check(self, format: Format) -> list[str]:
         if not format.symmetric or isinstance(format, FourOverSix):
@@ -76,7 +78,9 @@ class AdaScale(Solver):
     def idle(self, layers: Sequence[Mapping]) -> list[str]:
         if any(layer.get("best_step") for layer in layers):
             return []
-        return ["adascale changed nothing against minmax: in no block did a step lower the held-out loss"]
+        return [
+            "adascale changed nothing against minmax: in no block did a step lower the held-out loss"
+        ]
 
     @property
     def windows(self) -> int:
@@ -88,12 +92,19 @@ class AdaScale(Solver):
 
     def solve_block(self, block: Block) -> Solution:
         """Raises RuntimeError where the loss is no longer finite."""
-        problem = Problem({n: block.weights[n] for n in block.formats}, {n: minmax(f) for n, f in block.formats.items()})
+        problem = Problem(
+            {n: block.weights[n] for n in block.formats},
+            {n: minmax(f) for n, f in block.formats.items()},
+        )
         start = {}
         for linears in block.sites.values():
             site = [name for name in linears if name in problem.formats]
             weights = {name: problem.weights[name] for name in site}
-            start |= self.static_scales(Problem(weights, {name: problem.formats[name] for name in site})) if site else {}
+            start |= (
+                self.static_scales(Problem(weights, {name: problem.formats[name] for name in site}))
+                if site
+                else {}
+            )
         learned = {
             name: Rounding(weight, problem.formats[name], start[name], self.lwc, self.flexround)
             for name, weight in problem.weights.items()
@@ -117,12 +128,21 @@ class AdaScale(Solver):
         with block.stage("adascale", max(1, self.iterations)) as advance:
             for step in range(self.iterations):
                 index = step % train
-                taken = torch.rand(block.original[index].shape, generator=block.generator).to(block.original[index].device)
-                hidden = torch.where(taken < self.mix, block.quantized[index], block.original[index])
-                loss = distance(block.forward(index, hidden, {n: r() for n, r in learned.items()}), block.targets[index])
+                taken = torch.rand(block.original[index].shape, generator=block.generator).to(
+                    block.original[index].device
+                )
+                hidden = torch.where(
+                    taken < self.mix, block.quantized[index], block.original[index]
+                )
+                loss = distance(
+                    block.forward(index, hidden, {n: r() for n, r in learned.items()}),
+                    block.targets[index],
+                )
                 if not loss.isfinite():
-                    raise RuntimeError(f"adascale: the loss is {loss.item()} after {step} steps; lower solver.lr_round and "
-                                       "solver.lr_clip")
+                    raise RuntimeError(
+                        f"adascale: the loss is {loss.item()} after {step} steps; lower solver.lr_round and "
+                        "solver.lr_clip"
+                    )
                 adam.zero_grad()
                 loss.backward()
                 adam.step()
@@ -136,7 +156,9 @@ class AdaScale(Solver):
                 block.log(point, block.index * self.iterations + step + 1)
                 advance(f"loss {point['adascale/loss']:.4g}")
         with torch.no_grad():
-            for parameter, kept in zip(clip + shape, best or [torch.zeros_like(p) for p in clip + shape]):
+            for parameter, kept in zip(
+                clip + shape, best or [torch.zeros_like(p) for p in clip + shape]
+            ):
                 parameter.copy_(kept)
         return {"loss_before": first, "loss_after": lowest, "best_step": best_step}
 
@@ -144,7 +166,9 @@ class AdaScale(Solver):
     def _held_out(self, block: Block, learned: dict[str, Rounding], held: range) -> float:
         """Mean loss on the held-out micro-batches as the block will really read them."""
         weights = {name: rounding() for name, rounding in learned.items()}
-        losses = [distance(block.forward(i, block.quantized[i], weights), block.targets[i]) for i in held]
+        losses = [
+            distance(block.forward(i, block.quantized[i], weights), block.targets[i]) for i in held
+        ]
         mean = float(torch.stack(losses).mean())
         return mean if math.isfinite(mean) else math.inf
 
@@ -160,11 +184,24 @@ class Rounding(nn.Module):
     start: its min-max scales. `clip()`, `shape()`: the parameters in use. Calling it gives W^ in the weight's dtype.
     """
 
-    def __init__(self, weight: Tensor, format: Format, start: Scales, lwc: bool = True, flexround: bool = True):
+    def __init__(
+        self,
+        weight: Tensor,
+        format: Format,
+        start: Scales,
+        lwc: bool = True,
+        flexround: bool = True,
+    ):
         super().__init__()
-        self.weight, self.format, self.start, self.lwc, self.flexround = weight.detach(), format, start, lwc, flexround
+        self.weight, self.format, self.start, self.lwc, self.flexround = (
+            weight.detach(),
+            format,
+            start,
+            lwc,
+            flexround,
+        )
         per_scale = format.lattice(start)[0]
-        make = lambda like: nn.Parameter(torch.zeros_like(like, dtype=torch.float32))  # noqa: E731
+        make = lambda like: nn.Parameter(torch.zeros_like(like, dtype=torch.float32))
         self.beta, self.gamma, self.s3 = make(per_scale), make(per_scale), make(per_scale)
         self.s2 = make(weight)
         self.s4 = make(weight[:1, :, :1, :1]) if weight.ndim == 4 else None
@@ -183,7 +220,9 @@ class Rounding(nn.Module):
     def forward(self) -> Tensor:
         s2 = self.s2 if self.s4 is None else self.s2 + self.s4
         arguments = (self.factor(), s2.flatten(1), self.s3)
-        return _Round.apply(*arguments, self.weight.flatten(1), self.format, self.start).view_as(self.weight)
+        return _Round.apply(*arguments, self.weight.flatten(1), self.format, self.start).view_as(
+            self.weight
+        )
 
     @torch.no_grad()
     def qtensor(self) -> QTensor:
@@ -222,7 +261,10 @@ class _Round(torch.autograd.Function):
     def backward(ctx, gradient):
         blocks, value, step, start = ctx.saved_tensors
         gradient = ctx.format.split(gradient.float())
-        low, high = ((reach + slack) * step for reach, slack in zip(ctx.format.reach, (-ctx.format.slack, ctx.format.slack)))
+        low, high = (
+            (reach + slack) * step
+            for reach, slack in zip(ctx.format.reach, (-ctx.format.slack, ctx.format.slack))
+        )
         moved = (gradient * blocks).mul_((blocks >= low) & (blocks <= high)).neg_()
         s3 = moved.sum(-1)
         factor = ((gradient * value).sum(-1) + s3) * start / step.squeeze(-1)

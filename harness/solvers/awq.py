@@ -29,10 +29,14 @@ from harness.solvers.base import Block, Problem, Solution, Solver
 from harness.solvers.gptq import GPTQ
 from harness.solvers.rtn import RTN
 
-UNCLIPPED = ("q_proj", "k_proj")  # their outputs meet in a product, which a partial output says nothing of
+UNCLIPPED = (
+    "q_proj",
+    "k_proj",
+)  # their outputs meet in a product, which a partial output says nothing of
 CLIPS = tuple(1 - step / 20 for step in range(10))
 UNSCALED = {  # why a site of that freedom (Block.scalable) gets no scale
-    "fixed": "an encoder stands before it", "shared": "heads share its values, solver.gqa=skip",
+    "fixed": "an encoder stands before it",
+    "shared": "heads share its values, solver.gqa=skip",
     "free": "solver.grid=1 tries none",
 }
 
@@ -74,14 +78,22 @@ class AWQ(Solver):
         why = "; ".join(f"{site}: {UNSCALED[freedom]}" for site, freedom in sites.items())
         clips = self.clip and any(clippable(format) for format in formats)
         left = "it only clips ranges" if clips else f"this is solver={self.then}"
-        return [f"solver=awq: no channels can be scaled ({why or 'no site is quantized'}), so {left}"]
+        return [
+            f"solver=awq: no channels can be scaled ({why or 'no site is quantized'}), so {left}"
+        ]
 
     def idle(self, layers: Sequence[Mapping]) -> list[str]:
-        own = [value for layer in layers for key, value in layer.items()
-               if key == "clipped" or key.startswith("awq_")]
+        own = [
+            value
+            for layer in layers
+            for key, value in layer.items()
+            if key == "clipped" or key.startswith("awq_")
+        ]
         if any(own):
             return []
-        return [f"awq changed nothing against {self.then}: no scale was merged, and no range clipped"]
+        return [
+            f"awq changed nothing against {self.then}: no scale was merged, and no range clipped"
+        ]
 
     def _scales(self, freedom: str) -> bool:
         """Whether a site of that freedom (Block.scalable) gets a scale."""
@@ -109,8 +121,13 @@ class AWQ(Solver):
         for step in range(self.grid):
             ratio = step / self.grid
             scale = self.scale(loud, heavy, ratio)
-            problem = Problem({name: weight * scale.to(weight) for name, weight in weights.items()}, formats)
-            rounded = {name: q.dequantize() / scale.to(q.dtype) for name, q in RTN().solve(problem).qtensors.items()}
+            problem = Problem(
+                {name: weight * scale.to(weight) for name, weight in weights.items()}, formats
+            )
+            rounded = {
+                name: q.dequantize() / scale.to(q.dtype)
+                for name, q in RTN().solve(problem).qtensors.items()
+            }
             output = block.parent(site, rounded, scale if self.with_act else None)
             error = float((output.float() - wanted.float()).square().mean())
             if error < lowest:
@@ -153,7 +170,9 @@ def clipped(weight: Tensor, format: Format, scales: Scales, hessian: Tensor) -> 
         return scales
     blocks = format.split(weight.float())  # [out, groups, g]
     groups, width = blocks.shape[-2:]
-    within = hessian.view(groups, width, groups, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [groups, g, g]
+    within = (
+        hessian.view(groups, width, groups, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    )  # [groups, g, g]
     peak = blocks.abs().amax(-1, keepdim=True)
     plain = replace(format, observer="minmax")
     chosen, lowest = scales, None
@@ -161,7 +180,11 @@ def clipped(weight: Tensor, format: Format, scales: Scales, hessian: Tensor) -> 
         limit = factor * peak
         shrunk = format.join(blocks.clamp(-limit, limit), weight.shape).to(weight.dtype)
         found = scales if factor == 1 else plain.scales(shrunk, global_scale=scales.global_scale)
-        noise = format.split(format.decode(format.encode(weight, found), found)).sub_(blocks).transpose(0, 1)
+        noise = (
+            format.split(format.decode(format.encode(weight, found), found))
+            .sub_(blocks)
+            .transpose(0, 1)
+        )
         error = (noise @ within).mul_(noise).sum(-1).T.contiguous()  # [out, groups]
         if lowest is None:
             lowest = error

@@ -57,7 +57,9 @@ class Block(Protocol):
     def inputs(self, site: str) -> Tensor:
         """What a site reads of the first micro-batches, [tokens, n], in the unquantized block."""
 
-    def parent(self, site: str, weights: Mapping[str, Tensor], scale: Tensor | None = None) -> Tensor:
+    def parent(
+        self, site: str, weights: Mapping[str, Tensor], scale: Tensor | None = None
+    ) -> Tensor:
         """What the module around a site (attention, MLP, or the last linear itself) makes of these inputs, with some weights
         replaced; with a scale s [n], the site's activation is read as Q_a(x / s) s."""
 
@@ -153,7 +155,9 @@ class Solver:
         scales = {}
         for name, weight in problem.weights.items():
             format = problem.formats[name]
-            alike = [problem.weights[other] for other, its in problem.formats.items() if its == format]
+            alike = [
+                problem.weights[other] for other, its in problem.formats.items() if its == format
+            ]
             peers = alike if self.fuse_global_scale else [weight]
             amax = torch.stack([peer.abs().amax() for peer in peers]).amax()
             scales[name] = format.scales(weight, global_scale=format.global_from_amax(amax))

@@ -58,18 +58,24 @@ class GPTQ(Solver):
 
     def check(self, format: Format) -> list[str]:
         if self.scales == "dynamic" and format.pad == "zero":
-            raise ConfigError("solver.scales=dynamic with format.weight.pad=zero: the last group is short; use scales=static.")
+            raise ConfigError(
+                "solver.scales=dynamic with format.weight.pad=zero: the last group is short; use scales=static."
+            )
         if self.scales == "dynamic" and format.granularity != "group":
-            return [f"solver.scales=dynamic with format.weight.granularity={format.granularity}: a row is "
-                    "one group, whose scale is due before any error arrives, so this is scales=static"]
+            return [
+                f"solver.scales=dynamic with format.weight.granularity={format.granularity}: a row is "
+                "one group, whose scale is due before any error arrives, so this is scales=static"
+            ]
         return []
 
     def check_together(self, formats: Sequence[Format], sites: Mapping[str, str]) -> list[str]:
         sizes = {format.group_size for format in formats}
         if self.scales == "dynamic" and len(sizes) > 1:
             listed = ", ".join(map(str, sizes))
-            raise ConfigError(f"solver.scales=dynamic with formats of different groups ({listed}): linears of "
-                              "one site are solved together; use solver.scales=static.")
+            raise ConfigError(
+                f"solver.scales=dynamic with formats of different groups ({listed}): linears of "
+                "one site are solved together; use solver.scales=static."
+            )
         return []
 
     @property
@@ -82,10 +88,14 @@ class GPTQ(Solver):
         rows = [problem.weights[n].shape[0] for n in names]
         hessian = problem.hessian.to(self._dtype)
         if not hessian.isfinite().all():
-            raise DataError(f"the activations read by {', '.join(names)} contain NaN or Inf; check the model and its dtype")
+            raise DataError(
+                f"the activations read by {', '.join(names)} contain NaN or Inf; check the model and its dtype"
+            )
         dead = hessian.diagonal() == 0
         if dead.any():  # before the scales: a group then has zero in its range
-            problem = replace(problem, weights={n: w.masked_fill(dead, 0) for n, w in problem.weights.items()})
+            problem = replace(
+                problem, weights={n: w.masked_fill(dead, 0) for n, w in problem.weights.items()}
+            )
         scales = self.static_scales(problem)
 
         order = torch.arange(len(hessian), device=hessian.device)
@@ -93,15 +103,28 @@ class GPTQ(Solver):
             order = hessian.diagonal().argsort(descending=True, stable=True)
         unit, damp = self._factor(hessian, dead, order)
         if unit is None:
-            qtensors = {n: problem.formats[n].quantize(w, scales=scales[n]) for n, w in problem.weights.items()}
-            return Solution(qtensors, {"damp": None, "redamped": False, "fallback": "rtn", "dead_columns": int(dead.sum())})
+            qtensors = {
+                n: problem.formats[n].quantize(w, scales=scales[n])
+                for n, w in problem.weights.items()
+            }
+            return Solution(
+                qtensors,
+                {
+                    "damp": None,
+                    "redamped": False,
+                    "fallback": "rtn",
+                    "dead_columns": int(dead.sum()),
+                },
+            )
 
         work = torch.cat([problem.weights[n] for n in names]).to(self._dtype).T.contiguous()
         work = work[order]
         groups = [problem.formats[n].group(len(order)) for n in names]
         if self.scales == "dynamic":
             if len(set(groups)) > 1:
-                raise ConfigError("solver.scales=dynamic: the linears of one site have different group sizes; use static.")
+                raise ConfigError(
+                    "solver.scales=dynamic: the linears of one site have different group sizes; use static."
+                )
             lattice = _Dynamic(problem, names, rows, scales, groups[0])
         else:
             lattice = _Static(problem, names, rows, scales, groups, order)
@@ -113,11 +136,20 @@ class GPTQ(Solver):
         qtensors = {}
         for name, part in zip(names, solved.T.split(rows)):
             weight = problem.weights[name]
-            qtensors[name] = problem.formats[name].quantize(part.to(weight.dtype).contiguous(), scales=lattice.stored(name))
-        report = {"damp": damp, "redamped": damp > self.damp, "fallback": None, "dead_columns": int(dead.sum())}
+            qtensors[name] = problem.formats[name].quantize(
+                part.to(weight.dtype).contiguous(), scales=lattice.stored(name)
+            )
+        report = {
+            "damp": damp,
+            "redamped": damp > self.damp,
+            "fallback": None,
+            "dead_columns": int(dead.sum()),
+        }
         return Solution(qtensors, report)
 
-    def _factor(self, hessian: Tensor, dead: Tensor, order: Tensor) -> tuple[Tensor | None, float | None]:
+    def _factor(
+        self, hessian: Tensor, dead: Tensor, order: Tensor
+    ) -> tuple[Tensor | None, float | None]:
         """U of the damped, ordered Hessian with rows scaled to unit diagonal, and the damping that it took."""
         backwards = order.flip(0)
         for dtype in dict.fromkeys((self._dtype, torch.float64)):
@@ -148,16 +180,28 @@ class _Static:
 
     group = None
 
-    def __init__(self, problem: Problem, names, rows, scales: dict[str, Scales], groups: list[int], order: Tensor):
+    def __init__(
+        self,
+        problem: Problem,
+        names,
+        rows,
+        scales: dict[str, Scales],
+        groups: list[int],
+        order: Tensor,
+    ):
         self.scales = scales
         self.parts = []
         for name, count, group in zip(names, rows, groups):
             format = problem.formats[name]
-            lattice = [t.expand(count, -1).T.contiguous().unbind(0) for t in format.lattice(scales[name])]
+            lattice = [
+                t.expand(count, -1).T.contiguous().unbind(0) for t in format.lattice(scales[name])
+            ]
             self.parts.append((format.snap, count, lattice, (order // group).tolist()))
         if len(names) > 1 and all(problem.formats[n] == problem.formats[names[0]] for n in names):
             snap, _, _, index = self.parts[0]
-            joined = [[torch.cat(ts) for ts in zip(*parts)] for parts in zip(*(p[2] for p in self.parts))]
+            joined = [
+                [torch.cat(ts) for ts in zip(*parts)] for parts in zip(*(p[2] for p in self.parts))
+            ]
             self.parts = [(snap, sum(rows), joined, index)]
 
     def snap(self, i: int, column: Tensor, out: Tensor) -> None:
@@ -186,7 +230,10 @@ class _Dynamic:
         self.parts = []
         for name, part in zip(self.names, work[lo:hi].T.split(self.rows)):
             format = self.problem.formats[name]
-            scales = format.scales(part.to(self.problem.weights[name].dtype).contiguous(), global_scale=self.fixed[name])
+            scales = format.scales(
+                part.to(self.problem.weights[name].dtype).contiguous(),
+                global_scale=self.fixed[name],
+            )
             self.found[name].append(scales)
             lattice = [t.expand(len(part), -1)[:, 0].contiguous() for t in format.lattice(scales)]
             self.parts.append((format.snap, len(part), lattice))

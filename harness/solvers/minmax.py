@@ -28,11 +28,17 @@ class MinMax(RTN):
         if named and minmax(format) != format:
             return []
         why = "the format has its rule already" if named else "its rule is for symmetric integers"
-        return [f"solver=minmax with {type(format).__name__} (symmetric={format.symmetric}): {why}, "
-                "so this is rtn with observer=minmax"]
+        return [
+            f"solver=minmax with {type(format).__name__} (symmetric={format.symmetric}): {why}, "
+            "so this is rtn with observer=minmax"
+        ]
 
     def solve(self, problem: Problem) -> Solution:
-        return super().solve(replace(problem, formats={name: minmax(format) for name, format in problem.formats.items()}))
+        return super().solve(
+            replace(
+                problem, formats={name: minmax(format) for name, format in problem.formats.items()}
+            )
+        )
 
 
 def minmax(format: Format) -> Format:

@@ -16,5 +16,7 @@ class RTN(Solver):
 
     def solve(self, problem: Problem) -> Solution:
         scales = self.static_scales(problem)
-        qtensors = {n: problem.formats[n].quantize(w, scales=scales[n]) for n, w in problem.weights.items()}
+        qtensors = {
+            n: problem.formats[n].quantize(w, scales=scales[n]) for n, w in problem.weights.items()
+        }
         return Solution(qtensors, report={})

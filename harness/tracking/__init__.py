@@ -15,7 +15,14 @@ class Trackers(Several):
     Raises ConfigError for a value that cannot work.
     """
 
-    def __init__(self, wandb: bool = True, entity: str | None = None, project: str | None = None, name: str | None = None,
-                 mode: str | None = None, tags: Sequence[str] = ()):
+    def __init__(
+        self,
+        wandb: bool = True,
+        entity: str | None = None,
+        project: str | None = None,
+        name: str | None = None,
+        mode: str | None = None,
+        tags: Sequence[str] = (),
+    ):
         mirror = Wandb(project=project, entity=entity, name=name, mode=mode, tags=tags)
         super().__init__([Local(), mirror] if wandb else [Local()])

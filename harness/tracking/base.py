@@ -74,7 +74,9 @@ class Several(Tracker):
             except Exception as error:
                 self._trackers.remove(tracker)
                 reason = f"{type(error).__name__}: {error}"
-                self._warn(f"tracking: {type(tracker).__name__} failed in {call}; the run goes on without it ({reason})")
+                self._warn(
+                    f"tracking: {type(tracker).__name__} failed in {call}; the run goes on without it ({reason})"
+                )
 
 
 def plain(value):
@@ -91,7 +93,9 @@ def plain(value):
 def without_secrets(value):
     """A nested config without the keys that name a token, secret, password or API key; `tokenizer` and `max_tokens` stay."""
     if isinstance(value, dict):
-        return {key: without_secrets(item) for key, item in value.items() if not SECRET.search(str(key))}
+        return {
+            key: without_secrets(item) for key, item in value.items() if not SECRET.search(str(key))
+        }
     if isinstance(value, list | tuple):
         return [without_secrets(item) for item in value]
     return value

@@ -21,25 +21,40 @@ def workspace(entity: str, project: str, corpora: Sequence[str] = CORPORA):
     from wandb_workspaces.reports import v2 as wr
     from wandb_workspaces.workspaces import Section, Workspace
 
-    bits, ppl = wr.SummaryMetric("bits_per_weight"), [f"ppl/quantized/{corpus}" for corpus in corpora]
+    bits, ppl = (
+        wr.SummaryMetric("bits_per_weight"),
+        [f"ppl/quantized/{corpus}" for corpus in corpora],
+    )
     axes = [*map(wr.Config, CHOICES), bits, *map(wr.SummaryMetric, ppl)]
     columns = [wr.ParallelCoordinatesPlotColumn(metric=axis) for axis in axes]
     panels = {
         "Perplexity": [
             *(wr.BarPlot(title=key, metrics=[key]) for key in ppl),
-            *(wr.ScatterPlot(title=f"{key} by bits per weight", x=bits, y=wr.SummaryMetric(key)) for key in ppl),
+            *(
+                wr.ScatterPlot(title=f"{key} by bits per weight", x=bits, y=wr.SummaryMetric(key))
+                for key in ppl
+            ),
         ],
         "Choices": [
             wr.ParallelCoordinatesPlot(title="from choice to perplexity", columns=columns),
             wr.RunComparer(diff_only="split"),
         ],
         "Blocks": [
-            wr.LinePlot(title=curve, x="block/index", y=[curve], title_x="block", groupby="Group", groupby_aggfunc="mean",
-                        groupby_rangefunc="minmax")
+            wr.LinePlot(
+                title=curve,
+                x="block/index",
+                y=[curve],
+                title_x="block",
+                groupby="Group",
+                groupby_aggfunc="mean",
+                groupby_rangefunc="minmax",
+            )
             for curve in CURVES
         ],
     }
-    sections = [Section(name=name, panels=content, is_open=True) for name, content in panels.items()]
+    sections = [
+        Section(name=name, panels=content, is_open=True) for name, content in panels.items()
+    ]
     return Workspace(entity=entity, project=project, name="Low-bit comparison", sections=sections)
 
 
@@ -55,10 +70,14 @@ def save(view) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status of a command line; the specification, or with --save the address, on standard output."""
-    parser = argparse.ArgumentParser(prog="python -m harness.tracking.dashboard", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.tracking.dashboard", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--entity", required=True)
     parser.add_argument("--project", required=True)
-    parser.add_argument("--corpora", nargs="+", default=CORPORA, help=f"default: {' '.join(CORPORA)}")
+    parser.add_argument(
+        "--corpora", nargs="+", default=CORPORA, help=f"default: {' '.join(CORPORA)}"
+    )
     parser.add_argument("--save", action="store_true", help="save it instead of printing it")
     asked = parser.parse_args(arguments)
     try:
@@ -69,7 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}; `pip install wandb-workspaces`", file=sys.stderr)
         return 2
     except Exception as error:
-        print(f"error: the workspace was not saved: {' '.join(str(error).split())}", file=sys.stderr)
+        print(
+            f"error: the workspace was not saved: {' '.join(str(error).split())}", file=sys.stderr
+        )
         return 2
     return 0
 

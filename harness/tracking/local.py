@@ -22,7 +22,13 @@ class Local(Tracker):
     def start(self, config: dict, run: RunInfo) -> None:
         self._directory = Path(run.directory) / "tracking"
         self._directory.mkdir(parents=True, exist_ok=True)
-        who = {"run_id": run.run_id, "quant_id": run.quant_id, "group": run.group, "tags": run.tags, "job_type": run.job_type}
+        who = {
+            "run_id": run.run_id,
+            "quant_id": run.quant_id,
+            "group": run.group,
+            "tags": run.tags,
+            "job_type": run.job_type,
+        }
         write(self._directory / "run.json", json.dumps(plain(who), indent=2) + "\n")
         self._curves = self._directory / "curves.jsonl"
         whole_lines(self._curves)

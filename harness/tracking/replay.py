@@ -47,7 +47,11 @@ class Record:
             config=OmegaConf.to_container(OmegaConf.load(run.path / "config.yaml")),
             info=_info(run),
             curves=_curves(folder / "curves.jsonl"),
-            tables={path.stem: _lines(path) for path in sorted(folder.glob("*.jsonl")) if path.name != "curves.jsonl"},
+            tables={
+                path.stem: _lines(path)
+                for path in sorted(folder.glob("*.jsonl"))
+                if path.name != "curves.jsonl"
+            },
             pages=sorted(run.path.glob("*.html")),
             summary=summary,
             status=status,
@@ -87,16 +91,28 @@ def send(run: Run, project: str | None, entity: str | None, mode: str | None) ->
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status of a command line; one line a run on standard output."""
-    parser = argparse.ArgumentParser(prog="python -m harness.tracking.replay", description="Send stored runs to W&B.")
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.tracking.replay", description="Send stored runs to W&B."
+    )
     parser.add_argument("runs", type=Path, help="the run root")
     parser.add_argument("part", nargs="*", help="send only runs whose id contains one of these")
     parser.add_argument("--project", help="default: that of the run, WANDB_PROJECT, or low-bit")
-    parser.add_argument("--entity", help="default: that of the run, WANDB_ENTITY, or that of the login")
-    parser.add_argument("--mode", choices=("online", "offline"), help="default: WANDB_MODE; offline without a login")
+    parser.add_argument(
+        "--entity", help="default: that of the run, WANDB_ENTITY, or that of the login"
+    )
+    parser.add_argument(
+        "--mode", choices=("online", "offline"), help="default: WANDB_MODE; offline without a login"
+    )
     asked = parser.parse_intermixed_args(arguments)
-    chosen = [run for run in Store(asked.runs).runs() if not asked.part or any(part in run.path.name for part in asked.part)]
+    chosen = [
+        run
+        for run in Store(asked.runs).runs()
+        if not asked.part or any(part in run.path.name for part in asked.part)
+    ]
     if not chosen:
-        print(f"error: {asked.runs} holds no run {' or '.join(asked.part)}".rstrip(), file=sys.stderr)
+        print(
+            f"error: {asked.runs} holds no run {' or '.join(asked.part)}".rstrip(), file=sys.stderr
+        )
         return 2
     lost = 0
     for run in chosen:
@@ -105,7 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except RunLocked:
             told = "skipped: still running"
         except Exception as error:  # the other runs must not be lost with it
-            reason = " ".join(f"{type(error).__name__}: {error}".split())  # a YAML error has many lines
+            reason = " ".join(
+                f"{type(error).__name__}: {error}".split()
+            )  # a YAML error has many lines
             told, lost = f"NOT SENT ({reason})", lost + 1
         print(f"{run.path.name}: {told}", flush=True)
     return 1 if lost else 0
@@ -116,7 +134,11 @@ def _info(run: Run) -> RunInfo:
     known = read_json(run.path / "tracking" / "run.json")
     if known is None:
         choices = (run.metrics or {}).get("choices", {})
-        tags = [f"{group}:{option}" for group, option in choices.items() if option and group != "tracking"]
+        tags = [
+            f"{group}:{option}"
+            for group, option in choices.items()
+            if option and group != "tracking"
+        ]
         known = {"run_id": run.path.name, "quant_id": run.status.get("quant_id"), "tags": tags}
     return RunInfo(**{**known, "tags": tuple(known["tags"]), "directory": run.path})
 

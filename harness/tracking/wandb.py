@@ -24,7 +24,10 @@ from harness.tracking.base import RunInfo, Tracker, plain, without_secrets
 log = logging.getLogger(__name__)
 MODES = ("online", "offline", "shared", "disabled")
 PROJECT = "low-bit"
-FIGURES = {"block/rel_error": "relative output error", "block/sqnr_db": "SQNR [dB]"}  # curve: label of its axis
+FIGURES = {
+    "block/rel_error": "relative output error",
+    "block/sqnr_db": "SQNR [dB]",
+}  # curve: label of its axis
 INIT_TIMEOUT = "30"  # seconds to reach the server before the run goes offline
 FINISH_TIMEOUT = "60"  # seconds an upload may hold up the end of a run; the files stay on disk
 
@@ -47,7 +50,9 @@ class Wandb(Tracker):
         warn: Callable[[str], None] = log.warning,
     ):
         if mode is not None and mode not in MODES:
-            raise ConfigError(f"tracking.mode={mode!r} is unknown; choose from {', '.join(MODES)}, or null to let W&B decide")
+            raise ConfigError(
+                f"tracking.mode={mode!r} is unknown; choose from {', '.join(MODES)}, or null to let W&B decide"
+            )
         self._project, self._entity, self._name, self._mode = project, entity, name, mode
         self._tags, self._resume, self._warn = tuple(tags), resume, warn
         self._axes: set[str] = set()
@@ -83,7 +88,9 @@ class Wandb(Tracker):
             # The half-open run keeps its id in use until the service that holds it is gone.
             wandb.teardown()
             self._run = wandb.init(mode="offline", **settings)
-            self._warn(f"tracking: W&B did not start ({error}); the run is written offline, `wandb sync` sends it later")
+            self._warn(
+                f"tracking: W&B did not start ({error}); the run is written offline, `wandb sync` sends it later"
+            )
 
     @property
     def address(self) -> str:
@@ -116,7 +123,9 @@ class Wandb(Tracker):
 
         # W&B would copy the file to the home directory; here the copy travels with the run and outlives a new page.
         copy = shutil.copy(path, self._run.dir)
-        artifact = wandb.Artifact(re.sub(r"[^\w.-]", "_", self._run.id, flags=re.ASCII), type="report")
+        artifact = wandb.Artifact(
+            re.sub(r"[^\w.-]", "_", self._run.id, flags=re.ASCII), type="report"
+        )
         artifact.add_file(copy, policy="immutable")
         self._run.log_artifact(artifact)
 
@@ -133,8 +142,12 @@ class Wandb(Tracker):
         figures = {}
         for key, points in self._points.items():
             blocks = sorted(points)
-            figure = Figure(Scatter(x=blocks, y=[points[block] for block in blocks], mode="lines+markers"))
-            figures[f"figures/{key.rpartition('/')[2]}"] = figure.update_layout(xaxis_title="block", yaxis_title=FIGURES[key])
+            figure = Figure(
+                Scatter(x=blocks, y=[points[block] for block in blocks], mode="lines+markers")
+            )
+            figures[f"figures/{key.rpartition('/')[2]}"] = figure.update_layout(
+                xaxis_title="block", yaxis_title=FIGURES[key]
+            )
         return figures
 
     def _reachable_mode(self, wandb) -> str:
@@ -144,5 +157,7 @@ class Wandb(Tracker):
         if mode != "online" or wandb.login(prompt=False, verify=False):
             return mode
         if self._mode == "online":
-            self._warn("tracking.mode=online needs a W&B login (`wandb login` or WANDB_API_KEY); the run is written offline")
+            self._warn(
+                "tracking.mode=online needs a W&B login (`wandb login` or WANDB_API_KEY); the run is written offline"
+            )
         return "offline"

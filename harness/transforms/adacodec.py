@@ -51,19 +51,35 @@ class AdaCodec(Transform):
     learned = True
     sees = ("act",)  # as published: learned with a float KV cache, whatever it is evaluated with
 
-    def __init__(self, placement: str, objective: str, decoder: str, init: str, steps: int, batch: int, lr: float,
-                 max_angle: float | None = None, optimizer: str = "cayley", cap: str = "tensor",
-                 block_size: int | str = "auto"):
+    def __init__(
+        self,
+        placement: str,
+        objective: str,
+        decoder: str,
+        init: str,
+        steps: int,
+        batch: int,
+        lr: float,
+        max_angle: float | None = None,
+        optimizer: str = "cayley",
+        cap: str = "tensor",
+        block_size: int | str = "auto",
+    ):
         self.place = one_of("transform.placement", placement, ("stream", "merged", "site"))
         self.objective = one_of("transform.objective", objective, ("lm", "kd", "layer"))
         self.decoder = one_of("transform.decoder", decoder, ("free", "tied", "ridge"))
         self.init = one_of("transform.init", init, ("hadamard", "identity", "pca"))
         self.descent = Descent(steps, batch, lr, optimizer, max_angle, cap)
         self.block_size = block_size
-        for field, value, only in (("objective", objective, "layer"), ("decoder", decoder, "ridge")):
+        for field, value, only in (
+            ("objective", objective, "layer"),
+            ("decoder", decoder, "ridge"),
+        ):
             if value == only and placement != "site":
-                raise ConfigError(f"transform.{field}={only} with transform.placement={placement}: it works site by site, and "
-                                  "the stream's encoder is shared by all; set transform.placement=site.")
+                raise ConfigError(
+                    f"transform.{field}={only} with transform.placement={placement}: it works site by site, and "
+                    "the stream's encoder is shared by all; set transform.placement=site."
+                )
         self.exact = decoder == "tied"
         self.free_decoder = decoder != "tied"
         self.residual = placement != "site"
@@ -82,8 +98,10 @@ class AdaCodec(Transform):
 
     def check(self, context: ModelShape) -> list[str]:
         if context.scheme.act is None:
-            raise ConfigError(f"format.act.bits=16 with transform={self.name}: no activation is quantized, so there is nothing "
-                              "to encode; set format.act.bits=4, or use another transform.")
+            raise ConfigError(
+                f"format.act.bits=16 with transform={self.name}: no activation is quantized, so there is nothing "
+                "to encode; set format.act.bits=4, or use another transform."
+            )
         blocks = {self._block(context), self._value_block(context)}
         for g in blocks if self.init == "hadamard" else ():
             reachable("transform.init=hadamard", g, "transform.init=identity")
@@ -93,28 +111,47 @@ class AdaCodec(Transform):
         """g, for everything but values."""
         outside = {"site": (), "stream": ("o_in",), "merged": ("o_in", "down_in")}[self.place]
         widths = {site: width for site, width in context.widths.items() if site not in outside}
-        fits = [g for g in common_blocks(widths) if self.place == "site" or not context.head_dim % min(g, context.head_dim)]
+        fits = [
+            g
+            for g in common_blocks(widths)
+            if self.place == "site" or not context.head_dim % min(g, context.head_dim)
+        ]
         if self.block_size == "auto" and fits:
             return fits[0]
-        if not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 2:
-            raise ConfigError(f"transform.block_size={self.block_size}: needs auto (where one of {BLOCKS} divides "
-                              f"{dict(widths)} and the head, {context.head_dim}), or a number that does.")
+        if (
+            not isinstance(self.block_size, int)
+            or isinstance(self.block_size, bool)
+            or self.block_size < 2
+        ):
+            raise ConfigError(
+                f"transform.block_size={self.block_size}: needs auto (where one of {BLOCKS} divides "
+                f"{dict(widths)} and the head, {context.head_dim}), or a number that does."
+            )
         for site, width in widths.items():
             if width % self.block_size:
-                raise ConfigError(f"transform.block_size={self.block_size} does not divide site {site} ({width} features); "
-                                  f"sizes that divide every site: {', '.join(map(str, fits)) or 'none of ' + str(BLOCKS)}.")
+                raise ConfigError(
+                    f"transform.block_size={self.block_size} does not divide site {site} ({width} features); "
+                    f"sizes that divide every site: {', '.join(map(str, fits)) or 'none of ' + str(BLOCKS)}."
+                )
         return self.block_size
 
     def _value_block(self, context: ModelShape) -> int:
         g = min(self._block(context), context.head_dim)
         if self.place != "site" and context.head_dim % g:
-            raise ConfigError(f"transform.block_size={g} does not divide head_dim {context.head_dim}, as the values' codec "
-                              "must; take a divisor of it.")
+            raise ConfigError(
+                f"transform.block_size={g} does not divide head_dim {context.head_dim}, as the values' codec "
+                "must; take a divisor of it."
+            )
         return g
 
     def fit(self, context: ModelShape, subject: CalibrationModel) -> Placement:
         start = self.start(context, subject)
-        notes = {"placement": self.place, "block_size": self._block(context), "decoder": self.decoder, "init": self.init}
+        notes = {
+            "placement": self.place,
+            "block_size": self._block(context),
+            "decoder": self.decoder,
+            "init": self.init,
+        }
         if self.decoder == "ridge":
             return self._ridge(context, subject, start, notes)
         if self.objective == "layer":
@@ -122,7 +159,10 @@ class AdaCodec(Transform):
         else:
             scheme, build = context.scheme.seen("act"), partial(self.build, context, subject)
             learned, more = end_to_end(subject, scheme, start, build, self.descent, self.objective)
-        notes |= more | {"orthogonality": max(deviation(m) for m in learned.values()), "codec_gap": _gap(start, learned)}
+        notes |= more | {
+            "orthogonality": max(deviation(m) for m in learned.values()),
+            "codec_gap": _gap(start, learned),
+        }
         return replace(self.build(context, subject, learned), notes=notes)
 
     def start(self, context: ModelShape, subject: CalibrationModel) -> dict[str, Tensor]:
@@ -130,12 +170,23 @@ class AdaCodec(Transform):
         encoders = self._encoders(context, subject)
         if self.decoder != "free":
             return encoders
-        return self._copies(encoders, [r for r in subject.roles.values() if r.layer == 0 and r.kind == "linear"])
+        return self._copies(
+            encoders, [r for r in subject.roles.values() if r.layer == 0 and r.kind == "linear"]
+        )
 
-    def build(self, context: ModelShape, subject: CalibrationModel, matrices: Mapping[str, Tensor]) -> Placement:
+    def build(
+        self, context: ModelShape, subject: CalibrationModel, matrices: Mapping[str, Tensor]
+    ) -> Placement:
         """Where such matrices go."""
-        linears = [[r for r in subject.roles.values() if r.layer == i and r.kind == "linear"] for i in range(context.layers)]
-        return self._sites(matrices, linears) if self.place == "site" else self._stream(subject, matrices, linears)
+        linears = [
+            [r for r in subject.roles.values() if r.layer == i and r.kind == "linear"]
+            for i in range(context.layers)
+        ]
+        return (
+            self._sites(matrices, linears)
+            if self.place == "site"
+            else self._stream(subject, matrices, linears)
+        )
 
     def _encoders(self, context: ModelShape, subject: CalibrationModel) -> dict[str, Tensor]:
         """The encoders to begin with: stream {R1 [nb, g, g], R2 and RM [L, nb, g, g]}, site {site: [L, nb, g, g]}."""
@@ -149,19 +200,36 @@ class AdaCodec(Transform):
             return self._principal(context, subject, shapes)
         start = {}
         for name, (size, sites) in shapes.items():
-            width = context.kv_heads * context.head_dim if name == "R2" else context.widths[sites[0]]
+            width = (
+                context.kv_heads * context.head_dim if name == "R2" else context.widths[sites[0]]
+            )
             one = torch.eye(size, dtype=torch.float64)
             if self.init == "hadamard":
-                one = Hadamard(size, random_signs(size, generator(context.seed, "adacodec", size))).dense()
-            start[name] = one.expand(*(() if name == "R1" else (context.layers,)), width // size, size, size).clone()
+                one = Hadamard(
+                    size, random_signs(size, generator(context.seed, "adacodec", size))
+                ).dense()
+            start[name] = one.expand(
+                *(() if name == "R1" else (context.layers,)), width // size, size, size
+            ).clone()
         return start
 
-    def _principal(self, context: ModelShape, subject: CalibrationModel, shapes: Mapping) -> dict[str, Tensor]:
+    def _principal(
+        self, context: ModelShape, subject: CalibrationModel, shapes: Mapping
+    ) -> dict[str, Tensor]:
         size = {site: size for size, sites in shapes.values() for site in sites}
-        found = subject.observe(lambda layer, site, n: Covariance(size[site], False, lambda c: c), size, "principal axes")
+        found = subject.observe(
+            lambda layer, site, n: Covariance(size[site], False, lambda c: c),
+            size,
+            "principal axes",
+        )
         start = {}
         for name, (g, sites) in shapes.items():
-            c = torch.stack([torch.stack([found[i, site] for site in sites]).mean(0) for i in range(context.layers)])
+            c = torch.stack(
+                [
+                    torch.stack([found[i, site] for site in sites]).mean(0)
+                    for i in range(context.layers)
+                ]
+            )
             if name == "R2":  # the query heads of one key/value head read the same values
                 per_head = c.unflatten(1, (context.kv_heads, -1, context.head_dim // g))
                 c = per_head.mean(2).flatten(1, 2)
@@ -172,32 +240,53 @@ class AdaCodec(Transform):
         """Every decoder as a matrix of its own, beginning where its encoder begins."""
         if self.place == "site":
             count = {site: sum(r.reads == site for r in linears) for site in start}
-            copies = {f"{site}^": e[:, None].expand(-1, count[site], *e.shape[1:]).clone() for site, e in start.items()}
+            copies = {
+                f"{site}^": e[:, None].expand(-1, count[site], *e.shape[1:]).clone()
+                for site, e in start.items()
+            }
         else:
             count = sum(r.reads_residual or r.writes == "residual" for r in linears)
-            copies = {"R1^": start["R1"].expand(len(start["R2"]), count, *start["R1"].shape).clone()}
+            copies = {
+                "R1^": start["R1"].expand(len(start["R2"]), count, *start["R1"].shape).clone()
+            }
             copies |= {f"{name}^": start[name].clone() for name in ("R2", "RM") if name in start}
         return {**start, **copies}
 
-    def _stream(self, subject: CalibrationModel, matrices: Mapping[str, Tensor], linears: list[list[Role]]) -> Placement:
+    def _stream(
+        self, subject: CalibrationModel, matrices: Mapping[str, Tensor], linears: list[list[Role]]
+    ) -> Placement:
         free, shared = "R1^" in matrices, matrices["R1"]
         encoders, decoders, merged, online = {}, {}, {}, {}
         # unbound at once: a gradient of single slices would be a tensor of all layers, thirty times over
         copies = matrices["R1^"].unbind(0) if free else [None] * len(linears)
         for name, places, site in (("R2", merged, "o_in"), ("RM", online, "down_in")):
-            hats = matrices[f"{name}^"].mT.unbind(0) if f"{name}^" in matrices else [None] * len(linears)
-            for i, (encoder, hat) in enumerate(zip(matrices[name].unbind(0) if name in matrices else (), hats)):
+            hats = (
+                matrices[f"{name}^"].mT.unbind(0)
+                if f"{name}^" in matrices
+                else [None] * len(linears)
+            )
+            for i, (encoder, hat) in enumerate(
+                zip(matrices[name].unbind(0) if name in matrices else (), hats)
+            ):
                 places[i, site] = Blocks(encoder, hat)
         for i in range(len(linears)):
             sites = {r.reads for r in linears[i] if r.reads_residual}
-            scales = {site: s.to(shared) for site in sites if (s := self._scale(subject, i, site)) is not None}
+            scales = {
+                site: s.to(shared)
+                for site in sites
+                if (s := self._scale(subject, i, site)) is not None
+            }
             merged |= {(i, site): Diagonal(s) for site, s in scales.items()}
             touching = [r for r in linears[i] if r.reads_residual or r.writes == "residual"]
-            for role, copy in zip(touching, copies[i].unbind(0) if free else [shared] * len(touching)):
+            for role, copy in zip(
+                touching, copies[i].unbind(0) if free else [shared] * len(touching)
+            ):
                 if not role.reads_residual:
                     encoders[i, role.name] = Blocks(copy)
                 elif role.reads in scales:
-                    decoders[i, role.name] = Blocks(None, scales[role.reads].view(len(copy), -1, 1) * copy.mT)
+                    decoders[i, role.name] = Blocks(
+                        None, scales[role.reads].view(len(copy), -1, 1) * copy.mT
+                    )
                 else:
                     decoders[i, role.name] = Blocks(copy)
         return Placement(Blocks(shared), merged, online, None, encoders, decoders)
@@ -212,15 +301,23 @@ class AdaCodec(Transform):
     def _sites(matrices: Mapping[str, Tensor], linears: list[list[Role]]) -> Placement:
         online, decoders = {}, {}
         for site in (name for name in matrices if not name.endswith("^")):
-            copies = matrices[f"{site}^"].unbind(0) if f"{site}^" in matrices else [()] * len(linears)
+            copies = (
+                matrices[f"{site}^"].unbind(0) if f"{site}^" in matrices else [()] * len(linears)
+            )
             for i, encoder in enumerate(matrices[site].unbind(0)):
                 online[i, site] = Blocks(encoder)
                 for role, copy in zip([r for r in linears[i] if r.reads == site], copies[i]):
                     decoders[i, role.name] = Blocks(copy)
         return Placement(online=online, decoders=decoders)
 
-    def _ridge(self, context: ModelShape, subject: CalibrationModel, start: Mapping[str, Tensor], notes: dict) -> Placement:
-        collector = lambda i, site, n: Ridge(Blocks(start[site][i]), context.reads(site, i))  # noqa: E731
+    def _ridge(
+        self,
+        context: ModelShape,
+        subject: CalibrationModel,
+        start: Mapping[str, Tensor],
+        notes: dict,
+    ) -> Placement:
+        collector = lambda i, site, n: Ridge(Blocks(start[site][i]), context.reads(site, i))
         found = subject.observe(collector, start, "ridge decoders")
         online = {where: Blocks(start[where[1]][where[0]], d) for where, (d, _) in found.items()}
         error = sum(e for _, e in found.values()) / len(found)
@@ -234,5 +331,7 @@ def _gap(start: Mapping[str, Tensor], learned: Mapping[str, Tensor]) -> float:
         encoder, copies = learned[name], learned[f"{name}^"]
         encoder = encoder if name == "R1" or copies.ndim == encoder.ndim else encoder[:, None]
         product = encoder @ copies.mT
-        gaps.append(float((product - torch.eye(product.shape[-1], dtype=product.dtype)).abs().max()))
+        gaps.append(
+            float((product - torch.eye(product.shape[-1], dtype=product.dtype)).abs().max())
+        )
     return max(gaps)

@@ -55,13 +55,20 @@ class CalibrationModel(Protocol):
     train: Tensor  # token ids [N, L] to learn from
     held: Tensor  # token ids [M, L], the last tenth, to choose the best iterate by
     device: torch.device
-    gains: Mapping[tuple[int | None, str], Tensor]  # (layer, site) -> the norm weight fused there, float64; empty if none was
+    gains: Mapping[
+        tuple[int | None, str], Tensor
+    ]  # (layer, site) -> the norm weight fused there, float64; empty if none was
 
     def weight(self, layer: int, linear: str) -> Tensor:
         """The weight [out, in] of a block-relative linear."""
 
-    def observe(self, collector: Callable, sites: Iterable[str], title: str,
-                note: Callable[[dict], str] = ...) -> dict[tuple[int | None, str], object]:
+    def observe(
+        self,
+        collector: Callable,
+        sites: Iterable[str],
+        title: str,
+        note: Callable[[dict], str] = ...,
+    ) -> dict[tuple[int | None, str], object]:
         """Stream the calibration text; at each (layer, site) `collector(layer, site, width)` gets `.add(x)` for every
         micro-batch x [..., width] and its `.finish()` is returned. One site's collector is filled at a time. note: what the
         progress bar says after each layer, from what was found so far."""

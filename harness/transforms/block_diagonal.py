@@ -56,14 +56,22 @@ class BlockDiagonal(Transform):
     def check(self, context: ModelShape) -> list[str]:
         smallest = min(self.orders(context.widths).values())
         parts = (context.scheme.weight, context.scheme.act)
-        groups = [part.group_size for part in parts if part is not None and part.granularity == "group"]
+        groups = [
+            part.group_size for part in parts if part is not None and part.granularity == "group"
+        ]
         small = [group for group in dict.fromkeys(groups) if smallest < group]
-        return [f"transform.block_size={smallest} is smaller than the format's group {group}" for group in small]
+        return [
+            f"transform.block_size={smallest} is smaller than the format's group {group}"
+            for group in small
+        ]
 
     def fit(self, context: ModelShape, subject: CalibrationModel | None) -> Placement:
         orders = self.orders(context.widths)
         with torch.device("cpu"):
-            online = {(None, site): self.codec(order, site, context.seed) for site, order in orders.items()}
+            online = {
+                (None, site): self.codec(order, site, context.seed)
+                for site, order in orders.items()
+            }
         return Placement(online=online, notes={"block_size": sorted(set(orders.values()))})
 
     def _chosen(self, widths: Mapping[str, int]) -> dict[str, int]:
@@ -72,10 +80,18 @@ class BlockDiagonal(Transform):
         if self.block_size == "auto":
             fitting = common_blocks(widths)
             if not fitting:
-                raise ConfigError(f"transform.block_size=auto: none of {BLOCKS} divides all of {dict(widths)}; give a number.")
+                raise ConfigError(
+                    f"transform.block_size=auto: none of {BLOCKS} divides all of {dict(widths)}; give a number."
+                )
             return dict.fromkeys(widths, fitting[0])
-        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
-            raise ConfigError(f"transform.block_size={self.block_size}: needs auto, full, or a whole number.")
+        if (
+            isinstance(self.block_size, bool)
+            or not isinstance(self.block_size, int)
+            or self.block_size < 1
+        ):
+            raise ConfigError(
+                f"transform.block_size={self.block_size}: needs auto, full, or a whole number."
+            )
         return dict.fromkeys(widths, self.block_size)
 
 

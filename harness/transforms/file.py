@@ -35,8 +35,9 @@ def save(path: Path, placement: Placement, facts: Mapping, learned: str = "") ->
     save_tensors(path, tensors, {"placement": json.dumps(spec)})
 
 
-def found(path: Path, transform: Transform, context: ModelShape,
-          damaged: Callable[[Path, str], None]) -> Placement | None:
+def found(
+    path: Path, transform: Transform, context: ModelShape, damaged: Callable[[Path, str], None]
+) -> Placement | None:
     """`load`, or None where there is no such file or, as `damaged` is told then, it is damaged."""
     return None if intact(path, damaged) is None else load(path, transform, context)
 
@@ -53,11 +54,19 @@ def load(path: Path, transform: Transform, context: ModelShape) -> Placement:
     if "placement" not in header:
         for name, matrix in tensors.items():
             if (off := deviation(matrix)) > 1e-2:
-                raise DataError(f"transform.load={path}: {name} is not orthogonal, |R R^T - I| reaches {off:.2g}.")
+                raise DataError(
+                    f"transform.load={path}: {name} is not orthogonal, |R R^T - I| reaches {off:.2g}."
+                )
         blocks = {name: Blocks(project(matrix.double())) for name, matrix in tensors.items()}
-        r2 = {(int(R2_NAME.fullmatch(name)[1]), "o_in"): codec for name, codec in blocks.items() if name != "R1"}
+        r2 = {
+            (int(R2_NAME.fullmatch(name)[1]), "o_in"): codec
+            for name, codec in blocks.items()
+            if name != "R1"
+        }
         return transform.complete(context, Placement(blocks["R1"], dict(sorted(r2.items()))))
-    return transform.complete(context, unpack(_described(header, f"transform.load={path}"), tensors))
+    return transform.complete(
+        context, unpack(_described(header, f"transform.load={path}"), tensors)
+    )
 
 
 def _described(header: Mapping, field: str) -> dict:
@@ -67,7 +76,9 @@ def _described(header: Mapping, field: str) -> dict:
     except ValueError:
         spec = None
     if not isinstance(spec, dict):
-        raise ConfigError(f"{field}: damaged, its header cannot be read; learn the matrices again with transform.load=null.")
+        raise ConfigError(
+            f"{field}: damaged, its header cannot be read; learn the matrices again with transform.load=null."
+        )
     return spec
 
 
@@ -82,27 +93,41 @@ def check(path: str, transform: Transform, context: ModelShape, facts: Mapping) 
             header = file.metadata() or {}
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError:
-        raise ConfigError(f"{field}: not a safetensors file. A pickled rotation is not opened; save its dictionary again with "
-                          "safetensors.torch.save_file.") from None
+        raise ConfigError(
+            f"{field}: not a safetensors file. A pickled rotation is not opened; save its dictionary again with "
+            "safetensors.torch.save_file."
+        ) from None
     if "digest" in header and intact(Path(path)) is None:
-        raise ConfigError(f"{field}: damaged, its digest does not fit; copy it again, or learn it "
-                          "again with transform.load=null.")
+        raise ConfigError(
+            f"{field}: damaged, its digest does not fit; copy it again, or learn it "
+            "again with transform.load=null."
+        )
     if "placement" in header:
         found = _described(header, field).get("facts")
         if not isinstance(found, Mapping):
-            raise ConfigError(f"{field}: damaged, it does not say what its matrices belong to; learn them again.")
+            raise ConfigError(
+                f"{field}: damaged, it does not say what its matrices belong to; learn them again."
+            )
         for name, wanted in facts.items():
             if found.get(name) != wanted:
-                raise ConfigError(f"{field}: its {name} is {found.get(name)}, this run's is {wanted}; learn it again with "
-                                  "transform.load=null, or load the file that belongs to this run.")
+                raise ConfigError(
+                    f"{field}: its {name} is {found.get(name)}, this run's is {wanted}; learn it again with "
+                    "transform.load=null, or load the file that belongs to this run."
+                )
         return
     if "R1" not in shapes or not isinstance(transform, Rotations) or not transform.residual:
-        raise ConfigError(f"{field}: neither a file of transform.save nor of SpinQuant's layout for a transform that has R1.")
+        raise ConfigError(
+            f"{field}: neither a file of transform.save nor of SpinQuant's layout for a transform that has R1."
+        )
     wanted = {"R1": (context.hidden, context.hidden)}
     if transform.r2:
-        wanted |= {f"model.layers.{i}.self_attn.R2": (context.head_dim, context.head_dim) for i in range(context.layers)}
+        wanted |= {
+            f"model.layers.{i}.self_attn.R2": (context.head_dim, context.head_dim)
+            for i in range(context.layers)
+        }
     for name in sorted(shapes.keys() | wanted.keys()):
         if shapes.get(name) != wanted.get(name):
-            raise ConfigError(f"{field}: {name} has shape {list(shapes.get(name, ()))}, this model with transform.r2="
-                              f"{str(transform.r2).lower()} takes {list(wanted.get(name, ()))}.")
-
+            raise ConfigError(
+                f"{field}: {name} has shape {list(shapes.get(name, ()))}, this model with transform.r2="
+                f"{str(transform.r2).lower()} takes {list(wanted.get(name, ()))}."
+            )

@@ -33,7 +33,9 @@ class FullMatrix(BlockDiagonal):
 
     def __init__(self, parametrization: str = "general", init: str = "orthogonal"):
         super().__init__("full")
-        self.parametrization = one_of("transform.parametrization", parametrization, PARAMETRIZATIONS)
+        self.parametrization = one_of(
+            "transform.parametrization", parametrization, PARAMETRIZATIONS
+        )
         self.init = one_of("transform.init", init, INITS)
 
     def refuse(self, order: int) -> None:
@@ -52,7 +54,10 @@ class FullMatrix(BlockDiagonal):
 
     def codec(self, order: int, site: str, seed: int) -> Codec:
         matrix = dense(order, self.parametrization, self.init, generator(seed, "full", site, order))
-        keeps_norms = self.parametrization != "svd" and (self.parametrization, self.init) != ("general", "xavier")
+        keeps_norms = self.parametrization != "svd" and (self.parametrization, self.init) != (
+            "general",
+            "xavier",
+        )
         return Blocks(matrix) if keeps_norms else Blocks(matrix, torch.linalg.inv(matrix))
 
 
@@ -63,7 +68,11 @@ def dense(n: int, parametrization: str, init: str, draw: torch.Generator) -> Ten
     if parametrization == "orthogonal":
         return _orthogonal(n, init, draw)
     u, v = _orthogonal(n, init, draw), _orthogonal(n, init, draw)
-    octaves = torch.zeros(n) if init == "identity" else 2 * torch.rand(n, generator=draw, dtype=torch.float64) - 1
+    octaves = (
+        torch.zeros(n)
+        if init == "identity"
+        else 2 * torch.rand(n, generator=draw, dtype=torch.float64) - 1
+    )
     return u * octaves.to(u).exp2() @ v
 
 
@@ -72,7 +81,11 @@ def _initial(n: int, init: str, draw: torch.Generator) -> Tensor:
         return torch.eye(n, dtype=torch.float64)
     if init == "orthogonal":
         return random_orthogonal(n, draw)
-    return hadamard(n) if init == "hadamard" else torch.randn(n, n, generator=draw, dtype=torch.float64) / n**0.5
+    return (
+        hadamard(n)
+        if init == "hadamard"
+        else torch.randn(n, n, generator=draw, dtype=torch.float64) / n**0.5
+    )
 
 
 def _orthogonal(n: int, init: str, draw: torch.Generator) -> Tensor:

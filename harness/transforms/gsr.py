@@ -23,7 +23,9 @@ class SequencyBlocks(BlockDiagonal):
 
     def refuse(self, order: int) -> None:
         if order & (order - 1):
-            raise ConfigError(f"transform.block_size={self.block_size}: sequency order needs a power of two, {order} is none.")
+            raise ConfigError(
+                f"transform.block_size={self.block_size}: sequency order needs a power of two, {order} is none."
+            )
 
     def codec(self, order: int, site: str, seed: int) -> Codec:
         return Blocks(sequency(order))

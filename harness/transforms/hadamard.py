@@ -22,7 +22,9 @@ from harness.transforms.block_diagonal import BlockDiagonal
 class HadamardBlocks(BlockDiagonal):
     """block_size: auto, full, or an order that divides every site. random_signs: draw sigma. backend: of the fast apply."""
 
-    def __init__(self, block_size: int | str = "auto", random_signs: bool = False, backend: str = "auto"):
+    def __init__(
+        self, block_size: int | str = "auto", random_signs: bool = False, backend: str = "auto"
+    ):
         super().__init__(block_size)
         self.random_signs, self.backend = boolean("transform.random_signs", random_signs), backend
 

@@ -12,7 +12,9 @@ class Identity(Transform):
     def check(self, context: ModelShape) -> list[str]:
         act = context.scheme.act
         if act is not None and act.bits <= 4 and act.granularity == "token":
-            return [f"transform=identity with {act.bits}-bit activations per token: outlier channels dominate; rotate first"]
+            return [
+                f"transform=identity with {act.bits}-bit activations per token: outlier channels dominate; rotate first"
+            ]
         return []
 
     def fit(self, context: ModelShape, subject: CalibrationModel) -> Placement:

@@ -16,8 +16,26 @@ from harness.transforms.whip import Whip
 class JointQuant(Whip):
     """Whip with the joint schedule by default."""
 
-    def __init__(self, r1: Mapping, r2: Mapping | None, schedule: str = "joint", r1_targets: tuple[str, ...] = ("up",),
-                 max_tokens_per_site: int = 4096, sinks: float = 0.1, r3: str | bool = "auto",
-                 r4: str | bool = "auto", random_signs: bool = True):
-        super().__init__(schedule, r1_targets, max_tokens_per_site, r1, r2, sinks=sinks, r3=r3, r4=r4,
-                         random_signs=random_signs)
+    def __init__(
+        self,
+        r1: Mapping,
+        r2: Mapping | None,
+        schedule: str = "joint",
+        r1_targets: tuple[str, ...] = ("up",),
+        max_tokens_per_site: int = 4096,
+        sinks: float = 0.1,
+        r3: str | bool = "auto",
+        r4: str | bool = "auto",
+        random_signs: bool = True,
+    ):
+        super().__init__(
+            schedule,
+            r1_targets,
+            max_tokens_per_site,
+            r1,
+            r2,
+            sinks=sinks,
+            r3=r3,
+            r4=r4,
+            random_signs=random_signs,
+        )

@@ -23,7 +23,9 @@ class KroneckerProduct(FullMatrix):
 
     def codec(self, order: int, site: str, seed: int) -> Codec:
         draw = generator(seed, "kronecker", site, order)
-        return Kronecker(*(dense(side, self.parametrization, self.init, draw) for side in self.sides(order)))
+        return Kronecker(
+            *(dense(side, self.parametrization, self.init, draw) for side in self.sides(order))
+        )
 
 
 def closest(n: int) -> tuple[int, int]:

@@ -45,27 +45,51 @@ class Ridge:
         damped = self.gram.clone()
         damped.diagonal().add_(RIDGE * damped.diagonal().mean())
         decoder = torch.linalg.solve(damped, self.cross)
-        error = self.power - 2 * (self.cross * decoder).sum() + (decoder * (self.gram @ decoder)).sum()
+        error = (
+            self.power - 2 * (self.cross * decoder).sum() + (decoder * (self.gram @ decoder)).sum()
+        )
         return decoder[None].cpu(), float(error) / self.power
 
 
-def reconstruct(subject: CalibrationModel, context: ModelShape, start: Mapping[str, Tensor], descent: Descent) -> tuple[dict, dict]:
+def reconstruct(
+    subject: CalibrationModel, context: ModelShape, start: Mapping[str, Tensor], descent: Descent
+) -> tuple[dict, dict]:
     """Learned {site: [L, nb, g, g], site^: [L, linears, nb, g, g]} from such a start, by the layer objective, and notes."""
     sites = [name for name in start if not name.endswith("^")]
 
     def collector(layer: int, site: str, width: int) -> Reservoir:
-        weights = [subject.weight(layer, r.name) for r in subject.roles.values() if (r.layer, r.reads) == (layer, site)]
-        own, act = {name: start[name][layer] for name in (site, f"{site}^") if name in start}, context.reads(site, layer)
+        weights = [
+            subject.weight(layer, r.name)
+            for r in subject.roles.values()
+            if (r.layer, r.reads) == (layer, site)
+        ]
+        own, act = (
+            {name: start[name][layer] for name in (site, f"{site}^") if name in start},
+            context.reads(site, layer),
+        )
         before = (layer * len(sites) + sites.index(site)) * descent.steps
-        log = lambda values, step: subject.log(values, before + step)  # noqa: E731
-        return Reservoir(ROWS, context.seed, layer, site, then=lambda x: _fit(x, weights, own, site, act, descent, log))
+        log = lambda values, step: subject.log(values, before + step)
+        return Reservoir(
+            ROWS,
+            context.seed,
+            layer,
+            site,
+            then=lambda x: _fit(x, weights, own, site, act, descent, log),
+        )
 
     def losses(found: Mapping) -> list[float]:
         return [sum(f[1][k] for f in found.values()) / len(found) for k in (0, 1)]
 
-    found = subject.observe(collector, sites, "layer objective",
-                            lambda found: "held out {:.5f}, was {:.5f}".format(*reversed(losses(found))))
-    learned = {n: torch.stack([found[i, n.rstrip("^")][0][n] for i in range(context.layers)]) for n in start}
+    found = subject.observe(
+        collector,
+        sites,
+        "layer objective",
+        lambda found: "held out {:.5f}, was {:.5f}".format(*reversed(losses(found))),
+    )
+    learned = {
+        n: torch.stack([found[i, n.rstrip("^")][0][n] for i in range(context.layers)])
+        for n in start
+    }
     return learned, {"objective": "layer", "steps": descent.steps, "held_out_loss": losses(found)}
 
 
@@ -75,19 +99,34 @@ def fake(act: Format | None, ste: bool) -> Callable[[Tensor], Tensor]:
 
 
 @torch.enable_grad()
-def _fit(x: Tensor, weights: list[Tensor], start: Mapping, site: str, act: Format | None, descent: Descent,
-         log: Callable[[dict, int], None]) -> tuple[dict, list]:
+def _fit(
+    x: Tensor,
+    weights: list[Tensor],
+    start: Mapping,
+    site: str,
+    act: Format | None,
+    descent: Descent,
+    log: Callable[[dict, int], None],
+) -> tuple[dict, list]:
     held, x = x[: max(1, len(x) // 10)], x[max(1, len(x) // 10) :]
     moving = Orthogonal({name: matrix.to(x.device) for name, matrix in start.items()}, descent)
     rows, quantize = ROWS_A_WINDOW * descent.batch, fake(act, ste=True)
 
     def loss(matrices: Mapping[str, Tensor], x: Tensor) -> Tensor:
         y = quantize(Blocks(matrices[site]).encode(x))
-        decoders = matrices[f"{site}^"].unbind(0) if f"{site}^" in matrices else [matrices[site]] * len(weights)
+        decoders = (
+            matrices[f"{site}^"].unbind(0)
+            if f"{site}^" in matrices
+            else [matrices[site]] * len(weights)
+        )
         total = 0.0
         for weight, decoder in zip(weights, decoders):
             wanted = x @ weight.float().T
-            total = total + (times(y, decoder.mT) @ weight.float().T - wanted).square().sum() / wanted.square().sum()
+            total = (
+                total
+                + (times(y, decoder.mT) @ weight.float().T - wanted).square().sum()
+                / wanted.square().sum()
+            )
         return total / len(weights)
 
     with torch.no_grad():
@@ -97,7 +136,9 @@ def _fit(x: Tensor, weights: list[Tensor], start: Mapping, site: str, act: Forma
         value.backward()
         point = {"learn/loss": float(value.detach())}
         if not math.isfinite(point["learn/loss"]):
-            raise FloatingPointError(f"the layer loss at {site} is not finite in step {step}: lower lr={descent.lr}")
+            raise FloatingPointError(
+                f"the layer loss at {site} is not finite in step {step}: lower lr={descent.lr}"
+            )
         moving.step()
         if best.due(step):
             with torch.no_grad():

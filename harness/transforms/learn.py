@@ -51,8 +51,10 @@ class Descent:
         if self.max_angle is not None:
             number("transform.max_angle", self.max_angle, 1e-9, 10)
             if self.optimizer == "cayley_adam":
-                raise ConfigError("transform.max_angle with transform.optimizer=cayley_adam: only Cayley SGD caps its angle; "
-                                  "set transform.max_angle=null.")
+                raise ConfigError(
+                    "transform.max_angle with transform.optimizer=cayley_adam: only Cayley SGD caps its angle; "
+                    "set transform.max_angle=null."
+                )
 
 
 class Orthogonal:
@@ -61,16 +63,28 @@ class Orthogonal:
     def __init__(self, start: Mapping[str, Tensor], descent: Descent):
         self.start = {name: matrix.detach().float() for name, matrix in start.items()}
         adam = descent.optimizer == "cayley_adam"
-        self.free = {n: (torch.zeros_like(m) if adam else m.clone()).requires_grad_() for n, m in self.start.items()}
+        self.free = {
+            n: (torch.zeros_like(m) if adam else m.clone()).requires_grad_()
+            for n, m in self.start.items()
+        }
         if adam:
-            self.matrices = lambda: {name: cayley(self.start[name], a) for name, a in self.free.items()}
+            self.matrices = lambda: {
+                name: cayley(self.start[name], a) for name, a in self.free.items()
+            }
             self.optimizer = torch.optim.Adam(self.free.values(), lr=descent.lr)
         else:
             method = "exact" if descent.optimizer == "cayley" else "fixed_point"
             self.matrices = lambda: self.free
-            self.optimizer = CayleySGD(self.free.values(), descent.lr, method=method, cap=descent.cap,
-                                       max_angle=descent.max_angle)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(1, descent.steps))
+            self.optimizer = CayleySGD(
+                self.free.values(),
+                descent.lr,
+                method=method,
+                cap=descent.cap,
+                max_angle=descent.max_angle,
+            )
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, max(1, descent.steps)
+        )
 
     def step(self) -> None:
         """One step along the gradients gathered since the last."""
@@ -105,14 +119,22 @@ class Best:
         return {name: project(matrix.double()).cpu() for name, matrix in self.matrices.items()}
 
 
-def end_to_end(subject: CalibrationModel, scheme: Scheme, start: Mapping[str, Tensor], build: Callable[[Mapping], Placement],
-               descent: Descent, objective: str) -> tuple[dict[str, Tensor], dict]:
+def end_to_end(
+    subject: CalibrationModel,
+    scheme: Scheme,
+    start: Mapping[str, Tensor],
+    build: Callable[[Mapping], Placement],
+    descent: Descent,
+    objective: str,
+) -> tuple[dict[str, Tensor], dict]:
     """Learned matrices, projected onto the group in float64, and notes on how it went.
 
     scheme: what is quantized in the loop, never weights; start: {name: orthogonal [.., n, n]}; build: matrices -> Placement;
     objective: lm | kd. Raises FloatingPointError when the loss is not finite.
     """
-    moving = Orthogonal({name: matrix.to(subject.device) for name, matrix in start.items()}, descent)
+    moving = Orthogonal(
+        {name: matrix.to(subject.device) for name, matrix in start.items()}, descent
+    )
     first = last = None
     teacher = Teacher(subject) if objective == "kd" else None
     again = descent.steps * descent.batch > len(subject.train)
@@ -120,9 +142,13 @@ def end_to_end(subject: CalibrationModel, scheme: Scheme, start: Mapping[str, Te
     best = Best(moving, held, descent.steps)
     with subject.stage(f"learning ({objective}, held out {held:.4f})", descent.steps) as advance:
         for step in range(1, descent.steps + 1):
-            windows = subject.train[torch.arange((step - 1) * descent.batch, step * descent.batch) % len(subject.train)]
+            windows = subject.train[
+                torch.arange((step - 1) * descent.batch, step * descent.batch) % len(subject.train)
+            ]
             last = 0.0
-            for ids in windows.split(1):  # one window at a time: memory does not grow with the batch
+            for ids in windows.split(
+                1
+            ):  # one window at a time: memory does not grow with the batch
                 target = teacher and teacher.logits(ids, again)
                 with subject.unmerged(build(moving.matrices()), scheme):
                     loss = loss_of(subject.logits(ids), ids, target) / len(windows)
@@ -139,12 +165,20 @@ def end_to_end(subject: CalibrationModel, scheme: Scheme, start: Mapping[str, Te
             point = {"learn/loss": last}
             if best.due(step):
                 matrices = moving.snapshot()
-                held = point["learn/held_out"] = held_out_loss(subject, scheme, build(matrices), teacher)
+                held = point["learn/held_out"] = held_out_loss(
+                    subject, scheme, build(matrices), teacher
+                )
                 best.offer(step, matrices, held)
             subject.log(point, step)
             advance(f"loss {last:.4f}, held out {held:.4f}, best {best.loss:.4f}")
-    notes = {"objective": objective, "steps": descent.steps, "tokens_a_step": descent.batch * subject.train.shape[1],
-             "train_loss": [first, last], "held_out_loss": [best.first, best.loss], "best_step": best.step}
+    notes = {
+        "objective": objective,
+        "steps": descent.steps,
+        "tokens_a_step": descent.batch * subject.train.shape[1],
+        "train_loss": [first, last],
+        "held_out_loss": [best.first, best.loss],
+        "best_step": best.step,
+    }
     return best.projected(), notes
 
 
@@ -168,7 +202,9 @@ class Teacher:
 
 
 @torch.no_grad()
-def held_out_loss(subject: CalibrationModel, scheme: Scheme, placement: Placement, teacher: Teacher | None) -> float:
+def held_out_loss(
+    subject: CalibrationModel, scheme: Scheme, placement: Placement, teacher: Teacher | None
+) -> float:
     """Mean loss of a placement on the held-out windows: kd with a teacher, lm without."""
     total = 0.0
     for ids in subject.held.split(1):

@@ -18,7 +18,9 @@ CHUNK = 1 << 20  # logits at a time, so that what is made of them stays in the c
 def loss_of(logits: Tensor, ids: Tensor, teacher: Tensor | None) -> Tensor:
     """The loss, a float32 scalar, of logits [B, L, V]: kd against the teacher's logits [B, L, V], or lm on ids [B, L]."""
     if teacher is None:
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device))
+        return nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device)
+        )
     return _Divergence.apply(logits.flatten(0, 1).float(), teacher.flatten(0, 1).float())
 
 
@@ -30,7 +32,10 @@ class _Divergence(torch.autograd.Function):
         ctx.gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         total, rows = student.new_zeros((), dtype=torch.float64), max(1, CHUNK // student.shape[-1])
         for i in range(0, len(student), rows):
-            log_q, log_p = student[i : i + rows].log_softmax(-1), teacher[i : i + rows].log_softmax(-1)
+            log_q, log_p = (
+                student[i : i + rows].log_softmax(-1),
+                teacher[i : i + rows].log_softmax(-1),
+            )
             p = log_p.exp()
             total += log_p.sub_(log_q).mul_(p).sum(dtype=torch.float64)
             if ctx.gradient is not None:

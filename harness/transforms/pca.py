@@ -33,8 +33,14 @@ class PCA(Transform):
     learned = True
     sees = ()
 
-    def __init__(self, scope: str = "per_layer", block: int | None = None, center: bool = True, post_hadamard: bool = False,
-                 head: bool = True):
+    def __init__(
+        self,
+        scope: str = "per_layer",
+        block: int | None = None,
+        center: bool = True,
+        post_hadamard: bool = False,
+        head: bool = True,
+    ):
         self.scope = one_of("transform.scope", scope, ("per_layer", "site"))
         self.block = integer("transform.block", block, optional=True)
         self.center = boolean("transform.center", center)
@@ -51,17 +57,32 @@ class PCA(Transform):
     def check(self, context: ModelShape) -> list[str]:
         for site, width in context.widths.items():
             if self.block is not None and width % self.block:
-                raise ConfigError(f"transform.block={self.block} does not divide site {site} ({width} features).")
+                raise ConfigError(
+                    f"transform.block={self.block} does not divide site {site} ({width} features)."
+                )
             if self.post_hadamard:
-                reachable("transform.post_hadamard=true", self.block or width, "transform.post_hadamard=false")
+                reachable(
+                    "transform.post_hadamard=true",
+                    self.block or width,
+                    "transform.post_hadamard=false",
+                )
         weight, act = context.scheme.weight, context.scheme.act
         warnings = []
-        if isinstance(weight, Integer) and isinstance(act, Integer) and act.bits <= 4 and not self.post_hadamard:
-            warnings.append("transform=pca with 4-bit integer activations: it sorts variances instead of evening them out; "
-                            "set transform.post_hadamard=true")
+        if (
+            isinstance(weight, Integer)
+            and isinstance(act, Integer)
+            and act.bits <= 4
+            and not self.post_hadamard
+        ):
+            warnings.append(
+                "transform=pca with 4-bit integer activations: it sorts variances instead of evening them out; "
+                "set transform.post_hadamard=true"
+            )
         if isinstance(act, MX):
-            warnings.append(f"transform=pca with MXFP{act.bits}: sorted variances make whole blocks large; "
-                            "identity is often as good")
+            warnings.append(
+                f"transform=pca with MXFP{act.bits}: sorted variances make whole blocks large; "
+                "identity is often as good"
+            )
         return warnings
 
     def fit(self, context: ModelShape, subject: CalibrationModel) -> Placement:
@@ -72,7 +93,9 @@ class PCA(Transform):
                 return Covariance(self.block or width, self.center, self._rotation)
             return pooled.setdefault(site, Covariance(self.block or width, self.center))
 
-        found = subject.observe(collector, [*context.widths, *([HEAD_SITE] if self.head else [])], "principal axes")
+        found = subject.observe(
+            collector, [*context.widths, *([HEAD_SITE] if self.head else [])], "principal axes"
+        )
         if self.scope == "site":
             found = {(None, site): self._rotation(kept.value()) for site, kept in pooled.items()}
         cost = {site: 2 * (self.block or width) * width for site, width in context.widths.items()}

@@ -28,27 +28,47 @@ class Rotations(Transform):
 
     residual = True
 
-    def __init__(self, r2: bool = True, r3: str | bool = "auto", r4: str | bool = "auto", random_signs: bool = True):
-        self.r2, self.random_signs = boolean("transform.r2", r2), boolean("transform.random_signs", random_signs)
+    def __init__(
+        self,
+        r2: bool = True,
+        r3: str | bool = "auto",
+        r4: str | bool = "auto",
+        random_signs: bool = True,
+    ):
+        self.r2, self.random_signs = (
+            boolean("transform.r2", r2),
+            boolean("transform.random_signs", random_signs),
+        )
         self.r3, self.r4 = switch("transform.r3", r3), switch("transform.r4", r4)
 
     @abstractmethod
-    def matrices(self, context: ModelShape, subject: CalibrationModel) -> tuple[Codec | None, Mapping[int, Codec], dict]:
+    def matrices(
+        self, context: ModelShape, subject: CalibrationModel
+    ) -> tuple[Codec | None, Mapping[int, Codec], dict]:
         """R1, R2 of each layer (on kv_heads * head_dim features), and notes."""
 
     def fit(self, context: ModelShape, subject: CalibrationModel) -> Placement:
         r1, r2, notes = self.matrices(context, subject)
         return self.placement(context, r1, r2, notes)
 
-    def placement(self, context: ModelShape, r1: Codec | None, r2: Mapping[int, Codec], notes: Mapping) -> Placement:
+    def placement(
+        self, context: ModelShape, r1: Codec | None, r2: Mapping[int, Codec], notes: Mapping
+    ) -> Placement:
         """R1 and R2 where they belong, with R3 and R4 where they help."""
         r3, r4 = self.wants_r3(context), self.wants_r4(context)
         return Placement(
             residual=r1,
             merged={(layer, "o_in"): codec for layer, codec in r2.items()},
-            online={(None, "down_in"): self.draw(context, context.widths["down_in"], "R4")} if r4 else {},
+            online={(None, "down_in"): self.draw(context, context.widths["down_in"], "R4")}
+            if r4
+            else {},
             query_key=self.draw(context, context.head_dim, "R3") if r3 else None,
-            notes={"rotations": [n for n, on in (("R1", r1), ("R2", r2), ("R3", r3), ("R4", r4)) if on], **notes},
+            notes={
+                "rotations": [
+                    n for n, on in (("R1", r1), ("R2", r2), ("R3", r3), ("R4", r4)) if on
+                ],
+                **notes,
+            },
         )
 
     def complete(self, context: ModelShape, placement: Placement) -> Placement:
@@ -61,7 +81,10 @@ class Rotations(Transform):
         return {"R1": self.residual, "R2": self.r2}
 
     def leaves(self, context: ModelShape) -> tuple[str, ...]:
-        online = (("R3 (transform.r3=off)", self.wants_r3(context)), ("R4 (transform.r4=off)", self.wants_r4(context)))
+        online = (
+            ("R3 (transform.r3=off)", self.wants_r3(context)),
+            ("R4 (transform.r4=off)", self.wants_r4(context)),
+        )
         return tuple(name for name, on in online if on)
 
     def encodes(self, context: ModelShape) -> tuple[str, ...]:
@@ -88,7 +111,9 @@ class Rotations(Transform):
         if self.wants_r4(context):
             reachable(f"transform.r4={self.r4}", context.widths["down_in"], "transform.r4=off")
         if any(isinstance(part, NVFP4) for part in (context.scheme.weight, context.scheme.act)):
-            return ["a rotated residual stream with NVFP4: blocks of 16 isolate outliers better than a rotation spreads them"]
+            return [
+                "a rotated residual stream with NVFP4: blocks of 16 isolate outliers better than a rotation spreads them"
+            ]
         return []
 
     def needs_activations(self, context: ModelShape) -> None:

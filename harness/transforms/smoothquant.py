@@ -32,24 +32,35 @@ class SmoothQuant(Transform):
     def __init__(self, alpha: float = 0.5, sites: list[str] | None = None):
         number("SmoothQuant: alpha", alpha, 0, 1)
         known = (*NORM_SITES, *PRODUCT_SITES)
-        self.alpha, self.sites = alpha, known if sites is None else tuple(names("SmoothQuant: sites", sites, known))
+        self.alpha, self.sites = (
+            alpha,
+            known if sites is None else tuple(names("SmoothQuant: sites", sites, known)),
+        )
 
     def check(self, context: ModelShape) -> list[str]:
         act = context.scheme.act
         if isinstance(act, NVFP4 | MX):
-            return [f"smoothquant with {type(act).__name__}: its blocks are local, so smoothing channels has little to give"]
+            return [
+                f"smoothquant with {type(act).__name__}: its blocks are local, so smoothing channels has little to give"
+            ]
         return []
 
     def fit(self, context: ModelShape, subject: CalibrationModel) -> Placement:
         peaks = subject.observe(lambda layer, site, width: _Peak(), self.sites, "channel maxima")
         merged = {}
         for (layer, site), x_max in peaks.items():
-            readers = [r.name for r in subject.roles.values() if (r.layer, r.reads) == (layer, site)]
-            w_max = torch.stack([subject.weight(layer, name).float().abs().amax(0) for name in readers]).amax(0)
+            readers = [
+                r.name for r in subject.roles.values() if (r.layer, r.reads) == (layer, site)
+            ]
+            w_max = torch.stack(
+                [subject.weight(layer, name).float().abs().amax(0) for name in readers]
+            ).amax(0)
             if site == "o_in":
                 x_max, w_max = (_per_kv_head(t, context) for t in (x_max, w_max))
             x_max, w_max = x_max.double().clamp_min(FLOOR), w_max.double().clamp_min(FLOOR)
-            merged[layer, site] = Diagonal((x_max**self.alpha / w_max ** (1 - self.alpha)).clamp_min(FLOOR))
+            merged[layer, site] = Diagonal(
+                (x_max**self.alpha / w_max ** (1 - self.alpha)).clamp_min(FLOOR)
+            )
         return Placement(merged=merged)
 
 
@@ -69,4 +80,8 @@ class _Peak:
 
 def _per_kv_head(x: Tensor, context: ModelShape) -> Tensor:
     """The maximum over the query heads of each key/value head: [heads * head_dim] -> [kv_heads * head_dim]."""
-    return x.view(context.kv_heads, context.heads // context.kv_heads, context.head_dim).amax(1).flatten()
+    return (
+        x.view(context.kv_heads, context.heads // context.kv_heads, context.head_dim)
+        .amax(1)
+        .flatten()
+    )
