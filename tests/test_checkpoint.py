@@ -165,7 +165,10 @@ def test_packed_linears_are_small(snapshots):
     dense, packed = (
         harness.load(snapshots("rotations")[1], packed=packed)[0] for packed in (False, True)
     )
-    size = lambda model: sum(x.nbytes for layer in model.model.layers for x in layer.buffers())
+
+    def size(model):
+        return sum(x.nbytes for layer in model.model.layers for x in layer.buffers())
+
     assert size(packed) < size(dense) / 6
     assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 14
 

@@ -87,7 +87,7 @@ def test_reference(file, case, reference):
         prefix = f"{case}/{reference}/"
         golden = {
             key.removeprefix(prefix): f.get_tensor(key)
-            for key in f.keys()
+            for key in f.keys()  # noqa: SIM118
             if key.startswith(prefix)
         }
         x = f.get_tensor(f"{case}/x")

@@ -90,7 +90,10 @@ def test_one_block_at_a_time(folder, tmp_path):
     source = Hub(path=str(folder), weights="disk")
     model, _ = source.load()
     adapter = Adapter(model, source.offloaded(model, tmp_path / "scratch"))
-    resident = lambda: [not block.mlp.up_proj.weight.is_meta for block in adapter.blocks]
+
+    def resident():
+        return [not block.mlp.up_proj.weight.is_meta for block in adapter.blocks]
+
     assert resident() == [False, False]
     seen = []
     for block in adapter.blocks:

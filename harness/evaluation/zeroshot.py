@@ -211,7 +211,10 @@ def _configured(chosen: ZeroShot, name: str):
     if path is None and name != NAME:
         return name
     rows = documents() if path is None else _read(path)
-    load = lambda **_: DatasetDict({"test": Dataset.from_list(rows)})
+
+    def load(**_):
+        return DatasetDict({"test": Dataset.from_list(rows)})
+
     common = {
         "task": name,
         "custom_dataset": load,

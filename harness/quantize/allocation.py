@@ -115,7 +115,9 @@ def importance(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], Tenso
                 def keep(gradient: Tensor, where=(layer, name)) -> None:
                     found[where] += gradient.float().square().flatten(0, -2).sum(0)
 
-                hook = lambda _, args, y, keep=keep: y.register_hook(keep) and None
+                def hook(_, args, y, keep=keep):
+                    return y.register_hook(keep) and None
+
                 handles.append(linear.register_forward_hook(hook))
     embedding = adapter.model.get_input_embeddings()
     handles.append(embedding.register_forward_hook(lambda _, args, y: y.requires_grad_()))

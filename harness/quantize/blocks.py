@@ -224,7 +224,10 @@ class _Block:
         handles = []
         for site in self.adapter.family.sites:
             reader = self.block.get_submodule(site.linears[0])
-            observe = lambda _, args, site=site: self._observe(site, statistics[site.name], args[0])
+
+            def observe(_, args, site=site):
+                return self._observe(site, statistics[site.name], args[0])
+
             handles.append(reader.register_forward_pre_hook(observe))
         for hidden, context in zip(stream.hidden, stream.block_kwargs[self.block]):
             self.block(hidden, **context)

@@ -201,7 +201,10 @@ class Rounding(nn.Module):
             flexround,
         )
         per_scale = format.lattice(start)[0]
-        make = lambda like: nn.Parameter(torch.zeros_like(like, dtype=torch.float32))
+
+        def make(like):
+            return nn.Parameter(torch.zeros_like(like, dtype=torch.float32))
+
         self.beta, self.gamma, self.s3 = make(per_scale), make(per_scale), make(per_scale)
         self.s2 = make(weight)
         self.s4 = make(weight[:1, :, :1, :1]) if weight.ndim == 4 else None

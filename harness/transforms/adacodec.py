@@ -317,7 +317,9 @@ class AdaCodec(Transform):
         start: Mapping[str, Tensor],
         notes: dict,
     ) -> Placement:
-        collector = lambda i, site, n: Ridge(Blocks(start[site][i]), context.reads(site, i))
+        def collector(i, site, n):
+            return Ridge(Blocks(start[site][i]), context.reads(site, i))
+
         found = subject.observe(collector, start, "ridge decoders")
         online = {where: Blocks(start[where[1]][where[0]], d) for where, (d, _) in found.items()}
         error = sum(e for _, e in found.values()) / len(found)

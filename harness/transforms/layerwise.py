@@ -68,7 +68,10 @@ def reconstruct(
             context.reads(site, layer),
         )
         before = (layer * len(sites) + sites.index(site)) * descent.steps
-        log = lambda values, step: subject.log(values, before + step)
+
+        def log(values, step):
+            return subject.log(values, before + step)
+
         return Reservoir(
             ROWS,
             context.seed,

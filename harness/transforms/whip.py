@@ -209,7 +209,10 @@ class Whip(Rotations):
             subject, f"whip R1, {self.schedule}", steps * len(pieces), "r1/whip", len(pieces[0][0])
         ) as tell:
             for piece, first in pieces:
-                loss = lambda r, y: sum(whip(own @ r) for own in y)
+
+                def loss(r, y):
+                    return sum(whip(own @ r) for own in y)
+
                 r = self.for_r1.descend(r, piece, drawn, steps, loss, tell, first, self.sinks)
         before, after = (
             float(torch.stack([whip(own @ m) for own in x]).mean()) for m in (start, r)
