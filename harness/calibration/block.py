@@ -1,5 +1,6 @@
-"""One decoder block as a solver that looks beyond a site sees it (solvers.Block): its forward with other weights, what its
-sites read, the modules around them, and scales merged into it."""
+"""One decoder block as a solver that looks beyond a site sees it (solvers.Block): its forward with
+other weights, what its sites read, the modules around them, and scales merged into it.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +22,11 @@ PROBE = 4096  # tokens on which `inputs` and `parent` work
 
 
 class BlockView:
-    """Block `index` of a swapped model before its weights are quantized, with the stream that has reached it.
+    """Block `index` of a swapped model before its weights are quantized, with the stream that has
+    reached it.
 
-    `merged` {site: s} collects what `merge` did. original, targets: see solvers.Block; empty where the solver needs none.
+    `merged` {site: s} collects what `merge` did. original, targets: see solvers.Block; empty where
+    the solver needs none.
     """
 
     def __init__(
@@ -129,8 +132,9 @@ class BlockView:
         )
 
     def _read(self, site: str) -> list[tuple[int, Tensor]]:
-        """(micro-batch, what the site reads before any encoder) of the unquantized block, PROBE tokens in all; the last site's
-        are kept, for a search asks again and again."""
+        """(micro-batch, what the site reads before any encoder) of the unquantized block, PROBE
+        tokens in all; the last site's are kept, for a search asks again and again.
+        """
         if self._kept[0] != site:
             self._kept = (site, list(self._arriving(site)))
         return self._kept[1]
@@ -152,7 +156,9 @@ class BlockView:
 
     @contextmanager
     def _reading(self, site: Site, scale: Tensor | None) -> Iterator[None]:
-        """Within it, the site's activation is quantized under x / s, where a scale is given and activations are quantized."""
+        """Within it, the site's activation is quantized under x / s, where a scale is given and
+        activations are quantized.
+        """
         shared = self.block.get_submodule(site.linears[0]).site
         act = self.scheme.part("act", self.index, site.linears[0])
         if scale is None or act is None:

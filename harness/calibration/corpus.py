@@ -7,9 +7,9 @@ A corpus answers
     text(part)          part "calibration" | "evaluation" -> the whole text as one string
     fingerprint(part)   what a stored result is keyed by: a hash of local text, the id and revision of a hub data set
 
-Texts that need no network and no file are in shipped.py; one of them is the default.
-Hub data sets are read through the `datasets` library. Nothing here imports torch, transformers or datasets before it has
-to: a finished run is found by its fingerprint in a process that must answer at once.
+Texts that need no network and no file are in shipped.py; one of them is the default. Hub data sets
+are read through the `datasets` library. Nothing here imports torch, transformers or datasets before
+it has to: a finished run is found by its fingerprint in a process that must answer at once.
 """
 
 import hashlib
@@ -28,7 +28,9 @@ class Corpus:
     """A text in two parts. A subclass gives `name`, `check` and `text`, as listed above."""
 
     def fingerprint(self, part: str) -> str:
-        """A hash of that part's text, whatever it is called, so that another text never replays a stored number."""
+        """A hash of that part's text, whatever it is called, so that another text never replays a
+        stored number.
+        """
         return hashlib.sha256(json.dumps(self.text(part)).encode()).hexdigest()[:16]
 
 
@@ -70,9 +72,11 @@ class TextFolder(Corpus):
 
 
 class Samples(Corpus):
-    """A calibration file of one's own, `data.calibration.path=FILE`: `.txt` is one text, `.jsonl` has a "text" field a line.
+    """A calibration file of one's own, `data.calibration.path=FILE`: `.txt` is one text, `.jsonl`
+    has a "text" field a line.
 
-    `text("calibration")` is a string for `.txt` and a list of strings for `.jsonl`; `windows.tokenize` takes either.
+    `text("calibration")` is a string for `.txt` and a list of strings for `.jsonl`;
+    `windows.tokenize` takes either.
     """
 
     def __init__(self, path: str, name: str | None = None):
@@ -121,10 +125,11 @@ class Samples(Corpus):
 
 
 class HubText(Corpus):
-    """A text data set of the Hugging Face hub: its rows' `text` joined by blank lines, `train` calibrates.
+    """A text data set of the Hugging Face hub: its rows' `text` joined by blank lines, `train`
+    calibrates.
 
-    With `documents` only the first so many rows of each split are streamed, for sets too large to download. A set that was
-    downloaded before is read from the local cache without asking the hub.
+    With `documents` only the first so many rows of each split are streamed, for sets too large to
+    download. A set that was downloaded before is read from the local cache without asking the hub.
 
     Raises DataError where the hub cannot be reached and the set is not in the cache.
     """
@@ -190,7 +195,10 @@ class HubText(Corpus):
         )
 
     def _cached(self):
-        """The `datasets` cache's own builder of the set, or None. A named revision is always asked of the hub."""
+        """The `datasets` cache's own builder of the set, or None.
+
+        A named revision is always asked of the hub.
+        """
         return None if self.revision is not None else cached_builder(self.dataset, self.config)
 
     def _refuse_offline(self) -> None:

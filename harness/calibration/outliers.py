@@ -1,8 +1,10 @@
-"""How heavy the tails of a model's activations are, site by site: what rotations and scalings are for.
+"""How heavy the tails of a model's activations are, site by site: what rotations and scalings are
+for.
 
     max / median of |x|        kurtosis = mean (x - mu)^4 / sigma^4  (3 for a normal variable)
 
-over all tokens and features a site's quantizer would see, and a histogram of log2 |x|. Values are taken before any quantizer.
+over all tokens and features a site's quantizer would see, and a histogram of log2 |x|. Values are
+taken before any quantizer.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ MEDIAN_OF = (
 
 @torch.no_grad()
 def profiles(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], dict]:
-    """{(layer, site): {"max_over_median", "kurtosis", "counts": [64]}} of a swapped model; windows: token ids [N, L]."""
+    """{(layer, site): {"max_over_median", "kurtosis", "counts": [64]}} of a swapped model; windows:
+    token ids [N, L].
+    """
     stream, found = Stream(adapter, windows[:WINDOWS]), {}
     for layer, block in enumerate(adapter.blocks):
         with adapter.open(layer):
@@ -34,8 +38,9 @@ def profiles(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], dict]:
 
 
 def outliers(before: dict[tuple[int, str], dict], after: dict[tuple[int, str], dict]) -> dict:
-    """{"edges" [65] of |x|, "sites" {site: {"before", "after": counts [64] over all layers}}, "rows": [one a layer and site]}
-    from the profiles of a model before and after its transform."""
+    """{"edges" [65] of |x|, "sites" {site: {"before", "after": counts [64] over all layers}},
+    "rows": [one a layer and site]} from the profiles of a model before and after its transform.
+    """
     sites = {site: {} for _, site in before}
     for site, kept in sites.items():
         for when, profile in (("before", before), ("after", after)):

@@ -1,7 +1,9 @@
-"""Two texts that every Python carries, so that nothing has to be fetched: its language reference and its standard library.
+"""Two texts that every Python carries, so that nothing has to be fetched: its language reference
+and its standard library.
 
-Both are lists of pages, joined by blank lines and cut at the page boundary nearest to three quarters: the first part
-calibrates, the last evaluates. They differ between Python versions; their fingerprints tell them apart.
+Both are lists of pages, joined by blank lines and cut at the page boundary nearest to three
+quarters: the first part calibrates, the last evaluates. They differ between Python versions; their
+fingerprints tell them apart.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ MODULES = (
 
 
 class Pydoc(Corpus):
-    """The topics of the Python language reference (`pydoc_data.topics`, about 465 kB of English and code), sorted."""
+    """The topics of the Python language reference (`pydoc_data.topics`, about 465 kB of English and
+    code), sorted.
+    """
 
     calibration_share = 0.75
 
@@ -80,7 +84,9 @@ class Pydoc(Corpus):
 
 
 class Stdlib(Pydoc):
-    """Source code of the standard library (about 1.4 MB of Python): the modules of MODULES that this version has."""
+    """Source code of the standard library (about 1.4 MB of Python): the modules of MODULES that
+    this version has.
+    """
 
     def __init__(self, name: str = "stdlib"):
         super().__init__(name)

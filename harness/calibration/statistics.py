@@ -12,9 +12,9 @@ SAMPLE_ROWS = 256
 class Statistics:
     """Running statistics of one site over the calibration tokens.
 
-    hessian: [n, n] float32, `2/N sum x^T x` once `finish()` was called (None unless needed); range: [2] float32, least and
-    greatest value (with 0); sample: every k-th token's row [s, n] float32, at least 256 where there are so many, for measuring
-    output errors.
+    hessian: [n, n] float32, `2/N sum x^T x` once `finish()` was called (None unless needed); range:
+    [2] float32, least and greatest value (with 0); sample: every k-th token's row [s, n] float32,
+    at least 256 where there are so many, for measuring output errors.
     """
 
     def __init__(self, width: int, tokens: int, device, hessian: bool):
@@ -25,7 +25,9 @@ class Statistics:
         self._sample = torch.empty(-(-tokens // self._stride), width, device=device)
 
     def add(self, x: Tensor, product_of: Tensor | None = None) -> None:
-        """Take in activations [..., n]; the Hessian sees `product_of` instead when the quantized input is asked for."""
+        """Take in activations [..., n]; the Hessian sees `product_of` instead when the quantized
+        input is asked for.
+        """
         x = x.reshape(-1, x.shape[-1])
         low, high = torch.aminmax(x)
         self.range = torch.stack(
@@ -43,10 +45,13 @@ class Statistics:
                 self.hessian[lo:hi, :hi].addmm_(z[:, lo:hi].T, z[:, :hi])
 
     def observe(self, x: Tensor, act, solver) -> None:
-        """Take in encoded activations [..., n] that will be quantized by `act`, as `solver` wants its Hessian."""
+        """Take in encoded activations [..., n] that will be quantized by `act`, as `solver` wants
+        its Hessian.
+        """
         product_of = None
         if self.hessian is not None and solver.hessian_input == "quantized" and act is not None:
-            # a static scale is not known before the last micro-batch; each one's own range stands in for it
+            # a static scale is not known before the last micro-batch; each one's own range stands
+            # in for it
             product_of = act.fake(
                 x, global_scale=act.calibrated(*torch.aminmax(x)) if act.needs_static else None
             )

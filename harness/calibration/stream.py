@@ -1,9 +1,10 @@
 """Calibration activations, carried through a model block by block.
 
-Blocks are walked branch by branch, `h <- h + module(norm(h))`, in micro-batches: the entry site is the norm's output, the
-exit site is what the branch's last linear is about to read. Stopping there lets a solver quantize that linear before it
-runs, so one forward serves both statistics and propagation, and replaying finished blocks does the same arithmetic.
-Rejected: holding each micro-batch in a paused thread (same memory, more machinery), one whole-batch forward (four times
+Blocks are walked branch by branch, `h <- h + module(norm(h))`, in micro-batches: the entry site is
+the norm's output, the exit site is what the branch's last linear is about to read. Stopping there
+lets a solver quantize that linear before it runs, so one forward serves both statistics and
+propagation, and replaying finished blocks does the same arithmetic. Rejected: holding each
+micro-batch in a paused thread (same memory, more machinery), one whole-batch forward (four times
 the intermediate activations).
 """
 
@@ -44,8 +45,9 @@ def arguments_at(module: nn.Module, run) -> tuple[tuple, dict]:
 
 
 class _PassedBy(nn.Module):
-    """Stands where a block does while a forward passes by: keeps what the block would be called with and hands the hidden
-    states on as they are. What else is asked of it, the block answers."""
+    """Stands where a block does while a forward passes by: keeps what the block would be called
+    with and hands the hidden states on as they are. What else is asked of it, the block answers.
+    """
 
     def __init__(self, block: nn.Module):
         super().__init__()
@@ -61,8 +63,10 @@ class _PassedBy(nn.Module):
 
 
 def arriving(adapter: Adapter, ids: Tensor) -> tuple[Tensor, list[dict]]:
-    """(embedded tokens [B, L, hidden], what each block is called with besides) of token ids [B, L]. Runs no block: layers of
-    one model may have other masks (sliding windows between full attention), and each gets its own."""
+    """(embedded tokens [B, L, hidden], what each block is called with besides) of token ids [B, L].
+    Runs no block: layers of one model may have other masks (sliding windows between full
+    attention), and each gets its own.
+    """
     blocks, passed = adapter.blocks, [_PassedBy(block) for block in adapter.blocks]
     originals = list(blocks)
     try:
@@ -76,10 +80,12 @@ def arriving(adapter: Adapter, ids: Tensor) -> tuple[Tensor, list[dict]]:
 
 
 class Stream:
-    """Hidden states of all calibration windows [N, L, hidden], walked in micro-batches of at most `tokens_at_once` tokens.
+    """Hidden states of all calibration windows [N, L, hidden], walked in micro-batches of at most
+    `tokens_at_once` tokens.
 
-    What outlives a micro-batch lies in one allocation each, so that the temporaries between reuse the same memory; with a
-    `folder`, in files there, whose pages the system may drop and read again.
+    What outlives a micro-batch lies in one allocation each, so that the temporaries between reuse
+    the same memory; with a `folder`, in files there, whose pages the system may drop and read
+    again.
     """
 
     def __init__(
@@ -89,8 +95,11 @@ class Stream:
         tokens_at_once: int = 2048,
         folder: Path | None = None,
     ):
-        """windows: token ids [N, L]. Runs the embedding, the rotary table and the masks once. `block_kwargs` {block: what it is
-        called with besides hidden states, one a micro-batch}."""
+        """windows: token ids [N, L].
+
+        Runs the embedding, the rotary table and the masks once. `block_kwargs` {block: what it is
+        called with besides hidden states, one a micro-batch}.
+        """
         self.adapter, self._folder = adapter, folder
         self.tokens = windows.numel()
         self._batch = max(1, tokens_at_once // windows.shape[1])
@@ -121,7 +130,9 @@ class Stream:
         return self._hidden.split(self._batch)
 
     def window(self, block: nn.Module) -> tuple[Tensor, dict]:
-        """The first window's hidden states [1, L, hidden], a view, and the context the block takes with them."""
+        """The first window's hidden states [1, L, hidden], a view, and the context the block takes
+        with them.
+        """
         rows = self.hidden[0].shape[0]
         alone = {
             key: value[:1] if isinstance(value, Tensor) and value.shape[0] == rows else value
@@ -130,10 +141,11 @@ class Stream:
         return self.hidden[0][:1], alone
 
     def walk(self, block: nn.Module) -> Iterator[tuple[Site, Iterator[Tensor]]]:
-        """Pass a block site by site: each site in the order of the forward, with what it reads, one micro-batch at a time.
+        """Pass a block site by site: each site in the order of the forward, with what it reads, one
+        micro-batch at a time.
 
-        A caller reads as much of it as it wants, once, and may then change the site's linears: the stream goes on with
-        what they have become.
+        A caller reads as much of it as it wants, once, and may then change the site's linears: the
+        stream goes on with what they have become.
         """
         for branch in self.adapter.family.branches:
             yield branch.entry, self._entry(block, branch)
@@ -150,7 +162,9 @@ class Stream:
             yield norm(hidden)
 
     def _exit(self, block: nn.Module, branch: Branch) -> Iterator[Tensor]:
-        """What the branch's last linear is about to read, one micro-batch at a time; kept until `_close`."""
+        """What the branch's last linear is about to read, one micro-batch at a time; kept until
+        `_close`.
+        """
         module, last = (
             block.get_submodule(branch.module),
             block.get_submodule(branch.exit.linears[0]),
@@ -170,13 +184,17 @@ class Stream:
             pass
 
     def leave(self) -> Iterator[Tensor]:
-        """What the output head reads, once all blocks are passed: the final norm's output, one micro-batch at a time."""
+        """What the output head reads, once all blocks are passed: the final norm's output, one
+        micro-batch at a time.
+        """
         norm = self.adapter.model.get_submodule(self.adapter.family.final_norm)
         for hidden in self.hidden:
             yield norm(hidden)
 
     def _close(self, block: nn.Module, branch: Branch) -> None:
-        """Run the last linear on what `_exit` kept and add the branch to the residual stream, in place."""
+        """Run the last linear on what `_exit` kept and add the branch to the residual stream, in
+        place.
+        """
         last = block.get_submodule(branch.exit.linears[0])
         for hidden, read in zip(self.hidden, self._read.split(self._batch)):
             hidden += last(read)

@@ -1,4 +1,6 @@
-"""The loaded model as a transform sees it: its weights, its activations on the calibration text, its live forward."""
+"""The loaded model as a transform sees it: its weights, its activations on the calibration text,
+its live forward.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,11 @@ def unlogged(values: dict, step: int) -> None:
 
 
 class StreamedModel:
-    """A swapped model with calibration windows [N, L]. stage(title, total) shows progress; gains are what `fuse_norms` gave,
-    if the norms are fused; log(values, step) keeps points of curves. See transforms.CalibrationModel."""
+    """A swapped model with calibration windows [N, L].
+
+    stage(title, total) shows progress; gains are what `fuse_norms` gave, if the norms are fused;
+    log(values, step) keeps points of curves. See transforms.CalibrationModel.
+    """
 
     def __init__(
         self,

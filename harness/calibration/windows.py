@@ -1,7 +1,7 @@
 """Windows: a text tokenized once, then cut into pieces of equal length.
 
-Tokenizing once and cutting afterwards is the convention of the perplexity literature (methods.md section 7): a BOS stands
-at most once, at the very start, and none where a window begins.
+Tokenizing once and cutting afterwards is the convention of the perplexity literature (methods.md
+section 7): a BOS stands at most once, at the very start, and none where a window begins.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ ORDERS = ("first", "random")
 def tokenize(tokenizer, text: str | Sequence[str]) -> torch.Tensor:
     """Token ids of a text, int64 `[N]`, with the tokenizer's own defaults for special tokens.
 
-    A list of samples is packed: each sample is tokenized by itself and they are joined in order, with the tokenizer's
-    end-of-text token between them where it has one. Samples shorter than a window therefore share one, longer ones run
-    over several.
+    A list of samples is packed: each sample is tokenized by itself and they are joined in order,
+    with the tokenizer's end-of-text token between them where it has one. Samples shorter than a
+    window therefore share one, longer ones run over several.
     """
     if isinstance(text, str):
         return torch.tensor(_ids(tokenizer, text), dtype=torch.long)
@@ -53,11 +53,13 @@ def windows(
 ) -> torch.Tensor:
     """Cut `tokens`, int64 `[N]`, into windows, int64 `[count, length]`.
 
-    order "first": the first `count` windows side by side, without overlap; "random": windows at random places of the text,
-    which may overlap, drawn from a generator seeded with `seed`. `count=None` takes floor(N / length), and the tail is dropped.
-    `field` is the settings group that error messages name.
+    order "first": the first `count` windows side by side, without overlap; "random": windows at
+    random places of the text, which may overlap, drawn from a generator seeded with `seed`.
+    `count=None` takes floor(N / length), and the tail is dropped. `field` is the settings group
+    that error messages name.
 
-    Raises ConfigError for a length, count or order that makes no sense, DataError where the text is too short.
+    Raises ConfigError for a length, count or order that makes no sense, DataError where the text is
+    too short.
     """
     if order not in ORDERS:
         raise ConfigError(f"{field}.order={order}: choose one of {', '.join(ORDERS)}")

@@ -1,7 +1,7 @@
 """Number formats: tensors to codes and scales and back, exact to the last bit.
 
-base (Format)  qtensor (QTensor, Scales)  grids (element casts)  integer  floating -> fp4, nvfp4 -> fouroversix, mxfp
-observers (minmax, mse)  packing (nibbles)  scheme (the formats of a model)
+base (Format)  qtensor (QTensor, Scales)  grids (element casts)  integer  floating -> fp4, nvfp4 ->
+fouroversix, mxfp observers (minmax, mse)  packing (nibbles)  scheme (the formats of a model)
 """
 
 from harness.formats.base import Format, straight_through

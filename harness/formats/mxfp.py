@@ -1,16 +1,18 @@
-"""MXFP4, MXFP6, MXFP8: blocks of 32 elements with a power-of-two scale, stored as its E8M0 code k (value 2^(k - 127)).
+"""MXFP4, MXFP6, MXFP8: blocks of 32 elements with a power-of-two scale.
 
-With E and mant the exponent field and the low 23 bits of the block's amax as a float32:
+The scale 2^(k - 127) is stored as its E8M0 code k. With E and mant the exponent field and the low
+23 bits of the block's amax as a float32:
 
     floor     k = E - emax                                      OCP v1.0
     ceil      k = E + (mant != 0) - emax
-    even      k = exponent of (bits + 2^(22 - mb)) - emax       mb mantissa bits; the default of serving engines
+    even      k = exponent of (bits + 2^(22 - mb)) - emax       mb mantissa bits; serving engines
     rceil     least k with 2^(k - 127) >= amax / max            NVIDIA's conversion
     fpquant   scale 4/3 of floor's, stored as 2^(k - 127) / 3 with k = E (exported by fp_quant only)
 
     q = cast(clamp(x / 2^(k - 127))),    dq = q * 2^(k - 127)
 
-Sources: OCP Microscaling (MX) v1.0, section 6.3; torchao (ceil, even, rceil); FP-Quant and Quartet (fpquant).
+Sources: OCP Microscaling (MX) v1.0, section 6.3; torchao (ceil, even, rceil); FP-Quant and Quartet
+(fpquant).
 """
 
 from dataclasses import dataclass
@@ -24,12 +26,14 @@ from harness.formats.floating import Floating
 from harness.formats.grids import GRIDS, Grid
 from harness.formats.qtensor import Scales
 
-NAN = 255
+NAN = 255  # the E8M0 code of NaN
 
 
 @dataclass(frozen=True)
 class MX(Floating):
-    """MX block formats. element: e2m1 (4 bits) | e2m3 | e3m2 (6) | e4m3 | e5m2 (8). mx_scale: table above.
+    """MX block formats.
+
+    element: e2m1 (4 bits) | e2m3 | e3m2 (6) | e4m3 | e5m2 (8). mx_scale: table above.
 
     mx_even_mbits: element | 1, mb of mx_scale=even. compute_dtype=input matters to observer=mse and
     to mx_scale=fpquant, whose scale and elements it rounds to x's dtype (unless that is float16,
@@ -54,7 +58,9 @@ class MX(Floating):
 
     @property
     def unread(self) -> tuple[str, ...]:
-        return (*super().unread, *([] if self.mx_scale == "even" else ["mx_even_mbits"]))
+        if self.mx_scale == "even":
+            return super().unread
+        return (*super().unread, "mx_even_mbits")
 
     @property
     def grid(self) -> Grid:
@@ -64,6 +70,7 @@ class MX(Floating):
         self, peak: Tensor, a: Tensor, global_scale: Tensor | None, dtype: torch.dtype
     ) -> Scales:
         if self.mx_scale == "rceil":
+            # up to 2^22, a subnormal of at most 2^-127, the least scale will do
             bits = over(peak.float(), self.grid.max).view(torch.int32)
             k = torch.where(bits <= 1 << 22, 0, (bits + 0x7FFFFF) >> 23)
         else:
@@ -88,4 +95,6 @@ class MX(Floating):
     def lattice(self, scales: Scales, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         """(2^(k - 127),), a third of it for mx_scale=fpquant."""
         scale = scales.scale.view(torch.float8_e8m0fnu).to(dtype)
-        return (over(scale, 3.0) if self.mx_scale == "fpquant" else scale,)
+        if self.mx_scale == "fpquant":
+            scale = over(scale, 3.0)
+        return (scale,)

@@ -9,8 +9,9 @@ from importlib.metadata import version
 def cache_refusal() -> str | None:
     """Why a `kv_cache_scheme` would do nothing here, or None where it works.
 
-    compressed-tensors 0.20 wraps the argument that carries an attention module's cache, and knows its names up to transformers
-    5.23. The one of 5.24 it passes by: keys and values stay as they are, without a word.
+    compressed-tensors 0.20 wraps the argument that carries an attention module's cache, and knows
+    its names up to transformers 5.23. The one of 5.24 it passes by: keys and values stay as they
+    are, without a word.
     """
     import torch
     from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module

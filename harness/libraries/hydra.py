@@ -1,4 +1,5 @@
-"""hydra, its insides: splitting the combinations of a sweep, and handing composed jobs to a launcher.
+"""hydra, its insides: splitting the combinations of a sweep, and handing composed jobs to a
+launcher.
 
 BasicSweeper.split_arguments    overrides with several values -> the overrides of each job
 BasicLauncher                   the one that runs jobs in this process, by which a watcher knows that it is needless

@@ -1,4 +1,5 @@
-"""transformers, its insides: attention by name, the cache of a generation, tied weights, GGUF files.
+"""transformers, its insides: attention by name, the cache of a generation, tied weights, GGUF
+files.
 
 AttentionInterface, sdpa_attention_forward, sdpa_mask    the function an attention module calls is found by a name
 DynamicCache, DynamicLayer, Cache                        past keys and values; the argument is `cache` from 5.24 on and
@@ -26,7 +27,9 @@ CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
 def name_attention(name: str, function: Callable) -> None:
-    """Make `function` the attention of models whose config asks for `name`, with the masks of scaled dot products."""
+    """Make `function` the attention of models whose config asks for `name`, with the masks of
+    scaled dot products.
+    """
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)
 
@@ -69,7 +72,8 @@ def unused(model: nn.Module, names: Iterable[str]) -> list[str]:
 def read_gguf(path: Path, config, skeleton: nn.Module) -> tuple[dict, dict[str, Tensor]]:
     """(config fields, {parameter name: float32 tensor}) of a GGUF file, for a model of that config.
 
-    The skeleton is shown without its submodules, for the loader works out the whole table of names again for each of them.
+    The skeleton is shown without its submodules, for the loader works out the whole table of names
+    again for each of them.
     """
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
