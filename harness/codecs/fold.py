@@ -35,11 +35,10 @@ def fold(
 
 def merge(tensor: Tensor, placement: Placement, role: Role, part: str = "weight") -> Tensor:
     """One parameter, `part` weight or bias, of the module in that role."""
-    reading = placement.reading(role)
     writing = placement.writing(role)
-    if role.kind == "linear" and part == "weight":
-        if reading is not None:
-            tensor = reading.absorb(tensor)
-        return tensor if writing is None else writing.emit(tensor)
-    # what is no matrix [out, in] stands in the stream's own coordinates, and reads nothing
-    return tensor if writing is None else writing.encode(tensor)
+    if role.kind != "linear" or part == "bias":  # reads nothing; its last axis is what it writes
+        return tensor if writing is None else writing.encode(tensor)
+    reading = placement.reading(role)
+    if reading is not None:
+        tensor = reading.absorb(tensor)
+    return tensor if writing is None else writing.emit(tensor)

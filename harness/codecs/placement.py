@@ -1,4 +1,4 @@
-"""Placement: the matrices of a transform by where they sit; Role: what a parameter reads and writes.
+"""Placement: the matrices of a transform by place; Role: what a parameter reads and writes.
 
 residual    the stream h: the embedding and the last linear of every branch write h R, every
             norm's readers absorb R
@@ -68,7 +68,7 @@ class Placement:
         return codecs[0] if codecs else None
 
     def writing(self, role: Role) -> Codec | None:
-        """The codec whose encoder this weight (or bias, or norm weight, or embedding) takes over."""
+        """The codec whose encoder this weight, bias, norm weight or embedding takes over."""
         if role.writes == "residual":
             return self.encoders.get((role.layer, role.name), self.residual)
         return self._merged(role.layer, role.writes, None)

@@ -197,7 +197,8 @@ class Format(ABC):
         """
         return self
 
-    def _global(self, x: Tensor, given: Tensor | None) -> Tensor | None:
+    def _global(self, x: Tensor, global_scale: Tensor | None) -> Tensor | None:
+        """The global scale that x is quantized with, where `global_scale` is what a caller gave."""
         return None
 
     @abstractmethod

@@ -146,20 +146,21 @@ class Integer(Format):
 
     # scales
 
-    def _global(self, x: Tensor, given: Tensor | None) -> Tensor | None:
-        if self.needs_static and given is None:
+    def _global(self, x: Tensor, global_scale: Tensor | None) -> Tensor | None:
+        if self.needs_static and global_scale is None:
             raise ConfigError(
                 "Integer: range=static needs a calibrated range and got none; "
                 "calibrate activations, or set range=dynamic."
             )
-        return given if self.needs_static else None
+        return global_scale if self.needs_static else None
 
-    def _extremes(self, blocks: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The range (lo, hi) of each group, or the one `seen` [2], after clip, incl0 and the rules
-        for degenerate groups.
+    def _extremes(self, blocks: Tensor, calibrated: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The range (lo, hi) of each group after clip, incl0 and the rules for degenerate groups.
+
+        calibrated: a range [2] that stands for that of every group.
         """
-        if seen is not None:
-            blocks = seen.to(blocks).expand(*blocks.shape[:-1], 2)
+        if calibrated is not None:
+            blocks = calibrated.to(blocks).expand(*blocks.shape[:-1], 2)
         if self.symmetric and self.int_scale != "aimet":
             hi = absmax(blocks) * self.clip
             lo = -hi
@@ -169,13 +170,15 @@ class Integer(Format):
         if self.spans_zero:
             lo = lo.clamp(max=0)
             hi = hi.clamp(min=0)
-        return self._widened(lo, hi) if self.degenerate == "auto" else (lo, hi)
+        if self.degenerate == "auto":
+            lo, hi = self._widened(lo, hi)
+        return lo, hi
 
     def _widened(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """The ranges under degenerate=auto: where one has no width, a width that represents it."""
-        if self.symmetric:
-            return lo, (hi.clamp(min=FLOOR) if self.role == "weight" else hi)
-        if self.zp == "float_offset":  # any value is an offset; `_scales` floors the width
+        if self.symmetric and self.role == "weight":
+            return lo, hi.clamp(min=FLOOR)
+        if self.symmetric or self.zp == "float_offset":  # mended where s is known
             return lo, hi
         constant = lo == hi  # has no range of its own; one that reaches to zero represents it
         lo = torch.where(constant, lo.clamp(max=0), lo)
@@ -195,21 +198,22 @@ class Integer(Format):
             s = torch.maximum(s, over(-lo, levels // 2 + 1))
         return s
 
-    def _parameters(self, lo: Tensor, s: Tensor, stored: torch.dtype) -> tuple[Tensor, ...]:
-        """(s,) or (s, z) from an unguarded scale: s as a tensor stored as `stored` has it, but in
+    def _parameters(self, lo: Tensor, s: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """(s,) or (s, z) from an unguarded scale: s as a tensor stored as `dtype` has it, but in
         the arithmetic's dtype, and without zeros.
         """
-        s = s.to(self._storage(stored))
+        s = s.to(self._storage(dtype))
         if self.scale_dtype == "bf16":  # its exponents reach beyond those of a float16 tensor
-            s = s.to(stored)
+            s = s.to(dtype)
         s = s.to(lo.dtype)
-        guarded = s.masked_fill(s == 0, torch.finfo(s.dtype).eps if self.degenerate == "eps" else 1)
+        empty = s == 0
+        guarded = s.masked_fill(empty, torch.finfo(s.dtype).eps if self.degenerate == "eps" else 1)
         if self.symmetric:
             return (guarded,)
         # eps and one divide by the unguarded s, as the libraries do that they stand for
         z = self._zero_point(lo, guarded if self.degenerate == "auto" else s)
         if self.degenerate == "eps":
-            z = z.masked_fill(s == 0, 0)
+            z = z.masked_fill(empty, 0)
         return guarded, z
 
     def _zero_point(self, lo: Tensor, s: Tensor) -> Tensor:
@@ -217,7 +221,9 @@ class Integer(Format):
         if self.zp == "float_offset":
             return lo
         z = (self.qmin - lo / s).round()
-        return z.clamp(self.qmin, self.qmax) if self.spans_zero else z
+        if self.spans_zero:
+            z = z.clamp(self.qmin, self.qmax)
+        return z
 
     def _storage(self, dtype: torch.dtype) -> torch.dtype:
         """Dtype of the scales of a tensor stored as dtype."""
@@ -242,14 +248,14 @@ class Integer(Format):
         return Scales(scale, parameters[1].float() + 0.0)  # -0 + 0 = +0
 
     def _candidates(
-        self, blocks: Tensor, lo: Tensor, hi: Tensor, s: Tensor, stored: torch.dtype
+        self, blocks: Tensor, lo: Tensor, hi: Tensor, s: Tensor, dtype: torch.dtype
     ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """((s,) or (s, z), dq) of every shrink factor."""
         for p in self._mse.factors:
             if self._mse.shrink == "range":
-                candidate = self._parameters(p * lo, self._step(p * lo, p * hi), stored)
+                candidate = self._parameters(p * lo, self._step(p * lo, p * hi), dtype)
             else:
-                candidate = self._parameters(lo, p * s, stored)
+                candidate = self._parameters(lo, p * s, dtype)
             yield candidate, self.snap(blocks, *(t.unsqueeze(-1) for t in candidate))
 
     # elements

@@ -76,9 +76,13 @@ class MX(Floating):
         else:
             bits = peak.float().view(torch.int32)
             mantissa = 1 if self.mx_even_mbits == 1 else self.grid.mantissa
+            # added below the exponent bits, it carries into them where k is to be one more
             carry = {"ceil": 0x7FFFFF, "even": 1 << (22 - mantissa)}.get(self.mx_scale, 0)
             k = (bits + carry) >> 23
-            k = k.clamp(min=1) if self.mx_scale == "fpquant" else k - self.grid.emax
+            if self.mx_scale == "fpquant":
+                k = k.clamp(min=1)
+            else:
+                k = k - self.grid.emax
         k = k.clamp(0, NAN - 1).masked_fill(peak.isnan(), NAN)
         return Scales(k.to(torch.uint8))
 

@@ -97,10 +97,11 @@ class NVFP4(Floating):
     def _decode_scale(self) -> float:
         return self.fixed_decode_scale if self.global_scale == "fixed" else 1.0
 
-    def _global(self, x: Tensor, given: Tensor | None) -> Tensor:
-        if given is not None:
-            single = given.numel() == 1 and self.scope != "token"
-            return given.reshape(1) if single else given
+    def _global(self, x: Tensor, global_scale: Tensor | None) -> Tensor:
+        if global_scale is not None:
+            if global_scale.numel() == 1 and self.scope != "token":
+                return global_scale.reshape(1)
+            return global_scale
         if self.needs_static:
             raise ConfigError(
                 f"{type(self).__name__}: scope=static needs a calibrated global scale and "

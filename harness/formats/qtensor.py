@@ -78,11 +78,11 @@ class QTensor:
         """Stored bits: codes, scales, zero points (as wide as a code where they are integers) and
         global scales.
         """
-        stored = self.codes.numel() * self.format.bits
+        total = self.codes.numel() * self.format.bits
         for name, t in self.scales.tensors().items():
             width = self.format.zero_bits if name == "zero" else 8 * t.element_size()
-            stored += t.numel() * width
-        return stored
+            total += t.numel() * width
+        return total
 
     def state(self) -> dict[str, Tensor]:
         """Flat tensors for a file; codes of four bits or fewer are packed two a byte."""

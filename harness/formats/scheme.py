@@ -52,11 +52,15 @@ class KVCache:
 
     def part(self, name: str) -> Integer:
         """The format of one head's vectors [.., head_dim]; name: key | value."""
-        grouped = self.group_size not in (None, -1)
+        granularity = "group"
+        group_size = self.group_size
+        if group_size in (None, -1):  # all that `fake` lays in a row
+            granularity = "token"
+            group_size = None
         return Integer(
             bits=self.bits,
-            granularity="group" if grouped else "token",
-            group_size=self.group_size if grouped else None,
+            granularity=granularity,
+            group_size=group_size,
             symmetric=self.symmetric,
             incl0="always",
             clip=self.clip_k if name == "key" else self.clip_v,

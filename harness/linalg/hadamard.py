@@ -127,14 +127,17 @@ class Hadamard:
         Raises ConfigError if n does not divide the last dimension.
         """
         rows, signs = self._rows(x)
-        product = self._multiply(rows if signs is None else rows * signs, transpose=False)
-        return product.reshape(x.shape).to(x.dtype)
+        if signs is not None:
+            rows = rows * signs
+        return self._multiply(rows, transpose=False).reshape(x.shape).to(x.dtype)
 
     def apply_transpose(self, x: Tensor) -> Tensor:
         """x R^T = x R^{-1}; shapes and dtypes as `apply`."""
         rows, signs = self._rows(x)
         product = self._multiply(rows, transpose=True)
-        return (product if signs is None else product * signs).reshape(x.shape).to(x.dtype)
+        if signs is not None:
+            product = product * signs
+        return product.reshape(x.shape).to(x.dtype)
 
     def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """R itself, `[n, n]`, on the CPU."""
