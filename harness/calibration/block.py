@@ -6,8 +6,8 @@ BlockView      its forward with other weights, what its sites read, the modules 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -101,8 +101,8 @@ class BlockView(BlockScales):
         self.scheme = scheme
         self.stream = stream
         self.generator = generator
-        self.stage = stage
-        self.log = log
+        self._stage = stage
+        self._log = log
         self.sites: Mapping[str, tuple[str, ...]] = {
             site.name: site.linears for site in adapter.family.sites
         }
@@ -124,6 +124,12 @@ class BlockView(BlockScales):
     def quantized(self) -> tuple[Tensor, ...]:
         """The hidden states that came through the solved blocks, one a micro-batch."""
         return self.stream.hidden
+
+    def stage(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
+        return self._stage(title, total)
+
+    def log(self, values: dict, step: int) -> None:
+        self._log(values, step)
 
     def forward(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """The block's output for micro-batch `index`, with some weights replaced."""

@@ -10,25 +10,16 @@ import torch
 from torch import Tensor
 
 from harness.calibration.stream import Stream
-from harness.codecs.placement import HEAD_SITE, Where
+from harness.codecs.placement import HEAD_SITE, Role, Where
 from harness.formats import Scheme
 from harness.models.adapter import Adapter
 from harness.models.unmerged import unmerged
 from harness.transforms import Placement
 
+# A progress bar (title, total), which yields `advance(note="")`; and what takes points of curves.
+Stage = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
+Log = Callable[[dict, int], None]
 HELD = 10  # every tenth calibration window, from the end, is kept to choose the best iterate by
-
-
-class Stage(Protocol):
-    """A progress bar of `total` steps; yields `advance(note="")`."""
-
-    def __call__(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]: ...
-
-
-class Log(Protocol):
-    """Takes points of learning curves, `family/metric`; see transforms.CalibrationModel."""
-
-    def __call__(self, values: dict, step: int) -> None: ...
 
 
 class Collector(Protocol):
@@ -65,11 +56,11 @@ class StreamedModel:
         log: Log = unlogged,
     ):
         self.adapter = adapter
-        self.roles = adapter.roles
+        self.roles: Mapping[str, Role] = adapter.roles
         self.device = adapter.device
-        self.gains = gains or {}
-        self.stage = stage
-        self.log = log
+        self.gains: Mapping[Where, Tensor] = gains or {}
+        self._stage = stage
+        self._log = log
         self.windows = windows
         self.train = windows
         self.held = windows
@@ -77,6 +68,12 @@ class StreamedModel:
             count = max(1, len(windows) // HELD)
             self.train = windows[:-count]
             self.held = windows[-count:]
+
+    def stage(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
+        return self._stage(title, total)
+
+    def log(self, values: dict, step: int) -> None:
+        self._log(values, step)
 
     def weight(self, layer: int, linear: str) -> Tensor:
         with self.adapter.open(layer):

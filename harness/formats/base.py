@@ -107,8 +107,9 @@ class Format(ABC):
 
     @property
     def spans_tokens(self) -> bool:
-        """Whether an activation's scales follow from more than one token: then whatever else is in
-        the tensor, other texts and padding too, moves every value of it.
+        """Whether an activation's scales follow from more than one token.
+
+        Then whatever else is in the tensor, other texts and padding too, moves every value of it.
         """
         patient = self.observer == "mse" and self._mse.patience is not None  # until no group gains
         return self.granularity == "tensor" or patient
@@ -180,20 +181,23 @@ class Format(ABC):
         return self._scales(self.split(x), global_scale, dtype or x.dtype)
 
     def global_from_amax(self, amax: Tensor) -> Tensor | None:
-        """The global scale (float32 [1], or amax's shape from one dimension on) of a tensor whose
-        max |x| is amax.
+        """The global scale of a tensor whose max |x| is amax.
+
+        float32 [1], or amax's shape from one dimension on; None where the format has none.
         """
         return None
 
     def calibrated(self, low: Tensor, high: Tensor) -> Tensor | None:
-        """What `fake` takes as global_scale where activations were seen from `low` to `high` ([]
-        each); None: nothing is static.
+        """What `fake` takes as global_scale where activations were seen from `low` to `high`.
+
+        low, high: [] each. None where nothing is static.
         """
         return self.global_from_amax(torch.maximum(-low, high))
 
     def dynamic(self) -> Format:
-        """This format with scales that follow from each tensor alone: what stands in for it before
-        anything is calibrated.
+        """This format with scales that follow from each tensor alone.
+
+        It stands in for this one before anything is calibrated.
         """
         return self
 
@@ -207,8 +211,9 @@ class Format(ABC):
 
     @abstractmethod
     def lattice(self, scales: Scales, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        """What snap needs, each [*lead, groups], in the arithmetic's dtype (that of x where
-        compute_dtype=input).
+        """What snap needs, each [*lead, groups].
+
+        In the arithmetic's dtype: that of x where compute_dtype=input.
         """
 
     @abstractmethod
@@ -232,8 +237,9 @@ class Format(ABC):
         raise NotImplementedError
 
     def rescaled(self, scales: Scales, factor: Tensor) -> Scales:
-        """Stored scales times a positive factor [*lead, groups], rounded as they are stored; the
-        global scale stays.
+        """Stored scales times a positive factor [*lead, groups].
+
+        Rounded as they are stored; the global scale stays.
         """
         return replace(scales, scale=(scales.scale * factor).to(scales.scale.dtype))
 
@@ -255,15 +261,18 @@ class Format(ABC):
         global_scale: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> QTensor:
-        """x [*lead, n] as codes; `scales` are frozen ones (of a solver), dtype that of the stored
-        tensor if not x's.
+        """x [*lead, n] as codes.
+
+        scales: frozen ones (of a solver), or those of x. dtype: that of the stored tensor, if not
+        x's.
         """
         scales = scales or self.scales(x, global_scale, dtype)
         return QTensor(self.encode(x, scales), scales, self, dtype or x.dtype)
 
     def fake(self, x: Tensor, ste: bool = False, global_scale: Tensor | None = None) -> Tensor:
-        """quantize(x).dequantize() without the codes, bit for bit; ste adds the straight-through
-        gradient, x + (dq - x).
+        """quantize(x).dequantize() without the codes, bit for bit.
+
+        ste: with the straight-through gradient, x + (dq - x).
         """
         with torch.no_grad():
             dq = self._fake(x, self._global(x, global_scale))
@@ -302,7 +311,8 @@ def straight_through(x: Tensor, dq: Tensor) -> Tensor:
 
 
 def over(x: Tensor, divisor: float) -> Tensor:
-    """x / divisor, correctly rounded: on a GPU torch multiplies by the reciprocal of a Python
-    number instead.
+    """x / divisor, correctly rounded.
+
+    On a GPU torch multiplies by the reciprocal of a Python number instead.
     """
     return x / torch.full((), divisor, dtype=x.dtype, device=x.device)

@@ -63,8 +63,9 @@ class Floating(Format):
     def _store(
         self, peak: Tensor, a: Tensor, global_scale: Tensor | None, dtype: torch.dtype
     ) -> Scales:
-        """Stored scales of groups with greatest magnitude `peak`; a = peak / grid.max, not rounded
-        to a storage dtype.
+        """Stored scales of groups with greatest magnitude `peak`.
+
+        a: peak / grid.max, not rounded to a storage dtype.
         """
 
     def _scales(self, blocks: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Scales:

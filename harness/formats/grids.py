@@ -24,8 +24,9 @@ EXPONENT = 0x7F800000  # the exponent bits of a float32
 
 @dataclass(frozen=True)
 class Grid:
-    """A small float: `bits` in all, m = `mantissa` of them, exponents emin to emax, greatest value
-    max.
+    """A small float of `bits` bits.
+
+    mantissa: m of them. emin, emax: least and greatest exponent. max: greatest value.
     """
 
     name: str
@@ -77,8 +78,9 @@ class Grid:
 
 @functools.cache
 def _values(grid: Grid, device: torch.device) -> Tensor:
-    """The value of every bit pattern, float32 [2^bits]; patterns beyond `max` (E4M3's 0x7F, E5M2's
-    Inf) are NaN.
+    """The value of every bit pattern, float32 [2^bits].
+
+    Patterns beyond `max` (E4M3's 0x7F, E5M2's Inf) are NaN.
     """
     code = torch.arange(2 ** (grid.bits - 1))
     exponent = code >> grid.mantissa

@@ -199,8 +199,10 @@ class Integer(Format):
         return s
 
     def _parameters(self, lo: Tensor, s: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """(s,) or (s, z) from an unguarded scale: s as a tensor stored as `dtype` has it, but in
-        the arithmetic's dtype, and without zeros.
+        """(s,) or (s, z) from an unguarded scale.
+
+        s is rounded as a tensor stored as `dtype` has it, but in the arithmetic's dtype, and
+        without zeros.
         """
         s = s.to(self._storage(dtype))
         if self.scale_dtype == "bf16":  # its exponents reach beyond those of a float16 tensor

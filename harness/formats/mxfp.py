@@ -91,8 +91,11 @@ class MX(Floating):
         return Scales(code.to(torch.uint8).where(scales.scale != NAN, NAN))
 
     def _element(self, dtype: torch.dtype) -> torch.dtype:
-        """float32: float16 lacks most of the scales, and products with powers of two are exact.
-        FP-Quant's scale is no such power but rounded to x's dtype, so its elements are, too."""
+        """float32 but for FP-Quant's scale.
+
+        float16 lacks most of the scales, and products with powers of two are exact. FP-Quant's
+        scale is no such power but rounded to x's dtype, so its elements are, too.
+        """
         rounded = self.mx_scale == "fpquant" and dtype != torch.float16
         return super()._element(dtype) if rounded else torch.float32
 

@@ -16,8 +16,9 @@ from harness.formats.packing import pack_nibbles, unpack_nibbles
 
 
 class CodeFormat(Protocol):
-    """What a quantized tensor asks of its format (base.Format): the widths in bits of a code and of
-    a zero point, whether codes carry a sign, and their values.
+    """What a quantized tensor asks of its format (base.Format).
+
+    The widths in bits of a code and of a zero point, whether codes carry a sign, and their values.
     """
 
     @property
@@ -58,7 +59,7 @@ class Scales:
 class QTensor:
     """A quantized tensor.
 
-    codes: [*shape] uint8 or int8; scales; the format that reads them; dtype of the original.
+    codes: [*shape] uint8 or int8. format: what reads them. dtype: that of the original.
     """
 
     codes: Tensor
@@ -75,9 +76,7 @@ class QTensor:
         return self.format.decode(self.codes, self.scales, self.dtype)
 
     def bits(self) -> int:
-        """Stored bits: codes, scales, zero points (as wide as a code where they are integers) and
-        global scales.
-        """
+        """Stored bits: codes, scales, global scales, zero points (integers as wide as a code)."""
         total = self.codes.numel() * self.format.bits
         for name, t in self.scales.tensors().items():
             width = self.format.zero_bits if name == "zero" else 8 * t.element_size()

@@ -15,8 +15,9 @@ ROLES = {"weight": "weight", "act": "activation"}  # what a part of a scheme cal
 
 @dataclass(frozen=True)
 class KVCache:
-    """Integer keys (after RoPE and the R3 rotation) and values, one scale and zero point per group
-    with zero in its range.
+    """Integer keys (after RoPE and the R3 rotation) and values.
+
+    One scale and zero point per group, with zero in its range.
 
     bits: 2 .. 8.
     group_size: null (head_dim: one group per token and head), a divisor of head_dim, or -1 (all
@@ -76,7 +77,8 @@ class KVCache:
         self.part("key").check(head_dim, field, where)
 
     def fake(self, x: Tensor, name: str) -> Tensor:
-        """Keys or values x [batch, kv_heads, tokens, head_dim] as the cache would return them;
+        """Keys or values x [batch, kv_heads, tokens, head_dim] as the cache would return them.
+
         name: key | value.
         """
         if self.group_size != -1:

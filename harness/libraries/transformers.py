@@ -35,8 +35,9 @@ CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
 def name_attention(name: str, function: Callable) -> None:
-    """Make `function` the attention of models whose config asks for `name`, with the masks of
-    scaled dot products.
+    """Make `function` the attention of models whose config asks for `name`.
+
+    Its masks are those of scaled dot products.
     """
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 
 def times(x: Tensor, matrix: Tensor) -> Tensor:
-    """x diag(M_1, .., M_nb) for x [..., n] of any float dtype and M [nb, g, g], or [g, g] for every
-    block, nb g = n.
+    """x diag(M_1, .., M_nb), n features.
+
+    x: [..., n] of any float dtype. matrix: M [nb, g, g], or [g, g] for every block; nb g = n.
 
     Computed in float32 or in float64 if x is that; returned in x's dtype. Raises ValueError where
     nb g is not n.

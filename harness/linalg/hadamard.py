@@ -190,8 +190,9 @@ def _core(n: int) -> int | None:
 
 @cache
 def _split(n: int) -> tuple[int, int]:
-    """Orders (a, b) of H_n = H_a (x) H_b with the least work a + b per entry; (1, n) where one
-    matmul is best.
+    """Orders (a, b) of H_n = H_a (x) H_b with the least work a + b per entry.
+
+    (1, n) where one matmul is best.
     """
     _, power = factors(n)
     if n <= DENSE or power == 1:
