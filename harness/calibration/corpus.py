@@ -131,6 +131,7 @@ class Samples(Corpus):
     def _samples(self, content: str) -> list[str]:
         """The samples of a .jsonl file's content; empty lines are none."""
         samples = []
+        # not splitlines(): a JSON string may hold a line separator that it would split at
         for number, line in enumerate(content.split("\n"), start=1):
             if not line.strip():
                 continue
@@ -199,11 +200,12 @@ class HubText(Corpus):
         split = ("train", self.evaluation_split)[_index(part)]
         try:
             rows = [row["text"] for row in islice(self._rows(split), self.documents)]
-        except Exception as error:
+        except Exception as error:  # as in `check`
             raise self._unreachable(error) from error
         return "\n\n".join(rows)
 
     def fingerprint(self, part: str) -> str:
+        # not of the text: a finished run is found without asking the hub
         split = ("train", self.evaluation_split)[_index(part)]
         first = "" if self.documents is None else f"[:{self.documents}]"
         return f"{self.dataset}/{self.config}@{self.revision or 'main'}/{split}{first}"

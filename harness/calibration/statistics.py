@@ -71,4 +71,4 @@ class Statistics:
         if self.hessian is not None:
             for lo in range(PANEL, len(self.hessian), PANEL):
                 self.hessian[:lo, lo : lo + PANEL] = self.hessian[lo : lo + PANEL, :lo].T
-            self.hessian *= 2.0 / self.tokens
+            self.hessian *= 2.0 / self.tokens  # of the mean squared output error

@@ -139,6 +139,7 @@ class Stream:
 
     def window(self, block: nn.Module) -> tuple[Tensor, dict]:
         """The first window's hidden states [1, L, hidden], a view, and the context with them."""
+        # what has a row a window is cut to the first; what all windows share stays
         rows = self.hidden[0].shape[0]
         alone = {
             key: value[:1] if isinstance(value, Tensor) and value.shape[0] == rows else value
@@ -199,5 +200,5 @@ class Stream:
         """Run the last linear on what `_exit` kept, and add the branch to the stream in place."""
         last = block.get_submodule(branch.exit.linears[0])
         for hidden, read in zip(self.hidden, self._read.split(self._batch)):
-            hidden += last(read)
+            hidden += last(read)  # a view: the stream itself moves on
         del self._read

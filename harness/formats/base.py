@@ -66,6 +66,7 @@ class Format(ABC):
     def __post_init__(self):
         name = type(self).__name__
         if not isinstance(self.mse, MSE):
+            # the one way to set a field of a frozen class
             object.__setattr__(self, "mse", MSE.of(self.mse, f"{name}: mse"))
         self._choose("granularity", "tensor", "channel", "token", "group")
         boolean(f"{name}: symmetric", self.symmetric)
@@ -279,6 +280,7 @@ class Format(ABC):
         return straight_through(x, dq) if ste else dq
 
     def _fake(self, x: Tensor, global_scale: Tensor | None) -> Tensor:
+        # a GPU has no such cache to fit, and a group of everything cannot be had in pieces
         if x.device.type != "cpu" or self.granularity == "tensor":
             out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
             return self._fake_rows(x, global_scale, out)
@@ -299,6 +301,7 @@ class Format(ABC):
         observed = work if work.dtype == self._compute(x.dtype) else blocks
         scales = self._scales(observed, global_scale, x.dtype)
         lattice = (t.unsqueeze(-1) for t in self.lattice(scales, work.dtype))
+        # without a cast or padding at the end, the result can be written where it belongs
         if work.dtype == out.dtype and work.numel() == out.numel():
             self.snap(work, *lattice, out=self.split(out))
             return out

@@ -101,6 +101,7 @@ class Floating(Format):
         return self.grid.round_(torch.div(x, eff, out=out), self.fp4_ties).mul_(eff)
 
     def _encode(self, x: Tensor, eff: Tensor) -> Tensor:
+        # the sign of x itself: rounding drops that of a zero, and its code has one
         return self.grid.encode(self.grid.round_(x / eff, self.fp4_ties), x < 0)
 
     def _decode(self, codes: Tensor, eff: Tensor) -> Tensor:

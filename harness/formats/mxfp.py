@@ -46,7 +46,7 @@ class MX(Floating):
     mx_even_mbits: str | int = "element"
 
     def __post_init__(self):
-        self._choose("element", *GRIDS)
+        self._choose("element", *GRIDS)  # first, for the shared checks ask for the grid
         super().__post_init__()
         self._choose("mx_scale", "floor", "ceil", "even", "rceil", "fpquant")
         self._choose("mx_even_mbits", "element", 1)
@@ -87,6 +87,7 @@ class MX(Floating):
         return Scales(k.to(torch.uint8))
 
     def rescaled(self, scales: Scales, factor: Tensor) -> Scales:
+        # only powers of two can be stored, so the factor is rounded to one
         code = (scales.scale + factor.log2().round()).clamp(0, NAN - 1)
         return Scales(code.to(torch.uint8).where(scales.scale != NAN, NAN))
 

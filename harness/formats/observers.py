@@ -97,6 +97,7 @@ def search(
     finite error. candidates yields (parameters, dq), dq of x's shape. Returns a tuple like start.
     """
     best = start
+    # no error of NaN compares as less, so none replaces the start
     least = torch.full_like(start[0], torch.inf, dtype=x.dtype)
     idle = 0
     for parameters, dq in candidates:

@@ -83,6 +83,7 @@ class KVCache:
         """
         if self.group_size != -1:
             return self.part(name).fake(x)
+        # a token's heads side by side make one group
         tokens = x.transpose(1, 2)
         return self.part(name).fake(tokens.flatten(2)).view(tokens.shape).transpose(1, 2)
 

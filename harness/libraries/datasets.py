@@ -17,7 +17,7 @@ def cached_builder(dataset: str, config: str) -> DatasetBuilder | None:
         return Cache(
             repo_id=dataset, dataset_name=name, config_name=config, version="auto", hash="auto"
         )
-    except ValueError:
+    except ValueError:  # nothing that fits is there
         return None
 
 

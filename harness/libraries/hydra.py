@@ -18,4 +18,5 @@ __all__ = ["BasicLauncher", "Callbacks", "HydraContext", "OverridesParser", "job
 
 def jobs_of(overrides: list[Override]) -> list[list[str]]:
     """The overrides of each job, every combination of what parsed overrides hold."""
+    # without a limit on their size there is one batch, the first
     return [list(row) for row in BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]]

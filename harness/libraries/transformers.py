@@ -57,6 +57,7 @@ def empty_plain_cache(arguments: Mapping) -> DynamicCache | None:
     """The plain cache, nothing in it yet, among the keyword arguments of a backbone's forward."""
     for name in CACHE_ARGUMENTS:
         past = arguments.get(name)
+        # not of a subclass, whose layers store in ways of their own
         if type(past) is DynamicCache and past.get_seq_length() == 0 and not past.offloading:
             return past
     return None

@@ -21,7 +21,7 @@ def times(x: Tensor, matrix: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     matrix = matrix.to(x.device, dtype)
-    if matrix.ndim == 3 and len(matrix) == 1:
+    if matrix.ndim == 3 and len(matrix) == 1:  # one matmul, with nothing to slice
         matrix = matrix[0]
     if matrix.ndim == 3 and len(matrix) * matrix.shape[1] != x.shape[-1]:
         raise ValueError(

@@ -162,6 +162,7 @@ class Hadamard:
         fits = x.is_cuda and x.dtype != torch.float64 and power in KERNEL
         kernel = _kernel() if fits and self.backend != "torch" else None
         if kernel is not None:
+            # Sylvester's factor is symmetric, so the kernel serves both directions
             a, b = core, power
             x = kernel(x.reshape(-1, a, b).contiguous(), 1.0 / math.sqrt(b))
         else:
@@ -180,7 +181,7 @@ def _core(n: int) -> int | None:
     odd = n // (n & -n)
     if odd == 1:
         return 1
-    core = 4 * odd
+    core = 4 * odd  # the least order there can be, as 4 divides all beyond 2
     while n % core == 0:
         if constructible(core):
             return core

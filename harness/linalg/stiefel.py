@@ -39,7 +39,7 @@ from harness.config.errors import ConfigError
 METHODS = ("exact", "fixed_point")
 CAPS = ("tensor", "block")
 ITERATIONS = 5
-EPS = 1e-8
+EPS = 1e-8  # for the norms of W where the gradient vanishes
 
 
 class CayleySGD(torch.optim.Optimizer):
@@ -177,6 +177,7 @@ def _skew(x: Tensor, v: Tensor) -> Tensor:
 
 def _step_size(w: Tensor, lr: float, cap: str, theta: float) -> Tensor:
     """a, `[..., 1, 1]` or, for cap `tensor`, `[1, 1]`."""
+    # ||W||_1; a skew matrix has the same ||W||_inf
     norm = w.abs().sum(-2).amax(-1)
     spectral = torch.minimum(norm, w.square().sum((-2, -1)).sqrt() / math.sqrt(2.0))
     size = torch.minimum(1.0 / (norm + EPS), theta / (spectral + EPS)).clamp(max=lr)
