@@ -25,8 +25,9 @@ from harness.formats.qtensor import Scales
 class Floating(Format):
     """Floating element grid.
 
-    fp4_ties: even | zero | away, for values halfway between two grid points. mse_on_rounded_scale:
-    whether the grid search measures with the scale that will be stored, or with it unrounded.
+    fp4_ties: even | zero | away, for values halfway between two grid points.
+    mse_on_rounded_scale: whether the grid search measures with the scale that will be stored, or
+        with it unrounded.
     """
 
     fp4_ties: str = "even"

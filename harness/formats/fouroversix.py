@@ -28,8 +28,10 @@ class FourOverSix(NVFP4):
     """NVFP4 with adaptive block scaling.
 
     choose: mse (sum of squares) | mae (sum of |.|) | abs_max (greatest |.|), the error that
-    decides. Arithmetic is float32, the observer minmax, and global_scale amax_256; other values
-    raise ConfigError.
+        decides.
+
+    Arithmetic is float32, the observer minmax, and global_scale amax_256; other values raise
+    ConfigError.
     """
 
     global_scale: str = "amax_256"

@@ -33,11 +33,13 @@ NAN = 255  # the E8M0 code of NaN
 class MX(Floating):
     """MX block formats.
 
-    element: e2m1 (4 bits) | e2m3 | e3m2 (6) | e4m3 | e5m2 (8). mx_scale: table above.
+    element: e2m1 (4 bits) | e2m3 | e3m2 (6) | e4m3 | e5m2 (8).
+    mx_scale: table above.
+    mx_even_mbits: element | 1, mb of mx_scale=even.
 
-    mx_even_mbits: element | 1, mb of mx_scale=even. compute_dtype=input matters to observer=mse and
-    to mx_scale=fpquant, whose scale and elements it rounds to x's dtype (unless that is float16,
-    which lacks small scales); all else is exact in either.
+    compute_dtype=input matters to observer=mse and to mx_scale=fpquant, whose scale and elements it
+    rounds to x's dtype (unless that is float16, which lacks small scales); all else is exact in
+    either.
     """
 
     group_size: int | None = 32
