@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from harness.calibration.subject import StreamedModel
-from harness.codecs import fold
+from harness.codecs.fold import fold
 from harness.config.build import build, option
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Format, Integer, KVCache, Scheme

@@ -1,5 +1,8 @@
-"""One decoder block as a solver that looks beyond a site sees it (solvers.Block): its forward with other weights, what its
-sites read, the modules around them, and scales merged into it."""
+"""One decoder block as a solver sees it that looks beyond a site (solvers.Block).
+
+BlockScales    which of a block's sites take a scale, and merging one
+BlockView      its forward with other weights, what its sites read, the modules around them
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,81 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from harness.calibration.stream import Stream, arguments_at
-from harness.calibration.subject import quiet, unlogged
-from harness.formats import Scheme
+from harness.calibration.subject import Log, Stage, quiet, unlogged
+from harness.formats import Format, Scheme
 from harness.models.adapter import Adapter, Branch, Site
 from harness.models.merge import place
+from harness.models.quant_linear import SiteInput
 from harness.transforms import Diagonal, Placement
 
 PROBE = 4096  # tokens on which `inputs` and `parent` work
 
 
-class BlockView:
-    """Block `index` of a swapped model before its weights are quantized, with the stream that has reached it.
+class BlockScales:
+    """The sites of block `index` of a swapped model, and the scales merged into them.
 
-    `merged` {site: s} collects what `merge` did. original, targets: see solvers.Block; empty where the solver needs none.
+    `merged` {site: s} collects what `merge` did.
+    """
+
+    def __init__(self, adapter: Adapter, index: int):
+        self.adapter = adapter
+        self.index = index
+        self.block: nn.Module = adapter.blocks[index]
+        self.merged: dict[str, Tensor] = {}
+
+    def merge(self, site: str, scale: Tensor) -> None:
+        """Divide a site's activation by s [n] for good: 1/s into what feeds it, s into readers."""
+        heads = self._heads(site)
+        values = scale
+        if heads is not None and self.scalable(site) != "free":
+            # what feeds the site has one value a key/value head, whose readers share its scale
+            values = _per_head(scale, heads)[:, 0].flatten()
+        place(self.adapter, Placement(merged={(self.index, site): Diagonal(values.double())}))
+        self.merged[site] = scale
+
+    def scalable(self, site: str) -> str:
+        """free | shared | fixed; see solvers.Block."""
+        if self._input(self._find(site)[1]).codec is not None:
+            return "fixed"
+        heads = self._heads(site)
+        return "free" if heads is None or heads[1] == 1 else "shared"
+
+    def share(self, site: str, values: Tensor) -> Tensor:
+        """values [n] averaged over the features that must share a scale."""
+        heads = self._heads(site)
+        if heads is None or self.scalable(site) == "free":
+            return values
+        grouped = _per_head(values, heads)
+        return grouped.mean(1, keepdim=True).expand_as(grouped).flatten()
+
+    def _heads(self, site: str) -> tuple[int, int] | None:
+        """(key/value heads, query heads on each) where the site holds the heads' values."""
+        _, end = self._find(site)
+        return self.adapter.roles[self.adapter.name(self.index, end.linears[0])].heads
+
+    def _find(self, name: str) -> tuple[Branch, Site]:
+        """The site of that name, and the branch at one of whose ends it is."""
+        for branch in self.adapter.family.branches:
+            for site in (branch.entry, branch.exit):
+                if site.name == name:
+                    return branch, site
+        raise KeyError(name)
+
+    def _input(self, site: Site) -> SiteInput:
+        """What all linears of a site read through."""
+        shared = self.block.get_submodule(site.linears[0]).site
+        assert isinstance(shared, SiteInput)
+        return shared
+
+
+class BlockView(BlockScales):
+    """A block before its weights are quantized, with the stream that has reached it.
+
+    original, targets: see solvers.Block; empty where the solver needs none.
     """
 
     def __init__(
@@ -33,47 +94,63 @@ class BlockView:
         index: int,
         stream: Stream,
         generator: torch.Generator,
-        stage: Callable[[str, int], AbstractContextManager] = quiet,
-        log: Callable[[dict, int], None] = unlogged,
+        stage: Stage = quiet,
+        log: Log = unlogged,
     ):
-        self.adapter, self.scheme, self.index, self.stream = adapter, scheme, index, stream
-        self.generator, self.stage, self.log = generator, stage, log
-        self.block = adapter.blocks[index]
-        self.sites = {site.name: site.linears for site in adapter.family.sites}
-        self.formats = scheme.weights(
-            index, [name for linears in self.sites.values() for name in linears]
-        )
+        super().__init__(adapter, index)
+        self.scheme = scheme
+        self.stream = stream
+        self.generator = generator
+        self._stage = stage
+        self._log = log
+        self.sites: Mapping[str, tuple[str, ...]] = {
+            site.name: site.linears for site in adapter.family.sites
+        }
+        self.formats: Mapping[str, Format] = scheme.weights(index, self._linears())
         self.original: Sequence[Tensor] = ()
         self.targets: Sequence[Tensor] = ()
-        self.merged: dict[str, Tensor] = {}
-        self._kept: tuple[str, list[tuple[int, Tensor]]] = ("", [])
+        self._cached: tuple[str, list[tuple[int, Tensor]]] = ("", [])
+
+    def _linears(self) -> list[str]:
+        """The block-relative names of all linears, in the order of the forward."""
+        return [name for linears in self.sites.values() for name in linears]
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return {
-            name: self.block.get_submodule(name).weight
-            for linears in self.sites.values()
-            for name in linears
-        }
+        """{name: [out, in]} of all linears."""
+        return {name: self.block.get_buffer(f"{name}.weight") for name in self._linears()}
 
     @property
     def quantized(self) -> tuple[Tensor, ...]:
+        """The hidden states that came through the solved blocks, one a micro-batch."""
         return self.stream.hidden
 
+    def stage(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
+        return self._stage(title, total)
+
+    def log(self, values: dict, step: int) -> None:
+        self._log(values, step)
+
     def forward(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """The block's output for micro-batch `index`, with some weights replaced."""
         replaced = {f"{name}.weight": weight for name, weight in weights.items()}
-        return functional_call(
-            self.block, replaced, (hidden,), self.stream.block_kwargs[self.block][index]
-        )
+        context = self.stream.block_kwargs[self.block][index]
+        return functional_call(self.block, replaced, (hidden,), context)
 
     def inputs(self, site: str) -> Tensor:
+        """What a site reads of the first micro-batches, [tokens, n], in the unquantized block."""
         return torch.cat([x.flatten(0, -2) for _, x in self._read(site)])
 
     def parent(
         self, site: str, weights: Mapping[str, Tensor], scale: Tensor | None = None
     ) -> Tensor:
+        """What the module around a site makes of `inputs`, some weights replaced [tokens, m].
+
+        With a scale s [n], the site's activation is read as Q_a(x / s) s.
+        """
         branch, end = self._find(site)
-        around = branch.module if end is branch.entry else end.linears[0]
+        entry = end is branch.entry
+        around = branch.module if entry else end.linears[0]
         module = self.block.get_submodule(around)
         replaced = {
             f"{name}.weight".removeprefix(f"{around}."): weight for name, weight in weights.items()
@@ -81,90 +158,64 @@ class BlockView:
         outputs = []
         with self._reading(end, scale):
             for index, x in self._read(site):
-                context = (
-                    self.stream.block_kwargs[self.block][index]
-                    if end is branch.entry and branch.context
-                    else {}
-                )
+                context = {}
+                if entry and branch.context:
+                    context = self.stream.block_kwargs[self.block][index]
                 output = functional_call(module, replaced, (x,), context)
                 outputs.append(output[0] if isinstance(output, tuple) else output)
         return torch.cat([y.flatten(0, -2) for y in outputs])
 
     def merge(self, site: str, scale: Tensor) -> None:
-        own = (
-            scale if self.scalable(site) == "free" else self._per_head(site, scale)[:, 0].flatten()
-        )
-        place(self.adapter, Placement(merged={(self.index, site): Diagonal(own.double())}))
-        self.merged[site] = scale
-        self._kept = ("", [])
-
-    def scalable(self, site: str) -> str:
-        _, end = self._find(site)
-        if self.block.get_submodule(end.linears[0]).site.codec is not None:
-            return "fixed"
-        heads = self._heads(site)
-        return "free" if heads is None or heads[1] == 1 else "shared"
-
-    def share(self, site: str, values: Tensor) -> Tensor:
-        if self.scalable(site) == "free":
-            return values
-        heads = self._per_head(site, values)
-        return heads.mean(1, keepdim=True).expand_as(heads).flatten()
-
-    def _heads(self, site: str) -> tuple[int, int] | None:
-        """(key/value heads, query heads on each) where the site holds the heads' values."""
-        _, end = self._find(site)
-        return self.adapter.roles[self.adapter.name(self.index, end.linears[0])].heads
-
-    def _per_head(self, site: str, values: Tensor) -> Tensor:
-        """values [n] -> [kv_heads, repeat, head_dim]."""
-        return values.view(*self._heads(site), -1)
-
-    def _find(self, name: str) -> tuple[Branch, Site]:
-        return next(
-            (b, s)
-            for b in self.adapter.family.branches
-            for s in (b.entry, b.exit)
-            if s.name == name
-        )
+        """As BlockScales; what the sites read is no longer what it was."""
+        super().merge(site, scale)
+        self._cached = ("", [])
 
     def _read(self, site: str) -> list[tuple[int, Tensor]]:
-        """(micro-batch, what the site reads before any encoder) of the unquantized block, PROBE tokens in all; the last site's
-        are kept, for a search asks again and again."""
-        if self._kept[0] != site:
-            self._kept = (site, list(self._arriving(site)))
-        return self._kept[1]
+        """(micro-batch, what the site reads before any encoder) of the unquantized block.
+
+        PROBE tokens in all. The last site's are kept, for a search asks again and again.
+        """
+        if self._cached[0] != site:
+            self._cached = (site, list(self._arriving(site)))
+        return self._cached[1]
 
     def _arriving(self, site: str) -> Iterator[tuple[int, Tensor]]:
+        """What `_read` keeps, as the block runs up to the site."""
         _, end = self._find(site)
         reader = self.block.get_submodule(end.linears[0])
-        left = PROBE
+        remaining = PROBE
         for index, hidden in enumerate(self.stream.hidden):
-            if left <= 0:
+            if remaining <= 0:
                 return
 
             def run(index=index, hidden=hidden):
                 return self.block(hidden, **self.stream.block_kwargs[self.block][index])
 
             args, _ = arguments_at(reader, run)
-            left -= hidden.shape[0] * hidden.shape[1]
+            remaining -= hidden.shape[0] * hidden.shape[1]
             yield index, args[0]
 
     @contextmanager
     def _reading(self, site: Site, scale: Tensor | None) -> Iterator[None]:
-        """Within it, the site's activation is quantized under x / s, where a scale is given and activations are quantized."""
-        shared = self.block.get_submodule(site.linears[0]).site
+        """Within it, the site's activation is quantized under x / s.
+
+        Where no scale is given, or activations are not quantized, nothing changes.
+        """
+        shared = self._input(site)
         act = self.scheme.part("act", self.index, site.linears[0])
         if scale is None or act is None:
             yield
             return
         before = shared.codec, shared.format, shared.decoder
-        shared.codec, shared.format, shared.decoder = (
-            Diagonal(scale),
-            act.dynamic(),
-            Diagonal(scale),
-        )
+        shared.codec = Diagonal(scale)
+        shared.format = act.dynamic()
+        shared.decoder = Diagonal(scale)
         try:
             yield
         finally:
             shared.codec, shared.format, shared.decoder = before
+
+
+def _per_head(values: Tensor, heads: tuple[int, int]) -> Tensor:
+    """values [n] -> [kv_heads, repeat, head_dim]."""
+    return values.view(*heads, -1)

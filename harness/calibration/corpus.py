@@ -5,30 +5,52 @@ A corpus answers
     name                the word that stands in the result tables
     check()             cheap and without weights: is the text there, and is there anything in it
     text(part)          part "calibration" | "evaluation" -> the whole text as one string
-    fingerprint(part)   what a stored result is keyed by: a hash of local text, the id and revision of a hub data set
+    fingerprint(part)   what a stored result is keyed by: a hash of local text, the id and revision
+                        of a hub data set
 
-Texts that need no network and no file are in shipped.py; one of them is the default.
-Hub data sets are read through the `datasets` library. Nothing here imports torch, transformers or datasets before it has
-to: a finished run is found by its fingerprint in a process that must answer at once.
+Texts that need no network and no file are in shipped.py; one of them is the default. Hub data sets
+are read through the `datasets` library. Nothing here imports torch, transformers or datasets before
+it has to: a finished run is found by its fingerprint in a process that must answer at once.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness.config.errors import ConfigError, DataError
 from harness.libraries.datasets import cached_builder, offline
+
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
 
 PARTS = ("calibration", "evaluation")
 HUB_TIMEOUT = 2.0  # seconds `check` waits for a hub that does not answer
 
 
-class Corpus:
-    """A text in two parts. A subclass gives `name`, `check` and `text`, as listed above."""
+class Corpus(ABC):
+    """A text in two parts, as listed above."""
+
+    name: str
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise ConfigError or DataError where the text is not there, or blank."""
+
+    @abstractmethod
+    def text(self, part: str) -> str | list[str]:
+        """The text of a part, in samples where it comes in samples."""
 
     def fingerprint(self, part: str) -> str:
-        """A hash of that part's text, whatever it is called, so that another text never replays a stored number."""
+        """A hash of that part's text, whatever it is called.
+
+        Another text under the same name so never replays a stored number.
+        """
         return hashlib.sha256(json.dumps(self.text(part)).encode()).hexdigest()[:16]
 
 
@@ -58,21 +80,25 @@ class TextFolder(Corpus):
             )
         if not self.path.is_dir():
             raise DataError(
-                f"data.path={self.path} is not a folder; give one with train.txt (or valid.txt) and test.txt"
+                f"data.path={self.path} is not a folder; "
+                "give one with train.txt (or valid.txt) and test.txt"
             )
         names = (("train.txt", "valid.txt"), ("test.txt",))[_index(part)]
         for name in names:
             if (self.path / name).is_file():
                 return self.path / name
         raise DataError(
-            f"data.path={self.path} holds no {' or '.join(names)}, which {part} needs; put one there"
+            f"data.path={self.path} holds no {' or '.join(names)}, which {part} needs; "
+            "put one there"
         )
 
 
 class Samples(Corpus):
-    """A calibration file of one's own, `data.calibration.path=FILE`: `.txt` is one text, `.jsonl` has a "text" field a line.
+    """A calibration file of one's own, `data.calibration.path=FILE`.
 
-    `text("calibration")` is a string for `.txt` and a list of strings for `.jsonl`; `windows.tokenize` takes either.
+    A `.txt` file is one text, a `.jsonl` file has a sample in the field "text" of each line.
+    `text("calibration")` is a string for `.txt` and a list of strings for `.jsonl`;
+    `windows.tokenize` takes either.
     """
 
     def __init__(self, path: str, name: str | None = None):
@@ -96,13 +122,16 @@ class Samples(Corpus):
             )
         if not self.path.is_file():
             raise DataError(
-                f"data.calibration.path={self.path} is not a file; give one, or null to calibrate on the data set"
+                f"data.calibration.path={self.path} is not a file; "
+                "give one, or null to calibrate on the data set"
             )
         content = _read(self.path, "data.calibration.path")
         return content if self.path.suffix == ".txt" else self._samples(content)
 
     def _samples(self, content: str) -> list[str]:
+        """The samples of a .jsonl file's content; empty lines are none."""
         samples = []
+        # not splitlines(): a JSON string may hold a line separator that it would split at
         for number, line in enumerate(content.split("\n"), start=1):
             if not line.strip():
                 continue
@@ -121,10 +150,12 @@ class Samples(Corpus):
 
 
 class HubText(Corpus):
-    """A text data set of the Hugging Face hub: its rows' `text` joined by blank lines, `train` calibrates.
+    """A text data set of the Hugging Face hub: its rows' `text` joined by blank lines.
 
-    With `documents` only the first so many rows of each split are streamed, for sets too large to download. A set that was
-    downloaded before is read from the local cache without asking the hub.
+    The split `train` calibrates, `evaluation_split` evaluates.
+
+    With `documents` only the first so many rows of each split are streamed, for sets too large to
+    download. A set that was downloaded before is read from the local cache without asking the hub.
 
     Raises DataError where the hub cannot be reached and the set is not in the cache.
     """
@@ -139,19 +170,20 @@ class HubText(Corpus):
         documents: int | None = None,
         name: str | None = None,
     ):
-        for field, value in (
-            ("dataset", dataset),
-            ("config", config),
-            ("evaluation_split", evaluation_split),
-        ):
+        names = {"dataset": dataset, "config": config, "evaluation_split": evaluation_split}
+        for field, value in names.items():
             if not isinstance(value, str):
                 raise ConfigError(f"data.{field}={value}: needs a name")
         if documents is not None and (type(documents) is not int or documents < 1):
             raise ConfigError(
-                f"data.documents={documents} must be a positive whole number, or null for all of them"
+                f"data.documents={documents} must be a positive whole number, "
+                "or null for all of them"
             )
-        self.dataset, self.config, self.revision = dataset, config, revision
-        self.evaluation_split, self.documents = evaluation_split, documents
+        self.dataset = dataset
+        self.config = config
+        self.evaluation_split = evaluation_split
+        self.revision = revision
+        self.documents = documents
         self.name = name or dataset.split("/")[-1]
 
     def check(self) -> None:
@@ -161,23 +193,25 @@ class HubText(Corpus):
             try:
                 self._refuse_offline()
                 HfApi().dataset_info(self.dataset, revision=self.revision, timeout=HUB_TIMEOUT)
-            except Exception as error:  # the hub's HTTP library, and with it its error classes, has changed over time
+            except Exception as error:  # of the hub's HTTP library, which has changed over time
                 raise self._unreachable(error) from error
 
     def text(self, part: str) -> str:
         split = ("train", self.evaluation_split)[_index(part)]
         try:
             rows = [row["text"] for row in islice(self._rows(split), self.documents)]
-        except Exception as error:
+        except Exception as error:  # as in `check`
             raise self._unreachable(error) from error
         return "\n\n".join(rows)
 
     def fingerprint(self, part: str) -> str:
+        # not of the text: a finished run is found without asking the hub
         split = ("train", self.evaluation_split)[_index(part)]
         first = "" if self.documents is None else f"[:{self.documents}]"
         return f"{self.dataset}/{self.config}@{self.revision or 'main'}/{split}{first}"
 
-    def _rows(self, split: str):
+    def _rows(self, split: str) -> Iterable:
+        """The rows of a split, from the cache or the hub."""
         from datasets import load_dataset
 
         cached = self._cached()
@@ -189,9 +223,14 @@ class HubText(Corpus):
             self.dataset, self.config, split=split, revision=self.revision, streaming=streaming
         )
 
-    def _cached(self):
-        """The `datasets` cache's own builder of the set, or None. A named revision is always asked of the hub."""
-        return None if self.revision is not None else cached_builder(self.dataset, self.config)
+    def _cached(self) -> DatasetBuilder | None:
+        """The `datasets` cache's own builder of the set, or None.
+
+        A named revision is always asked of the hub.
+        """
+        if self.revision is not None:
+            return None
+        return cached_builder(self.dataset, self.config)
 
     def _refuse_offline(self) -> None:
         if offline():
@@ -206,6 +245,7 @@ class HubText(Corpus):
 
 
 def _index(part: str) -> int:
+    """0 for the calibration part, 1 for the evaluation part."""
     if part not in PARTS:
         raise ValueError(f"part is one of {PARTS}, not {part!r}")
     return PARTS.index(part)
@@ -213,6 +253,7 @@ def _index(part: str) -> int:
 
 def _read(path: Path, field: str) -> str:
     try:
+        # by bytes: a text file's own line ends are part of what is tokenized
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(

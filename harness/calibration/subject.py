@@ -1,23 +1,33 @@
-"""The loaded model as a transform sees it: its weights, its activations on the calibration text, its live forward."""
+"""The loaded model as a transform sees it: its weights, its activations, its forward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from harness.calibration.stream import Stream
-from harness.codecs.placement import HEAD_SITE
+from harness.codecs.placement import HEAD_SITE, Role, Where
 from harness.formats import Scheme
 from harness.models.adapter import Adapter
 from harness.models.unmerged import unmerged
 from harness.transforms import Placement
 
-HELD = (
-    10  # every tenth of the calibration windows, at the end, is kept to choose the best iterate by
-)
+# A progress bar (title, total), which yields `advance(note="")`; and what takes points of curves.
+Stage = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
+Log = Callable[[dict, int], None]
+HELD = 10  # every tenth calibration window, from the end, is kept to choose the best iterate by
+
+
+class Collector(Protocol):
+    """What gathers the activations [..., width] of one site."""
+
+    def add(self, x: Tensor) -> None: ...
+
+    def finish(self) -> object: ...
 
 
 @contextmanager
@@ -31,23 +41,39 @@ def unlogged(values: dict, step: int) -> None:
 
 
 class StreamedModel:
-    """A swapped model with calibration windows [N, L]. stage(title, total) shows progress; gains are what `fuse_norms` gave,
-    if the norms are fused; log(values, step) keeps points of curves. See transforms.CalibrationModel."""
+    """A swapped model with calibration windows [N, L].
+
+    stage(title, total) shows progress; gains are what `fuse_norms` gave, if the norms are fused;
+    log(values, step) keeps points of curves. See transforms.CalibrationModel.
+    """
 
     def __init__(
         self,
         adapter: Adapter,
         windows: Tensor,
-        stage: Callable[[str, int], AbstractContextManager] = quiet,
-        gains: Mapping[tuple[int | None, str], Tensor] | None = None,
-        log: Callable[[dict, int], None] = unlogged,
+        stage: Stage = quiet,
+        gains: Mapping[Where, Tensor] | None = None,
+        log: Log = unlogged,
     ):
-        self.adapter, self.windows, self.stage, self.log = adapter, windows, stage, log
-        self.roles, self.device, self.gains = adapter.roles, adapter.device, gains or {}
-        held = max(1, len(windows) // HELD)
-        self.train, self.held = (
-            (windows[:-held], windows[-held:]) if len(windows) > 1 else (windows, windows)
-        )
+        self.adapter = adapter
+        self.roles: Mapping[str, Role] = adapter.roles
+        self.device = adapter.device
+        self.gains: Mapping[Where, Tensor] = gains or {}
+        self._stage = stage
+        self._log = log
+        self.windows = windows
+        self.train = windows
+        self.held = windows
+        if len(windows) > 1:  # a single window has to serve as both
+            count = max(1, len(windows) // HELD)
+            self.train = windows[:-count]
+            self.held = windows[-count:]
+
+    def stage(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
+        return self._stage(title, total)
+
+    def log(self, values: dict, step: int) -> None:
+        self._log(values, step)
 
     def weight(self, layer: int, linear: str) -> Tensor:
         with self.adapter.open(layer):
@@ -56,29 +82,30 @@ class StreamedModel:
     @torch.no_grad()
     def observe(
         self,
-        collector: Callable,
+        collector: Callable[[int | None, str, int], Collector],
         sites: Iterable[str],
         title: str,
-        note: Callable[[dict], str] = lambda found: "",
-    ) -> dict:
-        sites, found = set(sites), {}
+        note: Callable[[dict], str] = lambda results: "",
+    ) -> dict[Where, object]:
+        observed = set(sites)
+        results: dict[Where, object] = {}
         stream = Stream(self.adapter, self.windows)
         with self.stage(title, len(self.adapter.blocks)) as advance:
             for layer, block in enumerate(self.adapter.blocks):
                 with self.adapter.open(layer):
                     for site, activations in stream.walk(block):
-                        if site.name in sites:
-                            kept = collector(layer, site.name, self.adapter.width(site))
+                        if site.name in observed:
+                            gathered = collector(layer, site.name, self.adapter.width(site))
                             for x in activations:
-                                kept.add(x)
-                            found[layer, site.name] = kept.finish()
-                advance(note(found))
-        if HEAD_SITE in sites:
-            kept = collector(None, HEAD_SITE, self.adapter.head.weight.shape[1])
+                                gathered.add(x)
+                            results[layer, site.name] = gathered.finish()
+                advance(note(results))
+        if HEAD_SITE in observed:
+            gathered = collector(None, HEAD_SITE, self.adapter.head.weight.shape[1])
             for x in stream.leave():
-                kept.add(x)
-            found[None, HEAD_SITE] = kept.finish()
-        return found
+                gathered.add(x)
+            results[None, HEAD_SITE] = gathered.finish()
+        return results
 
     def unmerged(self, placement: Placement, scheme: Scheme | None) -> AbstractContextManager:
         return unmerged(self.adapter, placement, scheme)
@@ -87,9 +114,8 @@ class StreamedModel:
         return self.head(self.hidden(ids))
 
     def hidden(self, ids: Tensor) -> Tensor:
-        return self.adapter.backbone(
-            input_ids=ids.to(self.device), use_cache=False
-        ).last_hidden_state
+        output = self.adapter.backbone(input_ids=ids.to(self.device), use_cache=False)
+        return output.last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
         return self.adapter.head(hidden)

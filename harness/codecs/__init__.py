@@ -1,1 +1,1 @@
-"""Codecs (invertible maps of a feature axis), where they are placed, and how they are folded into weights."""
+"""Codecs (invertible maps of a feature axis), their places, and how they fold into weights."""

@@ -1,18 +1,21 @@
 """Codec: an encoder E before the activation quantizer and a decoder D behind it, x -> Q(x E) D.
 
-What reads the activation absorbs the decoder, W <- W D^T; what writes it can take the encoder, W <- E^T W, b <- b E. By
-default D = E^-1, and for an orthogonal E reading is W <- W E (never W E^T, which a symmetric E would hide). AdaCodec is the
-codec whose D is free.
+What reads the activation absorbs the decoder, W <- W D^T; what writes it can take the encoder,
+W <- E^T W, b <- b E. By default D = E^-1, and for an orthogonal E reading is W <- W E (never W E^T,
+which a symmetric E would hide). AdaCodec is the codec whose D is free.
 
-    Blocks     E = diag(E_1, .., E_nb), dense for nb = 1     Rotation   a (randomized) Hadamard matrix, applied fast
-    Diagonal   E = diag(1 / s)                               Chain      E = E_1 E_2 ..
-    Kronecker  E = L (x) R                                   Repeated   one codec for all query heads of a key/value head
+    Blocks      E = diag(E_1, .., E_nb), dense for nb = 1
+    Rotation    a (randomized) Hadamard matrix, applied fast
+    Diagonal    E = diag(1 / s)
+    Kronecker   E = L (x) R
+    Chain       E = E_1 E_2 ..
+    Repeated    one codec for all query heads of a key/value head
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -22,8 +25,12 @@ from harness.linalg.blocks import times
 from harness.linalg.hadamard import Hadamard
 
 
+@dataclass(frozen=True, eq=False)
 class Codec(ABC):
-    """The pair (E, D) of one activation tensor of n features. All maps keep the dtype, and are differentiable."""
+    """The pair (E, D) of one activation tensor of n features.
+
+    All maps keep the dtype, and are differentiable.
+    """
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
@@ -43,17 +50,18 @@ class Codec(ABC):
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Codec:
         """The same codec with its tensors there."""
-        return replace(
-            self, **{f.name: _moved(getattr(self, f.name), device, dtype) for f in fields(self)}
-        )
+        values = {f.name: _moved(getattr(self, f.name), device, dtype) for f in fields(self)}
+        return replace(self, **values)
 
 
 @dataclass(frozen=True, eq=False)
 class Blocks(Codec):
-    """Block-diagonal matrices: `encoder` [nb, g, g], or [g, g] for all blocks; None is the identity.
+    """Block-diagonal matrices.
 
-    `decoder` has a shape of its own, None is the encoder's transpose. Float32 or float64; computed in x's dtype, at least in
-    float32.
+    encoder: [nb, g, g], or [g, g] for all blocks; None is the identity.
+    decoder: may have another shape of these; None is the encoder's transpose.
+
+    Float32 or float64; computed in x's dtype, at least in float32.
     """
 
     encoder: Tensor | None
@@ -68,7 +76,9 @@ class Blocks(Codec):
         return y if self.encoder is None else times(y, self.encoder.mT)
 
     def absorb(self, weight: Tensor) -> Tensor:
-        return self.encode(weight) if self.decoder is None else times(weight, self.decoder.mT)
+        if self.decoder is None:  # D = E^T, so W D^T = W E
+            return self.encode(weight)
+        return times(weight, self.decoder.mT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +118,10 @@ class Diagonal(Codec):
 
 @dataclass(frozen=True, eq=False)
 class Kronecker(Codec):
-    """E = L (x) R on the features reshaped to [l, r], X -> L^T X R, with the decoder L^-1 (x) R^-1. L [l, l], R [r, r]."""
+    """E = L (x) R, L [l, l], R [r, r], with the decoder L^-1 (x) R^-1.
+
+    On the features reshaped to X [l, r] it is X -> L^T X R.
+    """
 
     left: Tensor
     right: Tensor
@@ -152,8 +165,11 @@ class Chain(Codec):
 
 @dataclass(frozen=True, eq=False)
 class Repeated(Codec):
-    """A codec of the kv_heads * head_dim values, as the heads that read them see it: query head j sees key/value head
-    j // repeat, so features [kv_heads, repeat, head_dim] are taken as `repeat` rows of the codec's own."""
+    """A codec of the kv_heads * head_dim values, as the heads that read them see it.
+
+    Query head j sees key/value head j // repeat, so features [kv_heads, repeat, head_dim] are taken
+    as `repeat` rows of the codec's own.
+    """
 
     codec: Codec
     kv_heads: int
@@ -168,18 +184,17 @@ class Repeated(Codec):
     def absorb(self, weight: Tensor) -> Tensor:
         return self._heads(self.codec.absorb, weight)
 
-    def _heads(self, apply, x: Tensor) -> Tensor:
+    def _heads(self, apply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         heads = x.unflatten(-1, (self.kv_heads, self.repeat, -1)).transpose(-3, -2)
         return apply(heads.flatten(-2)).view(heads.shape).transpose(-3, -2).reshape(x.shape)
 
 
-def _moved(value, device: torch.device, dtype: torch.dtype):
+def _moved(value: object, device: torch.device, dtype: torch.dtype) -> object:
+    """A codec's field with its tensors there; numbers and None stay."""
     if isinstance(value, Tensor | Codec):
         return value.to(device, dtype)
-    if isinstance(value, Hadamard):
-        return value if value.signs is None else replace(value, signs=value.signs.to(device, dtype))
-    return (
-        [_moved(item, device, dtype) for item in value]
-        if isinstance(value, list | tuple)
-        else value
-    )
+    if isinstance(value, Hadamard) and value.signs is not None:
+        return replace(value, signs=value.signs.to(device, dtype))
+    if isinstance(value, list | tuple):
+        return [_moved(item, device, dtype) for item in value]
+    return value

@@ -1,11 +1,11 @@
-"""The one place where matrices are merged into weights: `fold(weights, placement, roles) -> weights`, a pure function.
+"""The one place where matrices are merged into weights, `fold`, a pure function.
 
     reading linear   W <- W D^T        writing linear   W <- E^T W, b <- b E
     embedding        T <- T E          norm             gamma <- gamma E   (E diagonal)
 
-Called on float64 weights it merges for good (the caller casts back, once a transform and once for the norms); called on
-differentiable weights inside `torch.func.functional_call` it is part of the graph. Each parameter is merged by itself, so a
-caller may hand them over one at a time.
+Called on float64 weights it merges for good (the caller casts back, once a transform and once for
+the norms); called on differentiable weights inside `torch.func.functional_call` it is part of the
+graph. Each parameter is merged by itself, so a caller may hand them over one at a time.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def fold(
 ) -> dict[str, Tensor]:
     """Parameters with every codec merged in.
 
-    weights: {"module.weight" | "module.bias": tensor}, any float dtype; roles: {"module": Role}. What no codec touches is
-    returned as it is, not copied. Nothing is changed in place.
+    weights: {"module.weight" | "module.bias": tensor}, any float dtype; roles: {"module": Role}.
+    What no codec touches is returned as it is, not copied. Nothing is changed in place.
     """
     folded = {}
     for name, tensor in weights.items():
@@ -36,7 +36,7 @@ def fold(
 def merge(tensor: Tensor, placement: Placement, role: Role, part: str = "weight") -> Tensor:
     """One parameter, `part` weight or bias, of the module in that role."""
     writing = placement.writing(role)
-    if role.kind != "linear" or part == "bias":
+    if role.kind != "linear" or part == "bias":  # reads nothing; its last axis is what it writes
         return tensor if writing is None else writing.encode(tensor)
     reading = placement.reading(role)
     if reading is not None:

@@ -1,8 +1,11 @@
-"""Placements as JSON and tensors, and back: what a file says is data, its shape is checked and only codecs come of it.
+"""Placements as JSON and tensors, and back.
 
-{"notes": {..}, "residual": C, "query_key": C, "merged": [[layer, site, C], ..], "online", "encoders", "decoders"}
-C = null | {"codec": name, "fields": {field: V}}
-V = C | scalar | [V, ..] | {"tensor": name} | {"hadamard": n, "signs": V}
+What a file says is data: its shape is checked, and only codecs come of it.
+
+    {"notes": {..}, "residual": C, "query_key": C,
+     "merged": [[layer, site, C], ..], "online": .., "encoders": .., "decoders": ..}
+    C = null | {"codec": name, "fields": {field: V}}
+    V = C | scalar | [V, ..] | {"tensor": name} | {"hadamard": n, "signs": V}
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import get_args, get_origin, get_type_hints
 from torch import Tensor, contiguous_format
 
 from harness.codecs.codec import Codec
-from harness.codecs.placement import Placement
+from harness.codecs.placement import Placement, Where
 from harness.config.errors import DataError
 from harness.linalg.hadamard import Hadamard
 
@@ -38,15 +41,25 @@ def pack(placement: Placement, tensors: dict[str, Tensor], start: str = "") -> d
 
 
 def unpack(spec: Mapping, tensors: Mapping[str, Tensor]) -> Placement:
-    """Inverse of `pack`. Raises DataError where the JSON is not that of a placement of these tensors."""
+    """Inverse of `pack`.
+
+    Raises DataError where the JSON is not that of a placement of these tensors.
+    """
     if not isinstance(spec, Mapping) or not isinstance(spec.get("notes"), Mapping):
         raise DataError("a placement's description is damaged: it needs notes and places.")
-    single = {name: _codec(spec.get(name), tensors, name) for name in SINGLE}
-    keyed = {name: _placed(spec.get(name), tensors, name) for name in KEYED}
-    return Placement(**single, **keyed, notes=spec["notes"])
+    return Placement(
+        residual=_codec(spec.get("residual"), tensors, "residual"),
+        query_key=_codec(spec.get("query_key"), tensors, "query_key"),
+        merged=_placed(spec.get("merged"), tensors, "merged"),
+        online=_placed(spec.get("online"), tensors, "online"),
+        encoders=_placed(spec.get("encoders"), tensors, "encoders"),
+        decoders=_placed(spec.get("decoders"), tensors, "decoders"),
+        notes=spec["notes"],
+    )
 
 
-def _pack(value, name: str, tensors: dict[str, Tensor]):
+def _pack(value: object, name: str, tensors: dict[str, Tensor]) -> object:
+    """What stands for a value in the file; its tensors go into `tensors`."""
     if isinstance(value, Tensor):
         tensors[name] = value.detach().cpu().clone(memory_format=contiguous_format)
         return {"tensor": name}
@@ -54,8 +67,8 @@ def _pack(value, name: str, tensors: dict[str, Tensor]):
         return {"hadamard": value.n, "signs": _pack(value.signs, f"{name}.signs", tensors)}
     if isinstance(value, Codec):
         inner = {
-            f.name: _pack(getattr(value, f.name), f"{name}.{f.name}", tensors)
-            for f in fields(value)
+            field.name: _pack(getattr(value, field.name), f"{name}.{field.name}", tensors)
+            for field in fields(value)
         }
         return {"codec": type(value).__name__, "fields": inner}
     if isinstance(value, list | tuple):
@@ -63,72 +76,92 @@ def _pack(value, name: str, tensors: dict[str, Tensor]):
     return value
 
 
-def _placed(spec, tensors: Mapping[str, Tensor], where: str) -> dict:
+def _placed(spec: object, tensors: Mapping[str, Tensor], where: str) -> dict[Where, Codec]:
     """{(layer, name): codec} of one kind of place."""
-    found = {}
+    codecs = {}
     for entry in spec if isinstance(spec, list) else [spec]:
-        if not (
-            isinstance(entry, list)
-            and len(entry) == 3
-            and type(entry[0]) in (int, type(None))
-            and type(entry[1]) is str
+        # a truth value is an int to isinstance, and no layer
+        if (
+            not isinstance(entry, list)
+            or len(entry) != 3
+            or type(entry[0]) not in (int, type(None))
+            or type(entry[1]) is not str
         ):
             raise DataError(
-                f"a placement's description is damaged: {where} needs [layer, name, codec], not {entry}."
+                f"a placement's description is damaged: {where} needs [layer, name, codec], "
+                f"not {entry}."
             )
-        found[entry[0], entry[1]] = _codec(
-            entry[2], tensors, f"{where}.{entry[0]}.{entry[1]}", optional=False
-        )
-    return found
+        layer, name, description = entry
+        place = f"{where}.{layer}.{name}"
+        codec = _codec(description, tensors, place)
+        if codec is None:
+            raise DataError(f"a placement's description is damaged: {place} is no codec.")
+        codecs[layer, name] = codec
+    return codecs
 
 
-def _codec(spec, tensors: Mapping[str, Tensor], where: str, optional: bool = True) -> Codec | None:
-    found = _value(spec, tensors, where)
-    if not isinstance(found, Codec) and not (optional and found is None):
-        raise DataError(f"a placement's description is damaged: {where} is no codec.")
-    return found
+def _codec(spec: object, tensors: Mapping[str, Tensor], where: str) -> Codec | None:
+    """The codec of one C."""
+    value = _value(spec, tensors, where)
+    if value is None or isinstance(value, Codec):
+        return value
+    raise DataError(f"a placement's description is damaged: {where} is no codec.")
 
 
-def _value(spec, tensors: Mapping[str, Tensor], where: str):
+def _value(spec: object, tensors: Mapping[str, Tensor], where: str) -> object:
     """What one V stands for."""
     if isinstance(spec, list):
         return [_value(item, tensors, f"{where}.{i}") for i, item in enumerate(spec)]
     if not isinstance(spec, Mapping):
         return spec
+    value = None
     kind = frozenset(spec)
-    if kind == {"tensor"} and isinstance(spec["tensor"], str) and spec["tensor"] in tensors:
-        return tensors[spec["tensor"]]
-    if kind == {"hadamard", "signs"}:
-        signs = _value(spec["signs"], tensors, f"{where}.signs")
-        n = spec["hadamard"]
-        if (
-            type(n) is int
-            and n > 0
-            and (signs is None or (isinstance(signs, Tensor) and signs.shape == (n,)))
-        ):
-            return Hadamard(n, signs)
-    if kind == {"codec", "fields"} and isinstance(spec["fields"], Mapping):
-        known = {codec.__name__: codec for codec in Codec.__subclasses__()}.get(str(spec["codec"]))
+    if kind == {"tensor"} and isinstance(spec["tensor"], str):
+        value = tensors.get(spec["tensor"])
+    elif kind == {"hadamard", "signs"}:
+        value = _hadamard(spec["hadamard"], _value(spec["signs"], tensors, f"{where}.signs"))
+    elif kind == {"codec", "fields"} and isinstance(spec["fields"], Mapping):
         values = {
-            name: _value(value, tensors, f"{where}.{name}")
-            for name, value in spec["fields"].items()
+            name: _value(field, tensors, f"{where}.{name}")
+            for name, field in spec["fields"].items()
         }
-        hints = get_type_hints(known) if known is not None else {}
-        if (
-            known is not None
-            and set(values) == set(hints)
-            and all(_is(values[name], hints[name]) for name in hints)
-        ):
-            return known(**values)
-    raise DataError(
-        f"a placement's description is damaged: {where} is neither a codec nor one of the file's matrices."
-    )
+        value = _built(str(spec["codec"]), values)
+    if value is None:
+        raise DataError(
+            f"a placement's description is damaged: {where} is neither a codec nor one of "
+            "the file's matrices."
+        )
+    return value
 
 
-def _is(value, hint) -> bool:
+def _hadamard(n: object, signs: object) -> Hadamard | None:
+    """The matrix of that order and those signs, or None where they do not describe one."""
+    if type(n) is not int or n < 1:
+        return None
+    if signs is None:
+        return Hadamard(n)
+    if isinstance(signs, Tensor) and signs.shape == (n,):
+        return Hadamard(n, signs)
+    return None
+
+
+def _built(name: str, values: dict[str, object]) -> Codec | None:
+    """The codec of that class with those fields, or None where they do not fit."""
+    classes = {codec.__name__: codec for codec in Codec.__subclasses__()}
+    if name not in classes:
+        return None
+    hints = get_type_hints(classes[name])
+    if set(values) != set(hints) or not all(_is(values[key], hints[key]) for key in hints):
+        return None
+    return classes[name](**values)
+
+
+def _is(value: object, hint) -> bool:
     """Whether a value is of a codec's declared field type."""
     if isinstance(hint, UnionType):
         return any(_is(value, each) for each in get_args(hint))
     if get_origin(hint) is Sequence:
         return isinstance(value, list) and all(_is(item, get_args(hint)[0]) for item in value)
-    return type(value) is int if hint is int else isinstance(value, hint)
+    if hint is int:  # and no truth value
+        return type(value) is int
+    return isinstance(value, hint)

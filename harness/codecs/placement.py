@@ -1,12 +1,15 @@
-"""Placement: the matrices of a transform keyed by where they sit, and Role: what a parameter reads and writes.
+"""Placement: the matrices of a transform by place; Role: what a parameter reads and writes.
 
-residual    the stream h: the embedding and the last linear of every branch write h R, every norm's readers absorb R
-merged      a site's codec whose encoder goes into what feeds the site: the norm's weight (a Diagonal), v's rows, up's
-            rows (a Diagonal: the gate multiplies elementwise)
+residual    the stream h: the embedding and the last linear of every branch write h R, every
+            norm's readers absorb R
+merged      a site's codec whose encoder goes into what feeds the site: the norm's weight (a
+            Diagonal), v's rows, up's rows (a Diagonal: the gate multiplies elementwise)
 online      a site's codec whose encoder runs before the activation quantizer
 query_key   on queries and keys after RoPE; it cancels in their product
-encoders    (layer, linear) -> the codec with which this linear writes the residual stream, instead of `residual`
-decoders    (layer, linear) -> the codec with which this linear undoes all that encodes its input
+encoders    (layer, linear) -> the codec with which this linear writes the residual stream,
+            instead of `residual`
+decoders    (layer, linear) -> the codec with which this linear undoes all that encodes its
+            input
 """
 
 from __future__ import annotations
@@ -22,30 +25,29 @@ HEAD_SITE = "head_in"  # what the output head reads; it stands outside the block
 
 @dataclass(frozen=True)
 class Placement:
-    """Codecs by place. A site key is (layer, site), or (None, site) for that site of every block; `notes` are facts the
-    choice settled (a block size picked by `auto`, losses before and after learning), and stand in the result."""
+    """Codecs by place.
+
+    A site key is (layer, site), or (None, site) for that site of every block; `notes` are facts the
+    choice settled (a block size picked by `auto`, losses before and after learning), and stand in
+    the result.
+    """
 
     residual: Codec | None = None
     merged: Mapping[Where, Codec] = field(default_factory=dict)
     online: Mapping[Where, Codec] = field(default_factory=dict)
     query_key: Codec | None = None
-    encoders: Mapping[tuple[int, str], Codec] = field(default_factory=dict)
-    decoders: Mapping[tuple[int, str], Codec] = field(default_factory=dict)
+    encoders: Mapping[Where, Codec] = field(default_factory=dict)
+    decoders: Mapping[Where, Codec] = field(default_factory=dict)
     notes: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:
         """Whether nothing changes."""
-        return not (
-            self.residual
-            or self.merged
-            or self.online
-            or self.query_key
-            or self.encoders
-            or self.decoders
-        )
+        single = self.residual or self.query_key
+        keyed = self.merged or self.online or self.encoders or self.decoders
+        return not (single or keyed)
 
-    def encoder(self, layer: int | None, site: str) -> Codec | None:
+    def encoder(self, layer: int | None, site: str | None) -> Codec | None:
         """What runs online at a site, or None where the activation is read as it is."""
         return _at(self.online, layer, site)
 
@@ -54,32 +56,40 @@ class Placement:
         override = self.decoders.get((role.layer, role.name))
         if override is not None:
             return override
+        # in the order in which they encode
         chain = [
             self.residual if role.reads_residual else None,
             self._merged(role.layer, role.reads, role.heads),
             self.encoder(role.layer, role.reads),
         ]
-        present = [codec for codec in chain if codec is not None]
-        return Chain(present) if len(present) > 1 else present[0] if present else None
+        codecs = [codec for codec in chain if codec is not None]
+        if len(codecs) > 1:
+            return Chain(codecs)
+        return codecs[0] if codecs else None
 
     def writing(self, role: Role) -> Codec | None:
-        """The codec whose encoder this weight (or bias, or norm weight, or embedding) takes over."""
+        """The codec whose encoder this weight, bias, norm weight or embedding takes over."""
         if role.writes == "residual":
             return self.encoders.get((role.layer, role.name), self.residual)
-        return None if role.writes is None else self._merged(role.layer, role.writes, None)
+        return self._merged(role.layer, role.writes, None)
 
-    def _merged(self, layer: int | None, site: str, heads: tuple[int, int] | None) -> Codec | None:
+    def _merged(
+        self, layer: int | None, site: str | None, heads: tuple[int, int] | None
+    ) -> Codec | None:
         codec = _at(self.merged, layer, site)
-        return Repeated(codec, *heads) if codec is not None and heads is not None else codec
+        if codec is None or heads is None:
+            return codec
+        return Repeated(codec, *heads)
 
 
 @dataclass(frozen=True)
 class Role:
     """Where one linear, norm or embedding stands.
 
-    layer, name: block index and block-relative name (None and the absolute name outside the blocks). kind: linear | norm |
-    embedding. reads: the site read (linears). reads_residual: whether that site is a norm's output. writes: "residual", the
-    site it feeds by a linear path, or None. heads: (key/value heads, query heads on each) for what reads the heads' values.
+    layer, name: block index and block-relative name (None and the absolute name outside the
+    blocks). kind: linear | norm | embedding. reads: the site read (linears). reads_residual:
+    whether that site is a norm's output. writes: "residual", the site it feeds by a linear path, or
+    None. heads: (key/value heads, query heads on each) for what reads the heads' values.
     """
 
     layer: int | None
@@ -91,5 +101,8 @@ class Role:
     heads: tuple[int, int] | None = None
 
 
-def _at(codecs: Mapping[Where, Codec], layer: int | None, site: str) -> Codec | None:
+def _at(codecs: Mapping[Where, Codec], layer: int | None, site: str | None) -> Codec | None:
+    """The codec at a site of a block, its own before that of every block."""
+    if site is None:  # a role that reads or writes nothing
+        return None
     return codecs.get((layer, site), codecs.get((None, site)))

@@ -1,7 +1,9 @@
 """Number formats: tensors to codes and scales and back, exact to the last bit.
 
-base (Format)  qtensor (QTensor, Scales)  grids (element casts)  integer  floating -> fp4, nvfp4 -> fouroversix, mxfp
-observers (minmax, mse)  packing (nibbles)  scheme (the formats of a model)
+base        Format, what all share          qtensor     codes and scales, as they are stored
+integer     INT-b                           observers   minmax and mse, the range of a group
+floating    fp4, nvfp4, fouroversix, mxfp   packing     two codes a byte, eight a word
+grids       casts to small floats           scheme      the formats of a model
 """
 
 from harness.formats.base import Format, straight_through

@@ -4,12 +4,19 @@ The last axis of a tensor is split in groups that share one scale:
 
     x [*lead, n]  ->  blocks [*lead, groups, group]        scale, zero: [*lead, groups]
 
-(granularity `tensor` has one group over everything: blocks [1, .., 1, numel], scale [1, .., 1]). A format is four maps:
-`scales` observes the groups; `lattice` turns stored scales into the tensors the arithmetic needs; `snap` moves x to the
-nearest lattice point; `encode`/`decode` do the same through integer codes. `fake` is snap alone, in pieces that fit a
-cache, and equals `quantize(x).dequantize()` in every bit. Zeros come out as +0.
+(granularity `tensor` has one group over everything: blocks [1, .., 1, numel], scale [1, .., 1]).
+A format is four maps:
 
-All arithmetic is float32 unless compute_dtype=input (that of x), with one cast to x's dtype at the end.
+    scales          observes the groups
+    lattice         turns stored scales into the tensors that the arithmetic needs
+    snap            moves x to the nearest lattice point
+    encode, decode  do the same through integer codes
+
+`fake` is snap alone, in pieces that fit a cache, and equals `quantize(x).dequantize()` in every
+bit. Zeros come out as +0.
+
+All arithmetic is float32 unless compute_dtype=input (that of x), with one cast to x's dtype at the
+end.
 """
 
 from __future__ import annotations
@@ -26,18 +33,20 @@ from harness.config.errors import ConfigError, DataError
 from harness.formats.observers import MSE
 from harness.formats.qtensor import QTensor, Scales
 
-CHUNK = (
-    2**17
-)  # elements worked on at once on a CPU, so that input, output and one temporary stay in its cache
+# Elements worked on at once on a CPU, so that input, output and one temporary stay in its cache.
+CHUNK = 2**17
 
 
 @dataclass(frozen=True)
 class Format(ABC):
     """The knobs that all formats share.
 
-    granularity: tensor | channel (weight row) | token (activation row) | group (of group_size elements).
-    observer: minmax | mse (its knobs in `mse`). compute_dtype: float32 | input. pad: error | zero, for a last axis that the
-    group does not divide. role: weight | activation; a weight must be finite, and degenerate integer groups differ.
+    granularity: tensor | channel (weight row) | token (activation row) | group (of group_size
+        elements).
+    observer: minmax | mse (its knobs in `mse`).
+    compute_dtype: float32 | input.
+    pad: error | zero, for a last axis that the group does not divide.
+    role: weight | activation; a weight must be finite, and degenerate integer groups differ.
     """
 
     bits: int = 4
@@ -51,12 +60,13 @@ class Format(ABC):
     role: str = "weight"
 
     signed = False  # whether codes are two's complement integers
-    slack = 0.0  # steps beyond the least and greatest lattice point that still round to it without being clamped
+    slack = 0.0  # steps beyond the outermost lattice points that round to them without a clamp
     needs_static = False  # whether scales need a calibrated global_scale
 
     def __post_init__(self):
         name = type(self).__name__
         if not isinstance(self.mse, MSE):
+            # the one way to set a field of a frozen class
             object.__setattr__(self, "mse", MSE.of(self.mse, f"{name}: mse"))
         self._choose("granularity", "tensor", "channel", "token", "group")
         boolean(f"{name}: symmetric", self.symmetric)
@@ -68,7 +78,8 @@ class Format(ABC):
         if (self.role, self.granularity) in (("weight", "token"), ("activation", "channel")):
             other = {"token": "channel", "channel": "token"}[self.granularity]
             raise ConfigError(
-                f"{name}: granularity={self.granularity} is not for role={self.role}; set granularity={other}."
+                f"{name}: granularity={self.granularity} is not for role={self.role}; "
+                f"set granularity={other}."
             )
         if (self.granularity == "group") != (self.group_size is not None):
             raise ConfigError(
@@ -81,6 +92,12 @@ class Format(ABC):
         one_of(f"{type(self).__name__}: {field}", getattr(self, field), legal)
 
     @property
+    def _mse(self) -> MSE:
+        """The knobs of the grid search; a mapping given as `mse` does not stay one."""
+        assert isinstance(self.mse, MSE)
+        return self.mse
+
+    @property
     def unread(self) -> tuple[str, ...]:
         """Fields without effect as the others are set."""
         return () if self.observer == "mse" else ("mse",)
@@ -91,25 +108,34 @@ class Format(ABC):
 
     @property
     def spans_tokens(self) -> bool:
-        """Whether an activation's scales follow from more than one token: then whatever else is in the
-        tensor, other texts and padding too, moves every value of it."""
-        patient = self.observer == "mse" and self.mse.patience is not None  # until no group gains
+        """Whether an activation's scales follow from more than one token.
+
+        Then whatever else is in the tensor, other texts and padding too, moves every value of it.
+        """
+        patient = self.observer == "mse" and self._mse.patience is not None  # until no group gains
         return self.granularity == "tensor" or patient
 
     # geometry
 
     def group(self, n: int) -> int:
-        """Elements that share a scale on a last axis of n. Raises ConfigError where they do not divide n and pad=error."""
+        """Elements that share a scale on a last axis of n.
+
+        Raises ConfigError where they do not divide n and pad=error.
+        """
         self.check(n, f"{type(self).__name__}.group_size", "tensor")
         return self.group_size or n
 
     def check(self, in_features: int, field: str, where: str) -> None:
-        """Refuse a width the group does not divide. field: config field to name; where: site whose width it is."""
+        """Refuse a width the group does not divide.
+
+        field: config field to name; where: site whose width it is.
+        """
         if self.group_size and self.pad == "error" and in_features % self.group_size:
-            dividing = [d for d in range(1, in_features + 1) if in_features % d == 0]
+            divisors = [d for d in range(1, in_features + 1) if in_features % d == 0]
+            format = field.rpartition(".")[0] or "the format"
             raise ConfigError(
-                f"{field}={self.group_size} does not divide the width {in_features} of {where}; sizes that do: "
-                f"{', '.join(map(str, dividing))} (or set {field.rpartition('.')[0] or 'the format'}.pad=zero)"
+                f"{field}={self.group_size} does not divide the width {in_features} of {where}; "
+                f"sizes that do: {', '.join(map(str, divisors))} (or set {format}.pad=zero)"
             )
 
     def split(self, x: Tensor) -> Tensor:
@@ -142,31 +168,42 @@ class Format(ABC):
     ) -> Scales:
         """Scales of x [*lead, n] by the observer.
 
-        global_scale: given for NVFP4 with a static or shared one. dtype: dtype of the stored tensor where x is a float32
-        working copy of it. Raises DataError if x is a weight that is not finite.
+        global_scale: given for NVFP4 with a static or shared one. dtype: dtype of the stored tensor
+        where x is a float32 working copy of it. Raises DataError if x is a weight that is not
+        finite.
         """
         if self.role == "weight" and not torch.isfinite(x).all():
             bad = int((~torch.isfinite(x)).sum())
             raise DataError(
-                f"{bad} of {x.numel()} values of a weight are NaN or Inf; mend or exclude it before quantizing"
+                f"{bad} of {x.numel()} values of a weight are NaN or Inf; "
+                "mend or exclude it before quantizing"
             )
         global_scale = self._global(x, global_scale)
         return self._scales(self.split(x), global_scale, dtype or x.dtype)
 
     def global_from_amax(self, amax: Tensor) -> Tensor | None:
-        """The global scale (float32 [1], or amax's shape from one dimension on) of a tensor whose max |x| is amax."""
+        """The global scale of a tensor whose max |x| is amax.
+
+        float32 [1], or amax's shape from one dimension on; None where the format has none.
+        """
         return None
 
     def calibrated(self, low: Tensor, high: Tensor) -> Tensor | None:
-        """What `fake` takes as global_scale where activations were seen from `low` to `high` ([] each); None: nothing is
-        static."""
+        """What `fake` takes as global_scale where activations were seen from `low` to `high`.
+
+        low, high: [] each. None where nothing is static.
+        """
         return self.global_from_amax(torch.maximum(-low, high))
 
     def dynamic(self) -> Format:
-        """This format with scales that follow from each tensor alone: what stands in for it before anything is calibrated."""
+        """This format with scales that follow from each tensor alone.
+
+        It stands in for this one before anything is calibrated.
+        """
         return self
 
-    def _global(self, x: Tensor, given: Tensor | None) -> Tensor | None:
+    def _global(self, x: Tensor, global_scale: Tensor | None) -> Tensor | None:
+        """The global scale that x is quantized with, where `global_scale` is what a caller gave."""
         return None
 
     @abstractmethod
@@ -175,11 +212,17 @@ class Format(ABC):
 
     @abstractmethod
     def lattice(self, scales: Scales, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        """What snap needs, each [*lead, groups], in the arithmetic's dtype (that of x where compute_dtype=input)."""
+        """What snap needs, each [*lead, groups].
+
+        In the arithmetic's dtype: that of x where compute_dtype=input.
+        """
 
     @abstractmethod
     def snap(self, x: Tensor, *lattice: Tensor, out: Tensor | None = None) -> Tensor:
-        """The lattice point nearest to x, in x's units; elementwise with broadcasting. out may be x."""
+        """The lattice point nearest to x, in x's units; elementwise with broadcasting.
+
+        out may be x.
+        """
 
     @abstractmethod
     def _encode(self, x: Tensor, *lattice: Tensor) -> Tensor:
@@ -195,7 +238,10 @@ class Format(ABC):
         raise NotImplementedError
 
     def rescaled(self, scales: Scales, factor: Tensor) -> Scales:
-        """Stored scales times a positive factor [*lead, groups], rounded as they are stored; the global scale stays."""
+        """Stored scales times a positive factor [*lead, groups].
+
+        Rounded as they are stored; the global scale stays.
+        """
         return replace(scales, scale=(scales.scale * factor).to(scales.scale.dtype))
 
     def encode(self, x: Tensor, scales: Scales) -> Tensor:
@@ -216,37 +262,46 @@ class Format(ABC):
         global_scale: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> QTensor:
-        """x [*lead, n] as codes; `scales` are frozen ones (of a solver), dtype that of the stored tensor if not x's."""
+        """x [*lead, n] as codes.
+
+        scales: frozen ones (of a solver), or those of x. dtype: that of the stored tensor, if not
+        x's.
+        """
         scales = scales or self.scales(x, global_scale, dtype)
         return QTensor(self.encode(x, scales), scales, self, dtype or x.dtype)
 
     def fake(self, x: Tensor, ste: bool = False, global_scale: Tensor | None = None) -> Tensor:
-        """quantize(x).dequantize() without the codes, bit for bit; ste adds the straight-through gradient, x + (dq - x)."""
+        """quantize(x).dequantize() without the codes, bit for bit.
+
+        ste: with the straight-through gradient, x + (dq - x).
+        """
         with torch.no_grad():
             dq = self._fake(x, self._global(x, global_scale))
         return straight_through(x, dq) if ste else dq
 
     def _fake(self, x: Tensor, global_scale: Tensor | None) -> Tensor:
+        # a GPU has no such cache to fit, and a group of everything cannot be had in pieces
         if x.device.type != "cpu" or self.granularity == "tensor":
-            return self._fake_rows(
-                x, global_scale, torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            )
+            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            return self._fake_rows(x, global_scale, out)
         rows = x.reshape(-1, x.shape[-1])
         out = torch.empty(rows.shape, dtype=x.dtype)
         step = max(1, CHUNK // x.shape[-1])
+        g = global_scale
         for i in range(0, len(rows), step):
-            per_row = global_scale is not None and global_scale.ndim > 1
-            g = global_scale.reshape(-1, 1)[i : i + step] if per_row else global_scale
+            if global_scale is not None and global_scale.ndim > 1:  # one a row
+                g = global_scale.reshape(-1, 1)[i : i + step]
             self._fake_rows(rows[i : i + step], g, out[i : i + step])
         return out.view(x.shape)
 
     def _fake_rows(self, x: Tensor, global_scale: Tensor | None, out: Tensor) -> Tensor:
         blocks = self.split(x)
         work = blocks.to(self._element(x.dtype))
-        scales = self._scales(
-            work if work.dtype == self._compute(x.dtype) else blocks, global_scale, x.dtype
-        )
+        # Where elements and scales are worked in one dtype, the copy in it serves both.
+        observed = work if work.dtype == self._compute(x.dtype) else blocks
+        scales = self._scales(observed, global_scale, x.dtype)
         lattice = (t.unsqueeze(-1) for t in self.lattice(scales, work.dtype))
+        # without a cast or padding at the end, the result can be written where it belongs
         if work.dtype == out.dtype and work.numel() == out.numel():
             self.snap(work, *lattice, out=self.split(out))
             return out
@@ -259,5 +314,8 @@ def straight_through(x: Tensor, dq: Tensor) -> Tensor:
 
 
 def over(x: Tensor, divisor: float) -> Tensor:
-    """x / divisor, correctly rounded: on a GPU torch multiplies by the reciprocal of a Python number instead."""
+    """x / divisor, correctly rounded.
+
+    On a GPU torch multiplies by the reciprocal of a Python number instead.
+    """
     return x / torch.full((), divisor, dtype=x.dtype, device=x.device)

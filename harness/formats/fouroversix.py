@@ -1,11 +1,13 @@
 """Four Over Six: NVFP4 whose blocks choose between mapping their maximum to 6 and to 4.
 
-    E = 1536 / amax,  1536 = 256 * 6;      h = (amax_b / 6) * E,   s6 = E4M3(h),   s4 = E4M3(1.5 * h)
-    per candidate:  q = E2M1(clamp(x * (1 / (s / E)), -6, 6)),     dq = ((q * s) * amax) / 1536
+    E = 1536 / amax,    1536 = 256 * 6
+    h = (amax_b / 6) * E,    s6 = E4M3(h),    s4 = E4M3(1.5 * h)
+    per candidate:  q = E2M1(clamp(x * (1 / (s / E)), -6, 6)),    dq = ((q * s) * amax) / 1536
 
-4 is taken where its error is strictly less. Block scales reach 256, since 1.5 * 448 would overflow E4M3 and 256 and 384 are
-E4M3 numbers. The stored global scale is amax itself; a compressed-tensors file takes `encode_multiplier`, 1536 / amax.
-Source: FourOverSix (repository mit-han-lab/fouroversix).
+4 is taken where its error is strictly less. Block scales reach 256, since 1.5 * 448 would overflow
+E4M3 and 256 and 384 are E4M3 numbers. The stored global scale is amax itself; a compressed-tensors
+file takes `encode_multiplier`, 1536 / amax. Source: FourOverSix (repository
+mit-han-lab/fouroversix).
 """
 
 from dataclasses import dataclass
@@ -23,8 +25,14 @@ from harness.formats.qtensor import Scales
 
 @dataclass(frozen=True)
 class FourOverSix(NVFP4):
-    """NVFP4 with adaptive block scaling. choose: mse (sum of squares) | mae (sum of |.|) | abs_max (greatest |.|), the error
-    that decides. Arithmetic is float32, the observer minmax, and global_scale amax_256; other values raise ConfigError."""
+    """NVFP4 with adaptive block scaling.
+
+    choose: mse (sum of squares) | mae (sum of |.|) | abs_max (greatest |.|), the error that
+        decides.
+
+    Arithmetic is float32, the observer minmax, and global_scale amax_256; other values raise
+    ConfigError.
+    """
 
     global_scale: str = "amax_256"
     choose: str = "mse"
@@ -39,13 +47,14 @@ class FourOverSix(NVFP4):
         ):
             if getattr(self, field) != only:
                 raise ConfigError(
-                    f"FourOverSix: {field}={getattr(self, field)} is not legal: it defines its own scales, so "
-                    f"only {field}={only}; NVFP4 takes the others."
+                    f"FourOverSix: {field}={getattr(self, field)} is not legal: "
+                    f"it defines its own scales, so only {field}={only}; NVFP4 takes the others."
                 )
 
     def global_from_amax(self, amax: Tensor) -> Tensor:
         """amax itself, float32."""
-        return amax.detach().float().reshape(1) if amax.ndim == 0 else amax.detach().float()
+        amax = amax.detach().float()
+        return amax.reshape(1) if amax.ndim == 0 else amax
 
     @staticmethod
     def encode_multiplier(amax: Tensor) -> Tensor:
@@ -61,28 +70,26 @@ class FourOverSix(NVFP4):
             for u in (h, h * 1.5)
         )
         better = self._error(x, four) < self._error(x, six)
-        chosen = torch.where(better, four.scale.view(torch.uint8), six.scale.view(torch.uint8))
-        return Scales(chosen.view(torch.float8_e4m3fn), None, global_scale)
+        # through bytes: torch.where takes no float8
+        codes = torch.where(better, four.scale.view(torch.uint8), six.scale.view(torch.uint8))
+        return Scales(codes.view(torch.float8_e4m3fn), None, global_scale)
 
     def _error(self, x: Tensor, scales: Scales) -> Tensor:
+        """The error of each block [*lead, groups], in the measure that `choose` names."""
         d = self.snap(x, *(t.unsqueeze(-1) for t in self.lattice(scales))).sub_(x)
-        return (
-            d.square_().sum(-1)
-            if self.choose == "mse"
-            else d.abs_().sum(-1)
-            if self.choose == "mae"
-            else d.abs_().amax(-1)
-        )
+        if self.choose == "mse":
+            return d.square_().sum(-1)
+        if self.choose == "mae":
+            return d.abs_().sum(-1)
+        return d.abs_().amax(-1)
 
     def lattice(self, scales: Scales, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         """(1 / (s / E), 0 where s = 0;  s;  amax)"""
+        amax = scales.global_scale
+        assert amax is not None  # `_scales` stores it with every tensor
         s = E4M3.decode(scales.scale.view(torch.uint8))
-        inverse = (
-            (s * self.encode_multiplier(scales.global_scale).reciprocal())
-            .reciprocal()
-            .masked_fill(s == 0, 0)
-        )
-        return inverse, s, scales.global_scale.expand_as(s)
+        effective = s * self.encode_multiplier(amax).reciprocal()
+        return effective.reciprocal().masked_fill(s == 0, 0), s, amax.expand_as(s)
 
     def snap(
         self, x: Tensor, inverse: Tensor, s: Tensor, amax: Tensor, out: Tensor | None = None

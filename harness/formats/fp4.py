@@ -17,7 +17,10 @@ from harness.formats.qtensor import Scales
 
 @dataclass(frozen=True)
 class FP4(Floating):
-    """E2M1 with float scales. scale_dtype: float32 | bf16 | fp16 | input, rounded before the codes are computed."""
+    """E2M1 with float scales.
+
+    scale_dtype: float32 | bf16 | fp16 | input, rounded before the codes are computed.
+    """
 
     group_size: int | None = 32
     scale_dtype: str = "float32"
@@ -29,7 +32,7 @@ class FP4(Floating):
     def _store(
         self, peak: Tensor, a: Tensor, global_scale: Tensor | None, dtype: torch.dtype
     ) -> Scales:
-        s = a.to(dtype if self.scale_dtype == "input" else SCALE_DTYPES[self.scale_dtype])
+        s = a.to(SCALE_DTYPES.get(self.scale_dtype, dtype))
         return Scales(s.masked_fill(s == 0, 1))
 
     def lattice(self, scales: Scales, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:

@@ -1,12 +1,14 @@
 """Element grids: the values a 4, 6 or 8 bit float can take, and how a float32 is cast to them.
 
-A grid has m mantissa bits and a least exponent emin. With a = min(|x|, max) and e = max(floor(log2 a), emin),
+A grid has m mantissa bits and a least exponent emin. With a = min(|x|, max) and
+e = max(floor(log2 a), emin),
 
     step = 2^(e - m),        cast(x) = sign(x) * RNE(a / step) * step,
 
-where e is read from the exponent bits of the float32, never from log2(). Adding and subtracting 1.5 * 2^23 * step
-leaves RNE(x / step) * step, because float32 has no finer digit at that magnitude; no table is searched.
-A cast to zero gives +0. The sign of zero lives in the codes only: a strictly negative x that rounds to zero has code -0.
+where e is read from the exponent bits of the float32, never from log2(). Adding and subtracting
+1.5 * 2^23 * step leaves RNE(x / step) * step, because float32 has no finer digit at that magnitude;
+no table is searched. A cast to zero gives +0. The sign of zero lives in the codes only: a strictly
+negative x that rounds to zero has code -0.
 
 Sources: OCP Microscaling (MX) v1.0, section 5.3; OCP 8-bit Floating Point v1.0.
 """
@@ -17,12 +19,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-EXPONENT = 0x7F800000
+EXPONENT = 0x7F800000  # the exponent bits of a float32
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A small float of `bits` bits, m = `mantissa` of them; least and greatest exponent emin, emax; greatest value max."""
+    """A small float of `bits` bits.
+
+    mantissa: m of them. emin, emax: least and greatest exponent. max: greatest value.
+    """
 
     name: str
     bits: int
@@ -32,7 +37,10 @@ class Grid:
     max: float
 
     def round_(self, x: Tensor, ties: str = "even") -> Tensor:
-        """Cast x (any float dtype and shape) to the grid in place, saturating. NaN stays NaN. ties: even | zero | away."""
+        """Cast x (any float dtype and shape) to the grid in place, saturating.
+
+        NaN stays NaN. ties: even | zero | away.
+        """
         if x.dtype != torch.float32:
             return x.copy_(self.round_(x.float(), ties))
         x.clamp_(-self.max, self.max)
@@ -46,11 +54,14 @@ class Grid:
         exact = x.abs().div_(step)
         even = exact.round()
         tie = exact.sub_(even)  # exact: within half a step of its rounding
-        even += (tie == 0.5) if ties == "away" else -(tie == -0.5).float()
+        if ties == "away":
+            even += tie == 0.5
+        else:
+            even -= (tie == -0.5).float()
         return x.copy_(torch.copysign(even.mul_(step), x)).add_(0.0)  # -0 + 0 = +0
 
     def encode(self, q: Tensor, negative: Tensor) -> Tensor:
-        """Bit patterns (uint8) of grid values q; the sign bit is taken from the boolean tensor `negative`."""
+        """Bit patterns (uint8) of grid values q; the boolean tensor `negative` gives the signs."""
         a = q.abs().float()
         normal = (a.view(torch.int32) >> (23 - self.mantissa)) - (
             (126 + self.emin) << self.mantissa
@@ -67,9 +78,13 @@ class Grid:
 
 @functools.cache
 def _values(grid: Grid, device: torch.device) -> Tensor:
-    """The value of every bit pattern, float32 [2^bits]; patterns beyond `max` (E4M3's 0x7F, E5M2's Inf) are NaN."""
+    """The value of every bit pattern, float32 [2^bits].
+
+    Patterns beyond `max` (E4M3's 0x7F, E5M2's Inf) are NaN.
+    """
     code = torch.arange(2 ** (grid.bits - 1))
-    exponent, fraction = code >> grid.mantissa, code & (2**grid.mantissa - 1)
+    exponent = code >> grid.mantissa
+    fraction = code & (2**grid.mantissa - 1)
     significand = fraction + (exponent > 0) * 2**grid.mantissa
     a = significand * torch.exp2((exponent.clamp(min=1) + grid.emin - 1 - grid.mantissa).double())
     a = torch.where(a > grid.max, torch.nan, a).float()

@@ -1,12 +1,14 @@
 """INT-b, b = 2 .. 8, symmetric or asymmetric, with a float scale.
 
-With m, M the least and greatest value of a group, A = max(|m|, |M|), Q = 2^(b-1) - 1 and N = 2^b - 1:
+With m, M the least and greatest value of a group, A = max(|m|, |M|), Q = 2^(b-1) - 1, N = 2^b - 1:
 
-    symmetric    s = A / Q                              q = clamp(RNE(x / s), -Q - 1, Q)      dq = s * q
-    asymmetric   s = (M - m) / N,  z = RNE(-m / s)      q = clamp(RNE(x / s) + z, 0, N)       dq = s * (q - z)
+    symmetric    s = A / Q                           q = clamp(RNE(x / s), -Q - 1, Q)
+                                                     dq = s * q
+    asymmetric   s = (M - m) / N,  z = RNE(-m / s)   q = clamp(RNE(x / s) + z, 0, N)
+                                                     dq = s * (q - z)
 
-Sources: QuaRot and SpinQuant (the defaults), compressed-tensors (half_range, add_then_round, signed, eps),
-FP-Quant (half_range, add_then_round, incl0=never, one), AIMET (aimet).
+Sources: QuaRot and SpinQuant (the defaults), compressed-tensors (half_range, add_then_round,
+signed, eps), FP-Quant (half_range, add_then_round, incl0=never, one), AIMET (aimet).
 """
 
 from collections.abc import Iterator
@@ -22,25 +24,28 @@ from harness.formats.observers import absmax, search
 from harness.formats.qtensor import Scales
 
 SCALE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FLOOR = 1e-5
+FLOOR = 1e-5  # least range of a weight's group
 
 
 @dataclass(frozen=True)
 class Integer(Format):
     """Integer grid. Besides the shared knobs:
 
-    int_range: full (least code -Q - 1) | narrow (-Q). int_scale: qmax (A / Q) | half_range (A / (N / 2)) |
-    aimet (max(M / Q, -m / (Q + 1))). zp_order: round_then_add | add_then_round (RNE(x / s + z)). zp_range: unsigned
-    (codes 0 .. N) | signed (codes and z shifted by 2^(b-1)). incl0, whether 0 lies in every
-    asymmetric range: auto (all but unsigned groups) | always | never (not with signed zero points);
-    where it does, z is a code, and clamped to be one.
-    clip: factor in (0, 1] on m and M. zp: rounded | float_offset (z = m, q = RNE((x - m) / s),
-    dq = q * s + m). scale_dtype: float32 | bf16 | fp16 | input, rounded before codes are computed
-    (bf16 of a float16 tensor: to a number that float16 holds, too).
-    degenerate: auto (weights: A or M - m is at least 1e-5; activations: s = 1 where A = 0; a zero range becomes [-1, 1];
-    float_offset: M - m is at least 1e-5) | eps (s = 0 becomes the dtype's epsilon, z = 0) | one (s = 0 becomes 1, and
-    z = NaN if asymmetric, as FP-Quant has it). range: dynamic (of each tensor) | static (calibrated; activations with
-    granularity=tensor).
+    int_range: full (least code -Q - 1) | narrow (-Q).
+    int_scale: qmax (A / Q) | half_range (A / (N / 2)) | aimet (max(M / Q, -m / (Q + 1))).
+    zp_order: round_then_add | add_then_round (RNE(x / s + z)).
+    zp_range: unsigned (codes 0 .. N) | signed (codes and z shifted by 2^(b-1)).
+    incl0: whether 0 lies in every asymmetric range: auto (all but unsigned groups) | always | never
+        (not with signed zero points). Where it does, z is a code, and clamped to be one.
+    clip: factor in (0, 1] on m and M.
+    zp: rounded | float_offset (z = m, q = RNE((x - m) / s), dq = q * s + m).
+    scale_dtype: float32 | bf16 | fp16 | input, rounded before codes are computed (bf16 of a float16
+        tensor: to a number that float16 holds, too).
+    degenerate: auto (weights: A or M - m is at least 1e-5; activations: s = 1 where A = 0; a zero
+        range becomes [-1, 1]; float_offset: M - m is at least 1e-5) | eps (s = 0 becomes the
+        dtype's epsilon, z = 0) | one (s = 0 becomes 1, and z = NaN if asymmetric, as FP-Quant has
+        it).
+    range: dynamic (of each tensor) | static (calibrated; activations with granularity=tensor).
     """
 
     granularity: str = "channel"
@@ -73,8 +78,9 @@ class Integer(Format):
         self._choose("range", "dynamic", "static")
         if self.range == "static" and (self.role, self.granularity) != ("activation", "tensor"):
             raise ConfigError(
-                f"Integer: range=static with role={self.role} and granularity={self.granularity}: only an "
-                "activation with granularity=tensor has a calibrated range; set range=dynamic."
+                f"Integer: range=static with role={self.role} and granularity={self.granularity}: "
+                "only an activation with granularity=tensor has a calibrated range; "
+                "set range=dynamic."
             )
         if self.signed and not self.symmetric and self.incl0 == "never":
             raise ConfigError(
@@ -88,9 +94,11 @@ class Integer(Format):
 
     @property
     def unread(self) -> tuple[str, ...]:
-        offset = ["zp_order", "zp_range"]
-        muted = [*offset, "incl0"] if self.symmetric else ["int_range", "int_scale"]
-        return (*super().unread, *muted, *(offset if self.zp == "float_offset" else []))
+        if self.symmetric:
+            return (*super().unread, "zp_order", "zp_range", "incl0")
+        if self.zp == "float_offset":
+            return (*super().unread, "int_range", "int_scale", "zp_order", "zp_range")
+        return (*super().unread, "int_range", "int_scale")
 
     @property
     def signed(self) -> bool:
@@ -138,36 +146,45 @@ class Integer(Format):
 
     # scales
 
-    def _global(self, x: Tensor, given: Tensor | None) -> Tensor | None:
-        if self.needs_static and given is None:
+    def _global(self, x: Tensor, global_scale: Tensor | None) -> Tensor | None:
+        if self.needs_static and global_scale is None:
             raise ConfigError(
-                "Integer: range=static needs a calibrated range and got none; calibrate activations, or set "
-                "range=dynamic."
+                "Integer: range=static needs a calibrated range and got none; "
+                "calibrate activations, or set range=dynamic."
             )
-        return given if self.needs_static else None
+        return global_scale if self.needs_static else None
 
-    def _extremes(self, blocks: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The range (lo, hi) of each group, or the one `seen` [2], after clip, incl0 and the rules for degenerate groups."""
-        if seen is not None:
-            blocks = seen.to(blocks).expand(*blocks.shape[:-1], 2)
+    def _extremes(self, blocks: Tensor, calibrated: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The range (lo, hi) of each group after clip, incl0 and the rules for degenerate groups.
+
+        calibrated: a range [2] that stands for that of every group.
+        """
+        if calibrated is not None:
+            blocks = calibrated.to(blocks).expand(*blocks.shape[:-1], 2)
         if self.symmetric and self.int_scale != "aimet":
             hi = absmax(blocks) * self.clip
             lo = -hi
         else:
-            lo, hi = blocks.amin(-1) * self.clip, blocks.amax(-1) * self.clip
+            lo = blocks.amin(-1) * self.clip
+            hi = blocks.amax(-1) * self.clip
         if self.spans_zero:
-            lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-        if self.degenerate == "auto" and self.symmetric:
-            hi = hi.clamp(min=FLOOR) if self.role == "weight" else hi
-        elif self.degenerate == "auto" and self.zp == "rounded":
-            constant = lo == hi  # has no range of its own; one that reaches to zero represents it
-            lo, hi = (
-                torch.where(constant, lo.clamp(max=0), lo),
-                torch.where(constant, hi.clamp(min=0), hi),
-            )
-            empty = (lo == 0) & (hi == 0)
-            lo, hi = lo.masked_fill(empty, -1), hi.masked_fill(empty, 1)
+            lo = lo.clamp(max=0)
+            hi = hi.clamp(min=0)
+        if self.degenerate == "auto":
+            lo, hi = self._widened(lo, hi)
         return lo, hi
+
+    def _widened(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """The ranges under degenerate=auto: where one has no width, a width that represents it."""
+        if self.symmetric and self.role == "weight":
+            return lo, hi.clamp(min=FLOOR)
+        if self.symmetric or self.zp == "float_offset":  # mended where s is known
+            return lo, hi
+        constant = lo == hi  # has no range of its own; one that reaches to zero represents it
+        lo = torch.where(constant, lo.clamp(max=0), lo)
+        hi = torch.where(constant, hi.clamp(min=0), hi)
+        empty = (lo == 0) & (hi == 0)
+        return lo.masked_fill(empty, -1), hi.masked_fill(empty, 1)
 
     def _step(self, lo: Tensor, hi: Tensor) -> Tensor:
         """The unguarded scale of a range."""
@@ -177,31 +194,42 @@ class Integer(Format):
         if self.int_scale == "half_range":
             return over(hi, levels / 2)
         s = over(hi, levels // 2)
-        return torch.maximum(s, over(-lo, levels // 2 + 1)) if self.int_scale == "aimet" else s
+        if self.int_scale == "aimet":
+            s = torch.maximum(s, over(-lo, levels // 2 + 1))
+        return s
 
-    def _parameters(self, lo: Tensor, s: Tensor, stored: torch.dtype) -> tuple[Tensor, ...]:
-        """(s,) or (s, z) from an unguarded scale: s as a tensor stored as `stored` has it, but in the
-        arithmetic's dtype, and without zeros."""
-        s = s.to(self._storage(stored))
-        s = (s.to(stored) if self.scale_dtype == "bf16" else s).to(lo.dtype)
-        if self.degenerate == "auto":
-            s = s.masked_fill(s == 0, 1)
+    def _parameters(self, lo: Tensor, s: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """(s,) or (s, z) from an unguarded scale.
+
+        s is rounded as a tensor stored as `dtype` has it, but in the arithmetic's dtype, and
+        without zeros.
+        """
+        s = s.to(self._storage(dtype))
+        if self.scale_dtype == "bf16":  # its exponents reach beyond those of a float16 tensor
+            s = s.to(dtype)
+        s = s.to(lo.dtype)
+        empty = s == 0
+        guarded = s.masked_fill(empty, torch.finfo(s.dtype).eps if self.degenerate == "eps" else 1)
         if self.symmetric:
-            z = ()
-        elif self.zp == "float_offset":
-            z = (lo,)
-        else:
-            z = (self.qmin - lo / s).round()
-            z = (z.clamp(self.qmin, self.qmax) if self.spans_zero else z,)
+            return (guarded,)
+        # eps and one divide by the unguarded s, as the libraries do that they stand for
+        z = self._zero_point(lo, guarded if self.degenerate == "auto" else s)
         if self.degenerate == "eps":
-            z = tuple(t.masked_fill(s == 0, 0) for t in z)
-        if self.degenerate != "auto":
-            s = s.masked_fill(s == 0, 1 if self.degenerate == "one" else torch.finfo(s.dtype).eps)
-        return s, *z
+            z = z.masked_fill(empty, 0)
+        return guarded, z
+
+    def _zero_point(self, lo: Tensor, s: Tensor) -> Tensor:
+        """z of ranges that begin at lo."""
+        if self.zp == "float_offset":
+            return lo
+        z = (self.qmin - lo / s).round()
+        if self.spans_zero:
+            z = z.clamp(self.qmin, self.qmax)
+        return z
 
     def _storage(self, dtype: torch.dtype) -> torch.dtype:
         """Dtype of the scales of a tensor stored as dtype."""
-        return dtype if self.scale_dtype == "input" else SCALE_DTYPES[self.scale_dtype]
+        return SCALE_DTYPES.get(self.scale_dtype, dtype)
 
     def _scales(self, blocks: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Scales:
         blocks = blocks.to(self._compute(dtype))
@@ -212,37 +240,41 @@ class Integer(Format):
         )
         if floored:
             s = over((hi - lo).clamp(min=FLOOR), 2**self.bits - 1)
-        found = self._parameters(lo, s, dtype)
+        parameters = self._parameters(lo, s, dtype)
         if self.observer == "mse":
-            found = search(blocks, found, self._candidates(blocks, lo, hi, s, dtype), self.mse)
-        zero = None if self.symmetric else found[1].float() + 0.0
-        return Scales(found[0].to(self._storage(dtype)), zero)
+            candidates = self._candidates(blocks, lo, hi, s, dtype)
+            parameters = search(blocks, parameters, candidates, self._mse)
+        scale = parameters[0].to(self._storage(dtype))
+        if self.symmetric:
+            return Scales(scale)
+        return Scales(scale, parameters[1].float() + 0.0)  # -0 + 0 = +0
 
     def _candidates(
-        self, blocks: Tensor, lo: Tensor, hi: Tensor, s: Tensor, stored: torch.dtype
-    ) -> Iterator:
-        for p in self.mse.factors:
-            if self.mse.shrink == "range":
-                found = self._parameters(p * lo, self._step(p * lo, p * hi), stored)
+        self, blocks: Tensor, lo: Tensor, hi: Tensor, s: Tensor, dtype: torch.dtype
+    ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        """((s,) or (s, z), dq) of every shrink factor."""
+        for p in self._mse.factors:
+            if self._mse.shrink == "range":
+                candidate = self._parameters(p * lo, self._step(p * lo, p * hi), dtype)
             else:
-                found = self._parameters(lo, p * s, stored)
-            yield found, self.snap(blocks, *(t.unsqueeze(-1) for t in found))
+                candidate = self._parameters(lo, p * s, dtype)
+            yield candidate, self.snap(blocks, *(t.unsqueeze(-1) for t in candidate))
 
     # elements
 
     def lattice(self, scales: Scales, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         """(s,) or (s, z)."""
-        stored = (scales.scale,) if scales.zero is None else (scales.scale, scales.zero)
-        return tuple(t.to(dtype) for t in stored)
+        s = scales.scale.to(dtype)
+        return (s,) if scales.zero is None else (s, scales.zero.to(dtype))
 
     def _level(
         self, x: Tensor, s: Tensor, z: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """The code of x as a float. RNE may leave -0, which no integer is: adding 0 makes it +0."""
-        if self.zp == "float_offset":
-            q = torch.sub(x, z, out=out).div_(s).round_()
-        elif z is None:
+        if z is None:
             q = torch.div(x, s, out=out).round_()
+        elif self.zp == "float_offset":
+            q = torch.sub(x, z, out=out).div_(s).round_()
         elif self.zp_order == "round_then_add":
             q = torch.div(x, s, out=out).round_().add_(z)
         else:
@@ -253,7 +285,9 @@ class Integer(Format):
         """The value of a float code, in place."""
         if z is None:
             return q.add_(0.0).mul_(s)
-        return q.mul_(s).add_(z) if self.zp == "float_offset" else q.sub_(z).mul_(s)
+        if self.zp == "float_offset":
+            return q.mul_(s).add_(z)
+        return q.sub_(z).mul_(s)
 
     def snap(self, x: Tensor, *lattice: Tensor, out: Tensor | None = None) -> Tensor:
         return self._value(self._level(x, *lattice, out=out), *lattice)

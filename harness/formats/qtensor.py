@@ -16,12 +16,19 @@ from harness.formats.packing import pack_nibbles, unpack_nibbles
 
 
 class CodeFormat(Protocol):
-    """What a quantized tensor asks of its format (base.Format): the widths in bits of a code and of a zero point, whether
-    codes carry a sign, and their values."""
+    """What a quantized tensor asks of its format (base.Format).
 
-    bits: int
-    zero_bits: int
-    signed: bool
+    The widths in bits of a code and of a zero point, whether codes carry a sign, and their values.
+    """
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def zero_bits(self) -> int: ...
+
+    @property
+    def signed(self) -> bool: ...
 
     def decode(
         self, codes: Tensor, scales: Scales, dtype: torch.dtype = torch.float32
@@ -32,9 +39,10 @@ class CodeFormat(Protocol):
 class Scales:
     """What is stored besides the codes, in storage dtypes.
 
-    scale: [*lead, groups]; float32, bfloat16 or float16 (integer, FP4), float8_e4m3fn (NVFP4), uint8 E8M0 code (MX).
-    zero: [*lead, groups] float32 zero points, None for symmetric and floating formats.
-    global_scale: float32 [1], or [*lead, 1] with one per token; NVFP4's g, FourOverSix's amax, None elsewhere.
+    scale: [*lead, groups]; float32, bfloat16 or float16 (integer, FP4), float8_e4m3fn (NVFP4),
+    uint8 E8M0 code (MX). zero: [*lead, groups] float32 zero points, None for symmetric and floating
+    formats. global_scale: float32 [1], or [*lead, 1] with one per token; NVFP4's g, FourOverSix's
+    amax, None elsewhere.
     """
 
     scale: Tensor
@@ -42,14 +50,17 @@ class Scales:
     global_scale: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        return {
-            f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None
-        }
+        """{field: tensor} of those that are there."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: t for name, t in values.items() if t is not None}
 
 
 @dataclass(frozen=True)
 class QTensor:
-    """A quantized tensor. codes: [*shape] uint8 or int8; scales; the format that reads them; dtype of the original."""
+    """A quantized tensor.
+
+    codes: [*shape] uint8 or int8. format: what reads them. dtype: that of the original.
+    """
 
     codes: Tensor
     scales: Scales
@@ -65,13 +76,12 @@ class QTensor:
         return self.format.decode(self.codes, self.scales, self.dtype)
 
     def bits(self) -> int:
-        """Stored bits: codes, scales, zero points (as wide as a code where they are integers) and global scales."""
-        stored = self.codes.numel() * self.format.bits
+        """Stored bits: codes, scales, global scales, zero points (integers as wide as a code)."""
+        total = self.codes.numel() * self.format.bits
         for name, t in self.scales.tensors().items():
-            stored += t.numel() * (
-                self.format.zero_bits if name == "zero" else 8 * t.element_size()
-            )
-        return stored
+            width = self.format.zero_bits if name == "zero" else 8 * t.element_size()
+            total += t.numel() * width
+        return total
 
     def state(self) -> dict[str, Tensor]:
         """Flat tensors for a file; codes of four bits or fewer are packed two a byte."""
@@ -87,17 +97,11 @@ class QTensor:
         dtype: torch.dtype,
     ) -> QTensor:
         """Inverse of `state`; shape and dtype are those of the original tensor."""
-        codes = (
-            unpack_nibbles(state["codes"], shape[-1], format.signed)
-            if format.bits <= 4
-            else state["codes"]
-        )
-        return cls(
-            codes.view(shape),
-            Scales(**{k: t for k, t in state.items() if k != "codes"}),
-            format,
-            dtype,
-        )
+        codes = state["codes"]
+        if format.bits <= 4:
+            codes = unpack_nibbles(codes, shape[-1], format.signed)
+        scales = Scales(**{k: t for k, t in state.items() if k != "codes"})
+        return cls(codes.view(shape), scales, format, dtype)
 
     def to(self, device: torch.device | str) -> QTensor:
         scales = Scales(**{k: t.to(device) for k, t in self.scales.tensors().items()})

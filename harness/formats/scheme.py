@@ -10,14 +10,23 @@ from harness.config.errors import ConfigError
 from harness.formats.base import Format
 from harness.formats.integer import Integer
 
+ROLES = {"weight": "weight", "act": "activation"}  # what a part of a scheme calls its formats
+
 
 @dataclass(frozen=True)
 class KVCache:
-    """Integer keys (after RoPE and the R3 rotation) and values, one scale and zero point per group with zero in its range.
+    """Integer keys (after RoPE and the R3 rotation) and values.
 
-    bits 2 .. 8; symmetric; group_size: null (head_dim: one group per token and head), a divisor of head_dim, or -1 (all heads
-    of a token together); clip_k, clip_v in (0, 1]; zp: rounded | float_offset (QuaRot's deployed cache); zp_order, zp_range
-    and compute_dtype as Integer has them. Source: QuaRot, section 4.
+    One scale and zero point per group, with zero in its range.
+
+    bits: 2 .. 8.
+    group_size: null (head_dim: one group per token and head), a divisor of head_dim, or -1 (all
+        heads of a token together).
+    clip_k, clip_v: in (0, 1].
+    zp: rounded | float_offset (QuaRot's deployed cache).
+    zp_order, zp_range, compute_dtype: as Integer has them.
+
+    Source: QuaRot, section 4.
     """
 
     bits: int = 4
@@ -44,11 +53,15 @@ class KVCache:
 
     def part(self, name: str) -> Integer:
         """The format of one head's vectors [.., head_dim]; name: key | value."""
-        grouped = self.group_size not in (None, -1)
+        granularity = "group"
+        group_size = self.group_size
+        if group_size in (None, -1):  # all that `fake` lays in a row
+            granularity = "token"
+            group_size = None
         return Integer(
             bits=self.bits,
-            granularity="group" if grouped else "token",
-            group_size=self.group_size if grouped else None,
+            granularity=granularity,
+            group_size=group_size,
             symmetric=self.symmetric,
             incl0="always",
             clip=self.clip_k if name == "key" else self.clip_v,
@@ -64,9 +77,13 @@ class KVCache:
         self.part("key").check(head_dim, field, where)
 
     def fake(self, x: Tensor, name: str) -> Tensor:
-        """Keys or values x [batch, kv_heads, tokens, head_dim] as the cache would return them; name: key | value."""
+        """Keys or values x [batch, kv_heads, tokens, head_dim] as the cache would return them.
+
+        name: key | value.
+        """
         if self.group_size != -1:
             return self.part(name).fake(x)
+        # a token's heads side by side make one group
         tokens = x.transpose(1, 2)
         return self.part(name).fake(tokens.flatten(2)).view(tokens.shape).transpose(1, 2)
 
@@ -75,8 +92,9 @@ class KVCache:
 class Scheme:
     """Formats of weights, activations and the KV cache; None leaves a part in the model's dtype.
 
-    overrides: {(block index, block-relative name): {weight and/or act: Format or None}} for single linears; a part not named
-    there is that of all. What stands outside the blocks (None, absolute name) is quantized by an override only.
+    overrides: {(block index, block-relative name): {weight and/or act: Format or None}} for single
+    linears; a part not named there is that of all. What stands outside the blocks (None, absolute
+    name) is quantized by an override only.
     """
 
     name: str = "none"
@@ -88,32 +106,34 @@ class Scheme:
     )
 
     def __post_init__(self):
-        for where, parts in (
-            ("format", {"weight": self.weight, "act": self.act}),
-            *self.overrides.items(),
-        ):
+        everywhere = {"weight": self.weight, "act": self.act}
+        for where, parts in (("format", everywhere), *self.overrides.items()):
             for part, format in parts.items():
-                if part not in ("weight", "act"):
+                if part not in ROLES:
                     raise ConfigError(
                         f"format.overrides: {where}.{part} is not a part; choose weight or act"
                     )
-                role = {"weight": "weight", "act": "activation"}[part]
-                if format is not None and format.role != role:
+                if format is not None and format.role != ROLES[part]:
                     raise ConfigError(
-                        f"{where}.{part}.role={format.role} is not legal; set {where}.{part}.role={role}"
+                        f"{where}.{part}.role={format.role} is not legal; "
+                        f"set {where}.{part}.role={ROLES[part]}"
                     )
 
     def part(self, name: str, layer: int | None, linear: str) -> Format | None:
         """The format of part `name` (weight | act) of one linear."""
-        own = self.overrides.get((layer, linear), {})
-        if name in own:
-            return own[name]
+        parts = self.overrides.get((layer, linear), {})
+        if name in parts:
+            return parts[name]
         return None if layer is None else getattr(self, name)
 
     def seen(self, *parts: str) -> "Scheme":
-        """The scheme with these parts (act, kv) alone, those of overrides included: what a transform learns with."""
+        """The scheme with these parts (act, kv) alone, those of overrides included.
+
+        What a transform learns with.
+        """
         overrides = {
-            where: {p: own[p] for p in parts if p in own} for where, own in self.overrides.items()
+            where: {part: formats[part] for part in parts if part in formats}
+            for where, formats in self.overrides.items()
         }
         return Scheme(
             self.name,
@@ -129,23 +149,21 @@ class Scheme:
 
     def any(self, name: str) -> bool:
         """Whether part `name` (weight | act) of any linear is quantized."""
-        return any(
-            part is not None
-            for part in (getattr(self, name), *(x.get(name) for x in self.overrides.values()))
-        )
+        overrides = (parts.get(name) for parts in self.overrides.values())
+        return any(format is not None for format in (getattr(self, name), *overrides))
 
     @property
     def spans_tokens(self) -> bool:
         """Whether any activation is read on scales that span tokens (Format.spans_tokens)."""
-        acts = (self.act, *(own.get("act") for own in self.overrides.values()))
+        acts = (self.act, *(parts.get("act") for parts in self.overrides.values()))
         return any(act is not None and act.spans_tokens for act in acts)
 
     @property
     def outside(self) -> bool:
         """Whether anything outside the blocks is quantized."""
         return any(
-            part is not None
-            for (layer, _), own in self.overrides.items()
+            format is not None
+            for (layer, _), parts in self.overrides.items()
             if layer is None
-            for part in own.values()
+            for format in parts.values()
         )

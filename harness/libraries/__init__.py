@@ -1,5 +1,5 @@
-"""What of other libraries' insides is used here, one file a library, so that a release that moves it is met in one place.
+"""What of other libraries' insides is used here, one file a library.
 
-What a library documents is imported where it is used. tests/test_libraries.py asks for every piece by itself and says which
-release lacks it.
+A release that moves a piece is met in one place. What a library documents is imported where it is
+used. tests/test_libraries.py asks for every piece by itself and says which release lacks it.
 """

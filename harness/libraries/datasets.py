@@ -1,9 +1,14 @@
-"""datasets, its insides: the builder that reads a set from the local cache without asking the hub."""
+"""datasets, its insides: the builder that reads a set from the local cache, without the hub."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 
-def cached_builder(dataset: str, config: str):
+if TYPE_CHECKING:  # its import takes longer than finding a finished run may
+    from datasets import DatasetBuilder
+
+
+def cached_builder(dataset: str, config: str) -> DatasetBuilder | None:
     """The builder of a set that was downloaded before, or None."""
     from datasets.packaged_modules.cache.cache import Cache
 
@@ -12,7 +17,7 @@ def cached_builder(dataset: str, config: str):
         return Cache(
             repo_id=dataset, dataset_name=name, config_name=config, version="auto", hash="auto"
         )
-    except ValueError:
+    except ValueError:  # nothing that fits is there
         return None
 
 

@@ -3,15 +3,19 @@
     H_n = H_K (x) H_{n/K} / sqrt(n),    n/K a power of two (Sylvester),    K = 1 or a Paley order
     R   = diag(sigma) H_n,              sigma in {+-1}^n: the randomized Hadamard transform
 
-Rows are vectors: x -> x R. On X = reshape(x, [a, b]) a Kronecker product acts as x (A (x) B) = A^T X B; the transpose on A
-matters, because Paley I is not symmetric. Write n = m 2^k, m odd; K is 1 for m = 1 and else the smallest 4m 2^j dividing n that
-Paley's constructions reach. A fixed cascade of known K (first of 172, 140, ..., 12 that divides) is no substitute: for 25600 it
-stops at 40, whose cofactor 640 is no power of two, where K = 100 works.
+Rows are vectors: x -> x R. On X = reshape(x, [a, b]) a Kronecker product acts as
+x (A (x) B) = A^T X B; the transpose on A matters, because Paley I is not symmetric.
+
+Write n = m 2^k, m odd; K is 1 for m = 1 and else the smallest 4m 2^j dividing n that Paley's
+constructions reach. A fixed cascade of known K (first of 172, 140, ..., 12 that divides) is no
+substitute: for 25600 it stops at 40, whose cofactor 640 is no power of two, where K = 100 works.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -21,45 +25,50 @@ from harness.linalg.paley import constructible, paley
 
 BACKENDS = ("auto", "kernel", "torch")
 DENSE = 256  # up to this order one matmul beats two smaller ones on a CPU
-KERNEL = range(
-    8, 32769
-)  # orders the CUDA kernel takes; it pads what is no power of two, which would not be orthogonal
+# Orders the CUDA kernel takes. What is no power of two it would pad, and not be orthogonal.
+KERNEL = range(8, 32769)
 
 
 def factors(n: int) -> tuple[int, int]:
     """(K, n / K): the order of the core and of its Sylvester cofactor.
 
-    Raises ConfigError if no matrix of order n can be built; the message lists the divisors of n that can serve as blocks.
+    Raises ConfigError if no matrix of order n can be built; the message lists the divisors of n
+    that can serve as blocks.
     """
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ConfigError(f"the order of a Hadamard matrix must be a positive integer, got {n!r}")
     core = _core(n)
     if core is None:
         legal = [d for d in range(n // 2, 1, -1) if n % d == 0 and _core(d) is not None]
-        blocks = ", ".join(map(str, [d for d in legal if d >= 16] or legal))
-        way_out = (
-            f"use blocks: {blocks}"
-            if blocks
-            else "no block size divides it, use a transform that is not Hadamard"
-        )
+        way_out = "no block size divides it, use a transform that is not Hadamard"
+        if legal:
+            # small blocks hardly mix: they are named only where there are no others
+            blocks = [d for d in legal if d >= 16] or legal
+            way_out = f"use blocks: {', '.join(map(str, blocks))}"
         raise ConfigError(f"no Hadamard matrix of order {n} is constructible here; {way_out}")
     return core, n // core
 
 
 def reachable(field: str, order: int, way_out: str = "") -> None:
-    """Raise a ConfigError that starts with `field` (as `transform.block_size=12`) if no Hadamard matrix has this order.
+    """Raise a ConfigError if no Hadamard matrix has this order.
 
-    way_out: the setting that avoids it, where the field takes no block size.
+    field: what the message starts with, as `transform.block_size=12`. way_out: the setting that
+    avoids it, where the field takes no block size.
     """
     try:
         factors(order)
     except ConfigError as error:
-        told = f"{str(error).partition(';')[0]}; set {way_out}" if way_out else error
-        raise ConfigError(f"{field}: {told}.") from None
+        reason = str(error)
+        if way_out:
+            reason = f"{reason.partition(';')[0]}; set {way_out}"
+        raise ConfigError(f"{field}: {reason}.") from None
 
 
 def hadamard(n: int) -> Tensor:
-    """The dense H_n, float64 `[n, n]` on the CPU, entries +-1/sqrt(n). Raises ConfigError for an unreachable order."""
+    """The dense H_n, float64 `[n, n]` on the CPU, entries +-1/sqrt(n).
+
+    Raises ConfigError for an unreachable order.
+    """
     core, power = factors(n)
     with torch.device("cpu"):
         signs = paley(core) if core > 1 else torch.ones(1, 1, dtype=torch.float64)
@@ -74,12 +83,16 @@ def random_signs(n: int, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Hadamard:
-    """R = diag(signs) H_n, applied to every block of n along the last axis; all blocks share the one matrix.
+    """R = diag(signs) H_n, the same matrix for every block of n along the last axis.
 
-    n: the block order. signs: `[n]` of +-1, or None for H_n itself.
-    backend: `torch` multiplies by H, in two Kronecker factors if n > 256. `kernel` demands the package fast_hadamard_transform
-    and uses it where it applies, on the power-of-two axis of CUDA tensors up to float32; the rest stays with `torch`. `auto`
-    is `kernel` without the demand. Raises ConfigError for an unreachable order, a wrong sign vector, or a missing kernel.
+    n: the block order.
+    signs: `[n]` of +-1, or None for H_n itself.
+    backend: `torch` multiplies by H, in two Kronecker factors if n > 256. `kernel` demands the
+        package fast_hadamard_transform and uses it where it applies, on the power-of-two axis of
+        CUDA tensors up to float32; the rest stays with `torch`. `auto` is `kernel` without the
+        demand.
+
+    Raises ConfigError for an unreachable order, a wrong sign vector, or a missing kernel.
     """
 
     n: int
@@ -92,7 +105,8 @@ class Hadamard:
             self.signs.shape != (self.n,) or not bool((self.signs.abs() == 1).all())
         ):
             raise ConfigError(
-                f"signs must be a vector of {self.n} entries +-1, got shape {tuple(self.signs.shape)}"
+                f"signs must be a vector of {self.n} entries +-1, "
+                f"got shape {tuple(self.signs.shape)}"
             )
         if self.backend not in BACKENDS:
             raise ConfigError(
@@ -100,28 +114,37 @@ class Hadamard:
             )
         if self.backend == "kernel" and _kernel() is None:
             raise ConfigError(
-                "backend='kernel' needs fast-hadamard-transform, which cannot be imported; use backend='auto'"
+                "backend='kernel' needs fast-hadamard-transform, which cannot be imported; "
+                "use backend='auto'"
             )
 
     def apply(self, x: Tensor) -> Tensor:
-        """x R block by block. x: `[..., blocks * n]`, any float dtype; same shape and dtype out, computed in float32 at least.
+        """x R block by block.
+
+        x: `[..., blocks * n]`, any float dtype; same shape and dtype out, computed in float32 at
+        least.
 
         Raises ConfigError if n does not divide the last dimension.
         """
         rows, signs = self._rows(x)
-        product = self._multiply(rows if signs is None else rows * signs, transpose=False)
-        return product.reshape(x.shape).to(x.dtype)
+        if signs is not None:
+            rows = rows * signs
+        return self._multiply(rows, transpose=False).reshape(x.shape).to(x.dtype)
 
     def apply_transpose(self, x: Tensor) -> Tensor:
         """x R^T = x R^{-1}; shapes and dtypes as `apply`."""
         rows, signs = self._rows(x)
         product = self._multiply(rows, transpose=True)
-        return (product if signs is None else product * signs).reshape(x.shape).to(x.dtype)
+        if signs is not None:
+            product = product * signs
+        return product.reshape(x.shape).to(x.dtype)
 
     def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """R itself, `[n, n]`, on the CPU."""
         matrix = hadamard(self.n)
-        return (matrix if self.signs is None else self.signs.to(matrix)[:, None] * matrix).to(dtype)
+        if self.signs is not None:
+            matrix = self.signs.to(matrix)[:, None] * matrix
+        return matrix.to(dtype)
 
     def _rows(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x as `[rows, n]` in the dtype to compute in, and the signs beside it."""
@@ -130,27 +153,22 @@ class Hadamard:
                 f"a Hadamard block of {self.n} does not divide the last dimension {x.shape[-1]}"
             )
         wide = torch.promote_types(x.dtype, torch.float32)
-        return x.to(wide).reshape(-1, self.n), None if self.signs is None else self.signs.to(
-            x.device, wide
-        )
+        signs = None if self.signs is None else self.signs.to(x.device, wide)
+        return x.to(wide).reshape(-1, self.n), signs
 
     def _multiply(self, x: Tensor, transpose: bool) -> Tensor:
         """x H or x H^T for x `[rows, n]`, as A^T X B or A X B^T on `[rows, a, b]`."""
         core, power = factors(self.n)
-        fast = (
-            self.backend != "torch"
-            and x.is_cuda
-            and x.dtype != torch.float64
-            and power in KERNEL
-            and _kernel() is not None
-        )
-        a, b = (core, power) if fast else _split(self.n)
-        x = x.reshape(-1, a, b)
-        if fast:
-            x = _kernel()(x.contiguous(), 1.0 / math.sqrt(b))
+        fits = x.is_cuda and x.dtype != torch.float64 and power in KERNEL
+        kernel = _kernel() if fits and self.backend != "torch" else None
+        if kernel is not None:
+            # Sylvester's factor is symmetric, so the kernel serves both directions
+            a, b = core, power
+            x = kernel(x.reshape(-1, a, b).contiguous(), 1.0 / math.sqrt(b))
         else:
+            a, b = _split(self.n)
             right = _factor(b, x.dtype, x.device)
-            x = x @ (right.mT if transpose else right)
+            x = x.reshape(-1, a, b) @ (right.mT if transpose else right)
         if a > 1:
             left = _factor(a, x.dtype, x.device)
             x = (left if transpose else left.mT) @ x
@@ -163,7 +181,7 @@ def _core(n: int) -> int | None:
     odd = n // (n & -n)
     if odd == 1:
         return 1
-    core = 4 * odd
+    core = 4 * odd  # the least order there can be, as 4 divides all beyond 2
     while n % core == 0:
         if constructible(core):
             return core
@@ -173,7 +191,10 @@ def _core(n: int) -> int | None:
 
 @cache
 def _split(n: int) -> tuple[int, int]:
-    """Orders (a, b) of H_n = H_a (x) H_b with the least work a + b per entry; (1, n) where one matmul is best."""
+    """Orders (a, b) of H_n = H_a (x) H_b with the least work a + b per entry.
+
+    (1, n) where one matmul is best.
+    """
     _, power = factors(n)
     if n <= DENSE or power == 1:
         return 1, n
@@ -190,16 +211,19 @@ def _sylvester(n: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _factor(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # A cached tensor outlives the context it is born in: made under inference mode it could never take part in a backward pass.
+    # A cached tensor outlives the context it is born in: made under inference mode it could never
+    # take part in a backward pass.
     with torch.inference_mode(False), torch.no_grad():
         return hadamard(n).to(device, dtype)
 
 
 @cache
-def _kernel():
-    """`hadamard_transform(x, scale)` of fast_hadamard_transform, or None; without its CUDA extension the import fails."""
+def _kernel() -> Callable[[Tensor, float], Tensor] | None:
+    """`hadamard_transform(x, scale)` of fast_hadamard_transform, or None where it cannot be had.
+
+    The import fails without the package, and without its CUDA extension.
+    """
     try:
-        from fast_hadamard_transform import hadamard_transform
+        return import_module("fast_hadamard_transform").hadamard_transform
     except ImportError:
         return None
-    return hadamard_transform

@@ -1,13 +1,19 @@
-"""Hadamard cores that are not powers of two, by the two constructions of Paley (J. Math. Phys. 12, 1933).
+"""Hadamard cores that are not powers of two, by the two constructions of Paley.
 
-Let chi be the quadratic character of GF(q) (0 at 0, 1 at squares, -1 elsewhere) and Jac[i, j] = chi(a_i - a_j).
+Let chi be the quadratic character of GF(q) (0 at 0, 1 at squares, -1 elsewhere) and
+Jac[i, j] = chi(a_i - a_j).
 
-    I   q = K - 1   = 3 mod 4    H = I + [[0, 1], [-1, Jac]]                                             not symmetric
-    II  q = K/2 - 1 = 1 mod 4    H = C (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]],
-                                 C = [[0, 1], [1, Jac]]                                                  symmetric
+    I   q = K - 1   = 3 mod 4    not symmetric
+                                 H = I + [[0, 1], [-1, Jac]]
+    II  q = K/2 - 1 = 1 mod 4    symmetric
+                                 H = C (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]],
+                                 C = [[0, 1], [1, Jac]]
 
-q may be a prime power p^k, k <= 3: GF(p^k) is the ring of polynomials over GF(p) modulo an irreducible of degree k, and up to
-degree 3 a polynomial without a root is irreducible. Everything is computed, so no table of signs has to be trusted.
+q may be a prime power p^k, k <= 3: GF(p^k) is the ring of polynomials over GF(p) modulo an
+irreducible of degree k, and up to degree 3 a polynomial without a root is irreducible. Everything
+is computed, so no table of signs has to be trusted.
+
+Source: R. E. A. C. Paley, J. Math. Phys. 12, 1933.
 """
 
 import itertools
@@ -27,53 +33,70 @@ def prime_power(q: int) -> tuple[int, int] | None:
 
 def constructible(order: int) -> bool:
     """Whether Paley I or II gives a Hadamard matrix of this order."""
-    return order % 4 == 0 and (_first(order) is not None or _second(order) is not None)
+    return _first(order) is not None or _second(order) is not None
 
 
 @cache
 def paley(order: int) -> Tensor:
-    """The Paley matrix of this order, construction I where both exist. Do not write to it, the result is shared.
+    """The Paley matrix of this order, construction I where both exist.
 
-    Returns float64 `[order, order]` of +-1 with H H^T = order * I. Raises ValueError if `constructible(order)` is false.
+    Do not write to it, the result is shared.
+
+    Returns float64 `[order, order]` of +-1 with H H^T = order * I. Raises ValueError if
+    `constructible(order)` is false.
     """
-    if not constructible(order):
-        raise ValueError(f"order {order} has no Paley construction over GF(p^k), k <= 3")
-    # A cached tensor outlives the context it is born in, so neither inference mode nor a default device may mark it.
+    first = _first(order)
+    second = _second(order)
+    # A cached tensor outlives the context it is born in, so neither inference mode nor a default
+    # device may mark it.
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        if field := _first(order):
-            return torch.eye(order, dtype=torch.float64) + _bordered(_jacobsthal(*field), -1.0)
-        conference = _bordered(_jacobsthal(*_second(order)), 1.0)
+        if first is not None:
+            return _eye(order) + _bordered(_jacobsthal(*first), -1.0)
+        if second is None:
+            raise ValueError(f"order {order} has no Paley construction over GF(p^k), k <= 3")
+        conference = _bordered(_jacobsthal(*second), 1.0)
         pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
         diagonal = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
-        return torch.kron(conference, pair) + torch.kron(
-            torch.eye(order // 2, dtype=torch.float64), diagonal
-        )
+        return torch.kron(conference, pair) + torch.kron(_eye(order // 2), diagonal)
+
+
+def _eye(n: int) -> Tensor:
+    return torch.eye(n, dtype=torch.float64)
 
 
 def _first(order: int) -> tuple[int, int] | None:
+    """(p, k) of construction I."""
     return prime_power(order - 1) if order % 4 == 0 else None
 
 
 def _second(order: int) -> tuple[int, int] | None:
-    return prime_power(order // 2 - 1) if order % 4 == 0 and (order // 2 - 1) % 4 == 1 else None
+    """(p, k) of construction II."""
+    q = order // 2 - 1
+    return prime_power(q) if order % 4 == 0 and q % 4 == 1 else None
 
 
 def _bordered(jacobsthal: Tensor, sign: float) -> Tensor:
     """[[0, 1], [sign, Jac]] for a `[q, q]` Jac."""
     q = len(jacobsthal)
     bordered = torch.zeros(q + 1, q + 1, dtype=torch.float64)
-    bordered[0, 1:], bordered[1:, 0], bordered[1:, 1:] = 1.0, sign, jacobsthal
+    bordered[0, 1:] = 1.0
+    bordered[1:, 0] = sign
+    bordered[1:, 1:] = jacobsthal
     return bordered
 
 
 def _jacobsthal(p: int, k: int) -> Tensor:
-    """chi(a_i - a_j) over GF(p^k), float64 `[q, q]`; element a_i has the base-p digits of i as its coefficients."""
+    """chi(a_i - a_j) over GF(p^k), float64 `[q, q]`.
+
+    Element a_i has the base-p digits of i as its coefficients.
+    """
     q = p**k
     place = p ** torch.arange(k)
     digits = torch.arange(q)[:, None] // place % p
     character = torch.full((q,), -1.0, dtype=torch.float64)
     character[(_squares(digits, p) * place).sum(-1)] = 1.0
     character[0] = 0.0
+    # indices of the elements a_i - a_j: coefficients subtract each by itself, modulo p
     difference = sum((digits[:, None, d] - digits[None, :, d]) % p * p**d for d in range(k))
     return character[difference]
 
@@ -85,13 +108,17 @@ def _squares(digits: Tensor, p: int) -> Tensor:
     for i, j in itertools.product(range(k), repeat=2):
         product[:, i + j] += digits[:, i] * digits[:, j]
     modulus = torch.tensor(_irreducible(p, k))
+    # from the top down, x^degree = x^(degree - k) (-c_0 - .. - c_{k-1} x^{k-1}) takes its place
     for degree in range(2 * k - 2, k - 1, -1):
         product[:, degree - k : degree] -= product[:, degree : degree + 1] * modulus
     return product[:, :k] % p
 
 
 def _irreducible(p: int, k: int) -> tuple[int, ...]:
-    """Coefficients c_0 .. c_{k-1} of a monic x^k + ... + c_0 without a root in GF(p); x itself for k = 1, which needs none."""
+    """Coefficients c_0 to c_{k-1} of a monic x^k + ... + c_0 without a root in GF(p).
+
+    For k = 1 it is x itself, which needs no such property.
+    """
     if k == 1:
         return (0,)
 

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from harness.codecs import fold
+from harness.codecs.fold import fold
 from harness.codecs.placement import HEAD_SITE
 from harness.models.adapter import Adapter
 from harness.models.attention import attach
