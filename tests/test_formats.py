@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from composed import ROOT
 
+from harness.config.build import build, option
 from harness.config.errors import ConfigError, DataError
 from harness.formats import (
     E2M1,
@@ -16,6 +18,7 @@ from harness.formats import (
     MSE,
     MX,
     NVFP4,
+    Format,
     FourOverSix,
     Integer,
     KVCache,
@@ -77,6 +80,11 @@ FORMATS = {
     "mxfp8_e4m3": MX(element="e4m3", bits=8, mx_scale="even", mx_even_mbits=1),
     "mxfp8_e5m2": MX(element="e5m2", bits=8),
 }
+# What else conf/format builds: a format that is only there is held to the same arithmetic.
+for path in sorted((ROOT / "conf" / "format").glob("*.yaml")):
+    weight = build(option("format", path.stem)["weight"], "format.weight", Format)
+    if weight is not None and all(type(weight) is not type(own) for own in FORMATS.values()):
+        FORMATS[path.stem] = weight
 BLOCK_MX = (
     "mxfp4",
     "mxfp4_even",
