@@ -166,7 +166,8 @@ def test_fake_is_quantize_then_dequantize(format, dtype, shape):
 
 
 def extremes(dtype):
-    """{name: [4, 96]} of values at the ends of a dtype: none, subnormal, tiny, great, and all of them side by side."""
+    """{name: [4, 96]} of values at the ends of a dtype: none, subnormal, tiny, great, and all of
+    them side by side."""
     info, noise = torch.finfo(dtype), data(4, 96)
     least = info.smallest_normal * info.eps
     rows = {
@@ -201,7 +202,8 @@ def test_fake_is_quantize_then_dequantize_at_the_ends_of_a_dtype(name, dtype):
 
 @named(*BLOCK_MX)
 def test_mx_elements_in_float32_are_those_in_bfloat16(format):
-    """Powers of two: every quotient and product is as exact in the model's own dtype, as serving engines compute it."""
+    """Powers of two: every quotient and product is as exact in the model's own dtype, as serving
+    engines compute it."""
     for x in (*extremes(torch.bfloat16).values(), data(64, 96, dtype=torch.bfloat16)):
         blocks, (scale,) = blocks_of(format, x), format.lattice(format.scales(x), torch.bfloat16)
         own = format.grid.round_(blocks / scale.unsqueeze(-1), format.fp4_ties) * scale.unsqueeze(
@@ -400,7 +402,8 @@ def test_asymmetric_groups_far_from_zero_keep_their_resolution():
 )
 @pytest.mark.parametrize("bits", [4, 8])
 def test_zero_points_that_are_codes_keep_groups_on_one_side_of_zero(bits, knobs, side):
-    """Zero lies in the range of each group, so no code is lost to a zero point that had to be clamped."""
+    """Zero lies in the range of each group, so no code is lost to a zero point that had to be
+    clamped."""
     x = side + data(16, 64) / 500
     format = Integer(
         bits=bits, symmetric=False, **{"granularity": "group", "group_size": 32} | knobs
@@ -806,7 +809,8 @@ def test_overrides_replace_one_part():
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_static_range_is_the_calibrated_one(symmetric):
-    """Values quantized on the grid of the range seen, whatever they are themselves; beyond it they are clamped."""
+    """Values quantized on the grid of the range seen, whatever they are themselves; beyond it they
+    are clamped."""
     static = Integer(
         bits=8, granularity="tensor", symmetric=symmetric, role="activation", range="static"
     )

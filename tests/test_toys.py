@@ -146,7 +146,8 @@ def test_a_transform_passes_the_gate_and_a_solver_quantizes(run):
 
 
 def test_what_is_parametrised_over_options_meets_the_toys(python):
-    """Composes, builds; keeps to the arithmetic of formats; with every solver; before every format."""
+    """Composes, builds; keeps to the arithmetic of formats; with every solver; before every
+    format."""
     files = [f"tests/test_{name}.py" for name in ("configs", "formats", "pipeline", "matrix")]
     got = python("-m", "pytest", "-p", "no:cacheprovider", *files, "-k", "toy")
     assert got.returncode == 0, got.stdout

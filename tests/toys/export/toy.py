@@ -1,4 +1,5 @@
-"""A dense checkpoint: quantized weights as the floats they stand for, which plain transformers loads."""
+"""A dense checkpoint: quantized weights as the floats they stand for, which plain transformers
+loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""W <- Q(c W): round to nearest what was shrunk a little, with the scales of the weight as it is."""
+"""W <- Q(c W): round to nearest what was shrunk a little, with the scales of the weight as it
+is."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ from harness.tracking.base import RunInfo, Tracker, plain
 
 
 class OneLine(Tracker):
-    """Appends {"run_id", "status", summary ..} to a file. Relative paths are those of the command."""
+    """Appends {"run_id", "status", summary ..} to a file. Relative paths are those of the
+    command."""
 
     def __init__(self, file: str):
         self.file = Path(file)

@@ -1,4 +1,5 @@
-"""x -> x P at each of the four sites, W <- W P, with the permutation P that reverses the features."""
+"""x -> x P at each of the four sites, W <- W P, with the permutation P that reverses the
+features."""
 
 from __future__ import annotations
 
