@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from composed import ROOT, SMALL
@@ -23,7 +25,6 @@ ROOMS = {
     "transform": "transforms",
     "solver": "solvers",
 }
-FORMAT = ["format=toy", "solver=rtn"]
 LOAD = """
 import sys, torch, harness
 model, tokenizer = harness.load(sys.argv[1])
@@ -53,8 +54,8 @@ def copy(tmp_path_factory):
 
 
 @pytest.fixture
-def python(copy, tmp_path):
-    """A command of Python that imports the copy, run in it; results lie under tmp_path."""
+def python(copy):
+    """Runs Python in the copy, which is what it imports: arguments -> CompletedProcess."""
     env = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy)}
 
     def command(*arguments):
@@ -66,36 +67,48 @@ def python(copy, tmp_path):
     return command
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a command of run.py ended; where there is no run, no metrics and no folder of one."""
+
+    status: int
+    told: str
+    metrics: dict
+    folder: Path | None
+
+
 @pytest.fixture
 def run(python, tmp_path):
-    """A run on the tiny model: its outcome, with .metrics and .path where it was computed."""
+    """Runs run.py on the tiny model, once a test: overrides -> Outcome."""
     text = ["data=text", "data.path=text", "data.name=pydoc", "eval.perplexity.corpora=[data]"]
-    exports = f"export.path={tmp_path / 'exports'}"
+    root = f"run_root={tmp_path / 'runs'}"
 
     def command(*overrides):
-        place = [exports] if any(word.startswith("export=") for word in overrides) else []
-        root = f"run_root={tmp_path / 'runs'}"
-        got = python("run.py", *SMALL, *text, root, *place, *overrides)
-        stored = list((tmp_path / "runs").glob("[!_]*/metrics.json"))
-        if stored:
-            (got.metrics,) = (json.loads(path.read_text()) for path in stored)
-            got.path = stored[0].parent
-        return got
+        got = python("run.py", *SMALL, *text, root, *overrides)
+        stored = next((tmp_path / "runs").glob("[!_]*/metrics.json"), None)
+        metrics = {} if stored is None else json.loads(stored.read_text())
+        return Outcome(got.returncode, got.stderr, metrics, stored and stored.parent)
 
     return command
 
 
-def quantized(metrics, stage="baseline"):
-    """Perplexity as quantized over that of another stage."""
+@pytest.fixture
+def exports(tmp_path):
+    """The setting that has checkpoints lie beside the results."""
+    return f"export.path={tmp_path / 'exports'}"
+
+
+def rise(metrics):
+    """Perplexity as quantized over that of the untouched model."""
     stages = metrics["stages"]
-    return stages["quantized"]["ppl"]["pydoc"] / stages[stage]["ppl"]["pydoc"]
+    return stages["quantized"]["ppl"]["pydoc"] / stages["baseline"]["ppl"]["pydoc"]
 
 
-def test_a_format_runs_is_exported_and_loaded_back(run, python, copy):
-    got = run(*FORMAT, "export=harness")
-    assert got.returncode == 0, got.stderr
-    assert quantized(got.metrics) == pytest.approx(1, rel=0.2)
-    assert quantized(got.metrics) != 1
+def test_a_format_runs_is_exported_and_loaded_back(run, python, copy, exports):
+    got = run("format=toy", "solver=rtn", "export=harness", exports)
+    assert got.status == 0, got.told
+    assert rise(got.metrics) == pytest.approx(1, rel=0.2)
+    assert rise(got.metrics) != 1
     assert got.metrics["bits_per_weight"] == 5  # 4 and a float32 for 32
     exported = got.metrics["export"]
     assert exported["name"] == "tiny-llama-RTN_wpoweroftwo4_g32_apoweroftwo4_kv16_headfp16"
@@ -104,21 +117,27 @@ def test_a_format_runs_is_exported_and_loaded_back(run, python, copy):
     assert loaded.stdout.split() == [str(copy / "harness" / "__init__.py"), "PowerOfTwo"]
 
 
-@pytest.mark.parametrize("part", ["weight", "act"])
-def test_a_layout_refuses_a_format_that_it_does_not_know(run, tmp_path, part):
-    other = {"weight": "act", "act": "weight"}[part]
-    off = [f"format.{other}.bits=16", *(["solver=none"] if part == "act" else [])]
-    got = run(*FORMAT, *off, "export=compressed_tensors")
-    assert got.returncode == 2, got.stderr
-    assert len(got.stderr.strip().splitlines()) == 1, got.stderr
+@pytest.mark.parametrize(
+    ("part", "off"),
+    [
+        ("weight", ["format.act.bits=16", "solver=rtn"]),
+        ("act", ["format.weight.bits=16", "solver=none"]),
+    ],
+    ids=["weight", "act"],
+)
+def test_a_layout_refuses_a_format_that_it_does_not_know(run, tmp_path, exports, part, off):
+    got = run("format=toy", *off, "export=compressed_tensors", exports)
+    assert got.status == 2, got.told
+    assert len(got.told.strip().splitlines()) == 1, got.told
     for word in (f"format.{part}", "PowerOfTwo", "export=compressed_tensors", "export=harness"):
-        assert word in got.stderr
+        assert word in got.told
     assert list(tmp_path.iterdir()) == [], "before any weight"
 
 
-def test_an_exporter_writes_a_checkpoint_with_a_setting_of_its_own(run):
-    got = run("format=int4", "format.act.bits=16", "solver=rtn", "export=toy", "export.half=true")
-    assert got.returncode == 0, got.stderr
+def test_an_exporter_writes_a_checkpoint_with_a_setting_of_its_own(run, exports):
+    weights = ["format=int4", "format.act.bits=16", "solver=rtn"]
+    got = run(*weights, "export=toy", "export.half=true", exports)
+    assert got.status == 0, got.told
     exported = got.metrics["export"]
     assert exported["name"] == "tiny-llama-RTN_w4_g64_a16_kv16_headfp16"
     assert exported["weights"] == 14, "every weight was compared with what is loaded"
@@ -129,25 +148,24 @@ def test_an_exporter_writes_a_checkpoint_with_a_setting_of_its_own(run):
 def test_a_tracker_is_told_the_summary_beside_the_local_files(run, tmp_path):
     told = tmp_path / "told.jsonl"
     got = run("format=none", "solver=none", "tracking=toy", f"tracking.file={told}")
-    assert got.returncode == 0, got.stderr
+    assert got.status == 0, got.told
     summary = json.loads(told.read_text())
     assert summary["run_id"] == got.metrics["run_id"]
     assert summary["ppl/baseline/pydoc"] == got.metrics["stages"]["baseline"]["ppl"]["pydoc"]
-    local = json.loads((got.path / "tracking" / "summary.json").read_text())
+    local = json.loads((got.folder / "tracking" / "summary.json").read_text())
     assert local.items() <= summary.items()
 
 
 def test_a_transform_passes_the_gate_and_a_solver_quantizes(run):
     got = run("format=nvfp4", "transform=toy", "solver=toy", "solver.factor=0.98")
-    assert got.returncode == 0, got.stderr
+    assert got.status == 0, got.told
     assert got.metrics["notes"]["gate"]["max"] < 1e-4
-    assert quantized(got.metrics) == pytest.approx(1, rel=0.2)
+    assert rise(got.metrics) == pytest.approx(1, rel=0.2)
     assert {layer["factor"] for layer in got.metrics["layers"]} == {0.98}
 
 
 def test_what_is_parametrised_over_options_meets_the_toys(python):
-    """Composes, builds; keeps to the arithmetic of formats; with every solver; before every
-    format."""
+    """They compose and build, keep to the arithmetic of formats, and meet every other option."""
     files = [f"tests/test_{name}.py" for name in ("configs", "formats", "pipeline", "matrix")]
     got = python("-m", "pytest", "-p", "no:cacheprovider", *files, "-k", "toy")
     assert got.returncode == 0, got.stdout
