@@ -1,11 +1,12 @@
-"""Speed and memory as ratios measured in one run: `make bench`, or one part with `make bench ARGS=evaluation`.
+"""Speed and memory as ratios measured in one run: `make bench`.
 
-Parts: evaluation (NVFP4 W4A4 forward against the float32 forward of the same windows, pair by pair), gptq (CPU seconds of
-each part of quantizing against what that part cannot do without, measured beside it), memory (peak resident memory of
-quantizing against the parts it has to hold), large (the same for a model whose blocks stay on disk), learning (a step of a
-transform that learns end to end against a plain forward and backward with weight gradients), adascale (an iteration against
-training the block's own weights), online (what the parts that stay online add to the NVFP4 forward). Nothing else should run on
-the machine.
+One part alone: `make bench ARGS=evaluation`. Parts: evaluation (NVFP4 W4A4 forward against the
+float32 forward of the same windows, pair by pair), gptq (CPU seconds of each part of quantizing
+against what that part cannot do without, measured beside it), memory (peak resident memory of
+quantizing against the parts it has to hold), large (the same for a model whose blocks stay on
+disk), learning (a step of a transform that learns end to end against a plain forward and backward
+with weight gradients), adascale (an iteration against training the block's own weights), online
+(what the parts that stay online add to the NVFP4 forward). Nothing else should run on the machine.
 """
 
 import argparse

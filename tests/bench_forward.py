@@ -45,7 +45,8 @@ def evaluation() -> None:
 
 
 def subject_of(model, ids) -> tuple[StreamedModel, ModelShape]:
-    """The model ready for a residual transform, and what the transforms know of it. NVFP4 activations."""
+    """The model ready for a residual transform, and what the transforms know of it. NVFP4
+    activations."""
     adapter = Adapter(model)
     swap(adapter)
     fuse_norms(adapter)
@@ -56,8 +57,8 @@ def subject_of(model, ids) -> tuple[StreamedModel, ModelShape]:
 
 
 def learning() -> None:
-    """Seconds of one distillation step, codecs and optimizer included and the teacher's forward not, against forward and
-    backward of the same tokens."""
+    """Seconds of one distillation step, codecs and optimizer included and the teacher's forward
+    not, against forward and backward of the same tokens."""
     torch.set_num_threads(1)
     model, tokens = load()
     subject, context = subject_of(model, windows(tokens["calibration"], 512, 4))
@@ -116,7 +117,8 @@ def learning() -> None:
 
 @torch.no_grad()
 def online() -> None:
-    """CPU seconds of the NVFP4 W4A4 forward with online codecs over those without. The weights' values do not matter."""
+    """CPU seconds of the NVFP4 W4A4 forward with online codecs over those without. The weights'
+    values do not matter."""
     torch.set_num_threads(1)
     model, tokens = load()
     cut = windows(tokens["evaluation"], EVALUATION[1], 2)

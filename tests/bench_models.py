@@ -1,4 +1,5 @@
-"""What the parts of the bench share: the embedded model with its text, quantizing it, and printing a figure."""
+"""What the parts of the bench share: the embedded model with its text, quantizing it, and printing
+a figure."""
 
 from __future__ import annotations
 

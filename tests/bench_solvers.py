@@ -1,4 +1,5 @@
-"""Bench parts around the solvers: where GPTQ's time goes, an iteration of AdaScale, memory of small and of large models."""
+"""Bench parts around the solvers: where GPTQ's time goes, an iteration of AdaScale, memory of small
+and of large models."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ from harness.solvers.minmax import minmax
 
 @torch.no_grad()
 def gptq() -> None:
-    """CPU seconds of each part of GPTQ on the embedded model, beside what that part cannot do without."""
+    """CPU seconds of each part of GPTQ on the embedded model, beside what that part cannot do
+    without."""
     torch.set_num_threads(1)
     model, tokens = load()
     calibration = windows(tokens["calibration"], CALIBRATION[1], CALIBRATION[0])
@@ -132,7 +134,8 @@ def bare_updates(u: torch.Tensor, w: torch.Tensor, block: int = 32) -> None:
 
 
 def adascale() -> None:
-    """CPU seconds of one AdaScale iteration of a block against forward, backward and Adam of its own weights."""
+    """CPU seconds of one AdaScale iteration of a block against forward, backward and Adam of its
+    own weights."""
     torch.set_num_threads(1)
     model, tokens = load()
     adapter = Adapter(model)
@@ -185,7 +188,8 @@ def memory() -> None:
         model, _ = load()
         model.save_pretrained(folder)
         del model
-        # the allocator as a user finds it: one told to keep everything would only show how much it kept
+        # the allocator as a user finds it: one told to keep everything would only show how much it
+        # kept
         env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
         line = [sys.executable, __file__, "_peak", folder]
         output = subprocess.run(line, check=True, capture_output=True, text=True, env=env).stdout
@@ -258,7 +262,8 @@ SEVEN = LARGE | {
 
 
 def large() -> None:
-    """Peak memory of a whole run, GPTQ with 8 windows of 512 tokens, on a random 1.1 B model whose blocks stay on disk."""
+    """Peak memory of a whole run, GPTQ with 8 windows of 512 tokens, on a random 1.1 B model whose
+    blocks stay on disk."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, __file__, "_make", folder], check=True)
         root = Path(__file__).parent.parent
@@ -301,9 +306,9 @@ def large() -> None:
 
 
 def held(facts: dict, windows: int = 8, length: int = 512) -> float:
-    """MB of bf16 embedding, head and one block twice (read, changed), activations and, for the widest site, six float32 squares
-    (H, its damped copy before and after ordering, the factor, its inverse, that in order) and the stacked weights three times
-    in float32; 450 MB of libraries."""
+    """MB of bf16 embedding, head and one block twice (read, changed), activations and, for the
+    widest site, six float32 squares (H, its damped copy before and after ordering, the factor, its
+    inverse, that in order) and the stacked weights three times in float32; 450 MB of libraries."""
     hidden, wide = facts["hidden_size"], facts["intermediate_size"]
     heads = hidden // facts["num_attention_heads"] * facts["num_key_value_heads"]
     block = 2 * (2 * hidden * hidden + 2 * hidden * heads + 3 * hidden * wide)

@@ -46,8 +46,8 @@ def composed(*overrides: str):
 
 
 def small(tmp_path, *overrides: str):
-    """A run on the tiny model that takes less than a second, with its results under tmp_path. Its corpus is the beginning of
-    pydoc: tokenizing all of that takes longer than the run."""
+    """A run on the tiny model that takes less than a second, with its results under tmp_path. Its
+    corpus is the beginning of pydoc: tokenizing all of that takes longer than the run."""
     text = []
     if not any(override.startswith("data=") for override in overrides):
         folder = tmp_path / "text"

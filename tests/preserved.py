@@ -1,4 +1,5 @@
-"""A tiny float64 model whose norms keep their dtype, so that what should be exact can be held to 1e-10."""
+"""A tiny float64 model whose norms keep their dtype, so that what should be exact can be held to
+1e-10."""
 
 import inspect
 
@@ -21,7 +22,8 @@ CACHE = next(
 
 
 class Norm(nn.Module):
-    """RMSNorm in the dtype of its input; transformers' own computes in float32 whatever the model is."""
+    """RMSNorm in the dtype of its input; transformers' own computes in float32 whatever the model
+    is."""
 
     def __init__(self, weight: torch.Tensor, eps: float):
         super().__init__()

@@ -74,7 +74,8 @@ def test_iteration_zero_is_minmax_bit_for_bit(name):
 
 
 def test_the_grid_is_aimets():
-    """delta = (max - min) / 15 of the stored range [-8 delta, 7 delta], positive and negative extremes scaled separately."""
+    """delta = (max - min) / 15 of the stored range [-8 delta, 7 delta], positive and negative
+    extremes scaled separately."""
     weight = draw(20, 64)
     scale = (
         MinMax()
@@ -89,7 +90,8 @@ def test_the_grid_is_aimets():
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("shape", [(48, 64), (16, 32, 2, 2)], ids=["linear", "conv"])
 def test_folded_equals_trained(name, shape):
-    """The frozen Delta on W~ gives, in every bit, the weight the last forward used; s4 exists for convolutions only."""
+    """The frozen Delta on W~ gives, in every bit, the weight the last forward used; s4 exists for
+    convolutions only."""
     learned = rounding(name, draw(*shape))
     assert (learned.s4 is not None) == (len(shape) == 4)
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""format=auto: the program finds the best choice, the sensitivities are output errors, and a run stays in its budget."""
+"""format=auto: the program finds the best choice, the sensitivities are output errors, and a run
+stays in its budget."""
 
 import itertools
 

@@ -59,7 +59,8 @@ def close(a: torch.Tensor, b: torch.Tensor, bound: float) -> None:
 
 @torch.no_grad()
 def plant_key_outliers(adapter: Adapter, factor: float = 30.0) -> None:
-    """One pair of key channels a head grows and the queries' own pair shrinks: RoPE turns the pair, so q k^T stays."""
+    """One pair of key channels a head grows and the queries' own pair shrinks: RoPE turns the pair,
+    so q k^T stays."""
     half = order(adapter) // 2
     for block in adapter.blocks:
         for linear, by in ((block.self_attn.k_proj, factor), (block.self_attn.q_proj, 1 / factor)):

@@ -1,4 +1,5 @@
-"""The transforms that act on each site by itself: encoder and decoder undo each other, and weights absorb the decoder."""
+"""The transforms that act on each site by itself: encoder and decoder undo each other, and weights
+absorb the decoder."""
 
 import math
 from itertools import product
@@ -93,7 +94,8 @@ def close(a, b, bound=1e-8):
     ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())),
 )
 def test_exact(name, settings):
-    """x E D = x, (y D) W^T = y (W D^T)^T, (x E)(W D^T)^T = x W^T, for one and two leading dimensions."""
+    """x E D = x, (y D) W^T = y (W D^T)^T, (x E)(W D^T)^T = x W^T, for one and two leading
+    dimensions."""
     subject = transform(name, **settings)
     assert subject.exact and not (subject.residual or subject.learned or subject.free_decoder)
     assert subject.check(context()) == []

@@ -1,4 +1,5 @@
-"""The project's own checkpoint: what is loaded back is the evaluated model, in every bit; a file that changed is refused."""
+"""The project's own checkpoint: what is loaded back is the evaluated model, in every bit; a file
+that changed is refused."""
 
 import json
 from dataclasses import replace
@@ -278,7 +279,8 @@ def test_a_checkpoint_as_the_model_of_a_run(snapshots, tmp_path):
 
 
 def test_a_checkpoint_of_a_checkpoint_is_the_same(snapshots, tmp_path):
-    """Written again from the loaded model, with what the record says, nothing is lost on the way."""
+    """Written again from the loaded model, with what the record says, nothing is lost on the
+    way."""
     snapshot, folder = snapshots("static")
     model, _ = harness.load(folder)
     again = written(replace(snapshot, adapter=Adapter(model)), tmp_path / "again")

@@ -1,4 +1,5 @@
-"""The command line as a person meets it: exit statuses, messages without tracebacks, sweeps, interruption by kill -9."""
+"""The command line as a person meets it: exit statuses, messages without tracebacks, sweeps,
+interruption by kill -9."""
 
 import json
 import os
@@ -193,7 +194,8 @@ def test_kill_minus_nine_loses_nothing(tmp_path):
 def test_help_needs_no_torch(tmp_path):
     call = f"runpy.run_path({str(ROOT / 'run.py')!r}, run_name='__main__')"
     code = f"import sys, runpy; sys.argv = ['run.py', '--cfg', 'job']; {call}"
-    probe = f"try:\n  {code}\nexcept SystemExit: pass\nassert not {{'torch', 'transformers'}} & set(sys.modules)"
+    loaded = "{'torch', 'transformers'} & set(sys.modules)"
+    probe = f"try:\n  {code}\nexcept SystemExit: pass\nassert not {loaded}"
     got = subprocess.run(
         [sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True
     )

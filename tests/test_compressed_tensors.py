@@ -1,5 +1,5 @@
-"""The compressed-tensors checkpoint: plain transformers, in a process of its own, gets what was evaluated; what the layout
-cannot hold is refused with both fields and a way out."""
+"""The compressed-tensors checkpoint: plain transformers, in a process of its own, gets what was
+evaluated; what the layout cannot hold is refused with both fields and a way out."""
 
 import json
 import os
@@ -64,7 +64,8 @@ def weight(bits=4, granularity="channel", **knobs) -> Integer:
 
 
 def token(bits=8, **knobs) -> Integer:
-    """Asymmetric, a scale a token, in the dtype and the very order of compressed-tensors, so that no tie falls another way."""
+    """Asymmetric, a scale a token, in the dtype and the very order of compressed-tensors, so that
+    no tie falls another way."""
     order = {"symmetric": False, "incl0": "always", **SERVED}
     return Integer(bits=bits, granularity="token", role="activation", **order | knobs)
 
@@ -159,8 +160,13 @@ for folder, (ids, evaluated) in asked.items():
     with torch.no_grad():
         served = model(ids).logits
         weights = dict(model.named_parameters(remove_duplicate=False))
-        differ = [n for n, w in evaluated.items() if weights[n].dtype != torch.bfloat16 or not torch.equal(weights[n], w)]
-        torch.nn.Module.float(model)  # the same quantizers without the rounding of bfloat16 around them
+        differ = [
+            n
+            for n, w in evaluated.items()
+            if weights[n].dtype != torch.bfloat16 or not torch.equal(weights[n], w)
+        ]
+        # the same quantizers without the rounding of bfloat16 around them
+        torch.nn.Module.float(model)
         found[folder] = differ, served, model(ids).logits
 assert "harness" not in sys.modules
 torch.save(found, sys.argv[2])
@@ -169,7 +175,8 @@ torch.save(found, sys.argv[2])
 
 @dataclass
 class Made:
-    """A written checkpoint, its snapshot, and the evaluated logits: of float32 weights, and of the same rounded to bfloat16."""
+    """A written checkpoint, its snapshot, and the evaluated logits: of float32 weights, and of the
+    same rounded to bfloat16."""
 
     folder: object
     snapshot: Snapshot
@@ -191,7 +198,8 @@ def logits(model) -> torch.Tensor:
 
 
 def make(folder, family: str, scheme: Scheme, rotate: bool, dtype=torch.float32) -> Made:
-    """Quantize the tiny model to nearest, with or without what merges of QuaRot, and write the checkpoint."""
+    """Quantize the tiny model to nearest, with or without what merges of QuaRot, and write the
+    checkpoint."""
     model, tokenizer = Tiny(family=family).load()
     for parameter in model.parameters():  # the rotary table stays float32
         parameter.data = parameter.data.to(dtype)
@@ -386,7 +394,8 @@ def test_every_block_scale_and_every_element_is_held(element):
 
 
 def test_fouroversix_decodes_to_its_values_or_is_refused():
-    """Its own decoding rounds otherwise; what bfloat16 weights decode to often lies on a tie, which then falls either way."""
+    """Its own decoding rounds otherwise; what bfloat16 weights decode to often lies on a tie, which
+    then falls either way."""
     held = {torch.float32: 0, torch.bfloat16: 0}
     for dtype in held:
         for seed in range(40):
@@ -504,7 +513,8 @@ def test_a_cache_that_nothing_would_quantize_is_refused(tmp_path, monkeypatch):
 
 
 def activations(dtype: torch.dtype) -> torch.Tensor:
-    """[2, 96, 64]: tokens of both signs, of one, all zero, tiny, with an outlier, and on the ties of 8-bit codes."""
+    """[2, 96, 64]: tokens of both signs, of one, all zero, tiny, with an outlier, and on the ties
+    of 8-bit codes."""
     x = torch.randn(2, 96, 64, generator=torch.Generator().manual_seed(5))
     x[:, 8:16].abs_()
     x[:, 16:24].abs_().neg_()
@@ -568,7 +578,8 @@ def test_keys_and_values_are_evaluated_as_they_are_served(group, dtype):
 
 
 def test_a_static_scale_is_that_of_the_evaluation():
-    """Computed in the activations' dtype from the range seen, and stored; transformers reads it in the dtype it computes in."""
+    """Computed in the activations' dtype from the range seen, and stored; transformers reads it in
+    the dtype it computes in."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = activations(dtype)
         seen = STATIC.calibrated(*torch.aminmax(x))

@@ -18,7 +18,7 @@ def folder(path, **texts):
     return TextFolder(str(path))
 
 
-# --- corpora -----------------------------------------------------------------------------------------------------------
+# corpora
 
 
 def test_pydoc_parts_are_the_whole_text_cut_once_between_topics():
@@ -33,7 +33,8 @@ def test_pydoc_parts_are_the_whole_text_cut_once_between_topics():
 
 def test_pydoc_is_long_enough_for_the_default_windows():
     corpus = Pydoc()
-    # 16,384 tokens each are the defaults; five characters a token is more than any usual tokenizer takes on this text
+    # 16,384 tokens each are the defaults; five characters a token is more than any usual tokenizer
+    # takes on this text
     assert min(len(corpus.text(part)) for part in ("calibration", "evaluation")) > 5 * 16_384
 
 
@@ -171,16 +172,19 @@ def test_the_sources_of_the_library_are_there_whole():
 
 def test_fingerprints_need_no_torch():
     code = (
-        "import sys; from harness.calibration.corpus import HubText; from harness.calibration.shipped import Pydoc; "
+        "import sys; "
+        "from harness.calibration.corpus import HubText; "
+        "from harness.calibration.shipped import Pydoc; "
         "from harness.models.hub import Hub; "
-        "from harness.models.tiny import Tiny; Pydoc().fingerprint('evaluation'), Tiny().fingerprint(); "
+        "from harness.models.tiny import Tiny; "
+        "Pydoc().fingerprint('evaluation'), Tiny().fingerprint(); "
         "HubText('a/b', 'c', 'test').fingerprint('evaluation'), Hub(path='a/b').fingerprint(); "
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-# --- windows -----------------------------------------------------------------------------------------------------------
+# windows
 
 
 def test_first_windows_lie_side_by_side_and_the_tail_is_dropped():

@@ -1,4 +1,5 @@
-"""What a run logs while it learns: a point a step in the tracker's files, in families with steps of their own."""
+"""What a run logs while it learns: a point a step in the tracker's files, in families with steps of
+their own."""
 
 import json
 import math

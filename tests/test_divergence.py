@@ -109,7 +109,8 @@ def test_a_run_keeps_them_all(tmp_path):
 
 
 def test_block_error_is_that_of_the_quantized_block(tmp_path):
-    """With 8-bit weights and activations the output moves far less than with 4 bits, and not at all without either."""
+    """With 8-bit weights and activations the output moves far less than with 4 bits, and not at all
+    without either."""
     errors = {}
     for bits in (4, 8):
         cfg, choices = small(

@@ -1,4 +1,5 @@
-"""Exports as a run makes them: named, described, loaded back, compared; and nothing half-written left behind."""
+"""Exports as a run makes them: named, described, loaded back, compared; and nothing half-written
+left behind."""
 
 import json
 import os
@@ -119,7 +120,8 @@ SERVED = {
 
 @pytest.mark.parametrize("format", SERVED)
 def test_what_is_evaluated_in_bfloat16_is_what_is_served(tmp_path, format):
-    """The formats take the rules of whoever loads the file, options named in overrides and candidates too."""
+    """The formats take the rules of whoever loads the file, options named in overrides and
+    candidates too."""
     chosen = [f"format={format.split()[-1]}", *SERVED[format]]
     outcome = run(tmp_path, "export=compressed_tensors", "model.dtype=bfloat16", *chosen)
     assert outcome.status == "done", outcome.error
@@ -159,7 +161,8 @@ def half(tmp_path_factory):
 
 @pytest.mark.parametrize("case", FLOAT16)
 def test_a_float16_model_comes_back(tmp_path, half, case):
-    """Integers in float16, bit for bit; NVFP4 and MX in bfloat16, in which transformers unpacks them, after one rounding."""
+    """Integers in float16, bit for bit; NVFP4 and MX in bfloat16, in which transformers unpacks
+    them, after one rounding."""
     settings, dtype = FLOAT16[case]
     format = next(word for word in reversed(case.split()) if word != "weights")
     outcome = run(
@@ -175,7 +178,8 @@ def test_a_float16_model_comes_back(tmp_path, half, case):
     assert folder.name.startswith("tiny-half-")
     assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
     with safe_open(folder / "model.safetensors", "pt") as file:
-        floats = {file.get_slice(name).get_dtype() for name in file.keys() if "norm" in name}  # noqa: SIM118
+        norms = [name for name in file.keys() if "norm" in name]  # noqa: SIM118
+        floats = {file.get_slice(name).get_dtype() for name in norms}
     assert floats == {{"float16": "F16", "bfloat16": "BF16"}[dtype]}
     exact = (
         1e-4 if torch.cuda.is_available() else 0
@@ -312,7 +316,8 @@ def test_another_run_never_replaces_a_checkpoint(tmp_path):
 
 @pytest.fixture
 def full_disk():
-    """A switch: once on, no file can grow beyond 300 kB, which the run's own records do not need."""
+    """A switch: once on, no file can grow beyond 300 kB, which the run's own records do not
+    need."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda on: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000 if on else soft, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -340,7 +345,8 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, layout, full_disk):
 
 
 def test_what_does_not_come_back_is_no_checkpoint(tmp_path, monkeypatch):
-    """A layout that loses the last bit of a scale is caught by the gate, and an older checkpoint of that name stays."""
+    """A layout that loses the last bit of a scale is caught by the gate, and an older checkpoint of
+    that name stays."""
     from harness.checkpoints.compressed_tensors import CompressedTensors
 
     good = run(tmp_path, "export=compressed_tensors")

@@ -1,4 +1,5 @@
-"""Names of checkpoints read back, and what metadata and card say of one whose figures are known by hand."""
+"""Names of checkpoints read back, and what metadata and card say of one whose figures are known by
+hand."""
 
 import itertools
 import json
@@ -226,7 +227,8 @@ def test_a_name_fits_into_a_folders(tmp_path):
 
 @pytest.fixture(scope="module")
 def about(tmp_path_factory):
-    """Metadata of a tiny model with two of its linears quantized, in a folder of 1,000 bytes of tensors and 24 of others."""
+    """Metadata of a tiny model with two of its linears quantized, in a folder of 1,000 bytes of
+    tensors and 24 of others."""
     folder = tmp_path_factory.mktemp("checkpoint")
     (folder / "model.safetensors").write_bytes(bytes(1000))
     (folder / "config.json").write_bytes(bytes(24))

@@ -1,4 +1,5 @@
-"""Codecs merged into weights: what must leave the logits alone does, what must not is seen, and live equals merged."""
+"""Codecs merged into weights: what must leave the logits alone does, what must not is seen, and
+live equals merged."""
 
 from contextlib import nullcontext
 from itertools import product
@@ -163,7 +164,8 @@ def test_rotations_keep_logits_of_stock_float32(family, tie):
 
 @every_family
 def test_codecs_chained_at_one_site_keep_logits(family):
-    """A rotated residual stream, a merged codec and an online one, which do not commute, at each site."""
+    """A rotated residual stream, a merged codec and an online one, which do not commute, at each
+    site."""
     adapter, before = prepared(family)
     context = shape_of(adapter)
     scales = {
@@ -192,7 +194,8 @@ def test_online_heads_are_refused_where_no_hadamard_has_that_order(family):
 
 @pytest.mark.parametrize("across", [None, random_orthogonal(4, draw())], ids=["hadamard", "random"])
 def test_online_heads_leave_the_output_of_o_alone(across):
-    """Four query heads on two key/value heads of 12, tokens mixed differently by each; H_12 is not symmetric."""
+    """Four query heads on two key/value heads of 12, tokens mixed differently by each; H_12 is not
+    symmetric."""
     kv, repeat, d, hidden, tokens = 2, 2, 12, 20, 5
     wide = kv * repeat * d
     context = ModelShape(
@@ -240,7 +243,8 @@ def test_online_heads_leave_the_output_of_o_alone(across):
 @pytest.mark.parametrize("mistake", ["fused", "rotated"])
 @every_family
 def test_one_tensor_for_head_and_embedding_breaks_the_model(family, mistake):
-    """Fused: the final norm's weight reaches the embedding. Rotated: what is shared turns once for each of its roles."""
+    """Fused: the final norm's weight reaches the embedding. Rotated: what is shared turns once for
+    each of its roles."""
     adapter, before = prepared(family)
     embedding = part(adapter, adapter.family.embedding)
     if mistake == "fused":
@@ -261,7 +265,8 @@ def test_a_rotation_without_norm_fusion_breaks_the_model(family, tie):
 
 @every_family
 def test_absorbing_the_transpose_is_seen_with_a_paley_matrix_only(family):
-    """A decoder R in place of R^T absorbs as W R^T; a symmetric Sylvester matrix hides that, so R must not be symmetric."""
+    """A decoder R in place of R^T absorbs as W R^T; a symmetric Sylvester matrix hides that, so R
+    must not be symmetric."""
     found = {}
     for n in (12, 64):
         adapter, before = prepared(family)
@@ -286,7 +291,8 @@ def test_forgetting_the_bias_of_v_breaks_the_model():
 
 @every_family
 def test_heads_tiled_instead_of_repeated_break_the_model(family):
-    """A matrix of its own for each key/value head: query head j needs that of j // 3, not of j % 2."""
+    """A matrix of its own for each key/value head: query head j needs that of j // 3, not of j %
+    2."""
     adapter, before = prepared(family)
     context = shape_of(adapter)
     matrices = orthogonal(context.kv_heads, context.head_dim, context.head_dim)
@@ -399,7 +405,8 @@ def test_smoothing_norm_sites_before_norm_fusion_does_nothing(family):
 
 
 def test_principal_axes_diagonalise_what_they_were_fitted_on():
-    """128 tokens at sites of 192 and more: C is rank deficient, and the axes are orthonormal all the same."""
+    """128 tokens at sites of 192 and more: C is rank deficient, and the axes are orthonormal all
+    the same."""
     adapter, _ = prepared("qwen3")
     subject, context = subject_of(adapter), shape_of(adapter)
     where = [*context.widths, "head_in"]
@@ -429,7 +436,8 @@ def test_principal_axes_diagonalise_what_they_were_fitted_on():
 
 
 def codec_matrices(adapter, placement, decoder, make):
-    """Matrices of every name and shape of an AdaCodec, made from the identity it would begin with."""
+    """Matrices of every name and shape of an AdaCodec, made from the identity it would begin
+    with."""
     codec = transform("adacodec", placement=placement, decoder=decoder, block_size=16)
     return make(codec.start(shape_of(adapter), StreamedModel(adapter, token_ids())))
 
@@ -481,7 +489,8 @@ def test_live_equals_merged_with_quantizers_on(family, act, case):
 
 @every_family
 def test_the_gradient_through_fold_is_that_of_the_live_forward(family):
-    """At matrices that are not orthogonal, where the loss does depend on them in every direction."""
+    """At matrices that are not orthogonal, where the loss does depend on them in every
+    direction."""
     adapter = exact_model(family)
     fuse_norms(adapter)
     context = shape_of(adapter)

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from composed import ROOT
 
+from harness.config.build import build, option
 from harness.config.errors import ConfigError, DataError
 from harness.formats import (
     E2M1,
@@ -16,6 +18,7 @@ from harness.formats import (
     MSE,
     MX,
     NVFP4,
+    Format,
     FourOverSix,
     Integer,
     KVCache,
@@ -77,6 +80,11 @@ FORMATS = {
     "mxfp8_e4m3": MX(element="e4m3", bits=8, mx_scale="even", mx_even_mbits=1),
     "mxfp8_e5m2": MX(element="e5m2", bits=8),
 }
+# What else conf/format builds: a format that is only there is held to the same arithmetic.
+for path in sorted((ROOT / "conf" / "format").glob("*.yaml")):
+    weight = build(option("format", path.stem)["weight"], "format.weight", Format)
+    if weight is not None and all(type(weight) is not type(own) for own in FORMATS.values()):
+        FORMATS[path.stem] = weight
 BLOCK_MX = (
     "mxfp4",
     "mxfp4_even",
@@ -158,7 +166,8 @@ def test_fake_is_quantize_then_dequantize(format, dtype, shape):
 
 
 def extremes(dtype):
-    """{name: [4, 96]} of values at the ends of a dtype: none, subnormal, tiny, great, and all of them side by side."""
+    """{name: [4, 96]} of values at the ends of a dtype: none, subnormal, tiny, great, and all of
+    them side by side."""
     info, noise = torch.finfo(dtype), data(4, 96)
     least = info.smallest_normal * info.eps
     rows = {
@@ -193,7 +202,8 @@ def test_fake_is_quantize_then_dequantize_at_the_ends_of_a_dtype(name, dtype):
 
 @named(*BLOCK_MX)
 def test_mx_elements_in_float32_are_those_in_bfloat16(format):
-    """Powers of two: every quotient and product is as exact in the model's own dtype, as serving engines compute it."""
+    """Powers of two: every quotient and product is as exact in the model's own dtype, as serving
+    engines compute it."""
     for x in (*extremes(torch.bfloat16).values(), data(64, 96, dtype=torch.bfloat16)):
         blocks, (scale,) = blocks_of(format, x), format.lattice(format.scales(x), torch.bfloat16)
         own = format.grid.round_(blocks / scale.unsqueeze(-1), format.fp4_ties) * scale.unsqueeze(
@@ -392,7 +402,8 @@ def test_asymmetric_groups_far_from_zero_keep_their_resolution():
 )
 @pytest.mark.parametrize("bits", [4, 8])
 def test_zero_points_that_are_codes_keep_groups_on_one_side_of_zero(bits, knobs, side):
-    """Zero lies in the range of each group, so no code is lost to a zero point that had to be clamped."""
+    """Zero lies in the range of each group, so no code is lost to a zero point that had to be
+    clamped."""
     x = side + data(16, 64) / 500
     format = Integer(
         bits=bits, symmetric=False, **{"granularity": "group", "group_size": 32} | knobs
@@ -798,7 +809,8 @@ def test_overrides_replace_one_part():
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_static_range_is_the_calibrated_one(symmetric):
-    """Values quantized on the grid of the range seen, whatever they are themselves; beyond it they are clamped."""
+    """Values quantized on the grid of the range seen, whatever they are themselves; beyond it they
+    are clamped."""
     static = Integer(
         bits=8, granularity="tensor", symmetric=symmetric, role="activation", range="static"
     )

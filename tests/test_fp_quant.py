@@ -1,5 +1,6 @@
-"""FP-Quant's checkpoint: its own package takes what is written, and its kernels, interpreted, compute what was evaluated; what
-the layout cannot hold is refused with both fields and a way out."""
+"""FP-Quant's checkpoint: its own package takes what is written, and its kernels, interpreted,
+compute what was evaluated; what the layout cannot hold is refused with both fields and a way
+out."""
 
 import json
 import os
@@ -58,7 +59,8 @@ CASES = {  # family, formats, transform, pseudo
         True,
     ),
 }
-# On a CPU: the environment is not asked for, qutlass is never called, and nothing is timed to choose a block size.
+# On a CPU: the environment is not asked for, qutlass is never called, and nothing is timed to
+# choose a block size.
 LOADER = """
 import sys
 import torch
@@ -74,19 +76,27 @@ for kernel in (mxfp4_forward_kernel, nvfp4_forward_kernel):
     kernel.configs = kernel.configs[:1]
 asked, found = torch.load(sys.argv[1]), {}
 for folder, pseudo in asked["folders"].items():
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=pseudo)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, ignore_mismatched_sizes=pseudo
+    )
     taken = {n: t for n, t in model.state_dict().items() if t.numel()}
     served = torch.nn.Module.float(model)(asked["ids"]).logits.detach() if pseudo else None
-    found[folder] = taken, {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}, served
-matrices = {kind: getattr(linear, f"get_{kind}_matrix")(64, torch.bfloat16, "cpu") for kind in ("hadamard", "identity", "gsr")}
+    odd = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    found[folder] = taken, odd, served
+matrices = {
+    kind: getattr(linear, f"get_{kind}_matrix")(64, torch.bfloat16, "cpu")
+    for kind in ("hadamard", "identity", "gsr")
+}
 block = matrices["hadamard"].float()
-torch.save((found, matrices, nvfp4_forward_kernel_wrapper(asked["x"], block, torch.tensor([8.0]))), sys.argv[2])
+rounded = nvfp4_forward_kernel_wrapper(asked["x"], block, torch.tensor([8.0]))
+torch.save((found, matrices, rounded), sys.argv[2])
 """
 
 
 @dataclass
 class Made:
-    """A written checkpoint, its snapshot, and the logits of the evaluated model with every weight as bfloat16 holds it."""
+    """A written checkpoint, its snapshot, and the logits of the evaluated model with every weight
+    as bfloat16 holds it."""
 
     exporter: FPQuant
     folder: object
@@ -132,7 +142,8 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(checkpoints, tmp_path_factory):
-    """(what transformers and fp_quant made of every folder, its matrices, its NVFP4 of x), from a process of its own."""
+    """(what transformers and fp_quant made of every folder, its matrices, its NVFP4 of x), from a
+    process of its own."""
     for package in ("triton", "fp_quant"):
         if find_spec(package) is None:
             pytest.skip(f"needs {package}, whose code reads the files")
@@ -191,9 +202,10 @@ def test_the_config_is_one_that_transformers_takes(checkpoints):
 
 @pytest.mark.parametrize("case", CASES)
 def test_fp_quant_takes_every_entry_as_it_is(checkpoints, reference, case):
-    """No entry is missing, none is cast or reshaped; emulated MXFP4 gives the evaluated logits. transformers takes the scales
-    that a pseudo file lacks to be of a wrong size. The interpreter rounds E4M3 scales up to a power of two wrongly, so NVFP4 is
-    compared below, without such blocks."""
+    """No entry is missing, none is cast or reshaped; emulated MXFP4 gives the evaluated logits.
+    transformers takes the scales that a pseudo file lacks to be of a wrong size. The interpreter
+    rounds E4M3 scales up to a power of two wrongly, so NVFP4 is compared below, without such
+    blocks."""
     made, (found, matrices, _) = checkpoints[case], reference
     taken, wrong, served = found[str(made.folder)]
     about = json.loads((made.folder / "config.json").read_text())["quantization_config"]

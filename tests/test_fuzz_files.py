@@ -1,5 +1,5 @@
-"""Damaged files of others and of the store, drawn by a seed: every one ends in a finished run, or in one readable line with
-nothing written."""
+"""Damaged files of others and of the store, drawn by a seed: every one ends in a finished run, or
+in one readable line with nothing written."""
 
 import json
 import random

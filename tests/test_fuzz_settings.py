@@ -1,7 +1,9 @@
-"""Odd values in every setting of many options: each ends in a finished run, or in one line that names the setting, before
-anything is written. A key that no option has is refused wherever it stands.
+"""Odd values in every setting of many options: each ends in a finished run, or in one line that
+names the setting, before anything is written. A key that no option has is refused wherever it
+stands.
 
-Each choice of options tries a sample of its settings and values, drawn by the choice's name; what passes the checks is run.
+Each choice of options tries a sample of its settings and values, drawn by the choice's name; what
+passes the checks is run.
 """
 
 import random

@@ -1,5 +1,5 @@
-"""What holds a run to the model it says it is of: exact transforms within the model's own noise, the stream against the
-forward."""
+"""What holds a run to the model it says it is of: exact transforms within the model's own noise,
+the stream against the forward."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ def saved(folder, **facts):
     return model.eval(), ["model=hf", f"model.path={folder}"]
 
 
-# --- masks of their own -----------------------------------------------------------------------------------------------------
+# masks of their own
 
 MIXED = {
     "use_sliding_window": True,
@@ -65,11 +65,12 @@ def test_a_run_over_mixed_layers_is_the_same_from_disk(tmp_path):
     assert found[0] == found[1]
 
 
-# --- the stream -------------------------------------------------------------------------------------------------------------
+# the stream
 
 
 def test_a_family_that_does_not_describe_its_model_is_found_out(tmp_path, monkeypatch):
-    """Granite multiplies what a branch adds to the residual stream. Its logits pass any gate, for nothing has changed."""
+    """Granite multiplies what a branch adds to the residual stream. Its logits pass any gate, for
+    nothing has changed."""
     monkeypatch.setitem(FAMILIES, "granite", replace(FAMILIES["llama"], name="granite"))
     multipliers = {
         "residual_multiplier": 0.22,
@@ -90,11 +91,12 @@ def test_declared_families_pass(family, dtype):
     assert stream_gate(adapter, IDS[:1]) < (1e-6 if dtype == "float32" else 0.01)
 
 
-# --- 16 bits ----------------------------------------------------------------------------------------------------------------
+# 16 bits
 
 
 def loud(folder, scale: float = 30.0):
-    """A bfloat16 Qwen2 whose queries and keys are large against the logits' scale, so that their rounding shows."""
+    """A bfloat16 Qwen2 whose queries and keys are large against the logits' scale, so that their
+    rounding shows."""
     model, tokenizer = Tiny(family="qwen2").load()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

@@ -1,8 +1,10 @@
-"""The formats against golden vectors of public reference libraries: tests/golden, or any such folder with --golden DIR.
+"""The formats against golden vectors of public reference libraries: tests/golden, or any such
+folder with --golden DIR.
 
-Each file holds `<case>/x` and `<case>/<reference>/<what>`. A reference is matched to the project's format that must agree with
-it, either in every bit (`exactly`) or, where the reference works in another order of arithmetic, up to ties and the last bit
-of float32 (`nearly`). References this file does not know are skipped by name.
+Each file holds `<case>/x` and `<case>/<reference>/<what>`. A reference is matched to the project's
+format that must agree with it, either in every bit (`exactly`) or, where the reference works in
+another order of arithmetic, up to ties and the last bit of float32 (`nearly`). References this file
+does not know are skipped by name.
 """
 
 import re
@@ -60,7 +62,8 @@ def pytest_generate_tests(metafunc):
 
 def rows(path):
     with safe_open(path, "pt") as f:
-        return sorted({tuple(key.split("/")[:2]) for key in f.keys() if key.count("/") == 2})  # noqa: SIM118
+        keys = [key.split("/") for key in f.keys()]  # noqa: SIM118
+        return sorted({tuple(key[:2]) for key in keys if len(key) == 3})
 
 
 def test_folder_is_there(golden_dir):
@@ -104,12 +107,14 @@ def exactly(got, want, what):
     got, want = got.double(), want.double().reshape(got.shape)
     wrong = (got != want) & ~(got.isnan() & want.isnan())
     assert not wrong.any(), (
-        f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, first {got[wrong][:3]} != {want[wrong][:3]}"
+        f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, "
+        f"first {got[wrong][:3]} != {want[wrong][:3]}"
     )
 
 
 def nearly(x, got, want, what, unlimited=False):
-    """Equal up to the last float32 bit; or x, of bf16 data, lies halfway between the two (0.12 % of the elements)."""
+    """Equal up to the last float32 bit; or x, of bf16 data, lies halfway between the two (0.12 % of
+    the elements)."""
     off = (got - want).abs() > 1e-6 * torch.maximum(got.abs(), want.abs())
     tie = ((x.float() - got).abs() - (want - x.float()).abs()).abs() <= 1e-5 * x.float().abs()
     assert not (off & ~tie).any(), (
@@ -277,8 +282,9 @@ def mx_compressed_tensors(x, golden, element="e2m1"):
 
 
 def mx_torchao(x, golden, rule, element="e2m1"):
-    """Exact; at k = 0 torchao divides by another scale (2^-126, with rceil 1) than it multiplies with. torchao's rceil scale
-    may be one low, where amax / max is within a few ulp above a power of two."""
+    """Exact; at k = 0 torchao divides by another scale (2^-126, with rceil 1) than it multiplies
+    with. torchao's rceil scale may be one low, where amax / max is within a few ulp above a power
+    of two."""
     x, format, theirs = x.float(), mx_format(element, rule), golden["scale"]
     scales = format.scales(x)
     low = scales.scale.int() - theirs.int()
@@ -323,7 +329,8 @@ def mx_modelopt(x, golden):
 
 
 def same_scales(ours, theirs, floors):
-    """Equal E4M3 bytes, except where a reference lifts a scale to one of its floors that we keep or flush."""
+    """Equal E4M3 bytes, except where a reference lifts a scale to one of its floors that we keep or
+    flush."""
     ours, theirs = ours.view(torch.uint8), theirs.view(torch.uint8)
     flushed = NVFP4().scales(torch.zeros(1, 16)).scale.view(torch.uint8)
     lifted = sum(
@@ -333,8 +340,9 @@ def same_scales(ours, theirs, floors):
 
 
 def nvfp4_nearly(x, golden, reference):
-    """torchao never goes below 2^-6, modelopt below 2^-9 (with 1 for zero blocks); fouroversix keeps scales of zero, maps block
-    maxima to 4 in static_4, and does not clamp: where a subnormal scale lets x reach 7, its 8 wraps to zero in four bits."""
+    """torchao never goes below 2^-6, modelopt below 2^-9 (with 1 for zero blocks); fouroversix
+    keeps scales of zero, maps block maxima to 4 in static_4, and does not clamp: where a subnormal
+    scale lets x reach 7, its 8 wraps to zero in four bits."""
     format = NVFP4(global_scale="none") if reference == "torchao_single_level" else NVFP4()
     ours = format.quantize(x.float())
     g = ours.scales.global_scale
@@ -484,27 +492,31 @@ def packed(x, golden, kind):
 REFERENCES = {
     "casts": (
         (
-            r"(?P<reference>torchao|compressed_tensors|ml_dtypes|gfloat|modelopt|fouroversix|torch_clamped|\w+_unclamped)",
+            r"(?P<reference>torchao|compressed_tensors|ml_dtypes|gfloat|modelopt|fouroversix"
+            r"|torch_clamped|\w+_unclamped)",
             cast,
         ),
     ),
     "fouroversix": ((r"fouroversix_(?P<choose>mse|mae|abs_max)", fouroversix),),
     "fpquant": (
         (
-            r"fpquant_(?P<kind>mxfp4|fp4_group\d+|int4_(?:sym|asym)_group\d+)_(?P<observer>minmax|mse)",
+            r"fpquant_(?P<kind>mxfp4|fp4_group\d+|int4_(?:sym|asym)_group\d+)"
+            r"_(?P<observer>minmax|mse)",
             fpquant,
         ),
         (r"fpquant_nvfp4_(?P<observer>minmax|mse)", fpquant_nvfp4),
     ),
     "int_compressed_tensors": (
         (
-            r"compressed_tensors_int(?P<bits>\d)_(?P<kind>sym|asym)_(?P<granularity>group|channel|tensor)(?P<group>\d*)",
+            r"compressed_tensors_int(?P<bits>\d)_(?P<kind>sym|asym)"
+            r"_(?P<granularity>group|channel|tensor)(?P<group>\d*)",
             compressed_tensors_int,
         ),
     ),
     "int_quarot_spinquant": (
         (
-            r"(?:quarot|spinquant)_(?P<part>w|a)_int(?P<bits>\d)_(?P<kind>sym|asym)(?:_clip(?P<clip>[\d.]+))?"
+            r"(?:quarot|spinquant)_(?P<part>w|a)_int(?P<bits>\d)_(?P<kind>sym|asym)"
+            r"(?:_clip(?P<clip>[\d.]+))?"
             r"_(?P<granularity>group|channel|token)(?P<group>\d*)(?P<mse>_mse)?",
             quarot,
         ),

@@ -57,7 +57,8 @@ def loss(problem, solution, h):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("scales", ["static", "dynamic"])
 def test_white_inputs_give_rtn(name, scales):
-    """H = c I: no column can help another, so every code is the rounded one (static: same scales as RTN)."""
+    """H = c I: no column can help another, so every code is the rounded one (static: same scales as
+    RTN)."""
     p = problem(FORMATS[name], 3.0 * torch.eye(N))
     got, want = GPTQ(scales=scales).solve(p), RTN().solve(p)
     for n in p.weights:
@@ -93,7 +94,8 @@ def test_block_size_does_not_matter(name, scales):
 
 
 def textbook(w, h, snap, damp=0.01):
-    """Column by column, with the inverse and the upper Cholesky factor written out as in the paper."""
+    """Column by column, with the inverse and the upper Cholesky factor written out as in the
+    paper."""
     h = h + damp * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
     u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     w, q = w.clone(), torch.empty_like(w)
@@ -135,7 +137,8 @@ def test_agrees_with_the_textbook(name, order):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("options", [{}, {"order": "activation"}, {"scales": "dynamic"}], ids=str)
 def test_result_lies_on_the_grid_of_its_stored_scales(name, options):
-    """T12: quantizing the result again with the stored scales changes no code, and storing it changes no bit."""
+    """T12: quantizing the result again with the stored scales changes no code, and storing it
+    changes no bit."""
     format = FORMATS[name]
     p = problem(format, hessian(inputs()))
     for n, q in GPTQ(**options).solve(p).qtensors.items():
@@ -146,7 +149,8 @@ def test_result_lies_on_the_grid_of_its_stored_scales(name, options):
 
 
 def test_static_reordering_keeps_the_stored_layout():
-    """A permutation of the inputs and of the Hessian permutes the result of order=activation (channel scales)."""
+    """A permutation of the inputs and of the Hessian permutes the result of order=activation
+    (channel scales)."""
     h = hessian(inputs(dtype=torch.float64))
     perm = torch.randperm(N, generator=torch.Generator().manual_seed(5))
     p = problem(FORMATS["int4_channel"], h, dtype=torch.float64)
@@ -203,7 +207,8 @@ def test_fewer_tokens_than_columns(order):
 
 
 def test_more_damping_is_reported():
-    """An indefinite matrix cannot be factored at damp .01; what it took, or the fallback, stands in the report."""
+    """An indefinite matrix cannot be factored at damp .01; what it took, or the fallback, stands in
+    the report."""
     q = torch.linalg.qr(draw(N, N, seed=3, dtype=torch.float64)).Q
     spectrum = torch.ones(N, dtype=torch.float64)
     spectrum[0] = -0.05

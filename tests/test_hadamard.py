@@ -56,7 +56,8 @@ def test_fast_product_equals_dense(n):
 
 
 def test_rows_times_signed_hadamard():
-    """R = diag(sigma) H and not H diag(sigma): the basis vector e_i picks sigma_i times row i of H."""
+    """R = diag(sigma) H and not H diag(sigma): the basis vector e_i picks sigma_i times row i of
+    H."""
     r = randomized(12)
     torch.testing.assert_close(
         r.apply(torch.eye(12, dtype=torch.float64)), r.signs[:, None] * hadamard(12)
@@ -95,7 +96,8 @@ def test_second_construction_is_symmetric(order):
 
 @pytest.mark.parametrize(("order", "both"), [(12, 5), (20, 9), (28, 13), (60, 29)])
 def test_the_first_construction_is_preferred(order, both):
-    """order/2 - 1 = `both` is a prime power, 1 mod 4: the symmetric matrix exists too and is not taken."""
+    """order/2 - 1 = `both` is a prime power, 1 mod 4: the symmetric matrix exists too and is not
+    taken."""
     assert order == 2 * (both + 1) and both % 4 == 1
     assert not torch.equal(paley(order), paley(order).T)
 

@@ -1,5 +1,5 @@
-"""Files of others are data: wherever a mapping may stand in them, one that names a thing to build is planted, and nothing is
-imported, called, written or read outside of the folder."""
+"""Files of others are data: wherever a mapping may stand in them, one that names a thing to build
+is planted, and nothing is imported, called, written or read outside of the folder."""
 
 import json
 import shutil
@@ -67,7 +67,8 @@ def planted(value, path, content):
 
 @pytest.fixture
 def folder(snapshots, tmp_path, monkeypatch):  # noqa: F811
-    """A checkpoint with matrices, activation formats and a cache; a module lies beside it, on the path."""
+    """A checkpoint with matrices, activation formats and a cache; a module lies beside it, on the
+    path."""
     _, whole = snapshots("rotations")
     folder = tmp_path / "checkpoint"
     shutil.copytree(whole, folder)

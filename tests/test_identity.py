@@ -1,4 +1,5 @@
-"""What makes two runs the same run: ids, shared records and kept files follow the numbers, not the names."""
+"""What makes two runs the same run: ids, shared records and kept files follow the numbers, not the
+names."""
 
 import shutil
 from importlib.util import find_spec

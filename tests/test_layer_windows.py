@@ -1,4 +1,5 @@
-"""Errors of layers are measured on a few windows where solving reads no text, and on all where it does."""
+"""Errors of layers are measured on a few windows where solving reads no text, and on all where it
+does."""
 
 import pytest
 from composed import small

@@ -34,7 +34,7 @@ def family(request):
     return request.param
 
 
-# --- tiny models -------------------------------------------------------------------------------------------------------
+# tiny models
 
 
 def test_tiny_has_the_stated_shape_and_runs(family):
@@ -88,7 +88,8 @@ def test_tiny_biases_and_head_norms_matter(family, names):
         kept = [tensor.detach().clone() for tensor in tensors]
         for tensor in tensors:
             torch.nn.init.constant_(tensor, 0.0 if name.endswith("bias") else 1.0)
-        # a bias on the keys shifts every score of a query alike, up to the rotary embedding: small, yet there
+        # a bias on the keys shifts every score of a query alike, up to the rotary embedding: small,
+        # yet there
         assert (logits(model) - before).abs().max() > 1e-3
         for tensor, value in zip(tensors, kept):
             tensor.data.copy_(value)
@@ -117,7 +118,7 @@ def test_byte_tokenizer_gives_back_any_text():
     assert tokenizer("<|eos|>")["input_ids"] == [tokenizer.eos_token_id] == [257]
 
 
-# --- folders -----------------------------------------------------------------------------------------------------------
+# folders
 
 
 def save(source, folder):
@@ -288,7 +289,7 @@ def test_what_the_hub_answers_is_explained(monkeypatch, tmp_path, path, message)
         server.server_close()
 
 
-# --- the two repairs ---------------------------------------------------------------------------------------------------
+# the two repairs
 
 
 def test_untie_separates_head_and_embedding_for_good(family, tmp_path):
@@ -324,7 +325,7 @@ def test_a_weight_that_is_not_finite_is_named(value):
         assert_finite(model)
 
 
-# --- the wheel ---------------------------------------------------------------------------------------------------------
+# the wheel
 
 
 def wheel(**changes):

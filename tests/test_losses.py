@@ -1,4 +1,5 @@
-"""The losses that transforms learn by: the fused divergence against torch's own and against its definition."""
+"""The losses that transforms learn by: the fused divergence against torch's own and against its
+definition."""
 
 import torch
 

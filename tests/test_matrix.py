@@ -1,5 +1,6 @@
-"""Which transforms, formats, solvers and caches compose: every legal pair runs end to end on the tiny model, every other is
-refused before a weight is loaded with both fields and a way out, and what is doubtful is warned of in the result."""
+"""Which transforms, formats, solvers and caches compose: every legal pair runs end to end on the
+tiny model, every other is refused before a weight is loaded with both fields and a way out, and
+what is doubtful is warned of in the result."""
 
 import json
 import math
@@ -213,7 +214,8 @@ def test_saved_matrices_loaded_elsewhere_give_the_same_model(tmp_path, transform
 
 
 def test_what_is_learned_again_invalidates_the_blocks_solved_under_it(tmp_path):
-    """Blocks hold weights in the learned basis: other matrices under the same settings must not meet them."""
+    """Blocks hold weights in the learned basis: other matrices under the same settings must not
+    meet them."""
     first = run(tmp_path, "dartquant")
     (stored,) = (tmp_path / "runs" / "_shared" / "placements").glob("*.safetensors")
     other = run(tmp_path / "other", "dartquant", "seed=1")

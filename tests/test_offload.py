@@ -1,4 +1,5 @@
-"""Models larger than memory: a run whose blocks stay on disk gives the same numbers, and holds one block at a time."""
+"""Models larger than memory: a run whose blocks stay on disk gives the same numbers, and holds one
+block at a time."""
 
 import pytest
 import torch

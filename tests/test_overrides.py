@@ -1,4 +1,5 @@
-"""Mixed precision: which linear gets which format, what is refused, and that a run with it stores and reports what it says."""
+"""Mixed precision: which linear gets which format, what is refused, and that a run with it stores
+and reports what it says."""
 
 import json
 

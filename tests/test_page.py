@@ -18,7 +18,9 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-DRAWN = "return ['scatter', 'heat', 'curves', 'activations'].every(id => document.querySelector(`#${id} .main-svg`))"
+DRAWN = """
+    return ['scatter', 'heat', 'curves', 'activations'].every(
+      id => document.querySelector(`#${id} .main-svg`));"""
 INK = "return getComputedStyle(document.querySelector('#scatter .xtick text')).fill"
 HOSTILE = (
     "Traceback\n  line 3\nValueError: </script><img src=x onerror=\"document.title='owned'\"> & <b>"
@@ -220,7 +222,11 @@ def test_unfinished_and_damaged_runs_are_shown_as_far_as_they_got(tmp_path):
     damaged = store_run(tmp_path, 1)
     put(tmp_path / damaged / "config.yaml", "a: [")
     put(tmp_path / damaged / "outliers.json", "{")
-    again = '{"step": 0, "block/rel_error": 2}\n{"step": 0, "block/rel_error": 1}\n{"step": 1, "block/rel_error": NaN}\n7\n'
+    again = (
+        '{"step": 0, "block/rel_error": 2}\n'
+        '{"step": 0, "block/rel_error": 1}\n'
+        '{"step": 1, "block/rel_error": NaN}\n7\n'
+    )
     put(tmp_path / damaged / "tracking" / "curves.jsonl", again)
     put(tmp_path / "empty" / "status.json", "{}")
     page = write_page(tmp_path, tmp_path / "page.html")
@@ -237,7 +243,8 @@ def test_unfinished_and_damaged_runs_are_shown_as_far_as_they_got(tmp_path):
 def sweep(
     root: Path, count: int = 3, model: str = "zephyr", blocks: int = 30, extra: str = ""
 ) -> list[str]:
-    """Runs of one model, format, transform and solver that only their group size tells apart, with a quantized head."""
+    """Runs of one model, format, transform and solver that only their group size tells apart, with
+    a quantized head."""
     ids = []
     for index in range(count):
         run_id = f"{model}-int4-identity-rtn-{model}{index:04d}"
@@ -357,7 +364,8 @@ def opened(browser, page: Path) -> None:
 
 
 def silent(browser) -> None:
-    """No error on the console, and nothing was asked for but the page itself and what it carries inside."""
+    """No error on the console, and nothing was asked for but the page itself and what it carries
+    inside."""
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = {
@@ -372,7 +380,8 @@ def column(browser, name: str) -> list[str]:
     """The shown texts of a column, marks left out, top to bottom."""
     return browser.execute_script(
         """
-        const titles = [...document.querySelectorAll("#runs thead tr:last-child > *")].map(cell => cell.textContent);
+        const head = [...document.querySelectorAll("#runs thead tr:last-child > *")];
+        const titles = head.map(cell => cell.textContent);
         const rows = [...document.querySelectorAll("#runs tbody tr:not(.failed)")];
         return rows.map(row => row.cells[titles.indexOf(arguments[0])].firstChild?.textContent);""",
         name,
@@ -436,7 +445,8 @@ def test_the_page_in_a_browser(tmp_path, browser):
     boxes[1].send_keys(Keys.SPACE)
     wait(browser, "return document.querySelectorAll('#diff tbody tr').length > 0")
     ids = browser.execute_script(
-        "return [...document.querySelectorAll('#runs tbody tr:has(:checked) code')].map(c => c.title)"
+        "const chosen = document.querySelectorAll('#runs tbody tr:has(:checked) code');"
+        "return [...chosen].map(code => code.title)"
     )
     data = embedded(page)
     one, other = (settings(data, run) for run in data["runs"] if run["id"] in ids)
@@ -472,7 +482,8 @@ def test_the_page_in_a_browser(tmp_path, browser):
 
 @pytest.mark.browser
 def test_a_sweep_in_a_browser(tmp_path, browser):
-    """The heat map opens on the model of most runs; what varies has a column; blocks are whole numbers, the head none."""
+    """The heat map opens on the model of most runs; what varies has a column; blocks are whole
+    numbers, the head none."""
     for index in range(3):
         store_run(tmp_path / "runs", index)
     for model in ("zephyr", "mistral"):
@@ -512,19 +523,22 @@ def test_a_sweep_in_a_browser(tmp_path, browser):
 
 OVERLAPS = """
     const seen = [...document.querySelectorAll(".plot")].map(plot => {
-      const texts = plot.querySelectorAll(".xtitle, .ytitle, .xtick text, .ytick text, .legendtext, .modebar");
+      const texts = plot.querySelectorAll(
+        ".xtitle, .ytitle, .xtick text, .ytick text, .legendtext, .modebar");
       return [...texts].map(text => [text, text.getBoundingClientRect()]);
     });
     const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
       && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
     return seen.flatMap(texts => texts.flatMap(([a, box], i) =>
-      texts.slice(i + 1).filter(([, other]) => meet(box, other)).map(([b]) => `${a.textContent} | ${b.textContent}`)));"""
+      texts.slice(i + 1).filter(([, other]) => meet(box, other))
+        .map(([b]) => `${a.textContent} | ${b.textContent}`)));"""
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_phone_shows_all_of_the_page(tmp_path, browser, theme):
-    """At 390 pixels nothing is wider than the page, tables scroll inside their boxes and no text of a plot lies on another."""
+    """At 390 pixels nothing is wider than the page, tables scroll inside their boxes and no text of
+    a plot lies on another."""
     for index in range(12):
         store_run(tmp_path / "runs", index)
     sweep(tmp_path / "runs", 3, extra=f"data: {{path: {'/a/long/folder' * 9}}}")
@@ -560,7 +574,8 @@ def test_a_page_without_figures(tmp_path, browser):
         browser.get(write_page(tmp_path / "runs", tmp_path / "page.html", ids).as_uri())
         wait(
             browser,
-            "return [...document.querySelectorAll('.empty')].every(note => !note.hidden && note.textContent)",
+            "return [...document.querySelectorAll('.empty')]"
+            ".every(note => !note.hidden && note.textContent)",
         )
         silent(browser)
 

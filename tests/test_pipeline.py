@@ -1,4 +1,5 @@
-"""Whole runs on the tiny model: every format with every solver, resumption bit for bit, the store, the gate."""
+"""Whole runs on the tiny model: every format with every solver, resumption bit for bit, the store,
+the gate."""
 
 import json
 import os
@@ -50,7 +51,7 @@ def numbers(metrics):
 def test_every_format_with_every_solver(tmp_path, format, solver):
     if format == "fouroversix" and "adascale" in solver:
         pytest.skip(
-            "a block of FourOverSix has two scales to choose from; refused, as test_adascale.py shows"
+            "a block of FourOverSix has two scales to choose from; refused: test_adascale.py"
         )
     outcome = run(tmp_path, f"format={format}", f"solver={solver}", *QUICK.get(solver, []))
     metrics = json.loads((outcome.run.path / "metrics.json").read_text())
@@ -100,7 +101,8 @@ def test_hadamard_keeps_the_function(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_wrong_fold_is_stopped_by_the_gate(tmp_path, monkeypatch, dtype):
-    """Paley matrices are not symmetric: absorbing R^T instead of R changes the model, and the run says so."""
+    """Paley matrices are not symmetric: absorbing R^T instead of R changes the model, and the run
+    says so."""
     monkeypatch.setattr(
         Rotation, "absorb", lambda self, weight: self.matrix.apply_transpose(weight)
     )
@@ -318,7 +320,8 @@ def test_infinite_perplexity_is_a_failure(tmp_path):
 
 
 def test_static_scale_is_that_of_the_solved_model(tmp_path):
-    """What each site stores is the greatest magnitude it reads once the weights are quantized, in both sequencings."""
+    """What each site stores is the greatest magnitude it reads once the weights are quantized, in
+    both sequencings."""
     for sequencing in ("sites", "block"):
         cfg, choices = small(tmp_path, f"solver.sequencing={sequencing}", "format.act.bits=16")
         outcome = execute(cfg, choices)
@@ -361,7 +364,8 @@ def test_stream_is_the_forward_of_the_model():
 
 
 def test_a_walk_goes_through_the_sites_and_on_with_what_their_linears_become():
-    """What a caller leaves unread still passes; a linear changed at its site computes what follows."""
+    """What a caller leaves unread still passes; a linear changed at its site computes what
+    follows."""
     model, _ = Tiny().load()
     adapter = Adapter(model)
     ids = torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(1))

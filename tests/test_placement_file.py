@@ -1,4 +1,5 @@
-"""Placements in files: what comes back does what went in, bit for bit, and a file that cannot serve is refused."""
+"""Placements in files: what comes back does what went in, bit for bit, and a file that cannot serve
+is refused."""
 
 import pytest
 import torch

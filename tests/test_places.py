@@ -1,4 +1,5 @@
-"""Where matrices go follows from the settings: places in files, R4, blocks, and activations that an override leaves float."""
+"""Where matrices go follows from the settings: places in files, R4, blocks, and activations that an
+override leaves float."""
 
 import pytest
 from test_matrix import run

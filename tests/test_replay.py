@@ -1,4 +1,5 @@
-"""Runs sent to W&B afterwards, compared with what W&B was told while they ran; the workspace that compares them."""
+"""Runs sent to W&B afterwards, compared with what W&B was told while they ran; the workspace that
+compares them."""
 
 import json
 import shutil
@@ -30,7 +31,8 @@ def stored(run: Run, status: str = "done") -> Run:
 
 
 def told(run: Run) -> dict:
-    """What the one offline run of the directory holds and that does not change from one time to the next, with its files."""
+    """What the one offline run of the directory holds and that does not change from one time to the
+    next, with its files."""
     found = records(run.path, run.path.name)
     kept = {
         kind: found.get(kind, []) for kind in ("metric", "history", "summary", "artifact", "exit")
@@ -54,8 +56,9 @@ def _lasting(value):
 
 @pytest.fixture(scope="module")
 def sent(tmp_path_factory):
-    """(root, what W&B was told live, what by replay, the command's result): a run tracked live, killed and resumed, then sent
-    again by the command; an older run, a broken one, and one that is running."""
+    """(root, what W&B was told live, what by replay, the command's result): a run tracked live,
+    killed and resumed, then sent again by the command; an older run, a broken one, and one that is
+    running."""
     root = tmp_path_factory.mktemp("runs")
     run = stored(Run(root / "r1"))
     info = RunInfo("r1", "q1", run.path, group="bits", tags=("fast",), job_type="quantize")
@@ -89,7 +92,8 @@ print(main([{str(root)!r}]), "torch" in sys.modules)
 
 
 def test_a_replayed_run_is_the_run_that_was_tracked(sent):
-    """Config, group, tags, job type, axes, points in their order, table, figures, page, summary and exit code."""
+    """Config, group, tags, job type, axes, points in their order, table, figures, page, summary and
+    exit code."""
     _, live, again, _ = sent
     assert (
         len(live["history"]) == 46 and len(live["files"]) == 4 and live["artifact"] and live["exit"]

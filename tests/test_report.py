@@ -1,4 +1,5 @@
-"""Stored runs at the terminal, on run directories written here: tables, paired tests against counting, what prune keeps."""
+"""Stored runs at the terminal, on run directories written here: tables, paired tests against
+counting, what prune keeps."""
 
 import itertools
 import json
@@ -35,7 +36,8 @@ def piped(monkeypatch):
 def stored(
     root: Path, run_id: str, status: str = "done", shift: float = 0.0, error=None, windows: int = 8
 ) -> Path:
-    """A run directory as a run leaves it. Losses and answers are drawn from the same seed, then moved by `shift` nats."""
+    """A run directory as a run leaves it. Losses and answers are drawn from the same seed, then
+    moved by `shift` nats."""
     generator, path, solver = random.Random(0), root / run_id, run_id.split("-")[3]
     nats = [generator.uniform(2.5, 3.5) + shift for _ in range(windows)]
     draw = generator.random
@@ -172,7 +174,8 @@ def test_sign_flips_equal_enumeration(n):
 
 
 def test_window_losses_by_hand():
-    """Eight windows allow 2/256 and no less. Six of eight steps up: as far out lie 2 (1 + 8 + 28) of 256 sums, ties and all."""
+    """Eight windows allow 2/256 and no less. Six of eight steps up: as far out lie 2 (1 + 8 + 28)
+    of 256 sums, ties and all."""
     zeros = [3.0] * 8
     found = losses(zeros, [3.1, 3.2, 3.3, 3.1, 3.2, 3.3, 3.1, 3.5])
     assert found["p"] == found["least"] == 2 / 256
@@ -301,7 +304,8 @@ def test_ls_has_a_column_for_what_varies(root, capsys):
         path = stored(root, f"tiny-int4-identity-gptq-{run_id}")
         write(
             path / "config.yaml",
-            f"seed: 0\nhf_token: '{size}'\nformat: {{name: int4, weight: {{group_size: {size}}}}}\n",
+            f"seed: 0\nhf_token: '{size}'\n"
+            f"format: {{name: int4, weight: {{group_size: {size}}}}}\n",
         )
     assert main(["ls", str(root), "format=int4", "status=done"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
@@ -506,8 +510,8 @@ def test_failed(root, capsys):
     shown = capsys.readouterr().out
     assert "the last [line]" in shown and "RuntimeError" not in shown and "aaaaaaaaa" not in shown
     assert (
-        "bbbbbbbbb3: python run.py solver=gptq seed=0\nbbbbbbbbb4: python run.py solver=rtn seed=0\n"
-        in shown
+        "bbbbbbbbb3: python run.py solver=gptq seed=0\n"
+        "bbbbbbbbb4: python run.py solver=rtn seed=0\n" in shown
     )
 
 
@@ -603,7 +607,8 @@ def test_prune_keeps_finished_figures_whose_status_is_lost(root):
         ),
         (
             "metrics.json",
-            '{"status": "failed", "stages": {"baseline": {"ppl": {"pydoc": null}}, "quantized": {}}}',
+            '{"status": "failed",'
+            ' "stages": {"baseline": {"ppl": {"pydoc": null}}, "quantized": {}}}',
         ),
         (
             "metrics.json",

@@ -64,7 +64,8 @@ def test_project_repairs_the_fixed_point():
 
 @pytest.mark.parametrize("method", ["exact", "fixed_point"])
 def test_a_gradient_normal_to_the_group_does_not_move(method):
-    """X S with S symmetric changes no length-preserving step: only the skew part of the gradient counts."""
+    """X S with S symmetric changes no length-preserving step: only the skew part of the gradient
+    counts."""
     start, gradient, s = random_orthogonal(8, generator()), gaussian(8, 8), gaussian(8, 8, seed=2)
     normal = 100 * start @ (s + s.mT)
     torch.testing.assert_close(
@@ -84,7 +85,8 @@ def test_fixed_point_approaches_the_solve():
 
 
 def test_fixed_point_sums_the_series_of_the_solve():
-    """(I - h)^-1 (I + h) = I + 2 (h + h^2 + ...), cut after h^6: the start has the first power, each iteration adds one."""
+    """(I - h)^-1 (I + h) = I + 2 (h + h^2 + ...), cut after h^6: the start has the first power,
+    each iteration adds one."""
     x, size = random_orthogonal(8, generator()), torch.full((1, 1), 0.1, dtype=F64)
     w = stiefel._skew(x, gaussian(8, 8))
     series = torch.eye(8, dtype=F64) + 2 * sum(

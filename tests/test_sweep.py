@@ -1,4 +1,5 @@
-"""Sweeps in several processes: no work lost or done twice, whoever dies; and what a row says about itself."""
+"""Sweeps in several processes: no work lost or done twice, whoever dies; and what a row says about
+itself."""
 
 import json
 import os
@@ -169,7 +170,8 @@ def test_a_setting_applies_to_the_rows_whose_options_have_it(tmp_path, monkeypat
 
 
 def test_a_row_is_run_again_by_its_command(tmp_path):
-    """Out of an experiment whose option would start a sweep; and the command line replaces what the option sweeps over."""
+    """Out of an experiment whose option would start a sweep; and the command line replaces what the
+    option sweeps over."""
     swept = command(
         tmp_path, "-m", *SMALL, "experiment=adascale_qsim", "solver=rtn", "run_root=runs"
     )
@@ -191,7 +193,8 @@ def test_a_row_is_run_again_by_its_command(tmp_path):
 
 
 def test_a_preempted_job_of_a_queue_goes_on(tmp_path):
-    """submitit's local executor sends and handles the signal that SLURM sends before it takes a machine away."""
+    """submitit's local executor sends and handles the signal that SLURM sends before it takes a
+    machine away."""
     line = [
         "-m",
         *SMALL,

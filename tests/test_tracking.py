@@ -100,7 +100,8 @@ def lines(path: Path) -> list[dict]:
 
 
 def records(directory: Path, run_id: str = "r1") -> dict[str, list[dict]]:
-    """What the .wandb file of the one offline run holds, by the inspector that W&B ships; contents keyed by record type."""
+    """What the .wandb file of the one offline run holds, by the inspector that W&B ships; contents
+    keyed by record type."""
     (path,) = directory.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -324,7 +325,8 @@ import pathlib
 from harness.tracking import RunInfo, Wandb
 warnings = []
 tracker = Wandb(warn=warnings.append)
-tracker.start({{}}, RunInfo(run_id="r1", quant_id="q1", directory=pathlib.Path({str(run.directory)!r})))
+directory = pathlib.Path({str(run.directory)!r})
+tracker.start({{}}, RunInfo(run_id="r1", quant_id="q1", directory=directory))
 tracker.log({{"block/error": 0.25}}, 5)
 tracker.finish({{}})
 print(len(warnings), "offline" in warnings[0])

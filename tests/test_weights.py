@@ -1,5 +1,5 @@
-"""One answer for memory and disk to which files, which dtype, which shapes, tied or not; it is that of `from_pretrained`, or a
-refusal before any weight is read."""
+"""One answer for memory and disk to which files, which dtype, which shapes, tied or not; it is that
+of `from_pretrained`, or a refusal before any weight is read."""
 
 import json
 
@@ -61,7 +61,7 @@ def losses(folder, weights: str, dtype: str = "auto") -> torch.Tensor:
     return window_losses(adapter, IDS, streaming=weights == "disk")
 
 
-# --- the same as from_pretrained ------------------------------------------------------------------------------------------
+# the same as from_pretrained
 
 
 def single_beside_an_index(folder):
@@ -151,7 +151,7 @@ def test_memory_and_disk_read_what_from_pretrained_reads(folder, change):
         assert torch.equal(losses(folder, weights), expected)
 
 
-# --- refused, in both alike, before a weight is read -----------------------------------------------------------------------
+# refused, in both alike, before a weight is read
 
 
 def codes(dtype: torch.dtype, beside: str = ""):
@@ -269,7 +269,7 @@ def test_a_tensor_of_nothing_in_the_model_is_a_warning(folder):
     assert source.warnings == ["no parameter of the model takes classifier.weight"]
 
 
-# --- facts ------------------------------------------------------------------------------------------------------------------
+# facts
 
 
 def test_what_a_config_leaves_out_is_what_transformers_fills_in(tmp_path):
@@ -331,7 +331,7 @@ def test_a_mistyped_size_is_named(folder, key, value):
         Hub(path=str(folder)).check()
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------------
+# runs
 
 
 def a_tokenizer_with_more_tokens(folder):

@@ -1,4 +1,5 @@
-"""The whip loss, its three schedules on a model with outlier channels, and the even sample they learn from."""
+"""The whip loss, its three schedules on a model with outlier channels, and the even sample they
+learn from."""
 
 import math
 from contextlib import contextmanager
@@ -217,7 +218,8 @@ def test_a_reservoir_is_an_even_sample_of_the_rows():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_step_is_a_point_of_a_curve(schedule):
-    """Of the mean whip, which the notes say too, whatever sum the schedule descends on; and R2's beside R1's."""
+    """Of the mean whip, which the notes say too, whatever sum the schedule descends on; and R2's
+    beside R1's."""
     points = []
     own = StreamedModel(
         subject().adapter, token_ids(6, 64), log=lambda values, step: points.append((step, values))

@@ -1,4 +1,5 @@
-"""Zero-shot accuracy: what lm-eval itself gives for the same model and task, offline, and what is refused."""
+"""Zero-shot accuracy: what lm-eval itself gives for the same model and task, offline, and what is
+refused."""
 
 import json
 from collections import Counter
@@ -81,7 +82,8 @@ def test_accuracy_by_hand(folder):
 
 
 def test_lines_end_at_newlines_and_a_row_is_what_its_own_keys_say(folder):
-    """U+2028 and U+0085 are letters of a JSON string; what else a row holds, of whatever type, is not looked at."""
+    """U+2028 and U+0085 are letters of a JSON string; what else a row holds, of whatever type, is
+    not looked at."""
     more = [{"context": "A story.", "id": 1}, {"context": None, "id": "two"}, {}]
     rows = [{**row, "query": f"Read:\u2028{row['query']}\x85"} for row in CHOICES]
     for name, extra in (("plain", [{}] * 12), ("richer", more * 4)):
@@ -116,8 +118,8 @@ def test_the_same_as_lm_eval_itself(folder):
 
 
 def test_agreement_has_no_way_around():
-    """Right and wrong answers, first and second places, verbs and nouns occur equally often; only agreement with the head
-    helps."""
+    """Right and wrong answers, first and second places, verbs and nouns occur equally often; only
+    agreement with the head helps."""
     docs = documents()
     assert Counter(doc["gold"] for doc in docs) == {0: 112, 1: 112}
     right, wrong = (
