@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from harness.calibration.stream import Stream
+from harness.evaluation.base import Watch
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import QuantLinear
 
 LOGITS_AT_ONCE = (
     256  # tokens whose logits are held at a time; a vocabulary of 150,000 makes that 150 MB
 )
-Watch = Callable[[int, int, Tensor, Tensor], None]
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
 
@@ -29,19 +29,15 @@ import numpy
 from harness.config.checks import integer, nearest, typed
 from harness.config.errors import ConfigError, DataError
 from harness.evaluation.agreement import NAME, documents
+from harness.evaluation.base import Display, Evaluation, Figures, Subject
+from harness.store import write_checked
 
 CHOICE, CONTINUATION = ("query", "choices", "gold"), ("context", "continuation")
-METRICS = (
-    "acc_norm",
-    "acc",
-    "exact_match",
-    "mc2",
-    "mc1",
-)  # the first that a task has is the one shown
+METRICS = ("acc_norm", "acc", "exact_match", "mc2", "mc1")  # the first of a task is the one shown
 
 
 @dataclass(frozen=True)
-class ZeroShot:
+class ZeroShot(Evaluation):
     """tasks: names; data_path: a folder of .jsonl files; include_path: a folder of lm-eval task files; limit: documents a task;
     shots: examples before each document, one number or {task: number}, null: as the task says; batch_size: of requests."""
 
@@ -52,12 +48,27 @@ class ZeroShot:
     shots: int | Mapping[str, int | None] | None = None
     batch_size: int = 8
 
+    displays = {
+        metric: Display(
+            metric,
+            title="accuracy",
+            digits=1,
+            percent=True,
+            lower_is_better=False,
+            alternative=True,
+        )
+        for metric in METRICS
+    }
+    tabled = True
+
     @classmethod
     def of(cls, section: Mapping | None) -> ZeroShot | None:
         """From `eval.zeroshot`; None where it is off. Raises ConfigError."""
         if section is None:
             return None
-        typed("eval.zeroshot.", section, get_type_hints(cls), needed=("tasks",))
+        hints = get_type_hints(cls)
+        settings = {field.name: hints[field.name] for field in fields(cls)}
+        typed("eval.zeroshot.", section, settings, needed=("tasks",))
         tasks = section["tasks"]
         if not tasks or len(set(tasks)) < len(tasks):
             raise ConfigError(
@@ -116,6 +127,20 @@ class ZeroShot:
                         f"eval.zeroshot.tasks: there is no task {name}.{nearest(name, [*known, NAME])} Tasks are "
                         "files of eval.zeroshot.data_path, agreement, and those of lm-eval."
                     )
+
+    def limits(self) -> Mapping[str, int | None]:
+        return dict.fromkeys(self.tasks, self.limit)
+
+    def measure(self, subject: Subject) -> Figures:
+        with subject.progress(f"zero-shot {subject.stage}", len(self.tasks)) as advance:
+            figures, samples = zeroshot(
+                subject.adapter.model, subject.tokenizer, self, subject.amp, advance
+            )
+        subject.details["samples"] = {  # digests; a file holds what every document got
+            task: write_checked(subject.folder / f"{task}.json", answers)
+            for task, answers in samples.items()
+        }
+        return figures
 
 
 def tasks_for_lm_eval(chosen: ZeroShot) -> list:
@@ -181,11 +206,6 @@ def together(model, chosen: ZeroShot) -> int:
         if (own is not None and own.spans_tokens) or compressed_tensors.spans_tokens(module):
             return 1
     return chosen.batch_size
-
-
-def shown(figures: Mapping) -> tuple[str, float] | None:
-    """(metric, value) by which a task is shown: acc_norm where it is defined, else acc."""
-    return next(((metric, figures[metric]) for metric in METRICS if metric in figures), None)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from harness.config.errors import ConfigError
 from harness.report import rows as stored
-from harness.report.figures import figures, in_order, number
+from harness.report.figures import Cell, in_order, number, row_figures
 from harness.report.marks import legend, letters
 from harness.report.paired import compare, settings
 from harness.report.prune import doomed, freed, remove
@@ -33,6 +33,7 @@ from harness.report.table import run_table, terminal
 from harness.report.table import show as show_table
 
 WORST = 5  # layers that `show` names
+NONE = Cell(None, "", (0, 0))  # of a run that has no such figure
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,7 +102,7 @@ def ls(arguments) -> None:
     their honesty marks."""
     root, filters = root_and_filters(arguments.words)
     rows = filtered(stored.rows(root), filters)
-    shown = {row["run_id"]: figures(row) for row in rows}
+    shown = {row["run_id"]: row_figures(row) for row in rows}
     labels = in_order(*shown.values())
     if arguments.sort:
         by = next((label for label in labels if arguments.sort.lower() in label.lower()), None)
@@ -109,8 +110,9 @@ def ls(arguments) -> None:
             raise ConfigError(
                 f"--sort {arguments.sort}: no such figure; there are {', '.join(labels)}."
             )
-        rows.sort(key=lambda row: _or_last(shown[row["run_id"]].get(by, (None, ""))[0]))
-    labels = [label for label in labels if not label.startswith(("top-1", "peak"))]
+        rows.sort(key=lambda row: _or_last(shown[row["run_id"]].get(by, NONE).value))
+    minor = {label for own in shown.values() for label, cell in own.items() if cell.minor}
+    labels = [label for label in labels if label not in minor]
     table = Table(
         title=f"{len(rows)} runs",
         title_justify="left",
@@ -125,7 +127,7 @@ def ls(arguments) -> None:
         table.add_column(Text(label.replace(" ", "\n")), justify="right")
     table.add_column("started")
     for row, differs in zip(rows, told):
-        texts = [shown[row["run_id"]].get(label, (None, ""))[1] for label in labels]
+        texts = [shown[row["run_id"]].get(label, NONE).text for label in labels]
         choices = [row["labels"].get(group) or "" for group in LABELS[1:]] + [differs] * any(told)
         cells = [
             short_id(row),
@@ -148,10 +150,6 @@ def show(arguments) -> None:
     _say(f"{row['run_id']}  {row['status']}  started {row['started']}")
     _say(f"command: {row['command'] or unrecorded(row)}")
     run_table(row, Path(row["path"]), terminal())
-    for name, stage in row["stages"].items():
-        for corpus, found in (stage.get("divergence") or {}).items():
-            kl, top1 = number(found.get("kl")), number(found.get("top1"))
-            _say(f"{name} against the untouched model on {corpus}: KL {kl}, top-1 agreement {top1}")
     for name, told in row["marks"].items():
         if told:
             _say(f"mark {name}: {'; '.join(told)}")
@@ -205,11 +203,16 @@ def diff(arguments) -> None:
         ["setting", *sides],
         [[key, *map(str, both)] for key, both in settings(a, b).items()],
     )
-    ours, theirs = figures(a), figures(b)
+    ours = row_figures(a)
+    theirs = row_figures(b)
     cells = []
     for label in in_order(ours, theirs):
-        (x, left), (y, right) = ours.get(label, (None, "")), theirs.get(label, (None, ""))
-        cells.append([label, left, right, "" if None in (x, y) else f"{y - x:+.4f}"])
+        left = ours.get(label, NONE)
+        right = theirs.get(label, NONE)
+        both = left.value is not None and right.value is not None
+        cells.append(
+            [label, left.text, right.text, f"{right.value - left.value:+.4f}" if both else ""]
+        )
     _print("figures", ["", *sides, "B - A"], cells)
     _say_marks([a, b])
     pairs = compare(a, b)

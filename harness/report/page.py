@@ -10,12 +10,12 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from harness.evaluation.zeroshot import shown
+from harness.report.figures import Column, Figure, columns, figures
 from harness.report.marks import letter
-from harness.report.rows import last, outliers, row
+from harness.report.rows import final_stage, outliers, row
 from harness.report.settings import apart, dotted
 from harness.store import Store, write
 
@@ -61,33 +61,35 @@ class Pool:
 
 
 def _data(root: Path, run_ids: Collection[str] | None) -> dict:
-    """What the page knows: {"runs", newest first, and what they share: "settings", "base", "histograms", "edges", "marks"}.
+    """What the page knows: {"runs", newest first, and what they share: "columns", "settings",
+    "base", "histograms", "edges", "marks"}.
 
-    A run's `config` lists the settings by which it differs from `base`, those that most runs have: indices to add where `base`
-    lacks them, to take away where it has them.
+    A run's `config` lists the settings by which it differs from `base`, those that most runs have:
+    indices to add where `base` lacks them, to take away where it has them.
     """
     settings, histograms, edges, marks = Pool(), Pool(), Pool(), Pool()
     rows = [row(run) for run in Store(root).runs() if run_ids is None or run.path.name in run_ids]
+    rows.sort(key=lambda one: (one["started"] or "", one["run_id"]), reverse=True)
     configs = [
         {key: value for key, value in dotted(own).items() if key != "run_root"} for own in rows
     ]
+    stages = [figures(own) for own in rows]
+    finals = [own.get(final_stage(one) or "", {}) for one, own in zip(rows, stages)]
+    heads = columns(finals)
     runs = []
-    for figures, config, told in zip(rows, configs, apart(rows, configs)):
-        runs.append(
-            _run(figures)
-            | {
-                **{group: figures["labels"].get(group) for group in GROUPS},
-                "settings": told,
-                "marks": {
-                    k: [marks.add(text) for text in texts]
-                    for k, texts in (figures["marks"] or {}).items()
-                },
-                "curves": _curves(Path(figures["path"]) / "tracking" / "curves.jsonl"),
-                "activations": _activations(outliers(figures) or {}, histograms, edges),
-                "config": {settings.add(pair) for pair in config.items()},
-            }
-        )
-    runs.sort(key=lambda run: (run["started"] or "", run["id"]), reverse=True)
+    for index, (one, config, told) in enumerate(zip(rows, configs, apart(rows, configs))):
+        untouched = stages[index].get("baseline", {})
+        marked = (one["marks"] or {}).items()
+        own = {group: one["labels"].get(group) for group in GROUPS} | {
+            "settings": told,
+            "figures": _figures(heads, finals[index]),
+            "baseline": _baseline(heads, untouched),
+            "marks": {name: [marks.add(text) for text in texts] for name, texts in marked},
+            "curves": _curves(Path(one["path"]) / "tracking" / "curves.jsonl"),
+            "activations": _activations(outliers(one) or {}, histograms, edges),
+            "config": {settings.add(pair) for pair in config.items()},
+        }
+        runs.append(_run(one) | own)
     shares = Counter(index for run in runs for index in run["config"])
     base = {index for index, count in shares.items() if 2 * count > len(runs)}
     for run in runs:
@@ -97,6 +99,7 @@ def _data(root: Path, run_ids: Collection[str] | None) -> dict:
             {key: value for key, value in run.items() if value not in (None, {}, "")}
             for run in runs
         ],
+        "columns": [_column(head, finals) for head in heads],
         "settings": settings.values,
         "base": sorted(base),
         "histograms": histograms.values,
@@ -106,9 +109,7 @@ def _data(root: Path, run_ids: Collection[str] | None) -> dict:
 
 
 def _run(row: dict) -> dict:
-    """The figures of a row by which the page judges it, rounded; nothing where the run did not get so far."""
-    final, baseline = last(row), row["stages"].get("baseline") or {}
-    divergence = final.get("divergence") or {}
+    """What the page says of a row beside its figures; nothing where it did not get so far."""
     lines = str(row["error"] or "").strip().splitlines() or [""]
     return {
         "id": row["run_id"],
@@ -119,25 +120,52 @@ def _run(row: dict) -> dict:
         "started": row["started"],
         "updated": row["updated"],
         "command": row["command"],
-        "ppl": _rounded(final.get("ppl"), 6),
-        "baseline": _rounded(baseline.get("ppl"), 6),
-        "kl": _rounded({corpus: figures.get("kl") for corpus, figures in divergence.items()}),
-        "top1": _rounded({corpus: figures.get("top1") for corpus, figures in divergence.items()}),
-        "accuracy": {
-            task: _accuracy(figures)
-            for task, figures in (final.get("zeroshot") or {}).items()
-            if shown(figures)
-        },
         "bits": _number(row["bits_per_weight"], 6),
         "seconds": sum(_rounded(row["seconds"], 6).values()) or None,
         "peak": _number(row["peak_memory_mb"], 6),
     }
 
 
-def _accuracy(figures: dict) -> list:
-    """[metric, value, standard error, documents], fractions."""
-    metric, value = shown(figures)
-    return [metric, _number(value), _number(figures.get(f"{metric}_stderr")), figures.get("n")]
+def _column(head: Figure, finals: Sequence[Mapping[Column, Figure]]) -> dict:
+    """How a column of figures is shown: one unit and as many digits in all of its rows."""
+    display = head.display
+    values = [abs(own[head.column].value) for own in finals if head.column in own]
+    places = 2 if all(value >= 1 for value in values) else 3
+    better = {None: 0, True: -1, False: 1}[display.lower_is_better]
+    percent = display.percent
+    group = f"{display.title or display.label}, %" if percent else display.title or display.label
+    return {
+        "evaluation": head.record.evaluation,
+        "source": head.record.source,
+        "title": head.record.source if display.alternative else display.label,
+        "group": group if display.alternative else head.record.source,
+        "scale": head.scale,
+        "digits": min(display.digits, places),
+        "better": better,
+        "change": display.change,
+    }
+
+
+def _figures(heads: Sequence[Figure], own: Mapping[Column, Figure]) -> dict[int, list]:
+    """{column: [value, standard error, documents, metric]}, values as they were measured."""
+    found = {}
+    for index, head in enumerate(heads):
+        figure = own.get(head.column)
+        value = None if figure is None else _number(figure.record.value, 6)
+        if figure is not None and value is not None:
+            one = figure.record
+            found[index] = [value, _number(one.stderr), one.n, one.metric]
+    return found
+
+
+def _baseline(heads: Sequence[Figure], untouched: Mapping[Column, Figure]) -> dict[int, float]:
+    """{column: value of the untouched model} where the change is shown."""
+    found = {
+        index: _number(untouched[head.column].record.value, 6)
+        for index, head in enumerate(heads)
+        if head.display.change and head.column in untouched
+    }
+    return {index: value for index, value in found.items() if value is not None}
 
 
 def _number(value, digits: int = 4) -> float | None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from harness.report.rows import last, samples
+from harness.evaluation.records import stored
+from harness.report.rows import final_stage, last, samples
 from harness.report.settings import dotted
 
 METRICS = ("acc_norm", "acc", "exact_match")  # 0 or 1 a document; the first that both runs have
@@ -90,10 +91,10 @@ def compare(a: dict, b: dict) -> dict[str, dict[str, dict]]:
             found["corpora"][corpus] = _window_pairs(
                 windows, theirs["losses"][corpus], _length(ours), _length(theirs)
             )
-    for task in ours.get("zeroshot") or {}:
-        answers = samples(a, task), samples(b, task)
+    for source in dict.fromkeys(one.source for one in stored(a) if one.stage == final_stage(a)):
+        answers = samples(a, source), samples(b, source)
         if all(answers):
-            found["tasks"][task] = _tried(flips, *answers)
+            found["tasks"][source] = _tried(flips, *answers)
     return found
 
 

@@ -7,7 +7,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from harness.report.rows import last
+from harness.evaluation.records import stored
+from harness.report.rows import final_stage
 from harness.store import Run, RunLocked, locked
 
 
@@ -19,7 +20,7 @@ def doomed(row: dict, blocks: bool) -> Path | None:
         and (Run(path).metrics or {}).get("status") != "done"
     ):
         target = path
-    elif blocks and row["status"] == "done" and last(row)["ppl"]:
+    elif blocks and any(one.stage == final_stage(row) for one in stored(row)):
         target = path / "blocks"
     else:
         return None

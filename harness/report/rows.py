@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from harness.report import shapes
@@ -36,6 +36,8 @@ def row(run: Run) -> dict:
         "baseline_id": None,
         "choices": {},
         "stages": {},
+        "records": [],
+        "displays": {},
         "bits_per_weight": None,
         "seconds": {},
         "peak_memory_mb": None,
@@ -52,17 +54,18 @@ def row(run: Run) -> dict:
     )
     found["choices"] = dict(zip(LABELS, run.path.name.rsplit("-", 4))) | found["choices"]
     found["labels"] = found["choices"] | found["holds"]
-    stages = found["stages"].items()
-    found["stages"] = {
-        name: stage | {"ppl": _with_nan(stage.get("ppl", {}))} for name, stage in stages
-    }
     return found
 
 
-def last(row: dict) -> dict:
-    """The stage whose figures a row is judged by: the last one of a finished run, else nothing."""
-    stages = list(row["stages"].values()) if row["status"] == "done" else []
-    return stages[-1] if stages else {"ppl": {}}
+def final_stage(row: Mapping) -> str | None:
+    """The stage by whose figures a row is judged: the last one of a finished run, else none."""
+    return next(reversed(row["stages"]), None) if row["status"] == "done" else None
+
+
+def last(row: Mapping) -> dict:
+    """The record of that stage, or nothing."""
+    stage = final_stage(row)
+    return {} if stage is None else row["stages"][stage]
 
 
 def outliers(row: dict) -> dict | None:
@@ -82,8 +85,3 @@ def samples(row: dict, task: str) -> list[dict] | None:
         )
     digests = row["stages"].get(stage, {}).get("samples") or {}
     return checked(folder / f"{task}.json", digests.get(task))
-
-
-def _with_nan(figures: dict) -> dict:
-    """JSON has no NaN: what was not finite is stored as null."""
-    return {name: math.nan if value is None else value for name, value in figures.items()}

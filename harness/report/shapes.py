@@ -9,6 +9,22 @@ from harness.config.checks import fits
 
 NUMBER = float | None
 FIGURES = Mapping[str, Mapping[str, NUMBER]]  # {corpus or task: {metric: value}}
+RECORD = dict.fromkeys(("evaluation", "stage", "source", "metric"), str) | {
+    "value": NUMBER,
+    "stderr": NUMBER,
+    "n": int | None,
+}
+DISPLAY = {
+    "label": str,
+    "title": str | None,
+    "digits": int,
+    "percent": bool,
+    "lower_is_better": bool | None,
+    "change": bool,
+    "alternative": bool,
+    "minor": bool,
+    "lost": NUMBER,
+}
 STAGE = {
     "ppl": Mapping[str, NUMBER],
     "losses": Mapping[str, list[NUMBER]],
@@ -26,6 +42,8 @@ METRICS = {
     "command": str | None,
     "marks": Mapping[str, list[str]],
     "stages": Mapping[str, Mapping],
+    "records": list[Mapping],
+    "displays": Mapping[str, Mapping[str, Mapping]],
     "bits_per_weight": NUMBER,
     "seconds": Mapping[str, float],
     "peak_memory_mb": NUMBER,
@@ -49,8 +67,19 @@ def sound(record: object, shape: Mapping[str, object]) -> dict:
 
 
 def metrics(record: object) -> dict:
-    """metrics.json as far as it is sound, stage by stage."""
+    """metrics.json as far as it is sound, stage by stage, record by record."""
     found = sound(record, METRICS)
     if "stages" in found:
         found["stages"] = {name: sound(stage, STAGE) for name, stage in found["stages"].items()}
+    if "records" in found:
+        records = [sound(one, RECORD) for one in found["records"]]
+        found["records"] = [one for one in records if one.keys() == RECORD.keys()]
+    if "displays" in found:
+        found["displays"] = {
+            name: {
+                metric: {"label": metric} | sound(display, DISPLAY)
+                for metric, display in displays.items()
+            }
+            for name, displays in found["displays"].items()
+        }
     return found

@@ -32,7 +32,7 @@ from harness.config.build import ROOT, build
 from harness.libraries.hydra import BasicLauncher, Callbacks, HydraContext, OverridesParser, jobs_of
 from harness.report.page import write_page
 from harness.report.progress import Reporter
-from harness.report.table import sweep_table
+from harness.report.sweep_table import sweep_table
 from harness.store import read_record, write_record
 from harness.tracking import RunInfo, Tracker
 
@@ -63,27 +63,6 @@ def everyone(sweep: Path) -> list[dict]:
         kept.get(job, {"job": job, "overrides": own, **lost})
         for job, own in enumerate(begun["overrides"])
     ]
-
-
-def summary(metrics: dict) -> dict:
-    """What the sweep's table shows of a run: status, perplexities, divergences and accuracies of its last stage, those of the
-    untouched model and, where a transform changed the function, of the float model with its codecs; bits per weight; marks;
-    warnings."""
-    stages = metrics["stages"]
-    *_, last = list(stages.values()) or [{"ppl": {}}]
-    last = last if metrics["status"] == "done" else {"ppl": {}}
-    return {
-        "status": metrics["status"],
-        "ppl": last["ppl"],
-        "zeroshot": last.get("zeroshot", {}),
-        "divergence": last.get("divergence", {}),
-        "marks": metrics.get("marks", {}),
-        "baseline": stages.get("baseline", {}).get("ppl", {}),
-        "transformed": stages.get("transformed", {}).get("ppl", {}),
-        "accuracy": stages.get("baseline", {}).get("zeroshot", {}),
-        "bits_per_weight": metrics["bits_per_weight"],
-        "warnings": metrics["warnings"],
-    } | ({"disk_mb": metrics["export"]["sizes"]["after"] / 1e6} if metrics.get("export") else {})
 
 
 def reporter(sweep: Path, job: int) -> Reporter:
