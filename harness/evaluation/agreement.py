@@ -2,8 +2,9 @@
 
     "The keys near the cabinet"  ->  " are old." (right)  or  " is old."
 
-Head and attractor differ in number, every noun is head and attractor, singular and plural, equally often; so a model that
-agrees with the nearest noun scores 0 and one that guesses a half. In the manner of BLiMP (arXiv 1912.00582).
+Head and attractor differ in number, every noun is head and attractor, singular and plural, equally
+often; so a model that agrees with the nearest noun scores 0 and one that guesses a half. In the
+manner of BLiMP (arXiv 1912.00582).
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ def marks(
 ) -> dict[str, list[str]]:
     """{corpus or task: [marks]}.
 
-    calibrated: name of the corpus that calibrated, if any did; learned: whether a transform learned from it; loaded: or came
-    from a file; measured: {corpus: (windows evaluated, windows there are)}; tasks: {task: limit of its documents or None}.
+    calibrated: name of the corpus that calibrated, if any did; learned: whether a transform learned
+    from it; loaded: or came from a file; measured: {corpus: (windows evaluated, windows there
+    are)}; tasks: {task: limit of its documents or None}.
     """
     found = {}
     for corpus, (windows, whole) in measured.items():

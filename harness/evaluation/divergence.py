@@ -1,12 +1,14 @@
-"""How far a model's next-token distribution has moved from the untouched model's, on held-out windows.
+"""How far a model's next-token distribution has moved from the untouched model's, on held-out
+windows.
 
     KL = mean_t sum_v p_t(v) log( p_t(v) / q_t(v) )        top-1 = share of t with argmax p_t = argmax q_t
 
-p: the untouched model, q: the changed one, t: positions of the first WINDOWS windows of a text; in nats, float32 softmax.
-Perplexity sees one token of a distribution, KL all of them: it tells models apart that the same perplexity does not.
+p: the untouched model, q: the changed one, t: positions of the first WINDOWS windows of a text; in
+nats, float32 softmax. Perplexity sees one token of a distribution, KL all of them: it tells models
+apart that the same perplexity does not.
 
-Of the untouched model the final hidden states are kept with the baseline, and its output head for the time of the run: a
-fiftieth of the logits they make.
+Of the untouched model the final hidden states are kept with the baseline, and its output head for
+the time of the run: a fiftieth of the logits they make.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ WINDOWS = 2  # a text; 4,000 positions tell KL to a few percent
 
 
 class Reference:
-    """The untouched model, as far as its distribution needs it: `head` and, {text: [W, L - 1, hidden]}, what it read."""
+    """The untouched model, as far as its distribution needs it: `head` and, {text: [W, L - 1,
+    hidden]}, what it read."""
 
     def __init__(self, adapter: Adapter):
         """To be made before anything changes the model."""

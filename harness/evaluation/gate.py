@@ -1,12 +1,14 @@
-"""The gates: what promises to leave the function of a model alone is held to it on a probe, and so is the walk over its blocks.
+"""The gates: what promises to leave the function of a model alone is held to it on a probe, and so
+is the walk over its blocks.
 
     exact transforms   |after - before| of the logits against what the model does not know of them itself
     the stream         hidden states walked block by block against those of the model's own forward
 
-In float32 the model's own noise is a part of its logits: 30 layers do not repeat them to 1e-4 even for norm fusion alone
-(7e-4 was seen for |logit| up to 42). In 16 bits it is measured, as |before - exact| with `exact` the same weights computed in
-float32: a model whose keys reach hundreds repeats its logits to a tenth, another one to a thousandth. Exact transforms of
-random models stay within 1.8 times that noise (greatest) and 1.5 times (mean).
+In float32 the model's own noise is a part of its logits: 30 layers do not repeat them to 1e-4 even
+for norm fusion alone (7e-4 was seen for |logit| up to 42). In 16 bits it is measured, as |before -
+exact| with `exact` the same weights computed in float32: a model whose keys reach hundreds repeats
+its logits to a tenth, another one to a thousandth. Exact transforms of random models stay within
+1.8 times that noise (greatest) and 1.5 times (mean).
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ STREAM_HALF = 0.05
 
 
 def gate(before: Tensor, after: Tensor, name: str, exact: Tensor | None = None) -> dict[str, float]:
-    """{max, mean} of |after - before| between logits [N, L, V] of the same tokens. exact: those of `exact_logits`, for a model
-    in 16 bits. Raises RuntimeError, naming the transform and a way out, for a change beyond the model's own noise."""
+    """{max, mean} of |after - before| between logits [N, L, V] of the same tokens. exact: those of
+    `exact_logits`, for a model in 16 bits. Raises RuntimeError, naming the transform and a way out,
+    for a change beyond the model's own noise."""
     before, after = before.float(), after.float()
     known = before if exact is None else exact
     delta = (after - known).abs()
@@ -57,7 +60,8 @@ def gate(before: Tensor, after: Tensor, name: str, exact: Tensor | None = None) 
 
 @torch.no_grad()
 def exact_logits(adapter: Adapter, ids: Tensor) -> Tensor:
-    """Logits [N, L, V] of token ids [N, L] with the model's weights, every block computed in float32; one is held at a time."""
+    """Logits [N, L, V] of token ids [N, L] with the model's weights, every block computed in
+    float32; one is held at a time."""
     hidden, contexts = arriving(adapter, ids.to(adapter.device))
     hidden = hidden.float()
     for layer, (block, context) in enumerate(zip(adapter.blocks, contexts)):
@@ -71,8 +75,9 @@ def exact_logits(adapter: Adapter, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def stream_gate(adapter: Adapter, window: Tensor) -> float:
-    """|walked - forward| / |forward| of the last hidden states of a window [1, L]. Raises RuntimeError where the walk over the
-    blocks is not the model's forward, so that every statistic taken on the way would be of another model."""
+    """|walked - forward| / |forward| of the last hidden states of a window [1, L]. Raises
+    RuntimeError where the walk over the blocks is not the model's forward, so that every statistic
+    taken on the way would be of another model."""
     stream = Stream(adapter, window)
     for layer, block in enumerate(adapter.blocks):
         with adapter.open(layer):

@@ -2,10 +2,12 @@
 
     PPL = exp( 1/(W (L-1)) sum_w sum_{t=2..L} -log p(x_t | x_1..x_{t-1}) )
 
-Each window starts afresh, its first token is never a target, the tail that fills no window is dropped before (windows.py).
-Softmax in float32. Source: the GPTQ / QuaRot / SpinQuant / FP-Quant protocol.
+Each window starts afresh, its first token is never a target, the tail that fills no window is
+dropped before (windows.py). Softmax in float32. Source: the GPTQ / QuaRot / SpinQuant / FP-Quant
+protocol.
 
-Streaming turns the loops around, all windows through one block before the next: the same arithmetic, with one block in memory.
+Streaming turns the loops around, all windows through one block before the next: the same
+arithmetic, with one block in memory.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ def window_losses(
 ) -> Tensor:
     """Summed next-token loss of each window, float64 [W], in nats.
 
-    windows: token ids [W, L]; amp: autocast dtype of the forward; advance: called `steps` times; streaming: block by block;
-    watch(window, position, states [T, hidden], logits [T, vocabulary] float32) sees what the losses come from, piece by piece.
+    windows: token ids [W, L]; amp: autocast dtype of the forward; advance: called `steps` times;
+    streaming: block by block; watch(window, position, states [T, hidden], logits [T, vocabulary]
+    float32) sees what the losses come from, piece by piece.
     """
     device = adapter.device
     with torch.autocast(device.type, dtype=amp) if amp is not None else nullcontext():
@@ -67,7 +70,8 @@ def window_losses(
 
 
 def _piece(adapter: Adapter, length: int) -> int:
-    """Tokens that pass the head at a time: all of a window where a scale of its input is taken over more than one."""
+    """Tokens that pass the head at a time: all of a window where a scale of its input is taken over
+    more than one."""
     act = adapter.head.site.format if isinstance(adapter.head, QuantLinear) else None
     return length if act is not None and act.spans_tokens else LOGITS_AT_ONCE
 

@@ -1,14 +1,14 @@
 """Zero-shot accuracy through lm-eval, on the model object itself.
 
-A task is `agreement` (shipped, agreement.py), a .jsonl file of eval.zeroshot.data_path, or a task of lm-eval by name (of
-include_path, else its own, which need the hub). A file holds one of
+A task is `agreement` (shipped, agreement.py), a .jsonl file of eval.zeroshot.data_path, or a task
+of lm-eval by name (of include_path, else its own, which need the hub). A file holds one of
 
     {"query", "choices", "gold"}     which continuation is likeliest; acc by log-likelihood, acc_norm by that over its bytes
     {"context", "continuation"}      whether the continuation is what greedy decoding gives (LAMBADA), and its perplexity
 
 Requests are padded to a batch, except where an activation is read on a scale that spans tokens:
-padding and neighbours would be part of it, so each request is then a forward of its own.
-lm-eval seeds the global generators unless told not to, and it is told not to; what it draws is undone.
+padding and neighbours would be part of it, so each request is then a forward of its own. lm-eval
+seeds the global generators unless told not to, and it is told not to; what it draws is undone.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ METRICS = ("acc_norm", "acc", "exact_match", "mc2", "mc1")  # the first of a tas
 
 @dataclass(frozen=True)
 class ZeroShot(Evaluation):
-    """tasks: names; data_path: a folder of .jsonl files; include_path: a folder of lm-eval task files; limit: documents a task;
-    shots: examples before each document, one number or {task: number}, null: as the task says; batch_size: of requests."""
+    """tasks: names; data_path: a folder of .jsonl files; include_path: a folder of lm-eval task
+    files; limit: documents a task; shots: examples before each document, one number or {task:
+    number}, null: as the task says; batch_size: of requests."""
 
     tasks: tuple[str, ...]
     data_path: str | None = None
@@ -112,8 +113,8 @@ class ZeroShot(Evaluation):
         return [texts, included if files else None, self.limit, shots]
 
     def check(self) -> None:
-        """Raise ConfigError for a task that is neither a file, nor shipped, nor known to lm-eval. Reading its list takes
-        seconds."""
+        """Raise ConfigError for a task that is neither a file, nor shipped, nor known to lm-eval.
+        Reading its list takes seconds."""
         named = [name for name in self.tasks if self.file(name) is None and name != NAME]
         if named:
             from lm_eval.tasks import TaskManager
@@ -151,9 +152,11 @@ def tasks_for_lm_eval(chosen: ZeroShot) -> list:
 def zeroshot(
     model, tokenizer, chosen: ZeroShot, amp=None, advance: Callable[[], None] = lambda: None
 ) -> tuple[dict, dict]:
-    """({task: {metric: value, metric_stderr: value, "n": documents}}, {task: [one dict a document]}).
+    """({task: {metric: value, metric_stderr: value, "n": documents}}, {task: [one dict a
+    document]}).
 
-    model: a causal language model; amp: autocast dtype of its forward; advance: called after each task.
+    model: a causal language model; amp: autocast dtype of its forward; advance: called after each
+    task.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -210,8 +213,8 @@ def together(model, chosen: ZeroShot) -> int:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """lm-eval warns of every task that brings its own documents, draws from the global generators and shows bars of its own:
-    all as before after it."""
+    """lm-eval warns of every task that brings its own documents, draws from the global generators
+    and shows bars of its own: all as before after it."""
     logger = logging.getLogger("lm_eval")
     level, drawn, arrays = logger.level, random.getstate(), numpy.random.get_state()
     logger.setLevel(logging.ERROR)
@@ -268,8 +271,8 @@ def _configured(chosen: ZeroShot, name: str):
 
 
 def _read(path: Path) -> list[dict]:
-    """The documents of a file, one a line that ends in \\n, with the keys of their kind alone. Raises DataError naming the
-    line."""
+    """The documents of a file, one a line that ends in \\n, with the keys of their kind alone.
+    Raises DataError naming the line."""
     try:
         content = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -310,7 +313,8 @@ def _is_continuation(row: Mapping) -> bool:
 
 
 def _figures(result: Mapping, count: int | None) -> dict:
-    """lm-eval's {"acc,none": .., "acc_stderr,none": ..} without filters' names (the last filter of a metric stands)."""
+    """lm-eval's {"acc,none": .., "acc_stderr,none": ..} without filters' names (the last filter of
+    a metric stands)."""
     figures = {
         key.partition(",")[0]: value for key, value in result.items() if isinstance(value, float)
     }

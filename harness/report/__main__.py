@@ -1,4 +1,5 @@
-"""Stored runs at the terminal: `python -m harness.report ls|show|diff|failed|prune|page [RUNS] ...`; RUNS is the run root.
+"""Stored runs at the terminal: `python -m harness.report ls|show|diff|failed|prune|page [RUNS]
+...`; RUNS is the run root.
 
 Exit status: 0 done, 2 the arguments are wrong or name no run. Imports no torch.
 """
@@ -98,8 +99,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def ls(arguments) -> None:
-    """Runs as a table: choices, the settings that tell runs of the same choices apart, and the figures of the last stage with
-    their honesty marks."""
+    """Runs as a table: choices, the settings that tell runs of the same choices apart, and the
+    figures of the last stage with their honesty marks."""
     root, filters = root_and_filters(arguments.words)
     rows = filtered(stored.rows(root), filters)
     shown = {row["run_id"]: row_figures(row) for row in rows}
@@ -264,7 +265,8 @@ def diff(arguments) -> None:
 
 
 def failed(arguments) -> None:
-    """Runs that did not end, the last line of their error, and the command that tries each again."""
+    """Runs that did not end, the last line of their error, and the command that tries each
+    again."""
     root, filters = root_and_filters(arguments.words)
     rows = [
         row
@@ -291,7 +293,8 @@ def failed(arguments) -> None:
 
 
 def prune(arguments) -> None:
-    """List, and with --yes remove, runs that did not end and, with --blocks, the solved blocks of those that did."""
+    """List, and with --yes remove, runs that did not end and, with --blocks, the solved blocks of
+    those that did."""
     root, filters = root_and_filters(arguments.words)
     targets = [
         (row, target)

@@ -1,7 +1,8 @@
-"""The report page: one HTML file with everything inside, so that it opens from a disk or a mail without any network.
+"""The report page: one HTML file with everything inside, so that it opens from a disk or a mail
+without any network.
 
-The parts lie in assets/. Embedded are the figures of every run, not its layers; what many runs share is stored once: a
-histogram, a setting, the bin edges.
+The parts lie in assets/. Embedded are the figures of every run, not its layers; what many runs
+share is stored once: a histogram, a setting, the bin edges.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ POINTS = 200  # of a learning curve, about as many as a panel can show
 
 
 def write_page(root: Path, path: Path, run_ids: Collection[str] | None = None) -> Path:
-    """Write the page of the runs below `root` (only those in `run_ids`, if given) to `path`, in one step; returns `path`."""
+    """Write the page of the runs below `root` (only those in `run_ids`, if given) to `path`, in one
+    step; returns `path`."""
     from plotly.offline import get_plotlyjs
 
     parts = {
@@ -182,8 +184,8 @@ def _rounded(values: dict | None, digits: int = 4) -> dict:
 
 
 def _curves(path: Path) -> dict[str, list]:
-    """{"block/rel_error": [steps, values]} of what was logged; a step logged again counts once, as logged last. Of a long curve
-    POINTS are kept, evenly, and its last."""
+    """{"block/rel_error": [steps, values]} of what was logged; a step logged again counts once, as
+    logged last. Of a long curve POINTS are kept, evenly, and its last."""
     points: dict[str, dict[int, float]] = {}
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -209,8 +211,8 @@ def _curves(path: Path) -> dict[str, list]:
 
 
 def _activations(found: dict, histograms: Pool, edges: Pool) -> dict:
-    """{"edges": index, "sites": {site: {"before": index, "after": index, "worst": {"before": {statistic: [value, layer]}}}}},
-    empty where none were measured."""
+    """{"edges": index, "sites": {site: {"before": index, "after": index, "worst": {"before":
+    {statistic: [value, layer]}}}}}, empty where none were measured."""
     sites = {}
     for site, counts in found.get("sites", {}).items():
         sides = {

@@ -1,7 +1,8 @@
 """Two runs on the same documents and windows: whether what separates them is more than chance.
 
-What both saw is paired, so its own difficulty drops out and much smaller differences show than two standard errors would. The p
-values speak of other documents and windows, not of other seeds; neighbouring windows of one article are not quite independent.
+What both saw is paired, so its own difficulty drops out and much smaller differences show than two
+standard errors would. The p values speak of other documents and windows, not of other seeds;
+neighbouring windows of one article are not quite independent.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ EXACT = 20  # windows up to which all 2^n sign flips are enumerated: a million s
 def flips(a: Sequence[Mapping], b: Sequence[Mapping]) -> dict:
     """Zero-shot answers of two runs, from [{"doc", "acc", "acc_norm"}] each, matched by document.
 
-    {"metric", "n", "a", "b": accuracies, "lost": right in a and wrong in b, "won": the reverse, "p"}: the exact two-sided
-    McNemar test. Of the documents that flipped, either way is as likely if the runs are equally good: a binomial of 1/2, valid
-    at any n. Raises ValueError without a document or a metric in common.
+    {"metric", "n", "a", "b": accuracies, "lost": right in a and wrong in b, "won": the reverse,
+    "p"}: the exact two-sided McNemar test. Of the documents that flipped, either way is as likely
+    if the runs are equally good: a binomial of 1/2, valid at any n. Raises ValueError without a
+    document or a metric in common.
     """
     first, second = ({sample["doc"]: sample for sample in samples} for samples in (a, b))
     shared = [doc for doc in first if doc in second]
@@ -50,13 +52,14 @@ def flips(a: Sequence[Mapping], b: Sequence[Mapping]) -> dict:
 def losses(a: Sequence[float], b: Sequence[float]) -> dict:
     """Mean losses of the same windows under two runs, in nats.
 
-    {"n", "difference": mean of b - a, "se": its standard error (None for one window), "ratio": perplexity of b over that
-    of a, "p", "test", "least": the smallest p that the test can give}.
+    {"n", "difference": mean of b - a, "se": its standard error (None for one window), "ratio":
+    perplexity of b over that of a, "p", "test", "least": the smallest p that the test can give}.
 
-    Up to 20 windows the sign-flip permutation test of the mean, exact by enumeration: it supposes only that a window's
-    difference is as likely to have either sign when the runs are equally good, and at n windows gives no p below 2 / 2^n
-    (2/256 at 8). Beyond that the paired t test of the same mean, close to normal by then; Wilcoxon's would judge another
-    quantity than the one shown. Raises ValueError for unequal lengths or no windows.
+    Up to 20 windows the sign-flip permutation test of the mean, exact by enumeration: it supposes
+    only that a window's difference is as likely to have either sign when the runs are equally good,
+    and at n windows gives no p below 2 / 2^n (2/256 at 8). Beyond that the paired t test of the
+    same mean, close to normal by then; Wilcoxon's would judge another quantity than the one shown.
+    Raises ValueError for unequal lengths or no windows.
     """
     import numpy
 
@@ -80,7 +83,8 @@ def losses(a: Sequence[float], b: Sequence[float]) -> dict:
 
 
 def compare(a: dict, b: dict) -> dict[str, dict[str, dict]]:
-    """{"corpora": {corpus: `losses`}, "tasks": {task: `flips`}} of all that the last stages of two rows share.
+    """{"corpora": {corpus: `losses`}, "tasks": {task: `flips`}} of all that the last stages of two
+    rows share.
 
     What cannot be paired has {"error": why} in its place; samples that were not kept are left out.
     """
@@ -99,7 +103,8 @@ def compare(a: dict, b: dict) -> dict[str, dict[str, dict]]:
 
 
 def settings(a: dict, b: dict) -> dict[str, tuple]:
-    """{dotted setting: (of a, of b)} of those in which two rows differ; `-` where one has no such setting or no config.yaml."""
+    """{dotted setting: (of a, of b)} of those in which two rows differ; `-` where one has no such
+    setting or no config.yaml."""
     ours, theirs = map(dotted, (a, b))
     sides = {
         key: (ours.get(key, "-"), theirs.get(key, "-")) for key in dict.fromkeys([*ours, *theirs])
@@ -137,7 +142,8 @@ def _mcnemar(lost: int, won: int) -> float:
 
 
 def _sign_flip(differences) -> float:
-    """Share of the 2^n signed sums at least as far from zero as the one observed. differences: [n], n <= EXACT."""
+    """Share of the 2^n signed sums at least as far from zero as the one observed. differences: [n],
+    n <= EXACT."""
     import numpy
 
     sums = numpy.zeros(1)

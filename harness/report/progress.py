@@ -1,5 +1,6 @@
-"""A progress bar per stage on a terminal; elsewhere one plain line when a stage starts, at each tenth, and when it ends. In a
-sweep its own bar, or line, stands above with the time gone and the time to expect."""
+"""A progress bar per stage on a terminal; elsewhere one plain line when a stage starts, at each
+tenth, and when it ends. In a sweep its own bar, or line, stands above with the time gone and the
+time to expect."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from rich.progress import (
 class Reporter:
     """Talks to a person on stderr, so that stdout stays free for the result table.
 
-    sweep: (jobs done, jobs, when the sweep began in seconds since the epoch) where this run is one of several.
+    sweep: (jobs done, jobs, when the sweep began in seconds since the epoch) where this run is one
+    of several.
     """
 
     def __init__(self, console: Console | None = None, sweep: tuple[int, int, float] | None = None):
@@ -39,8 +41,9 @@ class Reporter:
 
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Callable[..., None]]:
-        """Yields `advance(note="", steps=1)`, to be called for each of `total` steps. A stage within a stage has a bar below
-        the outer one's while it runs; without a terminal it is silent."""
+        """Yields `advance(note="", steps=1)`, to be called for each of `total` steps. A stage
+        within a stage has a bar below the outer one's while it runs; without a terminal it is
+        silent."""
         self._depth += 1
         try:
             with (
@@ -104,7 +107,8 @@ class Reporter:
         yield advance
 
     def _expected(self) -> str:
-        """How long the sweep has run, and how much longer it takes if the other jobs are like those before."""
+        """How long the sweep has run, and how much longer it takes if the other jobs are like those
+        before."""
         done, jobs, began = self._sweep
         gone = time.time() - began
         return (

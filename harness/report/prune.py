@@ -13,7 +13,8 @@ from harness.store import Run, RunLocked, locked
 
 
 def doomed(row: dict, blocks: bool) -> Path | None:
-    """What `prune` would remove of a run. Nothing that lies behind a link, and no run whose figures are complete."""
+    """What `prune` would remove of a run. Nothing that lies behind a link, and no run whose figures
+    are complete."""
     path = Path(row["path"])
     if (
         row["status"] in ("failed", "interrupted")
@@ -32,7 +33,8 @@ def doomed(row: dict, blocks: bool) -> Path | None:
 
 
 def freed(targets: list[Path]) -> list[int]:
-    """Bytes that removing all targets frees, each one's part: a file that other hard links keep frees none."""
+    """Bytes that removing all targets frees, each one's part: a file that other hard links keep
+    frees none."""
     files = [
         [path.lstat() for path in target.rglob("*") if not path.is_dir()] for target in targets
     ]
@@ -44,8 +46,8 @@ def freed(targets: list[Path]) -> list[int]:
 
 
 def remove(row: dict, target: Path) -> bool:
-    """Remove `target` unless the run went on since `row` was read. It is moved aside first: a process that starts the run
-    meanwhile finds it whole or gone."""
+    """Remove `target` unless the run went on since `row` was read. It is moved aside first: a
+    process that starts the run meanwhile finds it whole or gone."""
     run = Run(Path(row["path"]))
     try:
         with locked(run.path / "lock"):

@@ -20,10 +20,11 @@ def rows(root: str | Path) -> list[dict]:
 
 
 def row(run: Run) -> dict:
-    """metrics.json with what status.json adds: `status` done | failed | running | interrupted (nobody writes it any more) |
-    broken (cannot be read), `stage`, `error`, `started`, `updated` (ISO 8601), `sweep`, `path`, the run directory, and
-    `labels`, the choices as they are shown: of a checkpoint measured again those that made it. Fields a run never reached, or
-    that are not what they should be, are empty."""
+    """metrics.json with what status.json adds: `status` done | failed | running | interrupted
+    (nobody writes it any more) | broken (cannot be read), `stage`, `error`, `started`, `updated`
+    (ISO 8601), `sweep`, `path`, the run directory, and `labels`, the choices as they are shown: of
+    a checkpoint measured again those that made it. Fields a run never reached, or that are not what
+    they should be, are empty."""
     try:
         status, metrics = shapes.sound(run.status, shapes.STATUS), shapes.metrics(run.metrics)
         state = status.get("status", "interrupted")
@@ -74,7 +75,8 @@ def outliers(row: dict) -> dict | None:
 
 
 def samples(row: dict, task: str) -> list[dict] | None:
-    """What every document of a task got in the stage the run is judged by; None where that was not kept."""
+    """What every document of a task got in the stage the run is judged by; None where that was not
+    kept."""
     stage = next(reversed(row["stages"]), None)
     folder = Path(row["path"]) / "samples" / str(stage)
     if stage == "baseline":  # shared by all runs of the model

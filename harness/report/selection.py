@@ -1,4 +1,5 @@
-"""Which stored runs the words of a command line name: a run root, `group=option` filters, parts of run ids."""
+"""Which stored runs the words of a command line name: a run root, `group=option` filters, parts of
+run ids."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def root_and_runs(words: list[str], count: int) -> tuple[Path, list[str]]:
 
 
 def filtered(rows: list[dict], filters: list[str]) -> list[dict]:
-    """Rows of which all `group=option,option` hold, `status` counting as a group. Raises ConfigError for another one."""
+    """Rows of which all `group=option,option` hold, `status` counting as a group. Raises
+    ConfigError for another one."""
     groups = {"status", *LABELS, *(group for row in rows for group in row["labels"])}
     for group, _, options in (text.partition("=") for text in filters):
         if group not in groups:

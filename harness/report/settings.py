@@ -1,4 +1,5 @@
-"""The settings of stored runs, and those by which runs of the same choices differ: what tells two points of a sweep apart."""
+"""The settings of stored runs, and those by which runs of the same choices differ: what tells two
+points of a sweep apart."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ GROUPS = ("data", "eval", "export")  # choices that have no column of their own
 
 
 def dotted(row: Mapping) -> dict[str, str]:
-    """{dotted key: value as typed} of a row's config.yaml, without what is secret; empty where it cannot be read."""
+    """{dotted key: value as typed} of a row's config.yaml, without what is secret; empty where it
+    cannot be read."""
     try:
         config = yaml.load((Path(row["path"]) / "config.yaml").read_text(encoding="utf-8"), LOADER)
     except (OSError, ValueError, yaml.YAMLError):
@@ -28,12 +30,12 @@ def dotted(row: Mapping) -> dict[str, str]:
 
 
 def apart(rows: Sequence[Mapping], settings: Sequence[Mapping[str, str]]) -> list[str]:
-    """For each row, with its dotted settings, `seed=1 weight.group_size=32`: what differs between runs that chose the same
-    option of the setting's group.
+    """For each row, with its dotted settings, `seed=1 weight.group_size=32`: what differs between
+    runs that chose the same option of the setting's group.
 
-    What an option brings with it follows from the choice and is left out, as is a value that more than half of the comparable
-    runs have. A setting that a run has not is null. Runs without settings get nothing. Keys are cut to their last two words
-    where these name one setting only.
+    What an option brings with it follows from the choice and is left out, as is a value that more
+    than half of the comparable runs have. A setting that a run has not is null. Runs without
+    settings get nothing. Keys are cut to their last two words where these name one setting only.
     """
     runs = [_compared(row["choices"], own) for row, own in zip(rows, settings)]
     told: list[dict[str, str]] = [{} for _ in runs]
@@ -54,7 +56,8 @@ def apart(rows: Sequence[Mapping], settings: Sequence[Mapping[str, str]]) -> lis
 
 
 def _compared(choices: Mapping[str, str | None], settings: Mapping[str, str]) -> dict[str, str]:
-    """The settings that can tell a run from another, with the choices that stand in no column; empty ones are not set."""
+    """The settings that can tell a run from another, with the choices that stand in no column;
+    empty ones are not set."""
     own = {
         key: value
         for key, value in settings.items()

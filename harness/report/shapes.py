@@ -1,5 +1,6 @@
-"""What the fields of a run's records are, as far as tables and pages count on it: metrics.json and status.json are files, and
-what is in them may have come from anywhere. A field of another shape is as good as none."""
+"""What the fields of a run's records are, as far as tables and pages count on it: metrics.json and
+status.json are files, and what is in them may have come from anywhere. A field of another shape is
+as good as none."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""A multirun from its start to its end: which jobs, how far they are, one table and one page of all of them, failed ones
-included, and the exit status that `on_error` asks for.
+"""A multirun from its start to its end: which jobs, how far they are, one table and one page of all
+of them, failed ones included, and the exit status that `on_error` asks for.
 
-Hydra's own multirun composes the default options with every override first, and hands the same overrides to every job; here a
-setting that only some of the chosen options have applies to those. Hydra still composes, and its launchers launch.
+Hydra's own multirun composes the default options with every override first, and hands the same
+overrides to every job; here a setting that only some of the chosen options have applies to those.
+Hydra still composes, and its launchers launch.
 
     _sweeps/<sweep>/sweep.json     {"jobs", "overrides": of each, "started", "pid": of the process that launches}
     _sweeps/<sweep>/NNNNN.json     a finished job's row;  NNNNN.log what it said, where jobs run in other processes
@@ -66,7 +67,8 @@ def everyone(sweep: Path) -> list[dict]:
 
 
 def reporter(sweep: Path, job: int) -> Reporter:
-    """Who tells of a job: with the sweep's bar above its own in the process that launches, else a file beside its row."""
+    """Who tells of a job: with the sweep's bar above its own in the process that launches, else a
+    file beside its row."""
     begun = read_record(sweep / "sweep.json") or {
         "pid": os.getpid(),
         "jobs": job + 1,
@@ -80,8 +82,8 @@ def reporter(sweep: Path, job: int) -> Reporter:
 
 
 def sweep(task: Callable, overrides: list[str]) -> int:
-    """Run `task`, a function of a composed configuration, for every job of a sweep; print its table, write its page. Returns
-    the exit status: 1 when a job failed and `on_error=raise`.
+    """Run `task`, a function of a composed configuration, for every job of a sweep; print its
+    table, write its page. Returns the exit status: 1 when a job failed and `on_error=raise`.
 
     Raises what Hydra raises for overrides that cannot be composed, before anything is written.
     """
@@ -112,7 +114,8 @@ def sweep(task: Callable, overrides: list[str]) -> int:
 
 
 def swept(config, overrides: Iterable[str]) -> dict[str, str]:
-    """{setting: its values} that a chosen option goes through, without those that the command line sets."""
+    """{setting: its values} that a chosen option goes through, without those that the command line
+    sets."""
     named = {_key(override) for override in overrides}
     return {
         key: values
@@ -122,7 +125,8 @@ def swept(config, overrides: Iterable[str]) -> dict[str, str]:
 
 
 def _jobs(loader, config, overrides: list[str]) -> list[list[str]]:
-    """The overrides of each job: every combination, each without the settings that its options do not have.
+    """The overrides of each job: every combination, each without the settings that its options do
+    not have.
 
     Raises Hydra's error for a setting that no job has.
     """
@@ -143,7 +147,8 @@ def _jobs(loader, config, overrides: list[str]) -> list[list[str]]:
 def _fitting(
     compose: Callable, overrides: list[str]
 ) -> tuple[object, list[str], dict[str, Exception]]:
-    """(the configuration, the overrides that it has a place for, {key: Hydra's error} of those that it has not)."""
+    """(the configuration, the overrides that it has a place for, {key: Hydra's error} of those that
+    it has not)."""
     missing: dict[str, Exception] = {}
     while True:
         own = [override for override in overrides if _key(override) not in missing]
@@ -204,7 +209,8 @@ def _close(config, folder: Path) -> int:
 
 
 def _write_page(config, folder: Path, runs: set[str]) -> None:
-    """One page of the sweep's runs; W&B gets it as the artifact of a run of its own in the sweep's group."""
+    """One page of the sweep's runs; W&B gets it as the artifact of a run of its own in the sweep's
+    group."""
     path = write_page(Path(config.run_root), folder / "report.html", runs)
     print(f"page: {path}")
     tracker = build(OmegaConf.to_container(config.tracking, resolve=True), "tracking", Tracker)

@@ -23,12 +23,14 @@ CHECKLIST = (
 
 
 def terminal() -> Console:
-    """Standard output; a file or a pipe has no width of its own, and tables of 80 columns fold their names."""
+    """Standard output; a file or a pipe has no width of its own, and tables of 80 columns fold
+    their names."""
     return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
 
 
 def show(table: Table, console: Console) -> None:
-    """Print a table; a file or a pipe gets it as wide as it needs, so that no figure is cut or folded."""
+    """Print a table; a file or a pipe gets it as wide as it needs, so that no figure is cut or
+    folded."""
     if not console.is_terminal:
         console.width = max(
             console.width,

@@ -1,6 +1,9 @@
-"""What a tracker is. Five calls; a null tracker instead of `if tracking`; and a failure in one never fails the run.
+"""What a tracker is.
 
-The store on disk is the truth and a tracker only its mirror, so losing one costs a curve and never a result.
+Five calls; a null tracker instead of `if tracking`; and a failure in one never fails the run.
+
+The store on disk is the truth and a tracker only its mirror, so losing one costs a curve and never
+a result.
 """
 
 import logging
@@ -15,8 +18,8 @@ SECRET = re.compile(r"secret|passw|credential|api[_-]?key|token(?!iz|s($|_))", r
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Who a run is. quant_id is shared by runs that only evaluate the same quantized model, None where nothing is quantized;
-    group is the sweep, if any."""
+    """Who a run is. quant_id is shared by runs that only evaluate the same quantized model, None
+    where nothing is quantized; group is the sweep, if any."""
 
     run_id: str
     quant_id: str | None
@@ -33,7 +36,8 @@ class Tracker:
         """Open the run. config: the resolved settings, nested."""
 
     def log(self, values: dict, step: int) -> None:
-        """Points of curves, named `family/metric`; step counts within the family (the block, the optimizer step)."""
+        """Points of curves, named `family/metric`; step counts within the family (the block, the
+        optimizer step)."""
 
     def table(self, name: str, rows: list[dict]) -> None:
         """A whole table, one dict a row. The same name again replaces it."""
@@ -42,11 +46,13 @@ class Tracker:
         """The report of the run, one HTML file that needs no other."""
 
     def finish(self, summary: dict, status: str = "done") -> None:
-        """Close the run with its final numbers, nested; status is `done` or says how it ended instead."""
+        """Close the run with its final numbers, nested; status is `done` or says how it ended
+        instead."""
 
 
 class Several(Tracker):
-    """Forwards to all. A tracker that raises is left out from then on and `warn` is called once with the reason."""
+    """Forwards to all. A tracker that raises is left out from then on and `warn` is called once
+    with the reason."""
 
     def __init__(self, trackers: Iterable[Tracker], warn: Callable[[str], None] = log.warning):
         self._trackers = list(trackers)
@@ -80,7 +86,8 @@ class Several(Tracker):
 
 
 def plain(value):
-    """The value as JSON can hold it: tensors and arrays become numbers or lists, what is unknown becomes its string."""
+    """The value as JSON can hold it: tensors and arrays become numbers or lists, what is unknown
+    becomes its string."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
@@ -91,7 +98,8 @@ def plain(value):
 
 
 def without_secrets(value):
-    """A nested config without the keys that name a token, secret, password or API key; `tokenizer` and `max_tokens` stay."""
+    """A nested config without the keys that name a token, secret, password or API key; `tokenizer`
+    and `max_tokens` stay."""
     if isinstance(value, dict):
         return {
             key: without_secrets(item) for key, item in value.items() if not SECRET.search(str(key))

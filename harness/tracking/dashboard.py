@@ -2,8 +2,9 @@
 
     python -m harness.tracking.dashboard --entity E --project P [--save]
 
-Runs side by side, perplexities, perplexity against bits per weight, errors over the blocks by sweep. Without --save its
-specification is printed as JSON. Needs the package wandb-workspaces; saving needs a login. Exit status 2 where one is missing.
+Runs side by side, perplexities, perplexity against bits per weight, errors over the blocks by
+sweep. Without --save its specification is printed as JSON. Needs the package wandb-workspaces;
+saving needs a login. Exit status 2 where one is missing.
 """
 
 import argparse
@@ -17,7 +18,8 @@ CURVES = ("block/rel_error", "block/worst_rel_error", "block/sqnr_db")
 
 
 def workspace(entity: str, project: str, corpora: Sequence[str] = CORPORA):
-    """The workspace, unsaved: for each corpus a bar plot and a scatter plot. Raises ImportError without wandb-workspaces."""
+    """The workspace, unsaved: for each corpus a bar plot and a scatter plot. Raises ImportError
+    without wandb-workspaces."""
     from wandb_workspaces.reports import v2 as wr
     from wandb_workspaces.workspaces import Section, Workspace
 
@@ -59,7 +61,8 @@ def workspace(entity: str, project: str, corpora: Sequence[str] = CORPORA):
 
 
 def save(view) -> str:
-    """Save the workspace; its address. Raises PermissionError without a login, else what W&B raises."""
+    """Save the workspace; its address. Raises PermissionError without a login, else what W&B
+    raises."""
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))
@@ -69,7 +72,8 @@ def save(view) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status of a command line; the specification, or with --save the address, on standard output."""
+    """The exit status of a command line; the specification, or with --save the address, on standard
+    output."""
     parser = argparse.ArgumentParser(
         prog="python -m harness.tracking.dashboard", description=__doc__.partition("\n")[0]
     )

@@ -1,12 +1,14 @@
-"""Curves, tables and summary as files under `<run directory>/tracking`, readable without any service.
+"""Curves, tables and summary as files under `<run directory>/tracking`, readable without any
+service.
 
     run.json         who the run is: run_id, quant_id, group, tags, job_type
     curves.jsonl     one line a log call: {"step": 3, "block/error": 0.1, ...}; appended
     <table>.jsonl    one line a row; replaced as a whole
     summary.json     {"status": "done", ...}; replaced as a whole
 
-With config.yaml beside them they are all that a tracker is told, so replay.py can tell another one later.
-A resumed run appends to its curves, and a step logged again appears again: the last line counts.
+With config.yaml beside them they are all that a tracker is told, so replay.py can tell another one
+later. A resumed run appends to its curves, and a step logged again appears again: the last line
+counts.
 """
 
 import json
@@ -37,7 +39,8 @@ class Local(Tracker):
         append(self._curves, _line({"step": step, **values}))
 
     def table(self, name: str, rows: list[dict]) -> None:
-        """`/` in the name becomes `_`. Raises ValueError for the name `curves`, whose file is taken."""
+        """`/` in the name becomes `_`. Raises ValueError for the name `curves`, whose file is
+        taken."""
         if name == "curves":
             raise ValueError("a table cannot be named 'curves'; curves.jsonl holds the curves")
         lines = "".join(_line(row) + "\n" for row in rows)

@@ -1,9 +1,12 @@
-"""Stored runs sent to Weights & Biases later: `python -m harness.tracking.replay RUNS [RUN_ID_PART ...] [--project P] ...`
+"""Stored runs sent to Weights & Biases later: `python -m harness.tracking.replay RUNS [RUN_ID_PART
+...] [--project P] ...`
 
-They go through the tracker that would have mirrored them while they ran, so the same run arrives: config, group, tags, curves,
-tables, pages, summary, status. Where W&B has a run of the same id it starts anew, so sending twice draws no curve twice.
+They go through the tracker that would have mirrored them while they ran, so the same run arrives:
+config, group, tags, curves, tables, pages, summary, status. Where W&B has a run of the same id it
+starts anew, so sending twice draws no curve twice.
 
-Exit status: 0 all sent, or still running; 1 some could not be sent; 2 there is nothing to send. Imports no torch.
+Exit status: 0 all sent, or still running; 1 some could not be sent; 2 there is nothing to send.
+Imports no torch.
 """
 
 import argparse
@@ -23,7 +26,8 @@ from harness.tracking.wandb import Wandb
 
 @dataclass(frozen=True)
 class Record:
-    """All that a tracker was told of a run. curves: (step, values) of each call; status: done | failed | interrupted."""
+    """All that a tracker was told of a run. curves: (step, values) of each call; status: done |
+    failed | interrupted."""
 
     config: dict
     info: RunInfo
@@ -35,7 +39,8 @@ class Record:
 
     @classmethod
     def read(cls, run: Run) -> "Record":
-        """From the run directory. Raises DataError, OSError or ValueError for what is missing or damaged."""
+        """From the run directory. Raises DataError, OSError or ValueError for what is missing or
+        damaged."""
         folder, status = run.path / "tracking", run.status.get("status")
         if status in ("done", "failed"):
             summary = read_json(folder / "summary.json")
@@ -70,7 +75,8 @@ class Record:
 
 
 def send(run: Run, project: str | None, entity: str | None, mode: str | None) -> str:
-    """Send one run; where it went. Raises RunLocked while the run is computed, and what Record.read raises.
+    """Send one run; where it went. Raises RunLocked while the run is computed, and what Record.read
+    raises.
 
     project, entity: None takes those of the run's own `tracking` section.
     """
@@ -130,7 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _info(run: Run) -> RunInfo:
-    """Who the run was, from tracking/run.json; for runs stored before there was one, what their pipeline knew but the sweep."""
+    """Who the run was, from tracking/run.json; for runs stored before there was one, what their
+    pipeline knew but the sweep."""
     known = read_json(run.path / "tracking" / "run.json")
     if known is None:
         choices = (run.metrics or {}).get("choices", {})
@@ -144,7 +151,8 @@ def _info(run: Run) -> RunInfo:
 
 
 def _curves(path: Path) -> list[tuple[int, dict]]:
-    """The points in the order in which they were logged; of a point logged again, as a resumed run does, only the last."""
+    """The points in the order in which they were logged; of a point logged again, as a resumed run
+    does, only the last."""
     kept, later = [], set()
     for line in reversed(_lines(path) if path.exists() else []):
         step = line.pop("step")

@@ -1,14 +1,18 @@
-"""Weights & Biases by its own conventions: the id is the run's fingerprint, so a resumed run continues its curves; the group is
-the sweep; the files lie in the run directory, so an offline run travels with it (`wandb sync <run directory>/wandb/offline-*`).
+"""Weights & Biases by its own conventions: the id is the run's fingerprint, so a resumed run
+continues its curves; the group is the sweep; the files lie in the run directory, so an offline run
+travels with it (`wandb sync <run directory>/wandb/offline-*`).
 
-An explicit setting wins; where it is null, W&B's environment variables (WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME,
-WANDB_DIR, ...) decide. Without a login, or when the server cannot be reached, the run is written offline.
+An explicit setting wins; where it is null, W&B's environment variables (WANDB_MODE, WANDB_PROJECT,
+WANDB_ENTITY, WANDB_NAME, WANDB_DIR, ...) decide. Without a login, or when the server cannot be
+reached, the run is written offline.
 
-W&B's global step may never fall, and blocks, optimizer steps and evaluations all count from zero: a shared step would drop
-every family but the longest. So each family of curves `family/*` is drawn over its own `family/index`.
+W&B's global step may never fall, and blocks, optimizer steps and evaluations all count from zero: a
+shared step would drop every family but the longest. So each family of curves `family/*` is drawn
+over its own `family/index`.
 
-At the end the curves over the blocks are logged once more as figures (`figures/rel_error`, ...), for W&B reports and galleries;
-the page of a run becomes the artifact of type `report` that bears the run's id.
+At the end the curves over the blocks are logged once more as figures (`figures/rel_error`, ...),
+for W&B reports and galleries; the page of a run becomes the artifact of type `report` that bears
+the run's id.
 """
 
 import logging
@@ -33,10 +37,12 @@ FINISH_TIMEOUT = "60"  # seconds an upload may hold up the end of a run; the fil
 
 
 class Wandb(Tracker):
-    """One W&B run. project, entity, name, mode: null leaves them to the environment; tags are added to the run's own.
+    """One W&B run. project, entity, name, mode: null leaves them to the environment; tags are added
+    to the run's own.
 
-    resume: what W&B does where it has a run of this id: `allow` goes on with it, None starts it anew.
-    Raises ConfigError for an unknown mode. `warn` is told when a wished-for online run is written offline.
+    resume: what W&B does where it has a run of this id: `allow` goes on with it, None starts it
+    anew. Raises ConfigError for an unknown mode. `warn` is told when a wished-for online run is
+    written offline.
     """
 
     def __init__(
@@ -151,7 +157,8 @@ class Wandb(Tracker):
         return figures
 
     def _reachable_mode(self, wandb) -> str:
-        """The mode asked for, or `offline` where only a login is missing: W&B itself would stop and ask for one."""
+        """The mode asked for, or `offline` where only a login is missing: W&B itself would stop and
+        ask for one."""
         mode = self._mode or os.environ.get("WANDB_MODE", "online")
         wandb.setup(wandb.Settings(silent=True, mode=mode))
         if mode != "online" or wandb.login(prompt=False, verify=False):
