@@ -21,7 +21,8 @@ from harness.config.errors import ConfigError, DataError
 from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.tiny import Tiny
-from harness.pipeline.job import execute, measure
+from harness.pipeline import measure
+from harness.pipeline.job import execute
 from harness.quantize.weights import Solved
 from harness.store import write_json
 

@@ -14,7 +14,8 @@ from harness.models import adapter as architecture
 from harness.models import merge
 from harness.models.adapter import FAMILIES, Adapter
 from harness.models.tiny import Tiny, byte_tokenizer
-from harness.pipeline.job import execute, stages
+from harness.pipeline import stages
+from harness.pipeline.job import execute
 
 IDS = torch.randint(256, (2, 96), generator=torch.Generator().manual_seed(0))
 

@@ -4,7 +4,8 @@ import pytest
 from composed import small
 
 from harness.config.errors import ConfigError
-from harness.pipeline.job import execute, stages
+from harness.pipeline import stages
+from harness.pipeline.job import execute
 from harness.quantize import blocks
 
 DYNAMIC = ["format=nvfp4", "format.act.scope=token"]
