@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from harness.evaluation.divergence import Reference
     from harness.models.adapter import Adapter
@@ -67,7 +68,7 @@ class Watch(Protocol):
     """Looks on while a text passes: the final hidden states [T, hidden] of the positions from
     `position` of a window, and the logits [T, vocabulary], float32, that the head makes of them."""
 
-    def __call__(self, window: int, position: int, states: Tensor, logits: Tensor) -> None: ...
+    def __call__(self, window: int, position: int, states: Tensor, logits: Tensor, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Subject:
 
     stage: str
     adapter: Adapter
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     amp: torch.dtype | None
     texts: Mapping[str, Tensor]
     reference: Reference

@@ -23,9 +23,8 @@ from harness.evaluation.base import Watch
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import QuantLinear
 
-LOGITS_AT_ONCE = (
-    256  # tokens whose logits are held at a time; a vocabulary of 150,000 makes that 150 MB
-)
+# Tokens whose logits are held at a time; a vocabulary of 150,000 makes that 150 MB.
+LOGITS_AT_ONCE = 256
 
 
 @torch.no_grad()
@@ -44,25 +43,19 @@ def window_losses(
     float32) sees what the losses come from, piece by piece.
     """
     device = adapter.device
+    by = _by_block if streaming else _by_window
+    losses: list[Tensor] = []
     with torch.autocast(device.type, dtype=amp) if amp is not None else nullcontext():
-        passed = (
-            _by_block(adapter, windows, advance)
-            if streaming
-            else _by_window(adapter, windows, advance)
-        )
-        losses, piece = [], _piece(adapter, windows.shape[1])
-        for index, (hidden, window) in enumerate(zip(passed, windows)):
+        piece = _piece(adapter, windows.shape[1])
+        for index, (hidden, window) in enumerate(zip(by(adapter, windows, advance), windows)):
             ids = window.to(device)
             loss = torch.zeros((), dtype=torch.float64, device=device)
-            for part, (states, targets) in enumerate(
-                zip(hidden[:-1].split(piece), ids[1:].split(piece))
-            ):
-                logits = adapter.head(states[None])[
-                    0
-                ].float()  # a window is a batch of one, also to who quantizes tokens
-                loss += (
-                    nn.functional.cross_entropy(logits, targets, reduction="none").double().sum()
-                )
+            pieces = zip(hidden[:-1].split(piece), ids[1:].split(piece))
+            for part, (states, targets) in enumerate(pieces):
+                # A window is a batch of one, also to who quantizes tokens.
+                logits = adapter.head(states[None])[0].float()
+                each = nn.functional.cross_entropy(logits, targets, reduction="none")
+                loss += each.double().sum()
                 if watch is not None:
                     watch(index, part * piece, states, logits)
             losses.append(loss.cpu())
@@ -84,9 +77,8 @@ def steps(adapter: Adapter, windows: Tensor, streaming: bool) -> int:
 def _by_window(adapter: Adapter, windows: Tensor, advance: Callable[[], None]) -> Iterator[Tensor]:
     """Final hidden states [L, hidden], window by window."""
     for window in windows:
-        yield adapter.backbone(
-            input_ids=window.to(adapter.device)[None], use_cache=False
-        ).last_hidden_state[0]
+        ids = window.to(adapter.device)[None]
+        yield adapter.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
         advance()
 
 

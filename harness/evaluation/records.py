@@ -50,31 +50,36 @@ def _number(value) -> float:
 
 def stored(metrics: Mapping) -> list[Metric]:
     """The records of a run, from its metrics.json."""
-    kept = metrics.get("records")
-    if not kept:
+    flat = metrics.get("records")
+    if not flat:
         return records(metrics.get("stages") or {})
-    return [Metric(**record | {"value": _number(record["value"])}) for record in kept]
+    return [Metric(**record | {"value": _number(record["value"])}) for record in flat]
 
 
 def plain(
     evaluations: Mapping[str, Evaluation], stages: Mapping[str, Mapping]
 ) -> dict[str, object]:
     """The fields `records` and `displays` of metrics.json; the latter only where there are any."""
+    fields: dict[str, object] = {
+        "records": [asdict(metric) for metric in records(stages, evaluations)]
+    }
     displays = {
         name: {metric: asdict(display) for metric, display in evaluation.displays.items()}
         for name, evaluation in evaluations.items()
         if name not in SHIPPED
     }
-    flat = {"records": [asdict(metric) for metric in records(stages, evaluations)]}
-    return flat | ({"displays": displays} if displays else {})
+    if displays:
+        fields["displays"] = displays
+    return fields
 
 
 def described(metrics: Mapping) -> dict[str, dict[str, Display]]:
     """{evaluation: {metric: how it is shown}}: of the shipped ones, and of those a run brought."""
-    found = {name: dict(evaluation.displays) for name, evaluation in SHIPPED.items()}
+    described = {name: dict(evaluation.displays) for name, evaluation in SHIPPED.items()}
     for name, displays in (metrics.get("displays") or {}).items():
-        found.setdefault(name, {metric: Display(**fields) for metric, fields in displays.items()})
-    return found
+        brought = {metric: Display(**fields) for metric, fields in displays.items()}
+        described.setdefault(name, brought)
+    return described
 
 
 def summary(metrics: Iterable[Metric]) -> dict[str, float | int]:

@@ -95,15 +95,17 @@ RESERVED = ("losses", "tokens", "samples", *SHIPPED)  # what a stage's record ho
 
 def evaluations(section: Mapping) -> dict[str, Evaluation]:
     """{name: evaluation} of `eval`, in the order in which they are measured. Raises ConfigError."""
-    found: dict[str, Evaluation] = {"ppl": Perplexity(), "divergence": FromUntouched()}
+    built: dict[str, Evaluation] = {"ppl": Perplexity(), "divergence": FromUntouched()}
     zeroshot = ZeroShot.of(section["zeroshot"])
     if zeroshot is not None:
-        found["zeroshot"] = zeroshot
+        built["zeroshot"] = zeroshot
     for name, node in section["evaluations"].items():
         if name in RESERVED or "/" in name:  # trackers make a path of it
             raise ConfigError(f"eval.evaluations.{name}: is taken or no name; choose another.")
-        found[name] = build(node, f"eval.evaluations.{name}", Evaluation)
-    return found
+        evaluation = build(node, f"eval.evaluations.{name}", Evaluation)
+        if isinstance(evaluation, Evaluation):  # None: turned off
+            built[name] = evaluation
+    return built
 
 
 def fingerprints(evaluations: Mapping[str, Evaluation]) -> list:
