@@ -68,6 +68,9 @@ class Cell:
     minor: bool = False
 
 
+NONE = Cell(None, "", (0, 0))  # of a run that has no such figure
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """`value` to so many digits after the point; nothing for None."""
     if value is None:

@@ -1,5 +1,4 @@
-"""Honesty marks (evaluation/caveats.py) as letters beside a number, and the legend that spells them
-out."""
+"""Honesty marks (evaluation/caveats.py) as letters beside a number, and their legend."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The report page: one HTML file with everything inside, so that it opens from a disk or a mail
-without any network.
+"""The report page: one HTML file that opens from a disk or a mail without any network.
 
 The parts lie in assets/. Embedded are the figures of every run, not its layers; what many runs
 share is stored once: a histogram, a setting, the bin edges.
@@ -35,7 +34,8 @@ def write_page(root: Path, path: Path, run_ids: Collection[str] | None = None) -
     parts = {
         "style": (ASSETS / "page.css").read_text(encoding="utf-8"),
         "script": "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS),
-        # In JSON "<" occurs only inside strings: escaped, no text of a run can end the element it stands in.
+        # In JSON "<" occurs only inside strings: escaped, no text of a run can end the element it
+        # stands in.
         "data": json.dumps(
             _data(Path(root), run_ids), ensure_ascii=False, separators=(",", ":")
         ).replace("<", "\\u003c"),
@@ -170,7 +170,7 @@ def _baseline(heads: Sequence[Figure], untouched: Mapping[Column, Figure]) -> di
     return {index: value for index, value in found.items() if value is not None}
 
 
-def _number(value, digits: int = 4) -> float | None:
+def _number(value: object, digits: int = 4) -> float | None:
     """`value` to so many significant digits; None for what is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
@@ -204,29 +204,28 @@ def _curves(path: Path) -> dict[str, list]:
     curves = {}
     for name, values in points.items():
         steps = sorted(values)
-        kept = steps[:: math.ceil(len(steps) / POINTS)]
-        kept += steps[-1:] if kept[-1] != steps[-1] else []
-        curves[name] = [kept, [values[step] for step in kept]]
+        thinned = steps[:: math.ceil(len(steps) / POINTS)]
+        if thinned[-1] != steps[-1]:
+            thinned.append(steps[-1])
+        curves[name] = [thinned, [values[step] for step in thinned]]
     return curves
 
 
-def _activations(found: dict, histograms: Pool, edges: Pool) -> dict:
+def _activations(profile: dict, histograms: Pool, edges: Pool) -> dict:
     """{"edges": index, "sites": {site: {"before": index, "after": index, "worst": {"before":
     {statistic: [value, layer]}}}}}, empty where none were measured."""
     sites = {}
-    for site, counts in found.get("sites", {}).items():
+    for site, counts in profile.get("sites", {}).items():
         sides = {
             side: histograms.add([_number(n) or 0 for n in counts[side]])
             for side in SIDES
             if side in counts
         }
-        layers = [layer for layer in found.get("rows", []) if layer.get("site") == site]
+        layers = [layer for layer in profile.get("rows", []) if layer.get("site") == site]
         sites[site] = {**sides, "worst": {side: _worst(layers, side) for side in sides}}
-    return (
-        {"edges": edges.add([_number(edge) for edge in found["edges"]]), "sites": sites}
-        if sites
-        else {}
-    )
+    if not sites:
+        return {}
+    return {"edges": edges.add([_number(edge) for edge in profile["edges"]]), "sites": sites}
 
 
 def _worst(layers: list[dict], side: str) -> dict[str, list]:

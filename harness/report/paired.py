@@ -8,14 +8,19 @@ neighbouring windows of one article are not quite independent.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from harness.evaluation.records import stored
 from harness.report.rows import final_stage, last, samples
 from harness.report.settings import dotted
 
+if TYPE_CHECKING:
+    import numpy
+
 METRICS = ("acc_norm", "acc", "exact_match")  # 0 or 1 a document; the first that both runs have
-EXACT = 20  # windows up to which all 2^n sign flips are enumerated: a million sums, some ten milliseconds
+# Windows up to which all 2^n sign flips are enumerated: a million sums, some ten milliseconds.
+EXACT = 20
 
 
 def flips(a: Sequence[Mapping], b: Sequence[Mapping]) -> dict:
@@ -37,7 +42,9 @@ def flips(a: Sequence[Mapping], b: Sequence[Mapping]) -> dict:
     if metric is None:
         raise ValueError(f"none of {', '.join(METRICS)} in all documents of both")
     right = [(first[doc][metric] == 1, second[doc][metric] == 1) for doc in shared]
-    lost, won, n = right.count((True, False)), right.count((False, True)), len(right)
+    lost = right.count((True, False))
+    won = right.count((False, True))
+    n = len(right)
     accuracies = {"a": sum(x for x, _ in right) / n, "b": sum(y for _, y in right) / n}
     return {
         "metric": metric,
@@ -88,24 +95,26 @@ def compare(a: dict, b: dict) -> dict[str, dict[str, dict]]:
 
     What cannot be paired has {"error": why} in its place; samples that were not kept are left out.
     """
-    found: dict[str, dict[str, dict]] = {"corpora": {}, "tasks": {}}
-    ours, theirs = last(a), last(b)
+    corpora: dict[str, dict] = {}
+    tasks: dict[str, dict] = {}
+    ours = last(a)
+    theirs = last(b)
     for corpus, windows in (ours.get("losses") or {}).items():
-        if corpus in (theirs.get("losses") or {}):
-            found["corpora"][corpus] = _window_pairs(
-                windows, theirs["losses"][corpus], _length(ours), _length(theirs)
-            )
+        others = (theirs.get("losses") or {}).get(corpus)
+        if others is not None:
+            corpora[corpus] = _window_pairs(windows, others, _length(ours), _length(theirs))
     for source in dict.fromkeys(one.source for one in stored(a) if one.stage == final_stage(a)):
-        answers = samples(a, source), samples(b, source)
+        answers = (samples(a, source), samples(b, source))
         if all(answers):
-            found["tasks"][source] = _tried(flips, *answers)
-    return found
+            tasks[source] = _tried(flips, *answers)
+    return {"corpora": corpora, "tasks": tasks}
 
 
 def settings(a: dict, b: dict) -> dict[str, tuple]:
     """{dotted setting: (of a, of b)} of those in which two rows differ; `-` where one has no such
     setting or no config.yaml."""
-    ours, theirs = map(dotted, (a, b))
+    ours = dotted(a)
+    theirs = dotted(b)
     sides = {
         key: (ours.get(key, "-"), theirs.get(key, "-")) for key in dict.fromkeys([*ours, *theirs])
     }
@@ -118,14 +127,11 @@ def _window_pairs(a: list, b: list, *lengths: int | None) -> dict:
     return _tried(losses, a, b)
 
 
-def _tried(test, *sides) -> dict:
+def _tried(test: Callable[..., dict], *sides: object) -> dict:
+    """A record of another shape is told like one that cannot be paired."""
     try:
         return test(*sides)
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-    ) as error:  # a record of another shape is told like one that cannot be paired
+    except (ValueError, TypeError, KeyError) as error:
         return {"error": str(error)}
 
 
@@ -141,7 +147,7 @@ def _mcnemar(lost: int, won: int) -> float:
     return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
-def _sign_flip(differences) -> float:
+def _sign_flip(differences: numpy.ndarray) -> float:
     """Share of the 2^n signed sums at least as far from zero as the one observed. differences: [n],
     n <= EXACT."""
     import numpy
@@ -149,13 +155,12 @@ def _sign_flip(differences) -> float:
     sums = numpy.zeros(1)
     for difference in differences:
         sums = numpy.concatenate([sums + difference, sums - difference])
-    rounding = (
-        1e-12 * numpy.abs(differences).sum()
-    )  # sums of equal size must count as ties whatever their order of addition
+    # Sums of equal size must count as ties whatever their order of addition.
+    rounding = 1e-12 * numpy.abs(differences).sum()
     return float((numpy.abs(sums) >= abs(differences.sum()) - rounding).mean())
 
 
-def _t(differences) -> float:
+def _t(differences: numpy.ndarray) -> float:
     """Two-sided paired t test of a zero mean. differences: [n]."""
     from scipy.stats import t
 

@@ -16,20 +16,16 @@ def doomed(row: dict, blocks: bool) -> Path | None:
     """What `prune` would remove of a run. Nothing that lies behind a link, and no run whose figures
     are complete."""
     path = Path(row["path"])
-    if (
-        row["status"] in ("failed", "interrupted")
-        and (Run(path).metrics or {}).get("status") != "done"
-    ):
+    ended = row["status"] in ("failed", "interrupted")
+    # A run can be killed between its last figure and the word that it is done.
+    if ended and (Run(path).metrics or {}).get("status") != "done":
         target = path
     elif blocks and any(one.stage == final_stage(row) for one in stored(row)):
         target = path / "blocks"
     else:
         return None
-    return (
-        target
-        if target.is_dir() and not any(p.is_symlink() for p in (path, target, path / "lock"))
-        else None
-    )
+    linked = any(each.is_symlink() for each in (path, target, path / "lock"))
+    return target if target.is_dir() and not linked else None
 
 
 def freed(targets: list[Path]) -> list[int]:

@@ -26,12 +26,15 @@ def row(run: Run) -> dict:
     a checkpoint measured again those that made it. Fields a run never reached, or that are not what
     they should be, are empty."""
     try:
-        status, metrics = shapes.sound(run.status, shapes.STATUS), shapes.metrics(run.metrics)
+        status = shapes.sound(run.status, shapes.STATUS)
+        metrics = shapes.metrics(run.metrics)
         state = status.get("status", "interrupted")
         if state == "running" and not held(run.path / "lock"):
             state = "interrupted"
     except (TypeError, ValueError, OSError) as error:
-        status, metrics, state = {"error": f"cannot be read: {error}"}, {}, "broken"
+        status = {"error": f"cannot be read: {error}"}
+        metrics = {}
+        state = "broken"
     empty = {
         "quant_id": status.get("quant_id"),
         "baseline_id": None,
@@ -49,13 +52,13 @@ def row(run: Run) -> dict:
         "holds": {},
         "command": status.get("command"),
     }
-    kept = {key: status.get(key) for key in ("stage", "error", "started", "updated", "sweep")}
-    found = (
-        empty | metrics | kept | {"run_id": run.path.name, "status": state, "path": str(run.path)}
-    )
-    found["choices"] = dict(zip(LABELS, run.path.name.rsplit("-", 4))) | found["choices"]
-    found["labels"] = found["choices"] | found["holds"]
-    return found
+    known = {key: status.get(key) for key in ("stage", "error", "started", "updated", "sweep")}
+    known |= {"run_id": run.path.name, "status": state, "path": str(run.path)}
+    # A run that never wrote its choices still says them in its id.
+    choices: dict[str, str | None] = dict(zip(LABELS, run.path.name.rsplit("-", 4)))
+    choices |= metrics.get("choices", {})
+    labels = choices | metrics.get("holds", {})
+    return {**empty, **metrics, **known, "choices": choices, "labels": labels}
 
 
 def final_stage(row: Mapping) -> str | None:
@@ -80,10 +83,7 @@ def samples(row: dict, task: str) -> list[dict] | None:
     stage = next(reversed(row["stages"]), None)
     folder = Path(row["path"]) / "samples" / str(stage)
     if stage == "baseline":  # shared by all runs of the model
-        folder = (
-            Store(Path(row["path"]).parent)
-            .shared("baselines", str(row["baseline_id"]))
-            .with_suffix("")
-        )
+        store = Store(Path(row["path"]).parent)
+        folder = store.shared("baselines", str(row["baseline_id"])).with_suffix("")
     digests = row["stages"].get(stage, {}).get("samples") or {}
     return checked(folder / f"{task}.json", digests.get(task))

@@ -54,16 +54,17 @@ METRICS = {
     "holds": Mapping[str, str | None],
     "export": Mapping,
 }
-STATUS = dict.fromkeys(
+STATUS: dict[str, object] = dict.fromkeys(
     ("status", "stage", "error", "started", "updated", "sweep", "quant_id", "command"), str | None
 )
 
 
 def sound(record: object, shape: Mapping[str, object]) -> dict:
     """The fields of a record that are of their shape."""
-    found = record if isinstance(record, Mapping) else {}
+    if not isinstance(record, Mapping):
+        return {}
     return {
-        key: found[key] for key, hint in shape.items() if key in found and fits(found[key], hint)
+        key: record[key] for key, hint in shape.items() if key in record and fits(record[key], hint)
     }
 
 

@@ -1,12 +1,16 @@
-"""A multirun from its start to its end: which jobs, how far they are, one table and one page of all
-of them, failed ones included, and the exit status that `on_error` asks for.
+"""A multirun from its start to its end.
+
+Which jobs, how far they are, one table and one page of all of them, failed ones included, and the
+exit status that `on_error` asks for.
 
 Hydra's own multirun composes the default options with every override first, and hands the same
 overrides to every job; here a setting that only some of the chosen options have applies to those.
 Hydra still composes, and its launchers launch.
 
-    _sweeps/<sweep>/sweep.json     {"jobs", "overrides": of each, "started", "pid": of the process that launches}
-    _sweeps/<sweep>/NNNNN.json     a finished job's row;  NNNNN.log what it said, where jobs run in other processes
+    _sweeps/<sweep>/sweep.json     {"jobs", "overrides": of each, "started", "pid": of the process
+                                   that launches}
+    _sweeps/<sweep>/NNNNN.json     a finished job's row
+    _sweeps/<sweep>/NNNNN.log      what it said, where jobs run in other processes
 """
 
 from __future__ import annotations
@@ -22,11 +26,13 @@ from functools import partial
 from pathlib import Path
 
 from hydra import initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException
+from hydra.plugins.launcher import Launcher
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from harness.config.build import ROOT, build
@@ -52,17 +58,16 @@ def records(sweep: Path) -> list[dict]:
 
 def everyone(sweep: Path) -> list[dict]:
     """A row for every job: the one it kept, or that its process ended before it could."""
-    kept, begun = (
-        {row["job"]: row for row in records(sweep)},
-        read_record(sweep / "sweep.json") or {"overrides": []},
-    )
+    rows = {row["job"]: row for row in records(sweep)}
+    begun = read_record(sweep / "sweep.json") or {"overrides": []}
     lost = {
         "status": "failed",
-        "error": "no process ended it (one was killed, for lack of memory?); the same command goes on",
+        "error": "no process ended it (one was killed, for lack of memory?); "
+        "the same command goes on",
     }
     return [
-        kept.get(job, {"job": job, "overrides": own, **lost})
-        for job, own in enumerate(begun["overrides"])
+        rows.get(job, {"job": job, "overrides": overrides, **lost})
+        for job, overrides in enumerate(begun["overrides"])
     ]
 
 
@@ -76,9 +81,8 @@ def reporter(sweep: Path, job: int) -> Reporter:
     }
     if begun["pid"] == os.getpid():
         return Reporter(sweep=(len(records(sweep)), begun["jobs"], begun["started"]))
-    return Reporter(
-        Console(file=open(sweep / f"{job:05d}.log", "w", buffering=1, encoding="utf-8"), width=140)
-    )
+    path = sweep / f"{job:05d}.log"
+    return Reporter(Console(file=open(path, "w", buffering=1, encoding="utf-8"), width=140))
 
 
 def sweep(task: Callable, overrides: list[str]) -> int:
@@ -96,24 +100,20 @@ def sweep(task: Callable, overrides: list[str]) -> int:
             raise unknown[0]
         jobs = _jobs(loader, config, overrides)
         folder = Path(config.hydra.sweep.dir)
-        for old in folder.glob(
-            "[0-9]*.*"
-        ):  # of an earlier sweep, where HARNESS_SWEEP names the folder
-            old.unlink()
+        for earlier in folder.glob("[0-9]*.*"):  # where HARNESS_SWEEP names the folder
+            earlier.unlink()
         begun = {"jobs": len(jobs), "overrides": jobs, "started": time.time(), "pid": os.getpid()}
         write_record(folder / "sweep.json", begun)
         context = HydraContext(config_loader=loader, callbacks=Callbacks())
         launcher = Plugins.instance().instantiate_launcher(context, task, config)
-        with (
-            _watched(folder, len(jobs), launcher),
-            suppress(BrokenExecutor),
-        ):  # a worker was killed, and the pool gave up
+        # BrokenExecutor: a worker was killed, and the pool gave up.
+        with _watched(folder, len(jobs), launcher), suppress(BrokenExecutor):
             for job in launcher.launch(jobs, initial_job_idx=0):
                 _ = job.return_value  # raises what the job did
         return _close(config, folder)
 
 
-def swept(config, overrides: Iterable[str]) -> dict[str, str]:
+def swept(config: DictConfig, overrides: Iterable[str]) -> dict[str, str]:
     """{setting: its values} that a chosen option goes through, without those that the command line
     sets."""
     named = {_key(override) for override in overrides}
@@ -124,7 +124,7 @@ def swept(config, overrides: Iterable[str]) -> dict[str, str]:
     }
 
 
-def _jobs(loader, config, overrides: list[str]) -> list[list[str]]:
+def _jobs(loader: ConfigLoader, config: DictConfig, overrides: list[str]) -> list[list[str]]:
     """The overrides of each job: every combination, each without the settings that its options do
     not have.
 
@@ -138,15 +138,14 @@ def _jobs(loader, config, overrides: list[str]) -> list[list[str]]:
     for key, error in fitted[0][1].items():
         if all(key in missing for _, missing in fitted):
             raise error
-    once = {
-        tuple(own) if missing else row: own for row, (own, missing) in enumerate(fitted)
-    }  # rows that became alike
+    # Rows that lost a setting may have become alike: each is run once.
+    once = {tuple(own) if missing else row: own for row, (own, missing) in enumerate(fitted)}
     return list(once.values())
 
 
 def _fitting(
-    compose: Callable, overrides: list[str]
-) -> tuple[object, list[str], dict[str, Exception]]:
+    compose: Callable[[list[str]], DictConfig], overrides: list[str]
+) -> tuple[DictConfig, list[str], dict[str, Exception]]:
     """(the configuration, the overrides that it has a place for, {key: Hydra's error} of those that
     it has not)."""
     missing: dict[str, Exception] = {}
@@ -155,10 +154,10 @@ def _fitting(
         try:
             return compose(own), own, missing
         except ConfigCompositionException as error:
-            found = re.match(r"Could not override '([^']+)'", str(error))
-            if found is None or found[1] not in map(_key, own):
+            place = re.match(r"Could not override '([^']+)'", str(error))
+            if place is None or place[1] not in map(_key, own):
                 raise
-            missing[found[1]] = error
+            missing[place[1]] = error
 
 
 def _key(override: str) -> str:
@@ -166,7 +165,7 @@ def _key(override: str) -> str:
 
 
 @contextmanager
-def _watched(folder: Path, jobs: int, launcher) -> Iterator[None]:
+def _watched(folder: Path, jobs: int, launcher: Launcher) -> Iterator[None]:
     """While jobs run in other processes, show how far they are."""
     if isinstance(launcher, BasicLauncher):
         yield
@@ -184,7 +183,8 @@ def _watched(folder: Path, jobs: int, launcher) -> Iterator[None]:
 def _watch(folder: Path, jobs: int, over: threading.Event) -> None:
     """The sweep's bar, and the last line of each job that runs."""
     with Reporter().stage("sweep", jobs) as advance:
-        done, ended = 0, False
+        done = 0
+        ended = False
         while not ended:
             ended = over.wait(PERIOD)
             finished = {row["job"] for row in records(folder)}
@@ -200,7 +200,7 @@ def _watch(folder: Path, jobs: int, over: threading.Event) -> None:
             advance(" | ".join(lines), steps=0)
 
 
-def _close(config, folder: Path) -> int:
+def _close(config: DictConfig, folder: Path) -> int:
     """The table and the page of a sweep, of what it has; the exit status."""
     rows = everyone(folder)
     sweep_table(rows)
@@ -208,12 +208,15 @@ def _close(config, folder: Path) -> int:
     return int(config.on_error != "record" and any(row["status"] != "done" for row in rows))
 
 
-def _write_page(config, folder: Path, runs: set[str]) -> None:
+def _write_page(config: DictConfig, folder: Path, runs: set[str]) -> None:
     """One page of the sweep's runs; W&B gets it as the artifact of a run of its own in the sweep's
     group."""
     path = write_page(Path(config.run_root), folder / "report.html", runs)
     print(f"page: {path}")
-    tracker = build(OmegaConf.to_container(config.tracking, resolve=True), "tracking", Tracker)
+    section = OmegaConf.to_container(config.tracking, resolve=True)
+    assert isinstance(section, dict)  # a group is a mapping
+    tracker = build({str(key): value for key, value in section.items()}, "tracking", Tracker)
+    assert isinstance(tracker, Tracker)  # no part that 16 bits turn off
     tracker.start({}, RunInfo(folder.name, None, folder, group=folder.name, job_type="sweep"))
     tracker.page(path)
     tracker.finish({"runs": len(runs)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.report.figures import Column, Figure, bearers, columns, figures, lost, number
-from harness.report.marks import letters
+from harness.report.marks import legend, letters
 
 CHECKLIST = (
     "a perplexity above 100 usually means one of: norm weights not fused before a rotation; an "
@@ -37,6 +37,30 @@ def show(table: Table, console: Console) -> None:
             console.measure(table, options=console.options.update(width=10_000)).maximum,
         )
     console.print(table)
+
+
+def say(text: str) -> None:
+    """A line on standard output."""
+    line(terminal(), text)
+
+
+def say_marks(rows: Iterable[Mapping]) -> None:
+    """What the letters beside the figures of finished runs mean."""
+    used = [
+        text for row in rows if row["status"] == "done" for text in letters(row["marks"]).values()
+    ]
+    if legend(used):
+        say(f"marks: {legend(used)}")
+
+
+def print_table(title: str, columns: Iterable[str], cells: Iterable[Sequence[str]]) -> None:
+    """Print a table of texts, wide ones folded."""
+    table = Table(title=Text(title), title_justify="left")
+    for column in columns:
+        table.add_column(Text(column), overflow="fold")
+    for texts in cells:
+        table.add_row(*map(Text, texts))
+    terminal().print(table)
 
 
 def _short(value: object) -> str:

@@ -1,5 +1,4 @@
-"""Where the numbers of a run go while it runs: always into local files, and to Weights & Biases if
-wished."""
+"""Where the numbers of a run go: always into local files, and to Weights & Biases if wished."""
 
 from collections.abc import Sequence
 

@@ -8,12 +8,21 @@ a result.
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, overload, runtime_checkable
 
 log = logging.getLogger(__name__)
 SECRET = re.compile(r"secret|passw|credential|api[_-]?key|token(?!iz|s($|_))", re.IGNORECASE)
+Plain = bool | int | float | str | None | list["Plain"] | dict[str, "Plain"]  # what JSON holds
+
+
+@runtime_checkable
+class Array(Protocol):
+    """A tensor or an array, of whichever library."""
+
+    def tolist(self) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class Several(Tracker):
     def finish(self, summary: dict, status: str = "done") -> None:
         self._each("finish", summary, status)
 
-    def _each(self, call: str, *arguments) -> None:
+    def _each(self, call: str, *arguments: object) -> None:
         for tracker in list(self._trackers):
             try:
                 getattr(tracker, call)(*arguments)
@@ -81,23 +90,39 @@ class Several(Tracker):
                 self._trackers.remove(tracker)
                 reason = f"{type(error).__name__}: {error}"
                 self._warn(
-                    f"tracking: {type(tracker).__name__} failed in {call}; the run goes on without it ({reason})"
+                    f"tracking: {type(tracker).__name__} failed in {call}; "
+                    f"the run goes on without it ({reason})"
                 )
 
 
-def plain(value):
+def plain(value: object) -> Plain:
     """The value as JSON can hold it: tensors and arrays become numbers or lists, what is unknown
     becomes its string."""
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return plain_fields(value)
     if isinstance(value, list | tuple | set):
         return [plain(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+    if isinstance(value, Array):
+        return plain(value.tolist())
+    return str(value)
 
 
-def without_secrets(value):
+def plain_fields(values: Mapping) -> dict[str, Plain]:
+    """The same of a mapping."""
+    return {str(key): plain(item) for key, item in values.items()}
+
+
+@overload
+def without_secrets(value: dict) -> dict: ...
+
+
+@overload
+def without_secrets(value: object) -> object: ...
+
+
+def without_secrets(value: object) -> object:
     """A nested config without the keys that name a token, secret, password or API key; `tokenizer`
     and `max_tokens` stay."""
     if isinstance(value, dict):

@@ -1,5 +1,4 @@
-"""Curves, tables and summary as files under `<run directory>/tracking`, readable without any
-service.
+"""Curves, tables and summary as files under `<run directory>/tracking`, for any reader.
 
     run.json         who the run is: run_id, quant_id, group, tags, job_type
     curves.jsonl     one line a log call: {"step": 3, "block/error": 0.1, ...}; appended
@@ -15,7 +14,7 @@ import json
 from pathlib import Path
 
 from harness.store import append, whole_lines, write
-from harness.tracking.base import RunInfo, Tracker, plain
+from harness.tracking.base import RunInfo, Tracker, plain, plain_fields
 
 
 class Local(Tracker):
@@ -47,8 +46,8 @@ class Local(Tracker):
         write(self._directory / f"{name.replace('/', '_')}.jsonl", lines)
 
     def finish(self, summary: dict, status: str = "done") -> None:
-        summary = {"status": status, **plain(summary)}
-        write(self._directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+        fields = {"status": status, **plain_fields(summary)}
+        write(self._directory / "summary.json", json.dumps(fields, indent=2) + "\n")
 
 
 def _line(values: dict) -> str:

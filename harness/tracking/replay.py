@@ -1,5 +1,6 @@
-"""Stored runs sent to Weights & Biases later: `python -m harness.tracking.replay RUNS [RUN_ID_PART
-...] [--project P] ...`
+"""Stored runs sent to Weights & Biases later.
+
+    python -m harness.tracking.replay RUNS [RUN_ID_PART ...] [--project P] ...
 
 They go through the tracker that would have mirrored them while they ran, so the same run arrives:
 config, group, tags, curves, tables, pages, summary, status. Where W&B has a run of the same id it
@@ -41,15 +42,20 @@ class Record:
     def read(cls, run: Run) -> "Record":
         """From the run directory. Raises DataError, OSError or ValueError for what is missing or
         damaged."""
-        folder, status = run.path / "tracking", run.status.get("status")
+        folder = run.path / "tracking"
+        status = run.status.get("status")
         if status in ("done", "failed"):
             summary = read_json(folder / "summary.json")
             if summary is None:
                 raise DataError("tracking/summary.json is missing or damaged")
         else:  # nobody writes it any more; a summary there would be that of an earlier attempt
-            status, summary = "interrupted", {}
+            status = "interrupted"
+            summary = {}
+        config = OmegaConf.to_container(OmegaConf.load(run.path / "config.yaml"))
+        if not isinstance(config, dict):
+            raise DataError("config.yaml holds no settings")
         return cls(
-            config=OmegaConf.to_container(OmegaConf.load(run.path / "config.yaml")),
+            config=config,
             info=_info(run),
             curves=_curves(folder / "curves.jsonl"),
             tables={
@@ -82,17 +88,18 @@ def send(run: Run, project: str | None, entity: str | None, mode: str | None) ->
     """
     with locked(run.path / "lock"):
         record = Record.read(run)
-        own = record.config.get("tracking") or {}
+        section = record.config.get("tracking") or {}
         tracker = Wandb(
-            project=project or own.get("project"),
-            entity=entity or own.get("entity"),
-            name=own.get("name"),
+            project=project or section.get("project"),
+            entity=entity or section.get("entity"),
+            name=section.get("name"),
             mode=mode,
-            tags=own.get("tags") or (),
+            tags=section.get("tags") or (),
             resume=None,
         )
         record.play(tracker)
-    return f"{record.status}, {len(record.curves)} points, {len(record.tables)} tables -> {tracker.address}"
+    counts = f"{len(record.curves)} points, {len(record.tables)} tables"
+    return f"{record.status}, {counts} -> {tracker.address}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,10 +134,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except RunLocked:
             told = "skipped: still running"
         except Exception as error:  # the other runs must not be lost with it
-            reason = " ".join(
-                f"{type(error).__name__}: {error}".split()
-            )  # a YAML error has many lines
-            told, lost = f"NOT SENT ({reason})", lost + 1
+            # A YAML error has many lines.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            told = f"NOT SENT ({reason})"
+            lost += 1
         print(f"{run.path.name}: {told}", flush=True)
     return 1 if lost else 0
 
@@ -153,14 +160,15 @@ def _info(run: Run) -> RunInfo:
 def _curves(path: Path) -> list[tuple[int, dict]]:
     """The points in the order in which they were logged; of a point logged again, as a resumed run
     does, only the last."""
-    kept, later = [], set()
+    points: list[tuple[int, dict]] = []
+    later: set[tuple[int, str]] = set()
     for line in reversed(_lines(path) if path.exists() else []):
         step = line.pop("step")
         values = {key: value for key, value in line.items() if (step, key) not in later}
         later |= {(step, key) for key in values}
         if values:
-            kept.append((step, values))
-    return kept[::-1]
+            points.append((step, values))
+    return points[::-1]
 
 
 def _lines(path: Path) -> list[dict]:
