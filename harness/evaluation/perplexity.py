@@ -65,8 +65,11 @@ def window_losses(
 def _piece(adapter: Adapter, length: int) -> int:
     """Tokens that pass the head at a time: all of a window where a scale of its input is taken over
     more than one."""
-    act = adapter.head.site.format if isinstance(adapter.head, QuantLinear) else None
-    return length if act is not None and act.spans_tokens else LOGITS_AT_ONCE
+    if isinstance(adapter.head, QuantLinear):
+        act = adapter.head.site.format
+        if act is not None and act.spans_tokens:
+            return length
+    return LOGITS_AT_ONCE
 
 
 def steps(adapter: Adapter, windows: Tensor, streaming: bool) -> int:

@@ -110,6 +110,7 @@ def evaluations(section: Mapping) -> dict[str, Evaluation]:
 
 def fingerprints(evaluations: Mapping[str, Evaluation]) -> list:
     """What of them a run id covers: those that say nothing leave it as it was before they came."""
+    # The name of a shipped one follows from its mark; that of another names fields of the record.
     marks = {name: one.fingerprint() for name, one in evaluations.items()}
     return [
         mark if name in SHIPPED else [name, mark]

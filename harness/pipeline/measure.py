@@ -38,6 +38,7 @@ def tokens(job, corpus: Corpus, part: str) -> Tensor:
 def baseline(job, adapter: Adapter) -> None:
     """The untouched model's figures, measured once for all runs of the same model and texts."""
     path = job.store.shared("baselines", job.plan.baseline_id)
+    # Now: whatever changes the model later would change what it is compared with.
     job.reference = Reference(adapter)
     with job.store.holding(path):
         known = None if job.plan.settings["force"] else _known(job, path)
@@ -97,6 +98,7 @@ def evaluate(job, stage: str, adapter: Adapter) -> None:
             if figures:
                 result[name] = figures
             result |= own.details
+    # Kept before anything is refused: a lost model's figures say how it was lost.
     job.metrics["stages"][stage] = result
     job.metrics |= plain(job.plan.evaluations, job.metrics["stages"])
     for name, evaluation in job.plan.evaluations.items():
@@ -124,6 +126,8 @@ def _pass(
 
 
 def _together(watches: Sequence[Watch]) -> Watch:
+    """One for all: a pass makes its logits once."""
+
     def watch(window: int, position: int, states: Tensor, logits: Tensor) -> None:
         for one in watches:
             one(window, position, states, logits)

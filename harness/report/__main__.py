@@ -265,7 +265,9 @@ def page(arguments: argparse.Namespace) -> None:
 
 
 def _or_last(value: float | None) -> float:
-    return value if value is not None and math.isfinite(value) else math.inf
+    if value is None or not math.isfinite(value):
+        return math.inf
+    return value
 
 
 if __name__ == "__main__":

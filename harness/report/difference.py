@@ -57,15 +57,19 @@ def _sound(pairs: Mapping[str, dict]) -> dict[str, dict]:
 
 
 def _losses(name: str, pair: Mapping) -> Sequence[str]:
-    error = "" if pair["se"] is None else f" ± {pair['se']:.5f}"
-    least = f", least p {pair['least']:.2g}" if pair["least"] else ""
+    difference = f"{pair['difference']:+.5f}"
+    if pair["se"] is not None:
+        difference += f" ± {pair['se']:.5f}"
+    test = pair["test"]
+    if pair["least"]:  # few windows: no difference, however large, can give a smaller p
+        test += f", least p {pair['least']:.2g}"
     return [
         name,
         str(pair["n"]),
-        f"{pair['difference']:+.5f}{error}",
+        difference,
         f"{pair['ratio']:.4f}",
         f"{pair['p']:.4g}",
-        f"{pair['test']}{least}",
+        test,
     ]
 
 

@@ -26,7 +26,8 @@ class Figure:
     def column(self) -> Column:
         """Where the same figure of another stage or run stands."""
         one = self.record
-        return one.evaluation, "" if self.display.alternative else one.metric, one.source
+        metric = "" if self.display.alternative else one.metric
+        return one.evaluation, metric, one.source
 
     @property
     def value(self) -> float:
@@ -35,6 +36,7 @@ class Figure:
 
     @property
     def scale(self) -> int:
+        """Units in one: a share is shown in percent."""
         return 100 if self.display.percent else 1
 
     @property
@@ -54,8 +56,15 @@ class Figure:
     @property
     def label(self) -> str:
         """`top-1 %`: a word above its column; a column of alternatives is called by its source."""
-        percent = self.display.percent and not self.display.alternative
-        return f"{self.display.label} %" if percent else self.display.label
+        if self.display.percent and not self.display.alternative:
+            return f"{self.display.label} %"
+        return self.display.label
+
+    @property
+    def heading(self) -> str:
+        """What stands above its column where no other column says its source."""
+        source = self.record.source
+        return source if self.display.alternative else f"{self.label} {source}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,9 @@ def number(value: float | None, digits: int = 4) -> str:
     """`value` to so many digits after the point; nothing for None."""
     if value is None:
         return ""
-    return f"{value:.{digits}f}" if math.isfinite(value) else str(value)
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.{digits}f}"
 
 
 def figures(metrics: Mapping) -> dict[str, dict[Column, Figure]]:
@@ -160,9 +171,11 @@ def kept(figures: Mapping[Column, Figure], untouched: Mapping[Column, Figure]) -
 def lost(figures: Mapping[Column, Figure], untouched: Mapping[Column, Figure]) -> bool:
     """Whether a model that worked does not any more."""
     for column, figure in figures.items():
-        most, base = figure.display.lost, untouched.get(column)
-        worked = most is not None and (base is None or base.value <= most)
-        if most is not None and worked and not figure.value <= most:
+        most = figure.display.lost
+        if most is None or figure.value <= most:  # what is no number at all is lost, too
+            continue
+        base = untouched.get(column)
+        if base is None or base.value <= most:
             return True
     return False
 

@@ -36,4 +36,6 @@ def letter(mark: str) -> str:
         return "a"
     if mark == "learned elsewhere":
         return "f"
-    return "s" if mark.startswith("first ") else "o"
+    if mark.startswith("first "):
+        return "s"
+    return "o"

@@ -23,6 +23,7 @@ ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = ("data.js", "table.js", "plots.js", "page.js")
 GROUPS = ("model", "data", "format", "transform", "solver")
 SIDES = ("before", "after")
+BETTER = {None: 0, True: -1, False: 1}  # lower is better: which way the page judges a column
 POINTS = 200  # of a learning curve, about as many as a panel can show
 
 
@@ -131,19 +132,23 @@ def _run(row: dict) -> dict:
 def _column(head: Figure, finals: Sequence[Mapping[Column, Figure]]) -> dict:
     """How a column of figures is shown: one unit and as many digits in all of its rows."""
     display = head.display
+    title = display.label
+    group = head.record.source
+    if display.alternative:  # which of them it is differs from source to source
+        title = head.record.source
+        group = display.title or display.label
+        if display.percent:
+            group += ", %"
     values = [abs(own[head.column].value) for own in finals if head.column in own]
     places = 2 if all(value >= 1 for value in values) else 3
-    better = {None: 0, True: -1, False: 1}[display.lower_is_better]
-    percent = display.percent
-    group = f"{display.title or display.label}, %" if percent else display.title or display.label
     return {
         "evaluation": head.record.evaluation,
         "source": head.record.source,
-        "title": head.record.source if display.alternative else display.label,
-        "group": group if display.alternative else head.record.source,
+        "title": title,
+        "group": group,
         "scale": head.scale,
         "digits": min(display.digits, places),
-        "better": better,
+        "better": BETTER[display.lower_is_better],
         "change": display.change,
     }
 
@@ -152,10 +157,11 @@ def _figures(heads: Sequence[Figure], own: Mapping[Column, Figure]) -> dict[int,
     """{column: [value, standard error, documents, metric]}, values as they were measured."""
     found = {}
     for index, head in enumerate(heads):
-        figure = own.get(head.column)
-        value = None if figure is None else _number(figure.record.value, 6)
-        if figure is not None and value is not None:
-            one = figure.record
+        if head.column not in own:
+            continue
+        one = own[head.column].record
+        value = _number(one.value, 6)
+        if value is not None:
             found[index] = [value, _number(one.stderr), one.n, one.metric]
     return found
 
@@ -196,8 +202,8 @@ def _curves(path: Path) -> dict[str, list]:
             point = json.loads(line)
         except ValueError:
             continue  # a kill can leave half a line
-        step = point.get("step") if isinstance(point, dict) else None
-        if isinstance(step, int):
+        if isinstance(point, dict) and isinstance(point.get("step"), int):
+            step = point["step"]
             for name, value in _rounded(point).items():
                 if "/" in name:
                     points.setdefault(name, {})[step] = value

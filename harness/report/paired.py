@@ -138,13 +138,17 @@ def _tried(test: Callable[..., dict], *sides: object) -> dict:
 def _length(stage: dict) -> int | None:
     """Tokens a window: all windows of a stage are equally long."""
     count = sum(map(len, stage["losses"].values()))
-    return stage["tokens"] // count if count and stage.get("tokens") else None
+    if not count or not stage.get("tokens"):
+        return None
+    return stage["tokens"] // count
 
 
 def _mcnemar(lost: int, won: int) -> float:
     from scipy.stats import binomtest
 
-    return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+    if lost + won == 0:
+        return 1.0
+    return float(binomtest(lost, lost + won).pvalue)
 
 
 def _sign_flip(differences: numpy.ndarray) -> float:

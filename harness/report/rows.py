@@ -63,13 +63,14 @@ def row(run: Run) -> dict:
 
 def final_stage(row: Mapping) -> str | None:
     """The stage by whose figures a row is judged: the last one of a finished run, else none."""
-    return next(reversed(row["stages"]), None) if row["status"] == "done" else None
+    if row["status"] != "done":
+        return None
+    return next(reversed(row["stages"]), None)
 
 
 def last(row: Mapping) -> dict:
     """The record of that stage, or nothing."""
-    stage = final_stage(row)
-    return {} if stage is None else row["stages"][stage]
+    return row["stages"].get(final_stage(row), {})
 
 
 def outliers(row: dict) -> dict | None:

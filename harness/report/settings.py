@@ -24,7 +24,9 @@ def dotted(row: Mapping) -> dict[str, str]:
         config = yaml.load((Path(row["path"]) / "config.yaml").read_text(encoding="utf-8"), LOADER)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return dict(_leaves(without_secrets(config))) if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        return {}
+    return dict(_leaves(without_secrets(config)))
 
 
 def apart(rows: Sequence[Mapping], settings: Sequence[Mapping[str, str]]) -> list[str]:

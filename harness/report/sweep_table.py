@@ -13,7 +13,8 @@ from rich.text import Text
 from harness.evaluation.records import stored
 from harness.report.figures import Column, Figure, bearers, columns, figures, kept, lost, number
 from harness.report.marks import legend, letters
-from harness.report.table import CHECKLIST, heading, line, marked, named, show, terminal
+from harness.report.rows import final_stage
+from harness.report.table import CHECKLIST, add_column, line, marked, named, show, terminal
 
 Figures = Mapping[Column, Figure]
 
@@ -21,10 +22,9 @@ Figures = Mapping[Column, Figure]
 def summary(metrics: Mapping) -> dict:
     """What the sweep's table shows of a run: status, the stage it is judged by, records of all its
     stages, bits per weight, marks, warnings."""
-    done = metrics["status"] == "done"
     row = {
         "status": metrics["status"],
-        "final": next(reversed(metrics["stages"]), None) if done else None,
+        "final": final_stage(metrics),
         "records": [asdict(record) for record in stored(metrics)],
         "displays": metrics.get("displays", {}),
         "marks": metrics.get("marks", {}),
@@ -45,10 +45,10 @@ def sweep_table(rows: Sequence[Mapping], console: Console | None = None) -> None
     left out; errors and warnings stand in lines of their own.
     """
     console = console or terminal()
-    first = rows[0]["overrides"] if rows else []
-    shared = [override for override in first if all(override in row["overrides"] for row in rows)]
-    if len(rows) < 2:
-        shared = []
+    shared: list[str] = []
+    if len(rows) > 1:
+        first = rows[0]["overrides"]
+        shared = [one for one in first if all(one in row["overrides"] for row in rows)]
     stages = [figures(row) for row in rows]
     show(_table(rows, stages, shared), console)
     told = legend(text for row in rows for text in letters(row.get("marks", {})).values())
@@ -90,9 +90,9 @@ def _table(
     table.add_column("overrides", overflow="fold")
     table.add_column("status")
     for figure in shown:
-        _add(table, heading(figure), figure)
+        add_column(table, figure.heading, figure)
     for figure in floats:
-        _add(table, f"float {figure.record.source}", figure)
+        add_column(table, f"float {figure.record.source}", figure)
     if tasks:
         table.add_column("kept %", justify="right")
     table.add_column("bits/weight", justify="right")
@@ -124,12 +124,6 @@ def _table(
             style="red" if row["status"] != "done" else None,
         )
     return table
-
-
-def _add(table: Table, head: str, figure: Figure) -> None:
-    width = 9 if figure.display.change else None
-    wraps = figure.display.alternative
-    table.add_column(Text(head), justify="right", no_wrap=not wraps, min_width=width)
 
 
 def _final(row: Mapping, stages: Mapping[str, Figures]) -> Figures:

@@ -25,7 +25,9 @@ CHECKLIST = (
 def terminal() -> Console:
     """Standard output; a file or a pipe has no width of its own, and tables of 80 columns fold
     their names."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        return Console()
+    return Console(width=140)
 
 
 def show(table: Table, console: Console) -> None:
@@ -65,9 +67,11 @@ def print_table(title: str, columns: Iterable[str], cells: Iterable[Sequence[str
 
 def _short(value: object) -> str:
     if isinstance(value, list):
-        numbers = all(isinstance(one, float) for one in value)
-        return (" -> " if numbers else ", ").join(map(_short, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        path = all(isinstance(one, float) for one in value)  # such as losses from start to end
+        return (" -> " if path else ", ").join(map(_short, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
 
 
 def run_table(metrics: Mapping, directory: Path, console: Console | None = None) -> None:
@@ -108,22 +112,18 @@ def _stage_table(
     table.add_column("stage")
     marks = bearers(shown, metrics.get("marks", {}))
     for figure in shown:
-        head = heading(figure) if figure.column in marks else figure.label
-        width = 9 if figure.display.change else None
-        wraps = figure.display.alternative
-        table.add_column(Text(head), justify="right", no_wrap=not wraps, min_width=width)
+        add_column(table, figure.heading if figure.column in marks else figure.label, figure)
         if figure.display.change:
             table.add_column("Δ", justify="right", no_wrap=True)
     for column in ("bits/weight", "seconds", "peak MB"):
         table.add_column(column, justify="right")
-    untouched = stages.get("baseline", {})
     for name, own in stages.items():
+        untouched = {} if name == "baseline" else stages.get("baseline", {})
         texts = []
         for figure in shown:
             texts.append(marked(named(own, figure), marks.get(figure.column)))
             if figure.display.change:
-                base = None if name == "baseline" else untouched.get(figure.column)
-                texts.append(_change(own.get(figure.column), base))
+                texts.append(_change(own.get(figure.column), untouched.get(figure.column)))
         bits = metrics["bits_per_weight"] if name == "quantized" else None
         peak = metrics["peak_memory_mb"] if name == list(stages)[-1] else None
         seconds = metrics["seconds"].get(name)
@@ -131,16 +131,18 @@ def _stage_table(
     return table
 
 
-def heading(figure: Figure) -> str:
-    """What stands above a column that follows none of the same source."""
-    source = figure.record.source
-    return source if figure.display.alternative else f"{figure.label} {source}"
+def add_column(table: Table, head: str, figure: Figure) -> None:
+    """A column of figures; a narrow terminal may fold alternatives, which name themselves."""
+    width = 9 if figure.display.change else None
+    wraps = figure.display.alternative
+    table.add_column(Text(head), justify="right", no_wrap=not wraps, min_width=width)
 
 
 def named(own: Mapping[Column, Figure], column: Figure) -> str:
     """The text of a stage's figure in a column; empty where it has none."""
-    figure = own.get(column.column)
-    return "" if figure is None else figure.named
+    if column.column not in own:
+        return ""
+    return own[column.column].named
 
 
 def _change(figure: Figure | None, base: Figure | None) -> str:
