@@ -40,7 +40,8 @@ MULTIRUN = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
 def job(cfg) -> None:
     """One run, or one job of a sweep; neither raises what is no bug: Hydra would announce it, and other jobs would not run."""
     from harness.pipeline.job import execute
-    from harness.report.sweep import record, reporter, summary, swept
+    from harness.report.sweep import record, reporter, swept
+    from harness.report.sweep_table import summary
     from harness.report.table import run_table
 
     config = HydraConfig.instance().cfg

@@ -546,6 +546,7 @@ def test_a_lost_model_comes_with_a_checklist(tmp_path, capsys):
     from harness.report.table import run_table
 
     metrics = run(tmp_path, "identity").metrics
+    del metrics["records"]  # as in a result of before there were any: the stages say all
     run_table(metrics, tmp_path)
     assert "norm weights" not in capsys.readouterr().out, "this model was never any good"
     metrics["stages"]["baseline"]["ppl"]["pydoc"] = 9.0

@@ -182,14 +182,21 @@ def test_figures_are_embedded_and_what_runs_share_is_stored_once(tmp_path):
         json.loads((tmp_path / "runs" / ids[0] / "metrics.json").read_text()),
     )
     final = stored["stages"]["quantized"]
-    assert (
-        run["ppl"]["pydoc"] == pytest.approx(final["ppl"]["pydoc"], rel=1e-5)
-        and run["baseline"]["pydoc"] == 14.12
-    )
-    metric, value, error, n = run["accuracy"]["arc_easy"]
-    assert (metric, error, n) == ("acc_norm", 0.035, 200)
+    place = {(one["source"], one["title"]): str(i) for i, one in enumerate(data["columns"])}
+    assert list(place) == [
+        ("wikitext-2", "ppl"),
+        ("wikitext-2", "KL"),
+        ("wikitext-2", "top-1"),
+        ("pydoc", "ppl"),
+        ("arc_easy", "arc_easy"),
+    ]
+    ppl = place["pydoc", "ppl"]
+    assert run["figures"][ppl][0] == pytest.approx(final["ppl"]["pydoc"], rel=1e-5)
+    assert run["baseline"][ppl] == 14.12
+    value, *known = run["figures"][place["arc_easy", "arc_easy"]]
+    assert known == [0.035, 200, "acc_norm"]
     assert value == pytest.approx(final["zeroshot"]["arc_easy"]["acc_norm"], rel=1e-3)
-    assert run["kl"]["wikitext-2"] == pytest.approx(
+    assert run["figures"][place["wikitext-2", "KL"]][0] == pytest.approx(
         final["divergence"]["wikitext-2"]["kl"], rel=1e-3
     )
     assert [data["marks"][i] for i in run["marks"]["wikitext-2"]] == [
@@ -232,7 +239,7 @@ def test_unfinished_and_damaged_runs_are_shown_as_far_as_they_got(tmp_path):
     page = write_page(tmp_path, tmp_path / "page.html")
     runs = {run["id"]: run for run in embedded(page)["runs"]}
     assert runs["empty"] == {"id": "empty", "status": "interrupted", "model": "empty"}
-    assert runs[failed]["error"] == HOSTILE.splitlines()[-1] and "ppl" not in runs[failed]
+    assert runs[failed]["error"] == HOSTILE.splitlines()[-1] and "figures" not in runs[failed]
     assert runs[failed]["format"] in BITS  # from its id: it never wrote its choices
     assert (
         runs[damaged]["curves"] == {"block/rel_error": [[0], [1]]}

@@ -451,7 +451,8 @@ def test_show(root, capsys):
     for text in (
         "python run.py solver=gptq seed=0",
         "quantized",
-        "KL 0.1000, top-1 agreement 0.8300",
+        " 0.1000 ",
+        " 83.0 ",
         "warning: [careful]",
         "mark wikitext-2: same corpus as calibration; first 8 of 145 windows",
         "layers.8.q_proj",

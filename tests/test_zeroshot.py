@@ -11,12 +11,13 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from harness.config.errors import ConfigError, DataError
 from harness.evaluation.agreement import NOUNS, documents
-from harness.evaluation.zeroshot import ZeroShot, shown, tasks_for_lm_eval, together, zeroshot
+from harness.evaluation.zeroshot import ZeroShot, tasks_for_lm_eval, together, zeroshot
 from harness.formats import NVFP4, Integer
 from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.tiny import Tiny
 from harness.pipeline.job import execute
+from harness.report.figures import figures as figures_of
 
 CHOICES = [
     {
@@ -77,8 +78,8 @@ def test_accuracy_by_hand(folder):
         for row in WORDS
     ]
     assert figures["words"]["acc"] == sum(greedy) / 2
-    assert shown(figures["sums"])[0] == "acc_norm"
-    assert shown(figures["words"])[0] == "acc"
+    shown = figures_of({"stages": {"quantized": {"zeroshot": figures}}})["quantized"]
+    assert [one.record.metric for one in shown.values()] == ["acc_norm", "acc"]
 
 
 def test_lines_end_at_newlines_and_a_row_is_what_its_own_keys_say(folder):

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
 from harness.checkpoints.names import spelled
-from harness.report.figures import accuracy, number
+from harness.report.figures import columns, figures, number
 from harness.report.marks import legend, letters
 
 STAGES = {
@@ -93,52 +93,19 @@ def _sentence(metadata: Mapping) -> str:
 
 def _figures(metadata: Mapping) -> str:
     """One row a figure, one column a stage, letters of the honesty marks beside the numbers."""
-    stages, marked = metadata["evaluation"], letters(metadata["marks"])
-
-    def row(label: str, name: str, shown: Iterable[str]) -> list[str]:
-        return [
-            label,
-            *(f"{text} {marked.get(name, '')}".strip() if text else "" for text in shown),
-        ]
-
+    stages = figures({**metadata, "stages": metadata["evaluation"]})
+    marked = letters(metadata["marks"])
     rows = []
-    for corpus in _names(stages, "ppl"):
-        found = [stage.get("divergence", {}).get(corpus, {}) for stage in stages.values()]
-        rows.append(
-            row(
-                f"perplexity, {corpus}",
-                corpus,
-                (number(s.get("ppl", {}).get(corpus)) for s in stages.values()),
-            )
-        )
-        if any(found):
-            rows.append(
-                row(
-                    f"KL from the untouched model, {corpus}",
-                    corpus,
-                    (number(own.get("kl")) for own in found),
-                )
-            )
-            agreement = (None if own.get("top1") is None else 100 * own["top1"] for own in found)
-            rows.append(
-                row(
-                    f"top-1 agreement with it in percent, {corpus}",
-                    corpus,
-                    (number(x, 1) for x in agreement),
-                )
-            )
-    for task in _names(stages, "zeroshot"):
-        answers = (accuracy(stage.get("zeroshot", {}).get(task)) for stage in stages.values())
-        rows.append(row(f"accuracy in percent, {task}", task, answers))
-    return (
-        _table(["", *(STAGES.get(stage, stage) for stage in stages)], rows)
-        if rows
-        else "Nothing was measured."
-    )
-
-
-def _names(stages: Mapping, figure: str) -> list[str]:
-    return list(dict.fromkeys(name for stage in stages.values() for name in stage.get(figure, {})))
+    for column in columns(stages.values()):
+        source = column.record.source
+        percent = " in percent" if column.display.percent else ""
+        row = [f"{column.display.title or column.display.label}{percent}, {source}"]
+        for stage in stages.values():
+            text = stage[column.column].named if column.column in stage else ""
+            row.append(f"{text} {marked.get(source, '')}".strip() if text else "")
+        rows.append(row)
+    head = ["", *(STAGES.get(stage, stage) for stage in stages)]
+    return _table(head, rows) if rows else "Nothing was measured."
 
 
 def _marks(metadata: Mapping) -> str:

@@ -5,7 +5,7 @@
      "bits": {"weights", "activations", "kv", "head": {"format", "bits", "group_size", "granularity", "symmetric"}},
      "quantized": "210/211", "formats": {format: tensors}, "layers": [{"name", "format", "bits", "group_size", "shape",
      "weights", "stored_bits"}], "sizes": {..}, "kv_cache": {..}, "evaluation": {stage: {"ppl", "divergence", "zeroshot",
-     "tokens"}}, "marks", "run_id", "command", "harness"}
+     "tokens"}}, "records", "displays", "marks", "run_id", "command", "harness"}
 
 model is the untouched model's name, base_model its hub id (null: it came from no hub). `bits` is what
 holds for all linears, `layers` what each one has. sizes, in bytes: "before" are all parameters of the
@@ -87,6 +87,8 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
             stage: {key: figures[key] for key in FIGURES if key in figures}
             for stage, figures in metrics.get("stages", {}).items()
         },
+        "records": metrics.get("records", []),
+        "displays": metrics.get("displays", {}),
         "marks": metrics.get("marks", {}),
         "run_id": metrics.get("run_id"),
         "command": _public(metrics.get("command")),

@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity, and later zero-shot accuracy and divergence."""
+"""What a model is worth: evaluations, the records they give, and what must be said of them."""

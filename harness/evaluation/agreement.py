@@ -2,8 +2,9 @@
 
     "The keys near the cabinet"  ->  " are old." (right)  or  " is old."
 
-Head and attractor differ in number, every noun is head and attractor, singular and plural, equally often; so a model that
-agrees with the nearest noun scores 0 and one that guesses a half. In the manner of BLiMP (arXiv 1912.00582).
+Head and attractor differ in number, every noun is head and attractor, singular and plural, equally
+often; so a model that agrees with the nearest noun scores 0 and one that guesses a half. In the
+manner of BLiMP (arXiv 1912.00582).
 """
 
 from __future__ import annotations
@@ -25,22 +26,17 @@ NAME = "agreement"
 
 def documents() -> list[dict]:
     """[{"query", "choices", "gold"}], 224 of them, always the same."""
-    found = []
+    rows: list[dict] = []
     for head in NOUNS:
         for attractor in NOUNS:
-            for place, between in enumerate(BETWEEN):
-                for number in (0, 1):
-                    if head == attractor:
-                        continue
-                    verbs = VERBS[place]
-                    query = f"The {head[number]} {between} the {attractor[1 - number]}"
-                    gold = (len(found) // 2) % 2  # the right one stands first as often as second
-                    choices = [verbs[number], verbs[1 - number]]
-                    found.append(
-                        {
-                            "query": query,
-                            "choices": choices if gold == 0 else choices[::-1],
-                            "gold": gold,
-                        }
-                    )
-    return [doc | {"id": index} for index, doc in enumerate(found)]
+            if head != attractor:
+                for verbs, between in zip(VERBS, BETWEEN):
+                    for number in (0, 1):
+                        query = f"The {head[number]} {between} the {attractor[1 - number]}"
+                        gold = (len(rows) // 2) % 2  # the right one stands first half of the time
+                        choices = [verbs[number], verbs[1 - number]]
+                        if gold == 1:
+                            choices.reverse()
+                        document = {"query": query, "choices": choices, "gold": gold}
+                        rows.append(document | {"id": len(rows)})
+    return rows

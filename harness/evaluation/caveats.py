@@ -1,8 +1,9 @@
 """Honesty marks: what must be said beside a number so that it is not read as more than it is.
 
-same corpus as calibration    the text that calibrated is another part of the one that is evaluated
-adapted                       a learned transform was trained on it, so a gain may be adaptation of the float model
-learned elsewhere             its matrices come from a file, so it may have been trained on this corpus
+same corpus as calibration    the text that calibrated is another part of the one evaluated
+adapted                       a learned transform was trained on it, so a gain may be adaptation
+                              of the float model
+learned elsewhere             its matrices come from a file, so it may have been trained on it
 first N of M windows          a subset; the same of documents of a task
 only corpus                   nothing shows whether a gain holds elsewhere
 """
@@ -21,22 +22,23 @@ def marks(
 ) -> dict[str, list[str]]:
     """{corpus or task: [marks]}.
 
-    calibrated: name of the corpus that calibrated, if any did; learned: whether a transform learned from it; loaded: or came
-    from a file; measured: {corpus: (windows evaluated, windows there are)}; tasks: {task: limit of its documents or None}.
+    calibrated: name of the corpus that calibrated, if any did; learned: whether a transform learned
+    from it; loaded: or came from a file; measured: {corpus: (windows evaluated, windows there
+    are)}; tasks: {task: limit of its documents or None}.
     """
-    found = {}
+    told: dict[str, list[str]] = {}
     for corpus, (windows, whole) in measured.items():
-        own = found[corpus] = []
+        told[corpus] = []
         if corpus == calibrated:
-            own.append("same corpus as calibration")
+            told[corpus].append("same corpus as calibration")
             if learned and not loaded:
-                own.append("adapted")
+                told[corpus].append("adapted")
         if loaded:
-            own.append("learned elsewhere")
+            told[corpus].append("learned elsewhere")
         if windows < whole:
-            own.append(f"first {windows} of {whole} windows")
+            told[corpus].append(f"first {windows} of {whole} windows")
         if len(measured) == 1:
-            own.append("only corpus")
-    return found | {
-        task: [] if limit is None else [f"first {limit} documents"] for task, limit in tasks.items()
-    }
+            told[corpus].append("only corpus")
+    for task, limit in tasks.items():
+        told[task] = [] if limit is None else [f"first {limit} documents"]
+    return told

@@ -1,17 +1,20 @@
-"""How far a model's next-token distribution has moved from the untouched model's, on held-out windows.
+"""How far a model's next-token distribution has moved from the untouched model's.
 
-    KL = mean_t sum_v p_t(v) log( p_t(v) / q_t(v) )        top-1 = share of t with argmax p_t = argmax q_t
+    KL    = mean_t sum_v p_t(v) log( p_t(v) / q_t(v) )
+    top-1 = share of t with argmax p_t = argmax q_t
 
-p: the untouched model, q: the changed one, t: positions of the first WINDOWS windows of a text; in nats, float32 softmax.
-Perplexity sees one token of a distribution, KL all of them: it tells models apart that the same perplexity does not.
+p: the untouched model, q: the changed one, t: positions of the first WINDOWS windows of a text; in
+nats, float32 softmax. Perplexity sees one token of a distribution, KL all of them: it tells models
+apart that the same perplexity does not.
 
-Of the untouched model the final hidden states are kept with the baseline, and its output head for the time of the run: a
-fiftieth of the logits they make.
+Of the untouched model the final hidden states are kept with the baseline, and its output head for
+the time of the run: a fiftieth of the logits they make.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,26 +28,28 @@ WINDOWS = 2  # a text; 4,000 positions tell KL to a few percent
 
 
 class Reference:
-    """The untouched model, as far as its distribution needs it: `head` and, {text: [W, L - 1, hidden]}, what it read."""
+    """The untouched model, as far as its distribution needs it: `head` and, {text: [W, L - 1,
+    hidden]}, what it read."""
 
     def __init__(self, adapter: Adapter):
         """To be made before anything changes the model."""
         self.head = copy.deepcopy(adapter.head).requires_grad_(False)
-        self._kept: dict[str, list[Tensor]] = {}
+        self._states: dict[str, list[Tensor]] = {}
 
-    def recorder(self, text: str):
+    def recorder(self, text: str) -> Callable[[int, int, Tensor, Tensor], None]:
         """A `watch` of the untouched model's evaluation."""
-        kept = self._kept[text] = []
+        pieces: list[Tensor] = []
+        self._states[text] = pieces
 
         def watch(window: int, position: int, states: Tensor, logits: Tensor) -> None:
             if window < WINDOWS:
-                kept.append(states.cpu())
+                pieces.append(states.cpu())
 
         return watch
 
     def save(self, path: Path) -> None:
         """Keep what the recorders saw, in one step."""
-        save_tensors(path, {text: torch.cat(states) for text, states in self._kept.items()})
+        save_tensors(path, {text: torch.cat(pieces) for text, pieces in self._states.items()})
 
     def compare(self, text: str, path: Path, length: int) -> Divergence:
         """A `watch` that measures another model on the windows [., length] of `text`.
@@ -63,16 +68,20 @@ class Divergence:
     """A `watch` that adds up KL and agreement of the top token."""
 
     def __init__(self, head: torch.nn.Module, hidden: Tensor):
-        self.head, self.hidden = head, hidden
+        self.head = head
+        self.hidden = hidden
         self.positions = 0
-        self._kl = self._same = 0.0
+        self._kl = 0.0
+        self._same = 0.0
 
     def __call__(self, window: int, position: int, states: Tensor, logits: Tensor) -> None:
         if window >= len(self.hidden):
             return
-        known = self.hidden[window, position : position + len(states)].to(states.device)
-        p, q = self.head(known).float().log_softmax(-1), logits.log_softmax(-1)
+        untouched = self.hidden[window, position : position + len(states)].to(states.device)
+        p = self.head(untouched).float().log_softmax(-1)
+        q = logits.log_softmax(-1)
         self._same += float((p.argmax(-1) == q.argmax(-1)).sum())
+        # In place: a piece of logits of a large vocabulary takes 150 MB.
         self._kl += float((q.sub_(p).neg_() * p.exp_()).sum(dtype=torch.float64))
         self.positions += len(states)
 

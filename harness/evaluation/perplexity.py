@@ -2,10 +2,12 @@
 
     PPL = exp( 1/(W (L-1)) sum_w sum_{t=2..L} -log p(x_t | x_1..x_{t-1}) )
 
-Each window starts afresh, its first token is never a target, the tail that fills no window is dropped before (windows.py).
-Softmax in float32. Source: the GPTQ / QuaRot / SpinQuant / FP-Quant protocol.
+Each window starts afresh, its first token is never a target, the tail that fills no window is
+dropped before (windows.py). Softmax in float32. Source: the GPTQ / QuaRot / SpinQuant / FP-Quant
+protocol.
 
-Streaming turns the loops around, all windows through one block before the next: the same arithmetic, with one block in memory.
+Streaming turns the loops around, all windows through one block before the next: the same
+arithmetic, with one block in memory.
 """
 
 from __future__ import annotations
@@ -17,13 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from harness.calibration.stream import Stream
+from harness.evaluation.base import Watch
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import QuantLinear
 
-LOGITS_AT_ONCE = (
-    256  # tokens whose logits are held at a time; a vocabulary of 150,000 makes that 150 MB
-)
-Watch = Callable[[int, int, Tensor, Tensor], None]
+# Tokens whose logits are held at a time; a vocabulary of 150,000 makes that 150 MB.
+LOGITS_AT_ONCE = 256
 
 
 @torch.no_grad()
@@ -37,29 +38,24 @@ def window_losses(
 ) -> Tensor:
     """Summed next-token loss of each window, float64 [W], in nats.
 
-    windows: token ids [W, L]; amp: autocast dtype of the forward; advance: called `steps` times; streaming: block by block;
-    watch(window, position, states [T, hidden], logits [T, vocabulary] float32) sees what the losses come from, piece by piece.
+    windows: token ids [W, L]; amp: autocast dtype of the forward; advance: called `steps` times;
+    streaming: block by block; watch(window, position, states [T, hidden], logits [T, vocabulary]
+    float32) sees what the losses come from, piece by piece.
     """
     device = adapter.device
+    by = _by_block if streaming else _by_window
+    losses: list[Tensor] = []
     with torch.autocast(device.type, dtype=amp) if amp is not None else nullcontext():
-        passed = (
-            _by_block(adapter, windows, advance)
-            if streaming
-            else _by_window(adapter, windows, advance)
-        )
-        losses, piece = [], _piece(adapter, windows.shape[1])
-        for index, (hidden, window) in enumerate(zip(passed, windows)):
+        piece = _piece(adapter, windows.shape[1])
+        for index, (hidden, window) in enumerate(zip(by(adapter, windows, advance), windows)):
             ids = window.to(device)
             loss = torch.zeros((), dtype=torch.float64, device=device)
-            for part, (states, targets) in enumerate(
-                zip(hidden[:-1].split(piece), ids[1:].split(piece))
-            ):
-                logits = adapter.head(states[None])[
-                    0
-                ].float()  # a window is a batch of one, also to who quantizes tokens
-                loss += (
-                    nn.functional.cross_entropy(logits, targets, reduction="none").double().sum()
-                )
+            pieces = zip(hidden[:-1].split(piece), ids[1:].split(piece))
+            for part, (states, targets) in enumerate(pieces):
+                # A window is a batch of one, also to who quantizes tokens.
+                logits = adapter.head(states[None])[0].float()
+                each = nn.functional.cross_entropy(logits, targets, reduction="none")
+                loss += each.double().sum()
                 if watch is not None:
                     watch(index, part * piece, states, logits)
             losses.append(loss.cpu())
@@ -67,9 +63,13 @@ def window_losses(
 
 
 def _piece(adapter: Adapter, length: int) -> int:
-    """Tokens that pass the head at a time: all of a window where a scale of its input is taken over more than one."""
-    act = adapter.head.site.format if isinstance(adapter.head, QuantLinear) else None
-    return length if act is not None and act.spans_tokens else LOGITS_AT_ONCE
+    """Tokens that pass the head at a time: all of a window where a scale of its input is taken over
+    more than one."""
+    if isinstance(adapter.head, QuantLinear):
+        act = adapter.head.site.format
+        if act is not None and act.spans_tokens:
+            return length
+    return LOGITS_AT_ONCE
 
 
 def steps(adapter: Adapter, windows: Tensor, streaming: bool) -> int:
@@ -80,9 +80,8 @@ def steps(adapter: Adapter, windows: Tensor, streaming: bool) -> int:
 def _by_window(adapter: Adapter, windows: Tensor, advance: Callable[[], None]) -> Iterator[Tensor]:
     """Final hidden states [L, hidden], window by window."""
     for window in windows:
-        yield adapter.backbone(
-            input_ids=window.to(adapter.device)[None], use_cache=False
-        ).last_hidden_state[0]
+        ids = window.to(adapter.device)[None]
+        yield adapter.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
         advance()
 
 

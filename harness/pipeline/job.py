@@ -23,6 +23,7 @@ from harness.checkpoints.about import about, held
 from harness.config.build import settings
 from harness.config.errors import ConfigError, DataError
 from harness.evaluation.caveats import marks
+from harness.evaluation.records import rows, stored, summary
 from harness.pipeline.plan import Plan, make_plan
 from harness.pipeline.unread import unread
 from harness.report.progress import Reporter
@@ -123,6 +124,7 @@ class Job:
             "command": command,
             "marks": {},
             "stages": {},
+            "records": [],
             "bits_per_weight": None,
             "seconds": {},
             "peak_memory_mb": None,
@@ -226,9 +228,11 @@ class Job:
                     name: (len(self.texts[name]), len(ids) // chosen.length)
                     for name, ids in read.items()
                 },
-                {}
-                if plan.zeroshot is None
-                else dict.fromkeys(plan.zeroshot.tasks, plan.zeroshot.limit),
+                {
+                    source: limit
+                    for evaluation in plan.evaluations.values()
+                    for source, limit in evaluation.limits().items()
+                },
             )
         amp = plan.model.amp
         self.amp = None if amp is None else getattr(torch, amp)
@@ -286,30 +290,16 @@ class Job:
 
     def _mirror(self) -> None:
         """Send the final numbers to the trackers."""
-        summary = {
-            f"ppl/{stage}/{corpus}": x
-            for stage, s in self.metrics["stages"].items()
-            for corpus, x in s["ppl"].items()
-        }
-        for stage, result in self.metrics["stages"].items():
-            for family in ("zeroshot", "divergence"):
-                for name, figures in result.get(family, {}).items():
-                    summary |= {
-                        f"{family}/{stage}/{name}/{metric}": value
-                        for metric, value in figures.items()
-                    }
-        summary |= {k: self.metrics[k] for k in ("bits_per_weight", "peak_memory_mb", "status")}
-        summary |= {f"seconds/{stage}": s for stage, s in self.metrics["seconds"].items()}
+        values = summary(stored(self.metrics))
+        values |= {k: self.metrics[k] for k in ("bits_per_weight", "peak_memory_mb", "status")}
+        values |= {f"seconds/{stage}": s for stage, s in self.metrics["seconds"].items()}
         if self.metrics["layers"]:
             self.tracker.table("layers", self.metrics["layers"])
-        answers = [
-            {"stage": stage, "task": task, **figures}
-            for stage, result in self.metrics["stages"].items()
-            for task, figures in result.get("zeroshot", {}).items()
-        ]
-        if answers:
-            self.tracker.table("zeroshot", answers)
-        self.tracker.finish(summary, self.metrics["status"])
+        for name, evaluation in self.plan.evaluations.items():
+            figures = rows(name, self.metrics["stages"]) if evaluation.tabled else []
+            if figures:
+                self.tracker.table(name, figures)
+        self.tracker.finish(values, self.metrics["status"])
 
 
 def _reset_peak_memory() -> None:

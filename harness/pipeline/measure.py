@@ -1,10 +1,12 @@
-"""What is measured of a model at each stage: perplexity, divergence from the untouched model, zero-shot accuracy. Each function
-takes the job (pipeline.Job): its plan, store, run, reporter, metrics.
+"""What is measured of a model at each stage, by the evaluations of the plan.
+
+Each function takes the job (pipeline.Job): its plan, store, run, reporter, metrics.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -13,8 +15,10 @@ from harness import store as records
 from harness.calibration.corpus import Corpus
 from harness.calibration.windows import tokenize
 from harness.config.build import fingerprint
+from harness.evaluation.base import Evaluation, Subject, Watch
 from harness.evaluation.divergence import Reference
-from harness.evaluation.perplexity import perplexity, steps, window_losses
+from harness.evaluation.perplexity import steps, window_losses
+from harness.evaluation.records import plain
 from harness.models.adapter import Adapter
 
 
@@ -34,6 +38,7 @@ def tokens(job, corpus: Corpus, part: str) -> Tensor:
 def baseline(job, adapter: Adapter) -> None:
     """The untouched model's figures, measured once for all runs of the same model and texts."""
     path = job.store.shared("baselines", job.plan.baseline_id)
+    # Now: whatever changes the model later would change what it is compared with.
     job.reference = Reference(adapter)
     with job.store.holding(path):
         known = None if job.plan.settings["force"] else _known(job, path)
@@ -48,10 +53,9 @@ def baseline(job, adapter: Adapter) -> None:
             records.write_record(path, known)
         else:
             job.reporter.say("baseline: from the store")
-    job.metrics["stages"]["baseline"], job.metrics["seconds"]["baseline"] = (
-        known["stage"],
-        known["seconds"],
-    )
+    job.metrics["stages"]["baseline"] = known["stage"]
+    job.metrics["seconds"]["baseline"] = known["seconds"]
+    job.metrics |= plain(job.plan.evaluations, job.metrics["stages"])
 
 
 def _known(job, path: Path) -> dict | None:
@@ -68,49 +72,64 @@ def _known(job, path: Path) -> dict | None:
 
 
 def evaluate(job, stage: str, adapter: Adapter) -> None:
-    """All figures of the model as it is now, into job.metrics. Raises FloatingPointError for a perplexity that is none."""
+    """All figures of the model as it is now, into job.metrics. Raises FloatingPointError where an
+    evaluation says that the model is lost."""
     shared = job.store.shared("baselines", job.plan.baseline_id)
-    result = {"ppl": {}, "losses": {}, "tokens": 0} | (
-        {} if stage == "baseline" else {"divergence": {}}
+    untouched = stage == "baseline"
+    subject = Subject(
+        stage,
+        adapter,
+        job.tokenizer,
+        job.amp,
+        job.texts,
+        job.reference,
+        hidden=shared.with_suffix(".safetensors"),
+        folder=shared.with_suffix("") if untouched else job.run.path / "samples" / stage,
+        progress=job.reporter.stage,
     )
     streaming = job.plan.settings["eval"]["streaming"] or job.offloaded is not None
     total = sum(steps(adapter, text, streaming) for text in job.texts.values())
+    result: dict[str, object] = {}
     with job.stage(stage), job.reporter.stage(f"evaluate {stage}", total) as advance:
-        for corpus, text in job.texts.items():
-            length = text.shape[1]
-            if stage == "baseline":
-                watch = job.reference.recorder(corpus)
-            else:
-                watch = job.reference.compare(corpus, shared.with_suffix(".safetensors"), length)
-            losses = window_losses(adapter, text, job.amp, advance, streaming, watch)
-            result["ppl"][corpus] = perplexity(losses, length)
-            result["losses"][corpus] = (losses / (length - 1)).tolist()
-            result["tokens"] += text.numel()
-            if stage != "baseline":
-                result["divergence"][corpus] = watch.figures
-        if job.plan.zeroshot is not None:
-            folder = (
-                shared.with_suffix("") if stage == "baseline" else job.run.path / "samples" / stage
-            )
-            result["zeroshot"], result["samples"] = _zeroshot(job, stage, adapter, folder)
+        watches = _pass(job.plan.evaluations, subject, streaming, advance)
+        for name, evaluation in job.plan.evaluations.items():
+            own = replace(subject, watches=watches[name], details={})
+            figures = evaluation.measure(own)
+            if figures:
+                result[name] = figures
+            result |= own.details
+    # Kept before anything is refused: a lost model's figures say how it was lost.
     job.metrics["stages"][stage] = result
-    lost = [corpus for corpus, x in result["ppl"].items() if not math.isfinite(x)]
-    if lost:
-        raise FloatingPointError(
-            f"the {stage} model's perplexity on {', '.join(lost)} is not finite"
+    job.metrics |= plain(job.plan.evaluations, job.metrics["stages"])
+    for name, evaluation in job.plan.evaluations.items():
+        evaluation.verify(stage, result.get(name, {}))
+
+
+def _pass(
+    evaluations: Mapping[str, Evaluation],
+    subject: Subject,
+    streaming: bool,
+    advance: Callable[[], None],
+) -> dict[str, dict[str, Watch]]:
+    """Fill subject.losses by one pass over each text; {evaluation: {corpus: who looked on}}."""
+    watches: dict[str, dict[str, Watch]] = {name: {} for name in evaluations}
+    for corpus, text in subject.texts.items():
+        for name, evaluation in evaluations.items():
+            watch = evaluation.watch(subject, corpus)
+            if watch is not None:
+                watches[name][corpus] = watch
+        present = [own[corpus] for own in watches.values() if corpus in own]
+        subject.losses[corpus] = window_losses(
+            subject.adapter, text, subject.amp, advance, streaming, _together(present)
         )
+    return watches
 
 
-def _zeroshot(job, stage: str, adapter: Adapter, folder: Path) -> tuple[dict, dict]:
-    """(accuracies, {task: digest of its file}); what every document got goes to `folder`."""
-    from harness.evaluation.zeroshot import zeroshot
+def _together(watches: Sequence[Watch]) -> Watch:
+    """One for all: a pass makes its logits once."""
 
-    with job.reporter.stage(f"zero-shot {stage}", len(job.plan.zeroshot.tasks)) as advance:
-        figures, samples = zeroshot(
-            adapter.model, job.tokenizer, job.plan.zeroshot, job.amp, advance
-        )
-    digests = {
-        task: records.write_checked(folder / f"{task}.json", documents)
-        for task, documents in samples.items()
-    }
-    return figures, digests
+    def watch(window: int, position: int, states: Tensor, logits: Tensor) -> None:
+        for one in watches:
+            one(window, position, states, logits)
+
+    return watch

@@ -16,7 +16,8 @@ from harness.calibration.corpus import Corpus, Samples, TextFolder
 from harness.config.build import ROOT, build, fingerprint, option
 from harness.config.checks import integer, known_keys, one_of, typed
 from harness.config.errors import ConfigError, DataError
-from harness.evaluation.zeroshot import ZeroShot
+from harness.evaluation.base import Evaluation
+from harness.evaluation.shipped import evaluations, fingerprints
 from harness.models.source import ModelSource
 from harness.tracking import Tracker
 
@@ -60,7 +61,7 @@ class Plan:
     calibration: Windows
     corpora: tuple[Corpus, ...]
     evaluation: Windows
-    zeroshot: ZeroShot | None
+    evaluations: Mapping[str, Evaluation]
     tracker: Tracker
     given: tuple[str, ...] = ()
     quant_id: str = field(init=False)
@@ -75,8 +76,7 @@ class Plan:
             vars(self.evaluation),
             self.model.amp,
         ]
-        if self.zeroshot is not None:
-            tested.append(self.zeroshot.fingerprint())
+        tested += fingerprints(self.evaluations)
         made = [model, self._format(), self._transform(), chosen["solver"], chosen["seed"]]
         if self.quantizes:
             made.append(chosen["eval"]["layer_windows"])
@@ -186,8 +186,8 @@ class Plan:
         """Texts and model are there and the texts long enough (ConfigError, DataError). Loads no weight."""
         if self.calibrates:
             self.calibration_corpus.check()
-        if self.zeroshot is not None:
-            self.zeroshot.check()
+        for evaluation in self.evaluations.values():
+            evaluation.check()
         for corpus in self.corpora:
             corpus.check()
         self.model.check()
@@ -264,7 +264,7 @@ def make_plan(
         calibration,
         tuple(corpora.values()),
         evaluation,
-        ZeroShot.of(settings["eval"]["zeroshot"]),
+        evaluations(settings["eval"]),
         build(settings["tracking"], "tracking", Tracker),
         tuple(key for key in map(_key, overrides) if "." in key),
     )

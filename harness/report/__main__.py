@@ -1,6 +1,9 @@
-"""Stored runs at the terminal: `python -m harness.report ls|show|diff|failed|prune|page [RUNS] ...`; RUNS is the run root.
+"""Stored runs at the terminal.
 
-Exit status: 0 done, 2 the arguments are wrong or name no run. Imports no torch.
+    python -m harness.report ls|show|diff|failed|prune|page [RUNS] ...
+
+RUNS is the run root, else runs. Exit status: 0 done, 2 the arguments are wrong or name no run.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -15,9 +19,8 @@ from rich.text import Text
 
 from harness.config.errors import ConfigError
 from harness.report import rows as stored
-from harness.report.figures import figures, in_order, number
-from harness.report.marks import legend, letters
-from harness.report.paired import compare, settings
+from harness.report.difference import show_difference
+from harness.report.figures import NONE, Cell, in_order, number, row_figures
 from harness.report.prune import doomed, freed, remove
 from harness.report.rows import LABELS
 from harness.report.selection import (
@@ -29,10 +32,11 @@ from harness.report.selection import (
     unrecorded,
 )
 from harness.report.settings import apart, dotted
-from harness.report.table import run_table, terminal
+from harness.report.table import print_table, run_table, say, say_marks, terminal
 from harness.report.table import show as show_table
 
 WORST = 5  # layers that `show` names
+STYLES = {"done": None, "running": "cyan"}  # of a line, by status; any other is red
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="ls|show|diff|failed|prune|page")
 
-    def command(function, words: str, about: str) -> argparse.ArgumentParser:
+    def command(
+        function: Callable[[argparse.Namespace], None], words: str, about: str
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(function.__name__, help=about, description=about)
         added.add_argument(
             "words",
@@ -96,21 +102,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def ls(arguments) -> None:
-    """Runs as a table: choices, the settings that tell runs of the same choices apart, and the figures of the last stage with
-    their honesty marks."""
+def ls(arguments: argparse.Namespace) -> None:
+    """Runs as a table: choices, the settings that tell runs of the same choices apart, and the
+    figures of the last stage with their honesty marks."""
     root, filters = root_and_filters(arguments.words)
     rows = filtered(stored.rows(root), filters)
-    shown = {row["run_id"]: figures(row) for row in rows}
+    shown = {row["run_id"]: row_figures(row) for row in rows}
     labels = in_order(*shown.values())
     if arguments.sort:
-        by = next((label for label in labels if arguments.sort.lower() in label.lower()), None)
-        if by is None:
+        fitting = [label for label in labels if arguments.sort.lower() in label.lower()]
+        if not fitting:
             raise ConfigError(
                 f"--sort {arguments.sort}: no such figure; there are {', '.join(labels)}."
             )
-        rows.sort(key=lambda row: _or_last(shown[row["run_id"]].get(by, (None, ""))[0]))
-    labels = [label for label in labels if not label.startswith(("top-1", "peak"))]
+        by = fitting[0]
+        rows.sort(key=lambda row: _or_last(shown[row["run_id"]].get(by, NONE).value))
+    minor = {label for own in shown.values() for label, cell in own.items() if cell.minor}
+    labels = [label for label in labels if label not in minor]
+    show_table(_listed(rows, shown, labels), terminal())
+    say_marks(rows)
+
+
+def _listed(
+    rows: list[dict], shown: Mapping[str, Mapping[str, Cell]], labels: Sequence[str]
+) -> Table:
+    """A line a run. shown: {run id: its figures}; labels: those that have a column."""
     table = Table(
         title=f"{len(rows)} runs",
         title_justify="left",
@@ -118,43 +134,33 @@ def ls(arguments) -> None:
         pad_edge=False,
         header_style="bold",
     )
-    told = apart(rows, list(map(dotted, rows)))
-    for column in ("run", "status", *LABELS[1:], *(["settings"] if any(told) else [])):
+    settings = apart(rows, list(map(dotted, rows)))
+    varying = ["settings"] if any(settings) else []
+    for column in ("run", "status", *LABELS[1:], *varying):
         table.add_column(column)
     for label in labels:
         table.add_column(Text(label.replace(" ", "\n")), justify="right")
     table.add_column("started")
-    for row, differs in zip(rows, told):
-        texts = [shown[row["run_id"]].get(label, (None, ""))[1] for label in labels]
-        choices = [row["labels"].get(group) or "" for group in LABELS[1:]] + [differs] * any(told)
-        cells = [
-            short_id(row),
-            row["status"],
-            *choices,
-            *texts,
-            (row["started"] or "")[5:16].replace("T", " "),
-        ]
-        table.add_row(
-            *map(Text, cells), style={"done": None, "running": "cyan"}.get(row["status"], "red")
-        )
-    show_table(table, terminal())
-    _say_marks(rows)
+    for row, differs in zip(rows, settings):
+        texts = [short_id(row), row["status"]]
+        texts += [row["labels"].get(group) or "" for group in LABELS[1:]]
+        texts += [differs for _ in varying]
+        texts += [shown[row["run_id"]].get(label, NONE).text for label in labels]
+        texts.append((row["started"] or "")[5:16].replace("T", " "))
+        table.add_row(*map(Text, texts), style=STYLES.get(row["status"], "red"))
+    return table
 
 
-def show(arguments) -> None:
+def show(arguments: argparse.Namespace) -> None:
     """One run: stages, marks, warnings, the worst layers, outliers, and what went wrong."""
     root, names = root_and_runs(arguments.words, 1)
     row = find(stored.rows(root), names[0])
-    _say(f"{row['run_id']}  {row['status']}  started {row['started']}")
-    _say(f"command: {row['command'] or unrecorded(row)}")
+    say(f"{row['run_id']}  {row['status']}  started {row['started']}")
+    say(f"command: {row['command'] or unrecorded(row)}")
     run_table(row, Path(row["path"]), terminal())
-    for name, stage in row["stages"].items():
-        for corpus, found in (stage.get("divergence") or {}).items():
-            kl, top1 = number(found.get("kl")), number(found.get("top1"))
-            _say(f"{name} against the untouched model on {corpus}: KL {kl}, top-1 agreement {top1}")
-    for name, told in row["marks"].items():
-        if told:
-            _say(f"mark {name}: {'; '.join(told)}")
+    for name, marks in row["marks"].items():
+        if marks:
+            say(f"mark {name}: {'; '.join(marks)}")
     measured = [layer for layer in row["layers"] if layer.get("rel_error") is not None]
     worst = sorted(measured, key=lambda layer: -layer["rel_error"])[:WORST]
     if worst:
@@ -162,11 +168,12 @@ def show(arguments) -> None:
             [layer["name"], number(layer["rel_error"], 6), number(layer.get("sqnr_db"), 2)]
             for layer in worst
         ]
-        _print("worst layers", ["layer", "relative error", "SQNR dB"], cells)
+        print_table("worst layers", ["layer", "relative error", "SQNR dB"], cells)
     _show_outliers((stored.outliers(row) or {}).get("rows") or [])
     if row["error"]:
-        _say(
-            f"failed in stage {row['stage']}: {row['error']}\nThe traceback is in {Path(row['path']) / 'status.json'}."
+        say(
+            f"failed in stage {row['stage']}: {row['error']}\n"
+            f"The traceback is in {Path(row['path']) / 'status.json'}."
         )
 
 
@@ -174,181 +181,93 @@ def _show_outliers(sites: list[dict]) -> None:
     """The site of the largest kurtosis before the transform, and after it."""
     cells = []
     for side in ("before", "after"):
-        known = [site for site in sites if (site.get(side) or {}).get("kurtosis") is not None]
-        if known:
-            worst = max(known, key=lambda site: site[side]["kurtosis"])
-            pairs = [
-                [number((worst.get(s) or {}).get(figure), 1) for s in ("before", "after")]
-                for figure in ("kurtosis", "max_over_median")
-            ]
-            cells.append(
-                [
-                    f"worst {side}",
-                    f"layer {worst.get('layer')} {worst.get('site')}",
-                    *map(" -> ".join, pairs),
-                ]
-            )
+        measured = [site for site in sites if (site.get(side) or {}).get("kurtosis") is not None]
+        if measured:
+            worst = max(measured, key=lambda site: site[side]["kurtosis"])
+            place = f"layer {worst.get('layer')} {worst.get('site')}"
+            moves = [_move(worst, figure) for figure in ("kurtosis", "max_over_median")]
+            cells.append([f"worst {side}", place, *moves])
     if cells:
-        _print(
+        print_table(
             "outliers, before -> after the transform", ["", "site", "kurtosis", "max/median"], cells
         )
 
 
-def diff(arguments) -> None:
+def _move(site: Mapping, figure: str) -> str:
+    """`88.0 -> 4.0`: before and after the transform."""
+    sides = [(site.get(side) or {}).get(figure) for side in ("before", "after")]
+    return " -> ".join(number(value, 1) for value in sides)
+
+
+def diff(arguments: argparse.Namespace) -> None:
     """Two runs: settings that differ, figures, and the paired tests of what they measured alike."""
     root, names = root_and_runs(arguments.words, 2)
     rows = stored.rows(root)
-    a, b = (find(rows, name) for name in names)
-    sides = [f"A {short_id(a)}", f"B {short_id(b)}"]
-    _print(
-        "settings that differ",
-        ["setting", *sides],
-        [[key, *map(str, both)] for key, both in settings(a, b).items()],
-    )
-    ours, theirs = figures(a), figures(b)
-    cells = []
-    for label in in_order(ours, theirs):
-        (x, left), (y, right) = ours.get(label, (None, "")), theirs.get(label, (None, ""))
-        cells.append([label, left, right, "" if None in (x, y) else f"{y - x:+.4f}"])
-    _print("figures", ["", *sides, "B - A"], cells)
-    _say_marks([a, b])
-    pairs = compare(a, b)
-    cells = [
-        [
-            name,
-            str(p["n"]),
-            f"{p['difference']:+.5f}" + ("" if p["se"] is None else f" ± {p['se']:.5f}"),
-            f"{p['ratio']:.4f}",
-            f"{p['p']:.4g}",
-            f"{p['test']}, least p {p['least']:.2g}" if p["least"] else p["test"],
-        ]
-        for name, p in pairs["corpora"].items()
-        if "error" not in p
-    ]
-    if cells:
-        _print(
-            "window losses, paired",
-            ["corpus", "windows", "B - A in nats", "ppl B/A", "p", "test"],
-            cells,
-        )
-    cells = [
-        [
-            name,
-            p["metric"],
-            str(p["n"]),
-            f"{100 * p['a']:.1f}",
-            f"{100 * p['b']:.1f}",
-            str(p["lost"]),
-            str(p["won"]),
-            f"{p['p']:.4g}",
-        ]
-        for name, p in pairs["tasks"].items()
-        if "error" not in p
-    ]
-    if cells:
-        _print(
-            "answers, paired",
-            ["task", "metric", "n", "A %", "B %", "right -> wrong", "wrong -> right", "McNemar p"],
-            cells,
-        )
-    for name, pair in (pairs["corpora"] | pairs["tasks"]).items():
-        if "error" in pair:
-            _say(f"{name}: {pair['error']}")
-    if not any(pairs.values()):
-        _say("nothing can be paired: no window losses or samples that both runs keep")
-    if a["choices"].get("model") != b["choices"].get("model"):
-        _say("two models: their windows hold the same text only where they share a tokenizer")
+    show_difference(find(rows, names[0]), find(rows, names[1]))
 
 
-def failed(arguments) -> None:
-    """Runs that did not end, the last line of their error, and the command that tries each again."""
+def failed(arguments: argparse.Namespace) -> None:
+    """Runs that did not end, the last line of their error, and the command that tries each
+    again."""
     root, filters = root_and_filters(arguments.words)
     rows = [
         row
         for row in filtered(stored.rows(root), filters)
         if row["status"] not in ("done", "running")
     ]
-    cells = [
-        [
-            short_id(r),
-            r["status"],
-            r["stage"] or "",
-            (r["updated"] or r["started"] or "")[:16].replace("T", " "),
-            ((r["error"] or "").strip().splitlines() or [""])[-1],
-        ]
-        for r in rows
-    ]
-    _print(
+    cells = []
+    for row in rows:
+        seen = (row["updated"] or row["started"] or "")[:16].replace("T", " ")
+        lines = (row["error"] or "").strip().splitlines() or [""]
+        cells.append([short_id(row), row["status"], row["stage"] or "", seen, lines[-1]])
+    print_table(
         f"{len(rows)} failed and interrupted runs",
         ["run", "status", "stage", "last seen", "error"],
         cells,
     )
     for row in rows:
-        _say(f"{short_id(row)}: {row['command'] or unrecorded(row)}")
+        say(f"{short_id(row)}: {row['command'] or unrecorded(row)}")
 
 
-def prune(arguments) -> None:
-    """List, and with --yes remove, runs that did not end and, with --blocks, the solved blocks of those that did."""
+def prune(arguments: argparse.Namespace) -> None:
+    """List, and with --yes remove, runs that did not end and, with --blocks, the solved blocks of
+    those that did."""
     root, filters = root_and_filters(arguments.words)
-    targets = [
-        (row, target)
-        for row in filtered(stored.rows(root), filters)
-        if (target := doomed(row, arguments.blocks))
-    ]
+    targets = []
+    for row in filtered(stored.rows(root), filters):
+        target = doomed(row, arguments.blocks)
+        if target is not None:
+            targets.append((row, target))
     sizes = freed([target for _, target in targets])
-    cells = [
-        [
-            short_id(row),
-            row["status"],
-            "blocks" if target.name == "blocks" else "run",
-            f"{size / 1e6:.1f}",
-        ]
-        for (row, target), size in zip(targets, sizes)
-    ]
-    _print(
+    cells = []
+    for (row, target), size in zip(targets, sizes):
+        what = "blocks" if target.name == "blocks" else "run"
+        cells.append([short_id(row), row["status"], what, f"{size / 1e6:.1f}"])
+    print_table(
         f"{len(targets)} to remove, {sum(sizes) / 1e6:.1f} MB",
         ["run", "status", "what", "MB"],
         cells,
     )
     if not arguments.yes:
-        _say("nothing removed; --yes removes them" if targets else "nothing to remove")
+        say("nothing removed; --yes removes them" if targets else "nothing to remove")
         return
     for row, target in targets:
         if not remove(row, target):
-            _say(f"{short_id(row)}: left alone, a process went on with it")
+            say(f"{short_id(row)}: left alone, a process went on with it")
 
 
-def page(arguments) -> None:
+def page(arguments: argparse.Namespace) -> None:
     """Write the HTML page and say where."""
     from harness.report.page import write_page
 
     root, _ = root_and_runs(arguments.words, 0)
-    _say(str(write_page(root, arguments.out or root / "report.html")))
+    say(str(write_page(root, arguments.out or root / "report.html")))
 
 
 def _or_last(value: float | None) -> float:
-    return value if value is not None and math.isfinite(value) else math.inf
-
-
-def _say_marks(rows: list[dict]) -> None:
-    told = legend(
-        text for row in rows if row["status"] == "done" for text in letters(row["marks"]).values()
-    )
-    if told:
-        _say(f"marks: {told}")
-
-
-def _print(title: str, columns: list[str], cells: list[list[str]]) -> None:
-    table = Table(title=Text(title), title_justify="left")
-    for column in columns:
-        table.add_column(Text(column), overflow="fold")
-    for texts in cells:
-        table.add_row(*map(Text, texts))
-    terminal().print(table)
-
-
-def _say(text: str) -> None:
-    terminal().print(text, highlight=False, markup=False, soft_wrap=True)
+    if value is None or not math.isfinite(value):
+        return math.inf
+    return value
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Honesty marks (evaluation/caveats.py) as letters beside a number, and the legend that spells them out."""
+"""Honesty marks (evaluation/caveats.py) as letters beside a number, and their legend."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def letters(marks: Mapping[str, Iterable[str]]) -> dict[str, str]:
 
 
 def legend(used: Iterable[str]) -> str:
-    """`c same corpus as calibration; s ...` for the letters that occur in `used`; empty where there are none."""
+    """`c same corpus as calibration; s ...` for the letters that occur in `used`; empty where there
+    are none."""
     occurring = set("".join(used))
     return "; ".join(f"{one} {meaning}" for one, meaning in LEGEND.items() if one in occurring)
 
@@ -35,4 +36,6 @@ def letter(mark: str) -> str:
         return "a"
     if mark == "learned elsewhere":
         return "f"
-    return "s" if mark.startswith("first ") else "o"
+    if mark.startswith("first "):
+        return "s"
+    return "o"

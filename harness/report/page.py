@@ -1,7 +1,7 @@
-"""The report page: one HTML file with everything inside, so that it opens from a disk or a mail without any network.
+"""The report page: one HTML file that opens from a disk or a mail without any network.
 
-The parts lie in assets/. Embedded are the figures of every run, not its layers; what many runs share is stored once: a
-histogram, a setting, the bin edges.
+The parts lie in assets/. Embedded are the figures of every run, not its layers; what many runs
+share is stored once: a histogram, a setting, the bin edges.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from harness.evaluation.zeroshot import shown
+from harness.report.figures import Column, Figure, columns, figures
 from harness.report.marks import letter
-from harness.report.rows import last, outliers, row
+from harness.report.rows import final_stage, outliers, row
 from harness.report.settings import apart, dotted
 from harness.store import Store, write
 
@@ -23,17 +23,20 @@ ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = ("data.js", "table.js", "plots.js", "page.js")
 GROUPS = ("model", "data", "format", "transform", "solver")
 SIDES = ("before", "after")
+BETTER = {None: 0, True: -1, False: 1}  # lower is better: which way the page judges a column
 POINTS = 200  # of a learning curve, about as many as a panel can show
 
 
 def write_page(root: Path, path: Path, run_ids: Collection[str] | None = None) -> Path:
-    """Write the page of the runs below `root` (only those in `run_ids`, if given) to `path`, in one step; returns `path`."""
+    """Write the page of the runs below `root` (only those in `run_ids`, if given) to `path`, in one
+    step; returns `path`."""
     from plotly.offline import get_plotlyjs
 
     parts = {
         "style": (ASSETS / "page.css").read_text(encoding="utf-8"),
         "script": "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS),
-        # In JSON "<" occurs only inside strings: escaped, no text of a run can end the element it stands in.
+        # In JSON "<" occurs only inside strings: escaped, no text of a run can end the element it
+        # stands in.
         "data": json.dumps(
             _data(Path(root), run_ids), ensure_ascii=False, separators=(",", ":")
         ).replace("<", "\\u003c"),
@@ -61,33 +64,35 @@ class Pool:
 
 
 def _data(root: Path, run_ids: Collection[str] | None) -> dict:
-    """What the page knows: {"runs", newest first, and what they share: "settings", "base", "histograms", "edges", "marks"}.
+    """What the page knows: {"runs", newest first, and what they share: "columns", "settings",
+    "base", "histograms", "edges", "marks"}.
 
-    A run's `config` lists the settings by which it differs from `base`, those that most runs have: indices to add where `base`
-    lacks them, to take away where it has them.
+    A run's `config` lists the settings by which it differs from `base`, those that most runs have:
+    indices to add where `base` lacks them, to take away where it has them.
     """
     settings, histograms, edges, marks = Pool(), Pool(), Pool(), Pool()
     rows = [row(run) for run in Store(root).runs() if run_ids is None or run.path.name in run_ids]
+    rows.sort(key=lambda one: (one["started"] or "", one["run_id"]), reverse=True)
     configs = [
         {key: value for key, value in dotted(own).items() if key != "run_root"} for own in rows
     ]
+    stages = [figures(own) for own in rows]
+    finals = [own.get(final_stage(one) or "", {}) for one, own in zip(rows, stages)]
+    heads = columns(finals)
     runs = []
-    for figures, config, told in zip(rows, configs, apart(rows, configs)):
-        runs.append(
-            _run(figures)
-            | {
-                **{group: figures["labels"].get(group) for group in GROUPS},
-                "settings": told,
-                "marks": {
-                    k: [marks.add(text) for text in texts]
-                    for k, texts in (figures["marks"] or {}).items()
-                },
-                "curves": _curves(Path(figures["path"]) / "tracking" / "curves.jsonl"),
-                "activations": _activations(outliers(figures) or {}, histograms, edges),
-                "config": {settings.add(pair) for pair in config.items()},
-            }
-        )
-    runs.sort(key=lambda run: (run["started"] or "", run["id"]), reverse=True)
+    for index, (one, config, told) in enumerate(zip(rows, configs, apart(rows, configs))):
+        untouched = stages[index].get("baseline", {})
+        marked = (one["marks"] or {}).items()
+        own = {group: one["labels"].get(group) for group in GROUPS} | {
+            "settings": told,
+            "figures": _figures(heads, finals[index]),
+            "baseline": _baseline(heads, untouched),
+            "marks": {name: [marks.add(text) for text in texts] for name, texts in marked},
+            "curves": _curves(Path(one["path"]) / "tracking" / "curves.jsonl"),
+            "activations": _activations(outliers(one) or {}, histograms, edges),
+            "config": {settings.add(pair) for pair in config.items()},
+        }
+        runs.append(_run(one) | own)
     shares = Counter(index for run in runs for index in run["config"])
     base = {index for index, count in shares.items() if 2 * count > len(runs)}
     for run in runs:
@@ -97,6 +102,7 @@ def _data(root: Path, run_ids: Collection[str] | None) -> dict:
             {key: value for key, value in run.items() if value not in (None, {}, "")}
             for run in runs
         ],
+        "columns": [_column(head, finals) for head in heads],
         "settings": settings.values,
         "base": sorted(base),
         "histograms": histograms.values,
@@ -106,9 +112,7 @@ def _data(root: Path, run_ids: Collection[str] | None) -> dict:
 
 
 def _run(row: dict) -> dict:
-    """The figures of a row by which the page judges it, rounded; nothing where the run did not get so far."""
-    final, baseline = last(row), row["stages"].get("baseline") or {}
-    divergence = final.get("divergence") or {}
+    """What the page says of a row beside its figures; nothing where it did not get so far."""
     lines = str(row["error"] or "").strip().splitlines() or [""]
     return {
         "id": row["run_id"],
@@ -119,28 +123,60 @@ def _run(row: dict) -> dict:
         "started": row["started"],
         "updated": row["updated"],
         "command": row["command"],
-        "ppl": _rounded(final.get("ppl"), 6),
-        "baseline": _rounded(baseline.get("ppl"), 6),
-        "kl": _rounded({corpus: figures.get("kl") for corpus, figures in divergence.items()}),
-        "top1": _rounded({corpus: figures.get("top1") for corpus, figures in divergence.items()}),
-        "accuracy": {
-            task: _accuracy(figures)
-            for task, figures in (final.get("zeroshot") or {}).items()
-            if shown(figures)
-        },
         "bits": _number(row["bits_per_weight"], 6),
         "seconds": sum(_rounded(row["seconds"], 6).values()) or None,
         "peak": _number(row["peak_memory_mb"], 6),
     }
 
 
-def _accuracy(figures: dict) -> list:
-    """[metric, value, standard error, documents], fractions."""
-    metric, value = shown(figures)
-    return [metric, _number(value), _number(figures.get(f"{metric}_stderr")), figures.get("n")]
+def _column(head: Figure, finals: Sequence[Mapping[Column, Figure]]) -> dict:
+    """How a column of figures is shown: one unit and as many digits in all of its rows."""
+    display = head.display
+    title = display.label
+    group = head.record.source
+    if display.alternative:  # which of them it is differs from source to source
+        title = head.record.source
+        group = display.title or display.label
+        if display.percent:
+            group += ", %"
+    values = [abs(own[head.column].value) for own in finals if head.column in own]
+    places = 2 if all(value >= 1 for value in values) else 3
+    return {
+        "evaluation": head.record.evaluation,
+        "source": head.record.source,
+        "title": title,
+        "group": group,
+        "scale": head.scale,
+        "digits": min(display.digits, places),
+        "better": BETTER[display.lower_is_better],
+        "change": display.change,
+    }
 
 
-def _number(value, digits: int = 4) -> float | None:
+def _figures(heads: Sequence[Figure], own: Mapping[Column, Figure]) -> dict[int, list]:
+    """{column: [value, standard error, documents, metric]}, values as they were measured."""
+    found = {}
+    for index, head in enumerate(heads):
+        if head.column not in own:
+            continue
+        one = own[head.column].record
+        value = _number(one.value, 6)
+        if value is not None:
+            found[index] = [value, _number(one.stderr), one.n, one.metric]
+    return found
+
+
+def _baseline(heads: Sequence[Figure], untouched: Mapping[Column, Figure]) -> dict[int, float]:
+    """{column: value of the untouched model} where the change is shown."""
+    found = {
+        index: _number(untouched[head.column].record.value, 6)
+        for index, head in enumerate(heads)
+        if head.display.change and head.column in untouched
+    }
+    return {index: value for index, value in found.items() if value is not None}
+
+
+def _number(value: object, digits: int = 4) -> float | None:
     """`value` to so many significant digits; None for what is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
@@ -154,8 +190,8 @@ def _rounded(values: dict | None, digits: int = 4) -> dict:
 
 
 def _curves(path: Path) -> dict[str, list]:
-    """{"block/rel_error": [steps, values]} of what was logged; a step logged again counts once, as logged last. Of a long curve
-    POINTS are kept, evenly, and its last."""
+    """{"block/rel_error": [steps, values]} of what was logged; a step logged again counts once, as
+    logged last. Of a long curve POINTS are kept, evenly, and its last."""
     points: dict[str, dict[int, float]] = {}
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -166,37 +202,36 @@ def _curves(path: Path) -> dict[str, list]:
             point = json.loads(line)
         except ValueError:
             continue  # a kill can leave half a line
-        step = point.get("step") if isinstance(point, dict) else None
-        if isinstance(step, int):
+        if isinstance(point, dict) and isinstance(point.get("step"), int):
+            step = point["step"]
             for name, value in _rounded(point).items():
                 if "/" in name:
                     points.setdefault(name, {})[step] = value
     curves = {}
     for name, values in points.items():
         steps = sorted(values)
-        kept = steps[:: math.ceil(len(steps) / POINTS)]
-        kept += steps[-1:] if kept[-1] != steps[-1] else []
-        curves[name] = [kept, [values[step] for step in kept]]
+        thinned = steps[:: math.ceil(len(steps) / POINTS)]
+        if thinned[-1] != steps[-1]:
+            thinned.append(steps[-1])
+        curves[name] = [thinned, [values[step] for step in thinned]]
     return curves
 
 
-def _activations(found: dict, histograms: Pool, edges: Pool) -> dict:
-    """{"edges": index, "sites": {site: {"before": index, "after": index, "worst": {"before": {statistic: [value, layer]}}}}},
-    empty where none were measured."""
+def _activations(profile: dict, histograms: Pool, edges: Pool) -> dict:
+    """{"edges": index, "sites": {site: {"before": index, "after": index, "worst": {"before":
+    {statistic: [value, layer]}}}}}, empty where none were measured."""
     sites = {}
-    for site, counts in found.get("sites", {}).items():
+    for site, counts in profile.get("sites", {}).items():
         sides = {
             side: histograms.add([_number(n) or 0 for n in counts[side]])
             for side in SIDES
             if side in counts
         }
-        layers = [layer for layer in found.get("rows", []) if layer.get("site") == site]
+        layers = [layer for layer in profile.get("rows", []) if layer.get("site") == site]
         sites[site] = {**sides, "worst": {side: _worst(layers, side) for side in sides}}
-    return (
-        {"edges": edges.add([_number(edge) for edge in found["edges"]]), "sites": sites}
-        if sites
-        else {}
-    )
+    if not sites:
+        return {}
+    return {"edges": edges.add([_number(edge) for edge in profile["edges"]]), "sites": sites}
 
 
 def _worst(layers: list[dict], side: str) -> dict[str, list]:

@@ -1,27 +1,35 @@
 """Two runs on the same documents and windows: whether what separates them is more than chance.
 
-What both saw is paired, so its own difficulty drops out and much smaller differences show than two standard errors would. The p
-values speak of other documents and windows, not of other seeds; neighbouring windows of one article are not quite independent.
+What both saw is paired, so its own difficulty drops out and much smaller differences show than two
+standard errors would. The p values speak of other documents and windows, not of other seeds;
+neighbouring windows of one article are not quite independent.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from harness.report.rows import last, samples
+from harness.evaluation.records import stored
+from harness.report.rows import final_stage, last, samples
 from harness.report.settings import dotted
 
+if TYPE_CHECKING:
+    import numpy
+
 METRICS = ("acc_norm", "acc", "exact_match")  # 0 or 1 a document; the first that both runs have
-EXACT = 20  # windows up to which all 2^n sign flips are enumerated: a million sums, some ten milliseconds
+# Windows up to which all 2^n sign flips are enumerated: a million sums, some ten milliseconds.
+EXACT = 20
 
 
 def flips(a: Sequence[Mapping], b: Sequence[Mapping]) -> dict:
     """Zero-shot answers of two runs, from [{"doc", "acc", "acc_norm"}] each, matched by document.
 
-    {"metric", "n", "a", "b": accuracies, "lost": right in a and wrong in b, "won": the reverse, "p"}: the exact two-sided
-    McNemar test. Of the documents that flipped, either way is as likely if the runs are equally good: a binomial of 1/2, valid
-    at any n. Raises ValueError without a document or a metric in common.
+    {"metric", "n", "a", "b": accuracies, "lost": right in a and wrong in b, "won": the reverse,
+    "p"}: the exact two-sided McNemar test. Of the documents that flipped, either way is as likely
+    if the runs are equally good: a binomial of 1/2, valid at any n. Raises ValueError without a
+    document or a metric in common.
     """
     first, second = ({sample["doc"]: sample for sample in samples} for samples in (a, b))
     shared = [doc for doc in first if doc in second]
@@ -34,7 +42,9 @@ def flips(a: Sequence[Mapping], b: Sequence[Mapping]) -> dict:
     if metric is None:
         raise ValueError(f"none of {', '.join(METRICS)} in all documents of both")
     right = [(first[doc][metric] == 1, second[doc][metric] == 1) for doc in shared]
-    lost, won, n = right.count((True, False)), right.count((False, True)), len(right)
+    lost = right.count((True, False))
+    won = right.count((False, True))
+    n = len(right)
     accuracies = {"a": sum(x for x, _ in right) / n, "b": sum(y for _, y in right) / n}
     return {
         "metric": metric,
@@ -49,13 +59,14 @@ def flips(a: Sequence[Mapping], b: Sequence[Mapping]) -> dict:
 def losses(a: Sequence[float], b: Sequence[float]) -> dict:
     """Mean losses of the same windows under two runs, in nats.
 
-    {"n", "difference": mean of b - a, "se": its standard error (None for one window), "ratio": perplexity of b over that
-    of a, "p", "test", "least": the smallest p that the test can give}.
+    {"n", "difference": mean of b - a, "se": its standard error (None for one window), "ratio":
+    perplexity of b over that of a, "p", "test", "least": the smallest p that the test can give}.
 
-    Up to 20 windows the sign-flip permutation test of the mean, exact by enumeration: it supposes only that a window's
-    difference is as likely to have either sign when the runs are equally good, and at n windows gives no p below 2 / 2^n
-    (2/256 at 8). Beyond that the paired t test of the same mean, close to normal by then; Wilcoxon's would judge another
-    quantity than the one shown. Raises ValueError for unequal lengths or no windows.
+    Up to 20 windows the sign-flip permutation test of the mean, exact by enumeration: it supposes
+    only that a window's difference is as likely to have either sign when the runs are equally good,
+    and at n windows gives no p below 2 / 2^n (2/256 at 8). Beyond that the paired t test of the
+    same mean, close to normal by then; Wilcoxon's would judge another quantity than the one shown.
+    Raises ValueError for unequal lengths or no windows.
     """
     import numpy
 
@@ -79,27 +90,31 @@ def losses(a: Sequence[float], b: Sequence[float]) -> dict:
 
 
 def compare(a: dict, b: dict) -> dict[str, dict[str, dict]]:
-    """{"corpora": {corpus: `losses`}, "tasks": {task: `flips`}} of all that the last stages of two rows share.
+    """{"corpora": {corpus: `losses`}, "tasks": {task: `flips`}} of all that the last stages of two
+    rows share.
 
     What cannot be paired has {"error": why} in its place; samples that were not kept are left out.
     """
-    found: dict[str, dict[str, dict]] = {"corpora": {}, "tasks": {}}
-    ours, theirs = last(a), last(b)
+    corpora: dict[str, dict] = {}
+    tasks: dict[str, dict] = {}
+    ours = last(a)
+    theirs = last(b)
     for corpus, windows in (ours.get("losses") or {}).items():
-        if corpus in (theirs.get("losses") or {}):
-            found["corpora"][corpus] = _window_pairs(
-                windows, theirs["losses"][corpus], _length(ours), _length(theirs)
-            )
-    for task in ours.get("zeroshot") or {}:
-        answers = samples(a, task), samples(b, task)
+        others = (theirs.get("losses") or {}).get(corpus)
+        if others is not None:
+            corpora[corpus] = _window_pairs(windows, others, _length(ours), _length(theirs))
+    for source in dict.fromkeys(one.source for one in stored(a) if one.stage == final_stage(a)):
+        answers = (samples(a, source), samples(b, source))
         if all(answers):
-            found["tasks"][task] = _tried(flips, *answers)
-    return found
+            tasks[source] = _tried(flips, *answers)
+    return {"corpora": corpora, "tasks": tasks}
 
 
 def settings(a: dict, b: dict) -> dict[str, tuple]:
-    """{dotted setting: (of a, of b)} of those in which two rows differ; `-` where one has no such setting or no config.yaml."""
-    ours, theirs = map(dotted, (a, b))
+    """{dotted setting: (of a, of b)} of those in which two rows differ; `-` where one has no such
+    setting or no config.yaml."""
+    ours = dotted(a)
+    theirs = dotted(b)
     sides = {
         key: (ours.get(key, "-"), theirs.get(key, "-")) for key in dict.fromkeys([*ours, *theirs])
     }
@@ -112,43 +127,44 @@ def _window_pairs(a: list, b: list, *lengths: int | None) -> dict:
     return _tried(losses, a, b)
 
 
-def _tried(test, *sides) -> dict:
+def _tried(test: Callable[..., dict], *sides: object) -> dict:
+    """A record of another shape is told like one that cannot be paired."""
     try:
         return test(*sides)
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-    ) as error:  # a record of another shape is told like one that cannot be paired
+    except (ValueError, TypeError, KeyError) as error:
         return {"error": str(error)}
 
 
 def _length(stage: dict) -> int | None:
     """Tokens a window: all windows of a stage are equally long."""
     count = sum(map(len, stage["losses"].values()))
-    return stage["tokens"] // count if count and stage.get("tokens") else None
+    if not count or not stage.get("tokens"):
+        return None
+    return stage["tokens"] // count
 
 
 def _mcnemar(lost: int, won: int) -> float:
     from scipy.stats import binomtest
 
-    return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+    if lost + won == 0:
+        return 1.0
+    return float(binomtest(lost, lost + won).pvalue)
 
 
-def _sign_flip(differences) -> float:
-    """Share of the 2^n signed sums at least as far from zero as the one observed. differences: [n], n <= EXACT."""
+def _sign_flip(differences: numpy.ndarray) -> float:
+    """Share of the 2^n signed sums at least as far from zero as the one observed. differences: [n],
+    n <= EXACT."""
     import numpy
 
     sums = numpy.zeros(1)
     for difference in differences:
         sums = numpy.concatenate([sums + difference, sums - difference])
-    rounding = (
-        1e-12 * numpy.abs(differences).sum()
-    )  # sums of equal size must count as ties whatever their order of addition
+    # Sums of equal size must count as ties whatever their order of addition.
+    rounding = 1e-12 * numpy.abs(differences).sum()
     return float((numpy.abs(sums) >= abs(differences.sum()) - rounding).mean())
 
 
-def _t(differences) -> float:
+def _t(differences: numpy.ndarray) -> float:
     """Two-sided paired t test of a zero mean. differences: [n]."""
     from scipy.stats import t
 

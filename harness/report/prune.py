@@ -7,31 +7,30 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from harness.report.rows import last
+from harness.evaluation.records import stored
+from harness.report.rows import final_stage
 from harness.store import Run, RunLocked, locked
 
 
 def doomed(row: dict, blocks: bool) -> Path | None:
-    """What `prune` would remove of a run. Nothing that lies behind a link, and no run whose figures are complete."""
+    """What `prune` would remove of a run. Nothing that lies behind a link, and no run whose figures
+    are complete."""
     path = Path(row["path"])
-    if (
-        row["status"] in ("failed", "interrupted")
-        and (Run(path).metrics or {}).get("status") != "done"
-    ):
+    ended = row["status"] in ("failed", "interrupted")
+    # A run can be killed between its last figure and the word that it is done.
+    if ended and (Run(path).metrics or {}).get("status") != "done":
         target = path
-    elif blocks and row["status"] == "done" and last(row)["ppl"]:
+    elif blocks and any(one.stage == final_stage(row) for one in stored(row)):
         target = path / "blocks"
     else:
         return None
-    return (
-        target
-        if target.is_dir() and not any(p.is_symlink() for p in (path, target, path / "lock"))
-        else None
-    )
+    linked = any(each.is_symlink() for each in (path, target, path / "lock"))
+    return target if target.is_dir() and not linked else None
 
 
 def freed(targets: list[Path]) -> list[int]:
-    """Bytes that removing all targets frees, each one's part: a file that other hard links keep frees none."""
+    """Bytes that removing all targets frees, each one's part: a file that other hard links keep
+    frees none."""
     files = [
         [path.lstat() for path in target.rglob("*") if not path.is_dir()] for target in targets
     ]
@@ -43,8 +42,8 @@ def freed(targets: list[Path]) -> list[int]:
 
 
 def remove(row: dict, target: Path) -> bool:
-    """Remove `target` unless the run went on since `row` was read. It is moved aside first: a process that starts the run
-    meanwhile finds it whole or gone."""
+    """Remove `target` unless the run went on since `row` was read. It is moved aside first: a
+    process that starts the run meanwhile finds it whole or gone."""
     run = Run(Path(row["path"]))
     try:
         with locked(run.path / "lock"):

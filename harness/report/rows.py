@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from harness.report import shapes
@@ -20,22 +20,28 @@ def rows(root: str | Path) -> list[dict]:
 
 
 def row(run: Run) -> dict:
-    """metrics.json with what status.json adds: `status` done | failed | running | interrupted (nobody writes it any more) |
-    broken (cannot be read), `stage`, `error`, `started`, `updated` (ISO 8601), `sweep`, `path`, the run directory, and
-    `labels`, the choices as they are shown: of a checkpoint measured again those that made it. Fields a run never reached, or
-    that are not what they should be, are empty."""
+    """metrics.json with what status.json adds: `status` done | failed | running | interrupted
+    (nobody writes it any more) | broken (cannot be read), `stage`, `error`, `started`, `updated`
+    (ISO 8601), `sweep`, `path`, the run directory, and `labels`, the choices as they are shown: of
+    a checkpoint measured again those that made it. Fields a run never reached, or that are not what
+    they should be, are empty."""
     try:
-        status, metrics = shapes.sound(run.status, shapes.STATUS), shapes.metrics(run.metrics)
+        status = shapes.sound(run.status, shapes.STATUS)
+        metrics = shapes.metrics(run.metrics)
         state = status.get("status", "interrupted")
         if state == "running" and not held(run.path / "lock"):
             state = "interrupted"
     except (TypeError, ValueError, OSError) as error:
-        status, metrics, state = {"error": f"cannot be read: {error}"}, {}, "broken"
+        status = {"error": f"cannot be read: {error}"}
+        metrics = {}
+        state = "broken"
     empty = {
         "quant_id": status.get("quant_id"),
         "baseline_id": None,
         "choices": {},
         "stages": {},
+        "records": [],
+        "displays": {},
         "bits_per_weight": None,
         "seconds": {},
         "peak_memory_mb": None,
@@ -46,23 +52,25 @@ def row(run: Run) -> dict:
         "holds": {},
         "command": status.get("command"),
     }
-    kept = {key: status.get(key) for key in ("stage", "error", "started", "updated", "sweep")}
-    found = (
-        empty | metrics | kept | {"run_id": run.path.name, "status": state, "path": str(run.path)}
-    )
-    found["choices"] = dict(zip(LABELS, run.path.name.rsplit("-", 4))) | found["choices"]
-    found["labels"] = found["choices"] | found["holds"]
-    stages = found["stages"].items()
-    found["stages"] = {
-        name: stage | {"ppl": _with_nan(stage.get("ppl", {}))} for name, stage in stages
-    }
-    return found
+    known = {key: status.get(key) for key in ("stage", "error", "started", "updated", "sweep")}
+    known |= {"run_id": run.path.name, "status": state, "path": str(run.path)}
+    # A run that never wrote its choices still says them in its id.
+    choices: dict[str, str | None] = dict(zip(LABELS, run.path.name.rsplit("-", 4)))
+    choices |= metrics.get("choices", {})
+    labels = choices | metrics.get("holds", {})
+    return {**empty, **metrics, **known, "choices": choices, "labels": labels}
 
 
-def last(row: dict) -> dict:
-    """The stage whose figures a row is judged by: the last one of a finished run, else nothing."""
-    stages = list(row["stages"].values()) if row["status"] == "done" else []
-    return stages[-1] if stages else {"ppl": {}}
+def final_stage(row: Mapping) -> str | None:
+    """The stage by whose figures a row is judged: the last one of a finished run, else none."""
+    if row["status"] != "done":
+        return None
+    return next(reversed(row["stages"]), None)
+
+
+def last(row: Mapping) -> dict:
+    """The record of that stage, or nothing."""
+    return row["stages"].get(final_stage(row), {})
 
 
 def outliers(row: dict) -> dict | None:
@@ -71,19 +79,12 @@ def outliers(row: dict) -> dict | None:
 
 
 def samples(row: dict, task: str) -> list[dict] | None:
-    """What every document of a task got in the stage the run is judged by; None where that was not kept."""
+    """What every document of a task got in the stage the run is judged by; None where that was not
+    kept."""
     stage = next(reversed(row["stages"]), None)
     folder = Path(row["path"]) / "samples" / str(stage)
     if stage == "baseline":  # shared by all runs of the model
-        folder = (
-            Store(Path(row["path"]).parent)
-            .shared("baselines", str(row["baseline_id"]))
-            .with_suffix("")
-        )
+        store = Store(Path(row["path"]).parent)
+        folder = store.shared("baselines", str(row["baseline_id"])).with_suffix("")
     digests = row["stages"].get(stage, {}).get("samples") or {}
     return checked(folder / f"{task}.json", digests.get(task))
-
-
-def _with_nan(figures: dict) -> dict:
-    """JSON has no NaN: what was not finite is stored as null."""
-    return {name: math.nan if value is None else value for name, value in figures.items()}

@@ -1,4 +1,7 @@
-"""Which stored runs the words of a command line name: a run root, `group=option` filters, parts of run ids."""
+"""Which stored runs the words of a command line name.
+
+A run root, `group=option` filters, parts of run ids.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ def root_and_runs(words: list[str], count: int) -> tuple[Path, list[str]]:
     """The run root, if the words begin with one, and `count` names of runs. Raises ConfigError."""
     if len(words) not in (count, count + 1):
         raise ConfigError(
-            f"{' '.join(words) or 'nothing given'}: needs {count or 'no'} run ids, after the run root if any."
+            f"{' '.join(words) or 'nothing given'}: needs {count or 'no'} run ids, after the run "
+            "root if any."
         )
     root = Path(words[0] if len(words) > count else "runs")
     if not root.is_dir():
@@ -27,7 +31,8 @@ def root_and_runs(words: list[str], count: int) -> tuple[Path, list[str]]:
 
 
 def filtered(rows: list[dict], filters: list[str]) -> list[dict]:
-    """Rows of which all `group=option,option` hold, `status` counting as a group. Raises ConfigError for another one."""
+    """Rows of which all `group=option,option` hold, `status` counting as a group. Raises
+    ConfigError for another one."""
     groups = {"status", *LABELS, *(group for row in rows for group in row["labels"])}
     for group, _, options in (text.partition("=") for text in filters):
         if group not in groups:
@@ -44,15 +49,13 @@ def filtered(rows: list[dict], filters: list[str]) -> list[dict]:
 
 def find(rows: list[dict], part: str) -> dict:
     """The one run whose id is `part` or contains it. Raises ConfigError with the candidates."""
-    found = [row for row in rows if row["run_id"] == part] or [
-        row for row in rows if part in row["run_id"]
-    ]
-    if len(found) == 1:
-        return found[0]
-    candidates = ", ".join(row["run_id"] for row in (found or rows)[-8:]) or "none"
-    raise ConfigError(
-        f"{part}: {f'{len(found)} runs match, e.g.' if found else 'no such run; the latest are'} {candidates}."
-    )
+    exact = [row for row in rows if row["run_id"] == part]
+    matches = exact or [row for row in rows if part in row["run_id"]]
+    if len(matches) == 1:
+        return matches[0]
+    candidates = ", ".join(row["run_id"] for row in (matches or rows)[-8:]) or "none"
+    what = f"{len(matches)} runs match, e.g." if matches else "no such run; the latest are"
+    raise ConfigError(f"{part}: {what} {candidates}.")
 
 
 def unrecorded(row: dict) -> str:

@@ -1,4 +1,4 @@
-"""The settings of stored runs, and those by which runs of the same choices differ: what tells two points of a sweep apart."""
+"""The settings of stored runs, and what tells two points of a sweep apart."""
 
 from __future__ import annotations
 
@@ -11,58 +11,66 @@ import yaml
 
 from harness.tracking.base import without_secrets
 
-LOADER = getattr(
-    yaml, "CSafeLoader", yaml.SafeLoader
-)  # ten times faster, where PyYAML was built with it
+# Ten times faster, where PyYAML was built with it.
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 SILENT = ("run_root", "tracking", "on_error", "force")  # of these no number depends on
 GROUPS = ("data", "eval", "export")  # choices that have no column of their own
 
 
 def dotted(row: Mapping) -> dict[str, str]:
-    """{dotted key: value as typed} of a row's config.yaml, without what is secret; empty where it cannot be read."""
+    """{dotted key: value as typed} of a row's config.yaml, without what is secret; empty where it
+    cannot be read."""
     try:
         config = yaml.load((Path(row["path"]) / "config.yaml").read_text(encoding="utf-8"), LOADER)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return dict(_leaves(without_secrets(config))) if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        return {}
+    return dict(_leaves(without_secrets(config)))
 
 
 def apart(rows: Sequence[Mapping], settings: Sequence[Mapping[str, str]]) -> list[str]:
-    """For each row, with its dotted settings, `seed=1 weight.group_size=32`: what differs between runs that chose the same
-    option of the setting's group.
+    """For each row, with its dotted settings, `seed=1 weight.group_size=32`: what differs between
+    runs that chose the same option of the setting's group.
 
-    What an option brings with it follows from the choice and is left out, as is a value that more than half of the comparable
-    runs have. A setting that a run has not is null. Runs without settings get nothing. Keys are cut to their last two words
-    where these name one setting only.
+    What an option brings with it follows from the choice and is left out, as is a value that more
+    than half of the comparable runs have. A setting that a run has not is null. Runs without
+    settings get nothing. Keys are cut to their last two words where these name one setting only.
     """
     runs = [_compared(row["choices"], own) for row, own in zip(rows, settings)]
-    told: list[dict[str, str]] = [{} for _ in runs]
+    telling: list[dict[str, str]] = [{} for _ in runs]
     for key in sorted({key for run in runs for key in run}):
         group, dot, _ = key.partition(".")
         alike = defaultdict(list)
         for index, run in enumerate(runs):
             if run:
-                alike[rows[index]["choices"].get(group) if dot else None].append(index)
+                option = rows[index]["choices"].get(group) if dot else None
+                alike[option].append(index)
         for indices in alike.values():
             values = [runs[index].get(key, "null") for index in indices]
             shares = Counter(values)
             for index, value in zip(indices, values):
                 if 2 * shares[value] <= len(indices):
-                    told[index][key] = value
-    short = _shortened({key for own in told for key in own})
-    return [" ".join(f"{short[key]}={value}" for key, value in own.items()) for own in told]
+                    telling[index][key] = value
+    short = _shortened({key for own in telling for key in own})
+    return [" ".join(f"{short[key]}={value}" for key, value in own.items()) for own in telling]
 
 
 def _compared(choices: Mapping[str, str | None], settings: Mapping[str, str]) -> dict[str, str]:
-    """The settings that can tell a run from another, with the choices that stand in no column; empty ones are not set."""
-    own = {
+    """The settings that can tell a run from another, with the choices that stand in no column;
+    empty ones are not set."""
+    if not settings:
+        return {}
+    compared = {
         key: value
         for key, value in settings.items()
         if value != "{}" and key.partition(".")[0] not in SILENT
     }
-    return (
-        own | {group: choices[group] for group in GROUPS if choices.get(group)} if settings else {}
-    )
+    for group in GROUPS:
+        option = choices.get(group)
+        if option:
+            compared[group] = option
+    return compared
 
 
 def _shortened(keys: Collection[str]) -> dict[str, str]:

@@ -1,5 +1,6 @@
-"""What the fields of a run's records are, as far as tables and pages count on it: metrics.json and status.json are files, and
-what is in them may have come from anywhere. A field of another shape is as good as none."""
+"""What the fields of a run's records are, as far as tables and pages count on it: metrics.json and
+status.json are files, and what is in them may have come from anywhere. A field of another shape is
+as good as none."""
 
 from __future__ import annotations
 
@@ -9,6 +10,22 @@ from harness.config.checks import fits
 
 NUMBER = float | None
 FIGURES = Mapping[str, Mapping[str, NUMBER]]  # {corpus or task: {metric: value}}
+RECORD = dict.fromkeys(("evaluation", "stage", "source", "metric"), str) | {
+    "value": NUMBER,
+    "stderr": NUMBER,
+    "n": int | None,
+}
+DISPLAY = {
+    "label": str,
+    "title": str | None,
+    "digits": int,
+    "percent": bool,
+    "lower_is_better": bool | None,
+    "change": bool,
+    "alternative": bool,
+    "minor": bool,
+    "lost": NUMBER,
+}
 STAGE = {
     "ppl": Mapping[str, NUMBER],
     "losses": Mapping[str, list[NUMBER]],
@@ -26,6 +43,8 @@ METRICS = {
     "command": str | None,
     "marks": Mapping[str, list[str]],
     "stages": Mapping[str, Mapping],
+    "records": list[Mapping],
+    "displays": Mapping[str, Mapping[str, Mapping]],
     "bits_per_weight": NUMBER,
     "seconds": Mapping[str, float],
     "peak_memory_mb": NUMBER,
@@ -35,22 +54,34 @@ METRICS = {
     "holds": Mapping[str, str | None],
     "export": Mapping,
 }
-STATUS = dict.fromkeys(
+STATUS: dict[str, object] = dict.fromkeys(
     ("status", "stage", "error", "started", "updated", "sweep", "quant_id", "command"), str | None
 )
 
 
 def sound(record: object, shape: Mapping[str, object]) -> dict:
     """The fields of a record that are of their shape."""
-    found = record if isinstance(record, Mapping) else {}
+    if not isinstance(record, Mapping):
+        return {}
     return {
-        key: found[key] for key, hint in shape.items() if key in found and fits(found[key], hint)
+        key: record[key] for key, hint in shape.items() if key in record and fits(record[key], hint)
     }
 
 
 def metrics(record: object) -> dict:
-    """metrics.json as far as it is sound, stage by stage."""
+    """metrics.json as far as it is sound, stage by stage, record by record."""
     found = sound(record, METRICS)
     if "stages" in found:
         found["stages"] = {name: sound(stage, STAGE) for name, stage in found["stages"].items()}
+    if "records" in found:
+        records = [sound(one, RECORD) for one in found["records"]]
+        found["records"] = [one for one in records if one.keys() == RECORD.keys()]
+    if "displays" in found:
+        found["displays"] = {
+            name: {
+                metric: {"label": metric} | sound(display, DISPLAY)
+                for metric, display in displays.items()
+            }
+            for name, displays in found["displays"].items()
+        }
     return found

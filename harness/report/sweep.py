@@ -1,11 +1,16 @@
-"""A multirun from its start to its end: which jobs, how far they are, one table and one page of all of them, failed ones
-included, and the exit status that `on_error` asks for.
+"""A multirun from its start to its end.
 
-Hydra's own multirun composes the default options with every override first, and hands the same overrides to every job; here a
-setting that only some of the chosen options have applies to those. Hydra still composes, and its launchers launch.
+Which jobs, how far they are, one table and one page of all of them, failed ones included, and the
+exit status that `on_error` asks for.
 
-    _sweeps/<sweep>/sweep.json     {"jobs", "overrides": of each, "started", "pid": of the process that launches}
-    _sweeps/<sweep>/NNNNN.json     a finished job's row;  NNNNN.log what it said, where jobs run in other processes
+Hydra's own multirun composes the default options with every override first, and hands the same
+overrides to every job; here a setting that only some of the chosen options have applies to those.
+Hydra still composes, and its launchers launch.
+
+    _sweeps/<sweep>/sweep.json     {"jobs", "overrides": of each, "started", "pid": of the process
+                                   that launches}
+    _sweeps/<sweep>/NNNNN.json     a finished job's row
+    _sweeps/<sweep>/NNNNN.log      what it said, where jobs run in other processes
 """
 
 from __future__ import annotations
@@ -21,18 +26,20 @@ from functools import partial
 from pathlib import Path
 
 from hydra import initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException
+from hydra.plugins.launcher import Launcher
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from harness.config.build import ROOT, build
 from harness.libraries.hydra import BasicLauncher, Callbacks, HydraContext, OverridesParser, jobs_of
 from harness.report.page import write_page
 from harness.report.progress import Reporter
-from harness.report.table import sweep_table
+from harness.report.sweep_table import sweep_table
 from harness.store import read_record, write_record
 from harness.tracking import RunInfo, Tracker
 
@@ -51,43 +58,22 @@ def records(sweep: Path) -> list[dict]:
 
 def everyone(sweep: Path) -> list[dict]:
     """A row for every job: the one it kept, or that its process ended before it could."""
-    kept, begun = (
-        {row["job"]: row for row in records(sweep)},
-        read_record(sweep / "sweep.json") or {"overrides": []},
-    )
+    rows = {row["job"]: row for row in records(sweep)}
+    begun = read_record(sweep / "sweep.json") or {"overrides": []}
     lost = {
         "status": "failed",
-        "error": "no process ended it (one was killed, for lack of memory?); the same command goes on",
+        "error": "no process ended it (one was killed, for lack of memory?); "
+        "the same command goes on",
     }
     return [
-        kept.get(job, {"job": job, "overrides": own, **lost})
-        for job, own in enumerate(begun["overrides"])
+        rows.get(job, {"job": job, "overrides": overrides, **lost})
+        for job, overrides in enumerate(begun["overrides"])
     ]
 
 
-def summary(metrics: dict) -> dict:
-    """What the sweep's table shows of a run: status, perplexities, divergences and accuracies of its last stage, those of the
-    untouched model and, where a transform changed the function, of the float model with its codecs; bits per weight; marks;
-    warnings."""
-    stages = metrics["stages"]
-    *_, last = list(stages.values()) or [{"ppl": {}}]
-    last = last if metrics["status"] == "done" else {"ppl": {}}
-    return {
-        "status": metrics["status"],
-        "ppl": last["ppl"],
-        "zeroshot": last.get("zeroshot", {}),
-        "divergence": last.get("divergence", {}),
-        "marks": metrics.get("marks", {}),
-        "baseline": stages.get("baseline", {}).get("ppl", {}),
-        "transformed": stages.get("transformed", {}).get("ppl", {}),
-        "accuracy": stages.get("baseline", {}).get("zeroshot", {}),
-        "bits_per_weight": metrics["bits_per_weight"],
-        "warnings": metrics["warnings"],
-    } | ({"disk_mb": metrics["export"]["sizes"]["after"] / 1e6} if metrics.get("export") else {})
-
-
 def reporter(sweep: Path, job: int) -> Reporter:
-    """Who tells of a job: with the sweep's bar above its own in the process that launches, else a file beside its row."""
+    """Who tells of a job: with the sweep's bar above its own in the process that launches, else a
+    file beside its row."""
     begun = read_record(sweep / "sweep.json") or {
         "pid": os.getpid(),
         "jobs": job + 1,
@@ -95,14 +81,13 @@ def reporter(sweep: Path, job: int) -> Reporter:
     }
     if begun["pid"] == os.getpid():
         return Reporter(sweep=(len(records(sweep)), begun["jobs"], begun["started"]))
-    return Reporter(
-        Console(file=open(sweep / f"{job:05d}.log", "w", buffering=1, encoding="utf-8"), width=140)
-    )
+    path = sweep / f"{job:05d}.log"
+    return Reporter(Console(file=open(path, "w", buffering=1, encoding="utf-8"), width=140))
 
 
 def sweep(task: Callable, overrides: list[str]) -> int:
-    """Run `task`, a function of a composed configuration, for every job of a sweep; print its table, write its page. Returns
-    the exit status: 1 when a job failed and `on_error=raise`.
+    """Run `task`, a function of a composed configuration, for every job of a sweep; print its
+    table, write its page. Returns the exit status: 1 when a job failed and `on_error=raise`.
 
     Raises what Hydra raises for overrides that cannot be composed, before anything is written.
     """
@@ -115,25 +100,22 @@ def sweep(task: Callable, overrides: list[str]) -> int:
             raise unknown[0]
         jobs = _jobs(loader, config, overrides)
         folder = Path(config.hydra.sweep.dir)
-        for old in folder.glob(
-            "[0-9]*.*"
-        ):  # of an earlier sweep, where HARNESS_SWEEP names the folder
-            old.unlink()
+        for earlier in folder.glob("[0-9]*.*"):  # where HARNESS_SWEEP names the folder
+            earlier.unlink()
         begun = {"jobs": len(jobs), "overrides": jobs, "started": time.time(), "pid": os.getpid()}
         write_record(folder / "sweep.json", begun)
         context = HydraContext(config_loader=loader, callbacks=Callbacks())
         launcher = Plugins.instance().instantiate_launcher(context, task, config)
-        with (
-            _watched(folder, len(jobs), launcher),
-            suppress(BrokenExecutor),
-        ):  # a worker was killed, and the pool gave up
+        # BrokenExecutor: a worker was killed, and the pool gave up.
+        with _watched(folder, len(jobs), launcher), suppress(BrokenExecutor):
             for job in launcher.launch(jobs, initial_job_idx=0):
                 _ = job.return_value  # raises what the job did
         return _close(config, folder)
 
 
-def swept(config, overrides: Iterable[str]) -> dict[str, str]:
-    """{setting: its values} that a chosen option goes through, without those that the command line sets."""
+def swept(config: DictConfig, overrides: Iterable[str]) -> dict[str, str]:
+    """{setting: its values} that a chosen option goes through, without those that the command line
+    sets."""
     named = {_key(override) for override in overrides}
     return {
         key: values
@@ -142,8 +124,9 @@ def swept(config, overrides: Iterable[str]) -> dict[str, str]:
     }
 
 
-def _jobs(loader, config, overrides: list[str]) -> list[list[str]]:
-    """The overrides of each job: every combination, each without the settings that its options do not have.
+def _jobs(loader: ConfigLoader, config: DictConfig, overrides: list[str]) -> list[list[str]]:
+    """The overrides of each job: every combination, each without the settings that its options do
+    not have.
 
     Raises Hydra's error for a setting that no job has.
     """
@@ -155,26 +138,26 @@ def _jobs(loader, config, overrides: list[str]) -> list[list[str]]:
     for key, error in fitted[0][1].items():
         if all(key in missing for _, missing in fitted):
             raise error
-    once = {
-        tuple(own) if missing else row: own for row, (own, missing) in enumerate(fitted)
-    }  # rows that became alike
+    # Rows that lost a setting may have become alike: each is run once.
+    once = {tuple(own) if missing else row: own for row, (own, missing) in enumerate(fitted)}
     return list(once.values())
 
 
 def _fitting(
-    compose: Callable, overrides: list[str]
-) -> tuple[object, list[str], dict[str, Exception]]:
-    """(the configuration, the overrides that it has a place for, {key: Hydra's error} of those that it has not)."""
+    compose: Callable[[list[str]], DictConfig], overrides: list[str]
+) -> tuple[DictConfig, list[str], dict[str, Exception]]:
+    """(the configuration, the overrides that it has a place for, {key: Hydra's error} of those that
+    it has not)."""
     missing: dict[str, Exception] = {}
     while True:
         own = [override for override in overrides if _key(override) not in missing]
         try:
             return compose(own), own, missing
         except ConfigCompositionException as error:
-            found = re.match(r"Could not override '([^']+)'", str(error))
-            if found is None or found[1] not in map(_key, own):
+            place = re.match(r"Could not override '([^']+)'", str(error))
+            if place is None or place[1] not in map(_key, own):
                 raise
-            missing[found[1]] = error
+            missing[place[1]] = error
 
 
 def _key(override: str) -> str:
@@ -182,7 +165,7 @@ def _key(override: str) -> str:
 
 
 @contextmanager
-def _watched(folder: Path, jobs: int, launcher) -> Iterator[None]:
+def _watched(folder: Path, jobs: int, launcher: Launcher) -> Iterator[None]:
     """While jobs run in other processes, show how far they are."""
     if isinstance(launcher, BasicLauncher):
         yield
@@ -200,7 +183,8 @@ def _watched(folder: Path, jobs: int, launcher) -> Iterator[None]:
 def _watch(folder: Path, jobs: int, over: threading.Event) -> None:
     """The sweep's bar, and the last line of each job that runs."""
     with Reporter().stage("sweep", jobs) as advance:
-        done, ended = 0, False
+        done = 0
+        ended = False
         while not ended:
             ended = over.wait(PERIOD)
             finished = {row["job"] for row in records(folder)}
@@ -216,7 +200,7 @@ def _watch(folder: Path, jobs: int, over: threading.Event) -> None:
             advance(" | ".join(lines), steps=0)
 
 
-def _close(config, folder: Path) -> int:
+def _close(config: DictConfig, folder: Path) -> int:
     """The table and the page of a sweep, of what it has; the exit status."""
     rows = everyone(folder)
     sweep_table(rows)
@@ -224,11 +208,15 @@ def _close(config, folder: Path) -> int:
     return int(config.on_error != "record" and any(row["status"] != "done" for row in rows))
 
 
-def _write_page(config, folder: Path, runs: set[str]) -> None:
-    """One page of the sweep's runs; W&B gets it as the artifact of a run of its own in the sweep's group."""
+def _write_page(config: DictConfig, folder: Path, runs: set[str]) -> None:
+    """One page of the sweep's runs; W&B gets it as the artifact of a run of its own in the sweep's
+    group."""
     path = write_page(Path(config.run_root), folder / "report.html", runs)
     print(f"page: {path}")
-    tracker = build(OmegaConf.to_container(config.tracking, resolve=True), "tracking", Tracker)
+    section = OmegaConf.to_container(config.tracking, resolve=True)
+    assert isinstance(section, dict)  # a group is a mapping
+    tracker = build({str(key): value for key, value in section.items()}, "tracking", Tracker)
+    assert isinstance(tracker, Tracker)  # no part that 16 bits turn off
     tracker.start({}, RunInfo(folder.name, None, folder, group=folder.name, job_type="sweep"))
     tracker.page(path)
     tracker.finish({"runs": len(runs)})

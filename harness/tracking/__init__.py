@@ -1,4 +1,4 @@
-"""Where the numbers of a run go while it runs: always into local files, and to Weights & Biases if wished."""
+"""Where the numbers of a run go: always into local files, and to Weights & Biases if wished."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,8 @@ __all__ = ["Local", "RunInfo", "Several", "Tracker", "Trackers", "Wandb"]
 
 
 class Trackers(Several):
-    """The trackers of a run, from the fields of `conf/tracking/`: local files, and W&B where `wandb` says so.
+    """The trackers of a run, from the fields of `conf/tracking/`: local files, and W&B where
+    `wandb` says so.
 
     Raises ConfigError for a value that cannot work.
     """

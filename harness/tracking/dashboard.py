@@ -2,29 +2,44 @@
 
     python -m harness.tracking.dashboard --entity E --project P [--save]
 
-Runs side by side, perplexities, perplexity against bits per weight, errors over the blocks by sweep. Without --save its
-specification is printed as JSON. Needs the package wandb-workspaces; saving needs a login. Exit status 2 where one is missing.
+Runs side by side, perplexities, perplexity against bits per weight, errors over the blocks by
+sweep. Without --save its specification is printed as JSON. Needs the package wandb-workspaces;
+saving needs a login. Exit status 2 where one is missing.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Protocol
 
 CORPORA = ("pydoc", "stdlib")  # what a run measures unless told otherwise
 CHOICES = ("model.name", "format.name", "transform.name", "solver.name")
 CURVES = ("block/rel_error", "block/worst_rel_error", "block/sqnr_db")
 
 
-def workspace(entity: str, project: str, corpora: Sequence[str] = CORPORA):
-    """The workspace, unsaved: for each corpus a bar plot and a scatter plot. Raises ImportError without wandb-workspaces."""
-    from wandb_workspaces.reports import v2 as wr
-    from wandb_workspaces.workspaces import Section, Workspace
+class View(Protocol):
+    """What of a workspace is used here."""
 
-    bits, ppl = (
-        wr.SummaryMetric("bits_per_weight"),
-        [f"ppl/quantized/{corpus}" for corpus in corpora],
-    )
+    _spec: dict
+
+    def save(self) -> View: ...
+
+    @property
+    def url(self) -> str: ...
+
+
+def workspace(entity: str, project: str, corpora: Sequence[str] = CORPORA) -> View:
+    """The workspace, unsaved: for each corpus a bar plot and a scatter plot. Raises ImportError
+    without wandb-workspaces."""
+    wr = import_module("wandb_workspaces.reports.v2")
+    workspaces = import_module("wandb_workspaces.workspaces")
+
+    bits = wr.SummaryMetric("bits_per_weight")
+    ppl = [f"ppl/quantized/{corpus}" for corpus in corpora]
     axes = [*map(wr.Config, CHOICES), bits, *map(wr.SummaryMetric, ppl)]
     columns = [wr.ParallelCoordinatesPlotColumn(metric=axis) for axis in axes]
     panels = {
@@ -53,13 +68,17 @@ def workspace(entity: str, project: str, corpora: Sequence[str] = CORPORA):
         ],
     }
     sections = [
-        Section(name=name, panels=content, is_open=True) for name, content in panels.items()
+        workspaces.Section(name=name, panels=content, is_open=True)
+        for name, content in panels.items()
     ]
-    return Workspace(entity=entity, project=project, name="Low-bit comparison", sections=sections)
+    return workspaces.Workspace(
+        entity=entity, project=project, name="Low-bit comparison", sections=sections
+    )
 
 
-def save(view) -> str:
-    """Save the workspace; its address. Raises PermissionError without a login, else what W&B raises."""
+def save(view: View) -> str:
+    """Save the workspace; its address. Raises PermissionError without a login, else what W&B
+    raises."""
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))
@@ -69,9 +88,11 @@ def save(view) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status of a command line; the specification, or with --save the address, on standard output."""
+    """The exit status of a command line; the specification, or with --save the address, on standard
+    output."""
     parser = argparse.ArgumentParser(
-        prog="python -m harness.tracking.dashboard", description=__doc__.partition("\n")[0]
+        prog="python -m harness.tracking.dashboard",
+        description="A W&B workspace that compares runs.",
     )
     parser.add_argument("--entity", required=True)
     parser.add_argument("--project", required=True)

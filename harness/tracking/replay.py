@@ -1,9 +1,13 @@
-"""Stored runs sent to Weights & Biases later: `python -m harness.tracking.replay RUNS [RUN_ID_PART ...] [--project P] ...`
+"""Stored runs sent to Weights & Biases later.
 
-They go through the tracker that would have mirrored them while they ran, so the same run arrives: config, group, tags, curves,
-tables, pages, summary, status. Where W&B has a run of the same id it starts anew, so sending twice draws no curve twice.
+    python -m harness.tracking.replay RUNS [RUN_ID_PART ...] [--project P] ...
 
-Exit status: 0 all sent, or still running; 1 some could not be sent; 2 there is nothing to send. Imports no torch.
+They go through the tracker that would have mirrored them while they ran, so the same run arrives:
+config, group, tags, curves, tables, pages, summary, status. Where W&B has a run of the same id it
+starts anew, so sending twice draws no curve twice.
+
+Exit status: 0 all sent, or still running; 1 some could not be sent; 2 there is nothing to send.
+Imports no torch.
 """
 
 import argparse
@@ -23,7 +27,8 @@ from harness.tracking.wandb import Wandb
 
 @dataclass(frozen=True)
 class Record:
-    """All that a tracker was told of a run. curves: (step, values) of each call; status: done | failed | interrupted."""
+    """All that a tracker was told of a run. curves: (step, values) of each call; status: done |
+    failed | interrupted."""
 
     config: dict
     info: RunInfo
@@ -35,16 +40,22 @@ class Record:
 
     @classmethod
     def read(cls, run: Run) -> "Record":
-        """From the run directory. Raises DataError, OSError or ValueError for what is missing or damaged."""
-        folder, status = run.path / "tracking", run.status.get("status")
+        """From the run directory. Raises DataError, OSError or ValueError for what is missing or
+        damaged."""
+        folder = run.path / "tracking"
+        status = run.status.get("status")
         if status in ("done", "failed"):
             summary = read_json(folder / "summary.json")
             if summary is None:
                 raise DataError("tracking/summary.json is missing or damaged")
         else:  # nobody writes it any more; a summary there would be that of an earlier attempt
-            status, summary = "interrupted", {}
+            status = "interrupted"
+            summary = {}
+        config = OmegaConf.to_container(OmegaConf.load(run.path / "config.yaml"))
+        if not isinstance(config, dict):
+            raise DataError("config.yaml holds no settings")
         return cls(
-            config=OmegaConf.to_container(OmegaConf.load(run.path / "config.yaml")),
+            config=config,
             info=_info(run),
             curves=_curves(folder / "curves.jsonl"),
             tables={
@@ -70,23 +81,25 @@ class Record:
 
 
 def send(run: Run, project: str | None, entity: str | None, mode: str | None) -> str:
-    """Send one run; where it went. Raises RunLocked while the run is computed, and what Record.read raises.
+    """Send one run; where it went. Raises RunLocked while the run is computed, and what Record.read
+    raises.
 
     project, entity: None takes those of the run's own `tracking` section.
     """
     with locked(run.path / "lock"):
         record = Record.read(run)
-        own = record.config.get("tracking") or {}
+        section = record.config.get("tracking") or {}
         tracker = Wandb(
-            project=project or own.get("project"),
-            entity=entity or own.get("entity"),
-            name=own.get("name"),
+            project=project or section.get("project"),
+            entity=entity or section.get("entity"),
+            name=section.get("name"),
             mode=mode,
-            tags=own.get("tags") or (),
+            tags=section.get("tags") or (),
             resume=None,
         )
         record.play(tracker)
-    return f"{record.status}, {len(record.curves)} points, {len(record.tables)} tables -> {tracker.address}"
+    counts = f"{len(record.curves)} points, {len(record.tables)} tables"
+    return f"{record.status}, {counts} -> {tracker.address}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,16 +134,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except RunLocked:
             told = "skipped: still running"
         except Exception as error:  # the other runs must not be lost with it
-            reason = " ".join(
-                f"{type(error).__name__}: {error}".split()
-            )  # a YAML error has many lines
-            told, lost = f"NOT SENT ({reason})", lost + 1
+            # A YAML error has many lines.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            told = f"NOT SENT ({reason})"
+            lost += 1
         print(f"{run.path.name}: {told}", flush=True)
     return 1 if lost else 0
 
 
 def _info(run: Run) -> RunInfo:
-    """Who the run was, from tracking/run.json; for runs stored before there was one, what their pipeline knew but the sweep."""
+    """Who the run was, from tracking/run.json; for runs stored before there was one, what their
+    pipeline knew but the sweep."""
     known = read_json(run.path / "tracking" / "run.json")
     if known is None:
         choices = (run.metrics or {}).get("choices", {})
@@ -144,15 +158,17 @@ def _info(run: Run) -> RunInfo:
 
 
 def _curves(path: Path) -> list[tuple[int, dict]]:
-    """The points in the order in which they were logged; of a point logged again, as a resumed run does, only the last."""
-    kept, later = [], set()
+    """The points in the order in which they were logged; of a point logged again, as a resumed run
+    does, only the last."""
+    points: list[tuple[int, dict]] = []
+    later: set[tuple[int, str]] = set()
     for line in reversed(_lines(path) if path.exists() else []):
         step = line.pop("step")
         values = {key: value for key, value in line.items() if (step, key) not in later}
         later |= {(step, key) for key in values}
         if values:
-            kept.append((step, values))
-    return kept[::-1]
+            points.append((step, values))
+    return points[::-1]
 
 
 def _lines(path: Path) -> list[dict]:

@@ -7,7 +7,12 @@ const narrow = matchMedia("(max-width: 40rem)"); // a phone
 const cut = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
 
 for (const run of data.runs) {
-  for (const field of ["ppl", "baseline", "kl", "top1", "accuracy", "marks", "curves"]) run[field] ??= {};
+  for (const field of ["figures", "baseline", "marks", "curves"]) run[field] ??= {};
+  run.ppl = {}; // what the plots are of
+  for (const [index, [value]] of Object.entries(run.figures)) {
+    const {evaluation, source} = data.columns[index];
+    if (evaluation === "ppl") run.ppl[source] = value;
+  }
   run.short = run.id.slice(-10);
   run.label = [run.format, run.transform, run.solver, cut(run.settings ?? "", 40), run.short].filter(Boolean).join(" · ");
   const words = [run.id, ...groups.map(group => run[group]), run.settings, run.command, run.error];
@@ -15,13 +20,13 @@ for (const run of data.runs) {
 }
 const byId = new Map(data.runs.map(run => [run.id, run]));
 const names = field => [...new Set(data.runs.flatMap(run => Object.keys(run[field])))];
-const corpora = [...new Set([...names("ppl"), ...names("kl")])];
-const tasks = names("accuracy");
+const corpora = names("ppl");
 
 const minus = text => text.replace("-", "−");
 const fixed = (x, digits) =>
   minus(x.toLocaleString("en", {minimumFractionDigits: digits, maximumFractionDigits: digits}));
-const perplexity = x => (Math.abs(x) < 1e4 ? fixed(x, 2) : minus(x.toExponential(1).replace("e+", "e")));
+const written = (x, digits) => (Math.abs(x) < 1e4 ? fixed(x, digits) : minus(x.toExponential(1).replace("e+", "e")));
+const perplexity = x => written(x, 2);
 const brief = x => (x === undefined ? "–" : minus(Math.abs(x) < 1e5 ? String(+x.toPrecision(3)) : x.toExponential(1)));
 
 /** An element with properties, attributes (any name with a dash, or `role`, `scope`) and children. */

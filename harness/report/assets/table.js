@@ -8,27 +8,28 @@ let filtered = data.runs;
 let drawn = 0;
 
 const word = name => ({name, title: name, get: run => run[name]});
-// best: 1 where more is better, -1 where less is; of: the corpus or task whose marks stand beside
+// best: 1 where more is better, -1 where less is, 0 where neither; of: the corpus or task whose marks stand beside
 const figure = (title, group, get, show, best, of) => ({
   name: `${group} ${title}`, title, group, get, show, best, of, number: true,
 });
+
+/** The columns of a figure: itself, and its difference to the untouched model where that is shown. */
+function measured({title, group, source, scale, digits, better, change}, i) {
+  const show = x => written(x, digits);
+  const own = figure(title, group, run => scale * run.figures[i]?.[0], show, better, source);
+  own.more = run => (run.figures[i][1] === null ? "" : ` ±${fixed(scale * run.figures[i][1], digits)}`);
+  own.hint = run => (run.figures[i][2] === null ? "" : `${run.figures[i][3]}, ${run.figures[i][2]} documents`);
+  const moved = run => scale * (run.figures[i]?.[0] - run.baseline[i]);
+  return change ? [own, figure("Δ", group, moved, x => (x > 0 ? "+" : "") + show(x), better)] : [own];
+}
+
 const state = run => element("span", {className: `status ${run.status}`}, run.status);
 
 const columns = [
   {name: "status", title: "status", get: run => run.status, cell: state},
   ...["model", "format", "transform", "solver"].map(word),
   word("settings"),
-  ...corpora.flatMap(corpus => [
-    figure("ppl", corpus, run => run.ppl[corpus], perplexity, -1, corpus),
-    figure("Δ", corpus, run => run.ppl[corpus] - run.baseline[corpus], x => (x > 0 ? "+" : "") + perplexity(x), -1),
-    figure("KL", corpus, run => run.kl[corpus], x => fixed(x, 3), -1, corpus),
-    figure("top-1", corpus, run => run.top1[corpus], x => fixed(100 * x, 1), 1, corpus),
-  ]),
-  ...tasks.map(task => ({
-    ...figure(task, "accuracy, %", run => run.accuracy[task]?.[1], x => fixed(100 * x, 1), 1, task),
-    more: run => run.accuracy[task][2] === null ? "" : ` ±${fixed(100 * run.accuracy[task][2], 1)}`,
-    hint: run => `${run.accuracy[task][0]}, ${run.accuracy[task][3] ?? "?"} documents`,
-  })),
+  ...data.columns.flatMap(measured),
   figure("bits", "cost", run => run.bits, x => fixed(x, 2)),
   figure("seconds", "cost", run => run.seconds, x => fixed(x, 0)),
   figure("peak MB", "cost", run => run.peak, x => fixed(x, 0)),
@@ -99,7 +100,8 @@ function cell(run, column, best) {
   if (!known(value)) return made;
   made.append(column.cell ? column.cell(run) : column.show ? column.show(value) : value);
   if (column.best && run.status === "done" && best.get(`${column.name} ${run.model}`) === value) made.classList.add("best");
-  if (column.more) made.append(element("small", {}, column.more(run)));
+  const more = column.more?.(run);
+  if (more) made.append(element("small", {}, more));
   if (column.hint) made.title = column.hint(run);
   const marks = (run.marks[column.of] ?? []).map(index => data.marks[index]);
   if (marks.length) {
