@@ -10,8 +10,10 @@ from composed import composed
 
 from harness.checkpoints.base import Snapshot
 from harness.checkpoints.card import card
+from harness.checkpoints.compressed_tensors import CompressedTensors
 from harness.checkpoints.metadata import metadata
 from harness.checkpoints.names import LONGEST, Name, base_of, hub_id
+from harness.checkpoints.native_writer import Checkpoint
 from harness.config.build import build, settings
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Format, KVCache, Scheme
@@ -342,7 +344,7 @@ def cells(text: str, label: str) -> list[str]:
 
 
 def test_the_card_shows_numbers_marks_and_command(about):
-    text = card(json.loads(json.dumps(about)), "harness")
+    text = card(json.loads(json.dumps(about)), Checkpoint())
     corpus = r"wiki\|text"
     assert cells(text, f"perplexity, {corpus}") == ["22.7500 cs", "25.5000 cs |"]
     assert cells(text, "perplexity, pydoc") == ["14.1234", "inf |"]
@@ -359,7 +361,7 @@ def test_the_card_shows_numbers_marks_and_command(about):
 
 
 def test_the_front_matter_is_yaml_whatever_the_names(about):
-    front = card(about | {"base_model": "own: 'er\"/na#me"}, "compressed_tensors").split("---\n")[1]
+    front = card(about | {"base_model": "own: 'er\"/na#me"}, CompressedTensors()).split("---\n")[1]
     fields = yaml.safe_load(front)
     assert fields["base_model"] == "own: 'er\"/na#me"
     assert fields["library_name"] == "transformers"
@@ -368,13 +370,13 @@ def test_the_front_matter_is_yaml_whatever_the_names(about):
 
 def test_a_model_from_elsewhere_has_no_base_model(about):
     assert (about["base_model"], about["model"]) == (None, "tiny-llama")
-    text = card(json.loads(json.dumps(about)), "harness")
+    text = card(json.loads(json.dumps(about)), Checkpoint())
     fields = yaml.safe_load(text.split("---\n")[1])
     assert not {"base_model", "base_model_relation", "license"} & set(fields)
     assert "\ntiny-llama by QuaRot and GPTQ: " in text
     text = card(
         about | {"base_model": "owner/its-model", "revision": "v1", "license": "llama3.1"},
-        "harness",
+        Checkpoint(),
     )
     fields = yaml.safe_load(text.split("---\n")[1])
     assert (fields["base_model"], fields["base_model_relation"]) == ("owner/its-model", "quantized")
@@ -383,7 +385,7 @@ def test_a_model_from_elsewhere_has_no_base_model(about):
 
 
 def test_how_to_load_follows_the_layout(about):
-    text = card(about | {"command": "echo '```'"}, "compressed_tensors")
+    text = card(about | {"command": "echo '```'"}, CompressedTensors())
     assert "AutoModelForCausalLM.from_pretrained(" in text and "vllm serve tiny-QuaRot" in text
     assert "harness.load" not in text
     assert "````sh\necho '```'\n````" in text

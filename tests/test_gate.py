@@ -137,7 +137,7 @@ def test_a_bias_forgotten_in_16_bits_is_found(tmp_path, monkeypatch, forgotten):
         weight = adapter.blocks[0].get_submodule(f"self_attn.{forgotten}").weight
         weight.copy_(weight.roll(1, 0))
 
-    monkeypatch.setattr(stages.prepare, "place", torch.no_grad()(careless))
+    monkeypatch.setattr(stages.merge, "place", torch.no_grad()(careless))
     settings = [
         "model.family=qwen2",
         "model.dtype=bfloat16",

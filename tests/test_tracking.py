@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from harness.config.build import build
 from harness.config.errors import ConfigError
-from harness.tracking import Local, RunInfo, Several, Tracker, Trackers, Wandb
+from harness.tracking import Local, RunInfo, Several, Tracker, Wandb
 from harness.tracking.base import without_secrets
 
 needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
@@ -360,8 +360,3 @@ def test_both_configurations_have_the_same_fields():
         mirror, local = (compose(f"tracking/{name}").tracking for name in ("wandb", "local"))
     assert mirror == {**local, "wandb": True} and local.wandb is False
     assert {"entity", "project", "name"} <= set(mirror)
-
-
-def test_the_built_tracker_always_writes_locally(run):
-    play(Trackers(wandb=False), run)
-    assert (run.directory / "tracking" / "summary.json").exists()

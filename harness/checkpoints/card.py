@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
+from harness.checkpoints.base import Exporter
 from harness.checkpoints.names import spelled
 from harness.report.figures import columns, figures, number
 from harness.report.marks import legend, letters
@@ -16,7 +17,6 @@ STAGES = {
     "transformed": "float model, transformed",
     "quantized": "this checkpoint",
 }
-LIBRARY = {"compressed_tensors": "transformers", "fp_quant": "transformers", "harness": "harness"}
 PARTS = {
     "weights": "weights",
     "activations": "activations",
@@ -26,10 +26,10 @@ PARTS = {
 SPECIAL = re.compile(r"([\\`*_\[\]<>|~&#$])")
 
 
-def card(metadata: Mapping, layout: str) -> str:
-    """Markdown with YAML front matter. layout: compressed_tensors | fp_quant | harness."""
+def card(metadata: Mapping, exporter: Exporter) -> str:
+    """Markdown with YAML front matter. exporter: what wrote the files, of which it asks who loads them."""
     sections = [
-        _front(metadata, layout),
+        _front(metadata, exporter),
         f"# {_plain(metadata['name'])}",
         _sentence(metadata),
         "## What it measures",
@@ -39,7 +39,7 @@ def card(metadata: Mapping, layout: str) -> str:
         _fenced(metadata["command"] or "(not recorded)", "sh"),
         _origin(metadata),
         "## How to load it",
-        *_loading(metadata["name"], layout),
+        *_loading(metadata["name"], exporter),
         "## Bits and sizes",
         _bits(metadata),
         _sizes(metadata),
@@ -47,11 +47,16 @@ def card(metadata: Mapping, layout: str) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _front(metadata: Mapping, layout: str) -> str:
+def _front(metadata: Mapping, exporter: Exporter) -> str:
     """Every value as JSON, which YAML reads: nothing in it can be taken for syntax."""
     tags = list(
         dict.fromkeys(
-            ["quantized", *metadata["formats"], *_methods(metadata), layout.replace("_", "-")]
+            [
+                "quantized",
+                *metadata["formats"],
+                *_methods(metadata),
+                exporter.name.replace("_", "-"),
+            ]
         )
     )
     base = (
@@ -63,7 +68,7 @@ def _front(metadata: Mapping, layout: str) -> str:
     fields = (
         base
         | licence
-        | {"library_name": LIBRARY[layout], "pipeline_tag": "text-generation", "tags": tags}
+        | {"library_name": exporter.library, "pipeline_tag": "text-generation", "tags": tags}
     )
     return "\n".join(
         ["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"]
@@ -132,9 +137,9 @@ def _origin(metadata: Mapping) -> str:
     )
 
 
-def _loading(name: str, layout: str) -> list[str]:
+def _loading(name: str, exporter: Exporter) -> list[str]:
     path = json.dumps(name)
-    if layout == "harness":
+    if exporter.library == "harness":
         return [_fenced(f"import harness\n\nmodel, tokenizer = harness.load({path})", "python")]
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -142,9 +147,9 @@ def _loading(name: str, layout: str) -> list[str]:
         f'model = AutoModelForCausalLM.from_pretrained({path}, dtype="auto")',
         f"tokenizer = AutoTokenizer.from_pretrained({path})",
     ]
-    package = {"compressed_tensors": "compressed-tensors", "fp_quant": "fp-quant"}[layout]
+    package = "" if exporter.package is None else f" (and the package {exporter.package})"
     return [
-        f"With transformers (and the package {package}):",
+        f"With transformers{package}:",
         _fenced("\n".join(lines), "python"),
         "With vLLM:",
         _fenced(f"vllm serve {shlex.quote(name)}", "sh"),

@@ -38,6 +38,7 @@ class CompressedTensors(Exporter):
     """The compressed-tensors layout."""
 
     name = "compressed_tensors"
+    package = "compressed-tensors"
     tolerance = 0.005
 
     def stored(self, snapshot: Snapshot) -> torch.dtype:

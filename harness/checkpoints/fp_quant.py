@@ -61,6 +61,7 @@ class FPQuant(Exporter):
     """The FP-Quant layout. pseudo: dequantized weights and emulated inputs, for GPUs without FP4 arithmetic."""
 
     name = "fp_quant"
+    package = "fp-quant"
     tolerance = 0.005
 
     def __init__(self, pseudo: bool = False):

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from harness.config.errors import ConfigError, DataError
 from harness.formats import (
-    FP4,
     MX,
     NVFP4,
     Format,
@@ -42,6 +41,7 @@ from harness.formats import (
 from harness.libraries.compressed_tensors import cache_refusal
 
 WAY_OUT = "or use export=harness"
+HELD = {"weight": (NVFP4, FourOverSix, MX, Integer), "activation": (NVFP4, MX, Integer)}
 ELEMENTS = {4: ("e2m1",), 6: ("e2m3",), 8: ("e4m3",)}  # of MX, by bits
 
 
@@ -52,7 +52,7 @@ def refuse(format: Format, field: str) -> None:
     """Raise ConfigError, with the setting to change, where a weight's or an activation's format cannot stand in a file exactly
     as it is evaluated. field: where the format is in the settings."""
     weight = format.role == "weight"
-    if isinstance(format, FP4) or (isinstance(format, FourOverSix) and not weight):
+    if type(format) not in HELD[format.role]:
         kind = type(format).__name__
         raise ConfigError(
             f"{field}={kind} with export=compressed_tensors: the layout knows no such {format.role}; take NVFP4 "

@@ -28,6 +28,7 @@ class Checkpoint(Exporter):
     """Codes, online matrices and formats of the evaluated model; its logits come back in every bit."""
 
     name = "harness"
+    library = "harness"
 
     def check(
         self,

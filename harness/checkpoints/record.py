@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import torch
 
@@ -71,8 +73,8 @@ def format_of(found, where: str, base: type) -> Format | KVCache:
     if not isinstance(found, Mapping):
         raise DataError(f"{where}={found}: needs a format, its class and its fields.")
     name = str(found.get("_target_"))
-    known = getattr(formats, name.removeprefix(SPELLED), None) if name.startswith(SPELLED) else None
-    if not (isinstance(known, type) and issubclass(known, base)):
+    known = classes(base).get(name.removeprefix(SPELLED)) if name.startswith(SPELLED) else None
+    if known is None:
         raise DataError(f"{where}._target_={name}: is no {base.__name__.lower()} of this project.")
     values = {key: value for key, value in found.items() if key != "_target_"}
     legal = {field.name for field in fields(known)}
@@ -84,6 +86,15 @@ def format_of(found, where: str, base: type) -> Format | KVCache:
         return known(**values)
     except (ConfigError, TypeError, ValueError) as error:
         raise DataError(f"{where}: {error}") from None
+
+
+def classes(base: type) -> dict[str, type]:
+    """{name: class} of every class of that base in the files of harness/formats, and in no others."""
+    names = [f"{formats.__name__}.{module.name}" for module in iter_modules(formats.__path__)]
+    found = [each for name in names for each in vars(import_module(name)).values()]
+    return {
+        each.__name__: each for each in found if isinstance(each, type) and issubclass(each, base)
+    }
 
 
 def _plain(value) -> bool:

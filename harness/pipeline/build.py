@@ -19,7 +19,7 @@ from harness.config.checks import one_of, typed
 from harness.config.errors import ConfigError
 from harness.formats import Format, KVCache, Scheme
 from harness.models.adapter import family_of, shape_of
-from harness.pipeline.plan import Plan, unnamed
+from harness.pipeline.plan import EXPORT, Plan, unnamed
 from harness.pipeline.unread import unread
 from harness.quantize.allocation import auto_of
 from harness.quantize.overrides import resolve
@@ -158,9 +158,10 @@ def _exporter(plan: Plan, scheme: Scheme, family):
         raise ConfigError(
             f"export={section['name']} with format=none: nothing is quantized; choose a format, or export=none."
         )
-    exporter = build(
-        {key: section[key] for key in ("_target_", "pseudo") if key in section}, "export", Exporter
-    )
+    own = {
+        key: value for key, value in section.items() if key not in (EXPORT.keys() - {"_target_"})
+    }
+    exporter = build(own, "export", Exporter)
     check_destination(section)
     Name.of(plan.settings, plan.choices, scheme, family.head)
     return exporter

@@ -63,7 +63,7 @@ def export(job, adapter: Adapter) -> None:
                 final = _free(folder, name, job.metrics["run_id"])
                 described = metadata(snapshot, final.name, beside)
                 write_json(beside / ABOUT, described)
-                write(beside / "README.md", card(described, exporter.name))
+                write(beside / "README.md", card(described, exporter))
                 write_json(beside / "digests.json", digests(beside))
                 _replace(final, beside)
     except (OSError, SafetensorError) as error:

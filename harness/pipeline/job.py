@@ -274,9 +274,10 @@ class Job:
         self.run.save_metrics(self.metrics)
 
     def _start_tracker(self, sweep: str | None):
-        from harness.tracking import RunInfo
+        from harness.tracking import Local, RunInfo, Several
 
-        plan, tracker = self.plan, self.parts.tracker
+        plan = self.plan
+        tracker = Several([Local(), self.parts.tracker])
         tags = tuple(
             f"{group}:{option}"
             for group, option in plan.choices.items()

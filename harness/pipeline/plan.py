@@ -28,7 +28,14 @@ SERVES = {  # what an export may say of how its engine computes, whatever the fo
     "zp_order": ("round_then_add", "add_then_round"),
     "zp_range": ("unsigned", "signed"),
 }
-EXPORT = {"name": str, "_target_": str, "path": str, **NAMES, "push_to": str | None}
+EXPORT = {  # common to all exporters; what else an option has goes to its class
+    "name": str,
+    "_target_": str,
+    "path": str,
+    **NAMES,
+    "push_to": str | None,
+    "serves": Mapping[str, Mapping[str, str]],
+}
 
 
 @dataclass(frozen=True)
@@ -211,16 +218,15 @@ def make_plan(
     """Build the torch-free parts of a run. overrides: those of the command line. Raises ConfigError or DataError."""
     _check_fixed(settings, choices, overrides)
     data, chosen = settings["data"], settings["data"]["calibration"]
-    known = EXPORT if settings["export"].get("_target_") else {"name": str}
+    export = settings["export"]
+    if export.get("_target_"):
+        common = {key: value for key, value in export.items() if key in EXPORT}
+        typed("export.", common, EXPORT, needed=EXPORT.keys() - {"serves"})
+    else:
+        typed("export.", export, {"name": str}, needed=("name",))
     if not settings["solver"].get("_target_"):
         typed("solver.", settings["solver"], {"name": str, "_target_": None})
-    typed(
-        "export.",
-        settings["export"],
-        known | {"serves": Mapping[str, Mapping[str, str]], "pseudo": bool},
-        needed=known,
-    )
-    for part, rules in settings["export"].get("serves", {}).items():
+    for part, rules in export.get("serves", {}).items():
         known_keys(f"export.serves.{part}.", rules, SERVES)
         for key, value in rules.items():
             one_of(f"export.serves.{part}.{key}", value, SERVES[key])

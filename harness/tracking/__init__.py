@@ -26,4 +26,4 @@ class Trackers(Several):
         tags: Sequence[str] = (),
     ):
         mirror = Wandb(project=project, entity=entity, name=name, mode=mode, tags=tags)
-        super().__init__([Local(), mirror] if wandb else [Local()])
+        super().__init__([mirror] if wandb else [])
