@@ -54,9 +54,10 @@ def refuse(format: Format, field: str) -> None:
     weight = format.role == "weight"
     if type(format) not in HELD[format.role]:
         kind = type(format).__name__
+        kinds = ", ".join(each.__name__ for each in HELD[format.role])
         raise ConfigError(
-            f"{field}={kind} with export=compressed_tensors: the layout knows no such {format.role}; take NVFP4 "
-            f"or MX, {WAY_OUT}."
+            f"{field}={kind} with export=compressed_tensors: the layout knows no such {format.role}; "
+            f"take one of {kinds}, {WAY_OUT}."
         )
     for key, legal, why in (_weight if weight else _input)(format):
         if getattr(format, key) not in legal:

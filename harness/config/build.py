@@ -1,4 +1,7 @@
-"""From a composed configuration to objects and fingerprints. Imports no torch: a stored result is found without it."""
+"""From a composed configuration to objects and fingerprints.
+
+Imports no torch: a stored result is found without it.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import get_args, get_type_hints
+from types import UnionType
+from typing import Protocol, TypeVar, get_type_hints, overload
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from harness.config.checks import integer, known_keys, nearest, one_of, typed
 from harness.config.errors import ConfigError
@@ -54,26 +58,43 @@ FIELDS = {  # {section: {setting: its type}} of what no class is built from
     },
     "eval.perplexity": WINDOWS | {"corpora": list[str]},
 }
-RESULTS_VERSION = (
-    3  # raised by every change that moves a number, so that no stale result is replayed
-)
+# raised by every change that moves a number, so that no stale result is replayed
+RESULTS_VERSION = 3
 
 
-def build(node: Mapping, field: str, base):
-    """An instance of the class that `node["_target_"]` names, from the other keys; None where `bits` is 16: the part is off.
+class HasBits(Protocol):
+    """What 16 bits switch off: a number format."""
 
-    base: a class, or a union of some; only classes under it that this package itself defines are built, whatever else a module
-    of it imports. Values stay plain: a `_target_` inside one builds nothing. Keys and types are checked of a part that is off,
+    @property
+    def bits(self) -> int: ...
+
+
+B = TypeVar("B", bound=HasBits)
+T = TypeVar("T")
+
+
+@overload
+def build(node: Mapping, field: str, base: type[B]) -> B | None: ...
+@overload
+def build(node: Mapping, field: str, base: type[T]) -> T: ...
+def build(node: Mapping, field: str, base: type | UnionType) -> object:
+    """An instance of the class that `node["_target_"]` names, from the other keys.
+
+    None where `bits` is 16: the part is off. base: a class, or a union of some; only classes under
+    it that this package itself defines are built, whatever else a module of it imports. Values stay
+    plain: a `_target_` inside one builds nothing. Keys and types are checked of a part that is off,
     too. Raises ConfigError naming `field`, which tells where the node stands.
     """
-    target, off = node.get("_target_"), node.get("bits") == 16
+    target = node.get("_target_")
+    off = node.get("bits") == 16
     if target is None:
         if off:
             known_keys(f"{field}.", node, ("bits", "_target_"))
             return None
         group = field.partition(".")[0]
         raise ConfigError(
-            f"{field}={dict(node)}: the option of {group} has no class for it; choose another {group}."
+            f"{field}={dict(node)}: the option of {group} has no class for it; "
+            f"choose another {group}."
         )
     cls = _class(str(target), field, base)
     arguments = {key: value for key, value in node.items() if key != "_target_"}
@@ -87,39 +108,45 @@ def build(node: Mapping, field: str, base):
         return None
     try:
         return cls(**arguments)
-    except (
-        ConfigError
-    ) as error:  # a class knows its fields, only the configuration knows where they stand
+    except ConfigError as error:
+        # a class knows its fields, only the configuration knows where they stand
         raise ConfigError(str(error).replace(f"{cls.__name__}: ", f"{field}.", 1)) from None
-    except TypeError as error:  # a field without a default was left out, or the class is abstract
+    except TypeError as error:
+        # a field without a default was left out, or the class is abstract
         raise ConfigError(
             f"{field}: {cls.__name__} cannot be built from {arguments} ({error})."
         ) from None
 
 
-def _class(target: str, field: str, base) -> type:
-    """The class of that name. Raises ConfigError where it is none of ours, or of another kind than `base`."""
+def _class(target: str, field: str, base: type | UnionType) -> type:
+    """The class of that name.
+
+    Raises ConfigError where it is none of ours, or of another kind than `base`.
+    """
     module, _, name = target.rpartition(".")
     if module.partition(".")[0] != PACKAGE:
         raise ConfigError(
             f"{field}._target_={target}: only classes of this package ({PACKAGE}.*) are built."
         )
     try:
-        found = getattr(import_module(module), name)
+        candidate = getattr(import_module(module), name)
     except (ImportError, AttributeError):
         raise ConfigError(f"{field}._target_={target}: there is no such class.") from None
-    ours = isinstance(found, type) and found.__module__.partition(".")[0] == PACKAGE
-    if not ours or not issubclass(found, base):
-        kinds = " or ".join(kind.__name__ for kind in get_args(base) or [base])
+    ours = isinstance(candidate, type) and candidate.__module__.partition(".")[0] == PACKAGE
+    if not ours or not issubclass(candidate, base):
+        bases = base.__args__ if isinstance(base, UnionType) else [base]
+        kinds = " or ".join(kind.__name__ for kind in bases)
         raise ConfigError(
             f"{field}._target_={target}: no class of this package that can stand there ({kinds})."
         )
-    return found
+    return candidate
 
 
 def option(group: str, name: str) -> dict:
-    """The settings of one option of a config group, e.g. `option("data", "pydoc")`, with those it inherits, as a plain
-    container."""
+    """The settings of an option of a config group, e.g. `option("data", "pydoc")`, as plain values.
+
+    Those that it inherits are among them. Raises ConfigError where there is no such option.
+    """
     path = ROOT / "conf" / group / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
@@ -127,22 +154,33 @@ def option(group: str, name: str) -> dict:
             f"{group}={name}: no such option.{nearest(name, known)} Options: {', '.join(known)}."
         )
     own = OmegaConf.load(path)
+    assert isinstance(own, DictConfig)  # every file of conf is a mapping
+    defaults = own.pop("defaults", [])
     inherited = [
-        option(group, other)
-        for other in own.pop("defaults", [])
-        if isinstance(other, str) and other != "_self_"
+        option(group, other) for other in defaults if isinstance(other, str) and other != "_self_"
     ]
-    return OmegaConf.to_container(OmegaConf.merge(*inherited, own), resolve=True)
+    return _plain(OmegaConf.merge(*inherited, own))
 
 
-def settings(cfg) -> dict:
-    """The resolved configuration as a plain dict; sections that no class is built from are checked as far as FIELDS goes."""
-    plain = OmegaConf.to_container(cfg, resolve=True)
+def _plain(config: object) -> dict:
+    """A composed mapping as plain values, references resolved."""
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    return values
+
+
+def settings(cfg: DictConfig) -> dict:
+    """The resolved configuration as a plain dict.
+
+    Sections that no class is built from are checked as far as FIELDS goes.
+    """
+    plain = _plain(cfg)
     for section, hints in FIELDS.items():
-        found = plain
+        values: object = plain
         for key in filter(None, section.split(".")):
-            found = found.get(key)
-        typed(f"{section}." if section else "", found, hints, needed=hints)
+            assert isinstance(values, dict)  # FIELDS has a section after the one it stands in
+            values = values.get(key)
+        typed(f"{section}." if section else "", values, hints, needed=hints)
     integer("seed", plain["seed"], low=0)
     one_of("on_error", plain["on_error"], ("raise", "record"))
     device = plain["device"]

@@ -1,4 +1,4 @@
-"""Turns Hydra's composition errors into one line that names the field and the nearest names that exist."""
+"""Hydra's composition errors in one line that names the field and the nearest names there are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from harness.config.checks import nearest
 
@@ -15,9 +15,12 @@ CONF = Path(__file__).resolve().parent.parent.parent / "conf"
 
 
 def explain(error: Exception, arguments: list[str]) -> str:
-    """A readable message for a HydraException or OmegaConf error raised while composing `arguments`."""
+    """A readable message for an error of Hydra or OmegaConf while it composed `arguments`."""
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read; write group=option or field=value, and quote what holds spaces or brackets."
+        return (
+            f"{error.override}: cannot be read; write group=option or field=value, and quote what "
+            "holds spaces or brackets."
+        )
     text = f"{error}\n{error.__cause__ or ''}"
     if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
         group, name = match.groups()
@@ -32,7 +35,10 @@ def explain(error: Exception, arguments: list[str]) -> str:
         key = match.group(1)
         known = _known(arguments, key)
         groups = [p.name for p in CONF.iterdir() if p.is_dir()] + ["sweeps"]
-        return f"{key}: no such setting.{nearest(key, [*known, *groups])} `python run.py --cfg job` lists all."
+        return (
+            f"{key}: no such setting.{nearest(key, [*known, *groups])} "
+            "`python run.py --cfg job` lists all."
+        )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(dict.fromkeys(lines))
 
@@ -72,6 +78,6 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
         name = f"{prefix}{key}"
         keys.append(name)
         value = config._get_node(key)
-        if OmegaConf.is_dict(value) and not value._is_none():
+        if isinstance(value, DictConfig) and not value._is_none():
             keys += _keys(value, f"{name}.")
     return keys
