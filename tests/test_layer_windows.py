@@ -21,7 +21,7 @@ def streamed(tmp_path, monkeypatch, *settings) -> tuple[int, dict]:
         return quantize(adapter, scheme, solver, windows, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages.blockwise, "quantize", counting)
+        patch.setattr(stages.blocks, "quantize", counting)
         outcome = execute(*small(tmp_path, *settings))
     assert outcome.status == "done", outcome.error
     return seen[0], outcome.metrics
