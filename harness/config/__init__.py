@@ -1,1 +1,4 @@
-"""Settings: classes built from them, checks of single values, the errors a user can cause. Imports no torch."""
+"""Settings: classes built from them, checks of single values, the errors a user can cause.
+
+Imports no torch.
+"""

@@ -1,4 +1,7 @@
-"""From a composed configuration to objects and fingerprints. Imports no torch: a stored result is found without it."""
+"""From a composed configuration to objects and fingerprints.
+
+Imports no torch: a stored result is found without it.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,15 @@ from collections.abc import Mapping
 from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import get_args, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_type_hints, overload
 
 from omegaconf import OmegaConf
 
 from harness.config.checks import integer, known_keys, nearest, one_of, typed
 from harness.config.errors import ConfigError
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGE = __name__.partition(".")[0]
 WINDOWS = {"windows": int | None, "length": int}
@@ -54,26 +59,34 @@ FIELDS = {  # {section: {setting: its type}} of what no class is built from
     },
     "eval.perplexity": WINDOWS | {"corpora": list[str]},
 }
-RESULTS_VERSION = (
-    3  # raised by every change that moves a number, so that no stale result is replayed
-)
+# Raised by every change that moves a number, so that no stale result is replayed.
+RESULTS_VERSION = 3
 
 
-def build(node: Mapping, field: str, base):
-    """An instance of the class that `node["_target_"]` names, from the other keys; None where `bits` is 16: the part is off.
+@overload
+def build(node: Mapping, field: str, base: type[T]) -> T: ...
+@overload
+def build(node: Mapping, field: str, base: UnionType) -> Any: ...
+def build(node: Mapping, field: str, base: type | UnionType):
+    """An instance of the class that `node["_target_"]` names, from the other keys.
 
-    base: a class, or a union of some; only classes under it that this package itself defines are built, whatever else a module
-    of it imports. Values stay plain: a `_target_` inside one builds nothing. Keys and types are checked of a part that is off,
-    too. Raises ConfigError naming `field`, which tells where the node stands.
+    None where `bits` is 16: the part is off.
+
+    base: a class, or a union of some; only classes under it that this package itself defines are
+    built, whatever else a module of it imports. Values stay plain: a `_target_` inside one builds
+    nothing. Keys and types are checked of a part that is off, too. Raises ConfigError naming
+    `field`, which tells where the node stands.
     """
-    target, off = node.get("_target_"), node.get("bits") == 16
+    target = node.get("_target_")
+    off = node.get("bits") == 16
     if target is None:
         if off:
             known_keys(f"{field}.", node, ("bits", "_target_"))
             return None
         group = field.partition(".")[0]
         raise ConfigError(
-            f"{field}={dict(node)}: the option of {group} has no class for it; choose another {group}."
+            f"{field}={dict(node)}: the option of {group} has no class for it; choose another "
+            f"{group}."
         )
     cls = _class(str(target), field, base)
     arguments = {key: value for key, value in node.items() if key != "_target_"}
@@ -87,9 +100,8 @@ def build(node: Mapping, field: str, base):
         return None
     try:
         return cls(**arguments)
-    except (
-        ConfigError
-    ) as error:  # a class knows its fields, only the configuration knows where they stand
+    except ConfigError as error:
+        # a class knows its fields, only the configuration knows where they stand
         raise ConfigError(str(error).replace(f"{cls.__name__}: ", f"{field}.", 1)) from None
     except TypeError as error:  # a field without a default was left out, or the class is abstract
         raise ConfigError(
@@ -97,8 +109,10 @@ def build(node: Mapping, field: str, base):
         ) from None
 
 
-def _class(target: str, field: str, base) -> type:
-    """The class of that name. Raises ConfigError where it is none of ours, or of another kind than `base`."""
+def _class(target: str, field: str, base: type | UnionType) -> type:
+    """The class of that name. Raises ConfigError where it is none of ours, or of another kind than
+    `base`.
+    """
     module, _, name = target.rpartition(".")
     if module.partition(".")[0] != PACKAGE:
         raise ConfigError(
@@ -118,8 +132,9 @@ def _class(target: str, field: str, base) -> type:
 
 
 def option(group: str, name: str) -> dict:
-    """The settings of one option of a config group, e.g. `option("data", "pydoc")`, with those it inherits, as a plain
-    container."""
+    """The settings of one option of a config group, e.g. `option("data", "pydoc")`, with those it
+    inherits, as a plain container.
+    """
     path = ROOT / "conf" / group / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
@@ -136,7 +151,10 @@ def option(group: str, name: str) -> dict:
 
 
 def settings(cfg) -> dict:
-    """The resolved configuration as a plain dict; sections that no class is built from are checked as far as FIELDS goes."""
+    """The resolved configuration as a plain dict.
+
+    Sections that no class is built from are checked as far as FIELDS goes.
+    """
     plain = OmegaConf.to_container(cfg, resolve=True)
     for section, hints in FIELDS.items():
         found = plain

@@ -1,4 +1,7 @@
-"""Checks of single settings: each returns the value or raises a ConfigError with the field, the value and what is legal."""
+"""Checks of single settings.
+
+Each returns the value or raises a ConfigError with the field, the value and what is legal.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ def one_of(field: str, value, legal: Iterable):
     legal = list(legal)
     if isinstance(value, bool) or value not in legal:
         raise ConfigError(
-            f"{field}={value}: not a legal value.{nearest(value, legal)} Legal: {', '.join(map(str, legal))}."
+            f"{field}={value}: not a legal value.{nearest(value, legal)} Legal: "
+            f"{', '.join(map(str, legal))}."
         )
     return value
 
@@ -34,7 +38,8 @@ def integer(field: str, value, low: int = 1, optional: bool = False):
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ConfigError(
-            f"{field}={value}: needs a whole number of at least {low}{' or null' if optional else ''}."
+            f"{field}={value}: needs a whole number of at least "
+            f"{low}{' or null' if optional else ''}."
         )
     return value
 
@@ -80,10 +85,12 @@ def known_keys(field: str, section: Mapping, known: Iterable[str]) -> None:
 def typed(
     field: str, section: Mapping, hints: Mapping[str, object], needed: Iterable[str] = ()
 ) -> None:
-    """Refuse a key of `section` that `hints` {key: its type} lacks, a value of another type, and the lack of a `needed` key.
+    """Refuse a key of `section` that `hints` {key: its type} lacks, a value of another type, and
+    the lack of a `needed` key.
 
-    field: what stands before a key, with its dot. A float may be written as a whole number, a truth value is no number, a list
-    may stand for any sequence. What a type leaves open (ranges, legal words) is for who reads the value.
+    field: what stands before a key, with its dot. A float may be written as a whole number, a truth
+    value is no number, a list may stand for any sequence. What a type leaves open (ranges, legal
+    words) is for who reads the value.
     """
     known_keys(field, section, hints)
     for key in needed:

@@ -1,8 +1,14 @@
-"""The errors a user can cause. Each message names the fields, the offending values and a way out."""
+"""The errors a user can cause.
+
+Each message names the fields, the offending values and a way out.
+"""
 
 
 class ConfigError(ValueError):
-    """A setting, or a combination of settings, that cannot work. Raised before any weight is loaded."""
+    """A setting, or a combination of settings, that cannot work.
+
+    Raised before any weight is loaded.
+    """
 
 
 class DataError(ValueError):

@@ -1,4 +1,4 @@
-"""Turns Hydra's composition errors into one line that names the field and the nearest names that exist."""
+"""Turns composition errors of Hydra into one line: the field, and the nearest names."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ CONF = Path(__file__).resolve().parent.parent.parent / "conf"
 
 
 def explain(error: Exception, arguments: list[str]) -> str:
-    """A readable message for a HydraException or OmegaConf error raised while composing `arguments`."""
+    """A readable message for a HydraException or OmegaConf error raised while composing
+    `arguments`.
+    """
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read; write group=option or field=value, and quote what holds spaces or brackets."
+        return (
+            f"{error.override}: cannot be read; write group=option or field=value, "
+            "and quote what holds spaces or brackets."
+        )
     text = f"{error}\n{error.__cause__ or ''}"
     if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
         group, name = match.groups()
@@ -32,7 +37,8 @@ def explain(error: Exception, arguments: list[str]) -> str:
         key = match.group(1)
         known = _known(arguments, key)
         groups = [p.name for p in CONF.iterdir() if p.is_dir()] + ["sweeps"]
-        return f"{key}: no such setting.{nearest(key, [*known, *groups])} `python run.py --cfg job` lists all."
+        near = nearest(key, [*known, *groups])
+        return f"{key}: no such setting.{near} `python run.py --cfg job` lists all."
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(dict.fromkeys(lines))
 

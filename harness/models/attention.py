@@ -1,11 +1,13 @@
-"""What happens to queries, keys and values between RoPE and the scores: the R3 rotation and the quantized KV cache.
+"""Queries, keys and values between RoPE and scores: rotation R3, quantized KV cache.
 
     scores = (q R3) Q(k R3)^T,     output = softmax(scores) Q(v)
 
-transformers calls an attention function by the name in the model's config; ours does the above and hands over to its SDPA.
-The name is set on one model's config, what it does hangs on that model's own modules, and `detach` removes both. Every token
-is quantized by itself, so a forward over a whole text sees the same keys and values as decoding with a cache; `cache` gives
-one that stores them quantized, each token once. Source: QuaRot (arXiv 2404.00456) section 4; keys are taken after RoPE.
+transformers calls an attention function by the name in the model's config; ours does the above and
+hands over to its SDPA. The name is set on one model's config, what it does hangs on that model's
+own modules, and `detach` removes both. Every token is quantized by itself, so a forward over a
+whole text sees the same keys and values as decoding with a cache; `cache` gives one that stores
+them quantized, each token once. Source: QuaRot (arXiv 2404.00456) section 4; keys are taken after
+RoPE.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ NAME = "harness_kv"
 
 
 class HeadsInput(nn.Module):
-    """R3 and the KV formats of one attention module; queries, keys and values are [B, heads, T, head_dim]."""
+    """R3 and the KV formats of one attention module.
+
+    Queries, keys and values are [B, heads, T, head_dim].
+    """
 
     def __init__(self):
         super().__init__()
@@ -62,7 +67,9 @@ class HeadsInput(nn.Module):
 
 
 class QuantizedLayer(DynamicLayer):
-    """One layer's part of the cache: a token is rotated and quantized when it enters, and never again."""
+    """One layer's part of the cache: a token is rotated and quantized when it enters, and never
+    again.
+    """
 
     def __init__(self, heads: HeadsInput):
         super().__init__()
@@ -77,7 +84,10 @@ class QuantizedLayer(DynamicLayer):
 
 
 def attach(adapter: Adapter) -> list[HeadsInput]:
-    """Put a HeadsInput into every attention module (found again when it is there already); returns them in block order."""
+    """Put a HeadsInput into every attention module (found again when it is there already).
+
+    Returns them in block order.
+    """
     name_attention(NAME, _attention)
     modules = _modules(adapter)
     for module in modules:

@@ -1,7 +1,7 @@
 """Hub repositories, and local folders in the same layout.
 
-Only safetensors are read, for unpickling runs code. A gated model is opened by HF_TOKEN in the environment, which the hub's own
-client reads; it is neither kept nor shown here.
+Only safetensors are read, for unpickling runs code. A gated model is opened by HF_TOKEN in the
+environment, which the hub's own client reads; it is neither kept nor shown here.
 """
 
 import hashlib
@@ -20,10 +20,11 @@ HUB_TIMEOUT = 2.0  # seconds `check` waits for a hub that does not answer
 
 @dataclass(kw_only=True)
 class Hub(ModelSource):
-    """A hub repository or a local folder in the same layout (config.json, tokenizer files, *.safetensors).
+    """A hub repository or a local folder in the same layout (config.json, tokenizer files,
+    *.safetensors).
 
-    A repository that is already in the local cache is used from there, without asking the hub. weights: memory, or disk = each
-    block is read when it is used and dropped again.
+    A repository that is already in the local cache is used from there, without asking the hub.
+    weights: memory, or disk = each block is read when it is used and dropped again.
     """
 
     path: str | None = None
@@ -111,7 +112,8 @@ class Hub(ModelSource):
             tokenizer = AutoTokenizer.from_pretrained(**self._origin())
         if not tokenizer("text")["input_ids"]:  # made of nothing where there are no files
             raise DataError(
-                f"model.path={self.path} needs a tokenizer beside its weights; save it there with save_pretrained"
+                f"model.path={self.path} needs a tokenizer beside its weights; save it there with "
+                "save_pretrained"
             )
         return tokenizer
 
@@ -185,12 +187,16 @@ class Hub(ModelSource):
             f"only {pickles[0]}, and pickled weights are not opened" if pickles else "no weights"
         )
         return DataError(
-            f"model.path={self.path}: no *.safetensors but {found}; save it again with save_pretrained"
+            f"model.path={self.path}: no *.safetensors but {found}; save it again with "
+            "save_pretrained"
         )
 
     @contextmanager
     def _explained(self, needs: str = ""):
-        """Turn what the hub's client and transformers raise into one sentence with a way out; needs: what was asked for."""
+        """Turn what the hub's client and transformers raise into one sentence with a way out.
+
+        needs: what was asked for.
+        """
         from huggingface_hub.errors import (
             GatedRepoError,
             HFValidationError,
@@ -207,7 +213,7 @@ class Hub(ModelSource):
             raise (
                 error if str(error).startswith(field) else DataError(f"{field}: {error}")
             ) from None
-        except Exception as error:  # the client's HTTP library, and with it its error classes, has changed over time
+        except Exception as error:  # the client's error classes have changed over time
             causes = [error, error.__cause__, error.__context__]
             if any(isinstance(cause, GatedRepoError) for cause in causes):
                 problem = "is gated: accept its licence on its hub page and set HF_TOKEN"

@@ -1,10 +1,13 @@
-"""The forward of a model with a placement *not* merged: every codec acts on activations, the weights stay as they are.
+"""The forward of a model with a placement *not* merged: codecs act on activations.
 
-    reader  y = Q(h E) D W^T + b          writer  h <- h + (y W^T + b) E          embedding  h = T[ids] E
+    reader     y = Q(h E) D W^T + b
+    writer     h <- h + (y W^T + b) E
+    embedding  h = T[ids] E
 
-This is how transforms learn end to end. It computes what the folded model computes, but needs no gradient of any weight and no
-fold a step: T n g multiplications a codec instead of out n g a weight and T out n for its gradient. Rejected: the fold inside
-`torch.func.functional_call`, which codecs/fold.py allows and whose gradient is the same (a test), for that work.
+This is how transforms learn end to end. It computes what the folded model computes, but needs no
+gradient of any weight and no fold a step: T n g multiplications a codec instead of out n g a weight
+and T out n for its gradient. Rejected: the fold inside `torch.func.functional_call`, which
+codecs/fold.py allows and whose gradient is the same (a test), for that work.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ from harness.transforms import Placement
 def unmerged(
     adapter: Adapter, placement: Placement, scheme: Scheme | None = None
 ) -> Iterator[None]:
-    """Within it the swapped model runs with `placement` applied to activations and, with a scheme, with activations and the
-    KV cache quantized (straight-through; scales that would be calibrated follow each tensor). Undone on leaving.
+    """Within it the swapped model runs with `placement` applied to activations and, with a scheme,
+    with activations and the KV cache quantized (straight-through; scales that would be calibrated
+    follow each tensor). Undone on leaving.
 
     The model must carry no codec or quantizer of its own at the places used.
     """

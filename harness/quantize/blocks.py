@@ -1,9 +1,10 @@
 """Quantize a model block by block while the calibration activations stream through it.
 
-For each site of a block, in the order of the forward: collect statistics, solve, swap the weights, go on with what was
-quantized. A solver may also prepare a block first (AWQ) or solve it as a whole (AdaScale). A finished block is on disk before
-the next one begins; a block found there is loaded and replayed by the same arithmetic, so an interrupted run ends with the same
-bits. What stands outside the blocks, embedding and head, is one more block at the end.
+For each site of a block, in the order of the forward: collect statistics, solve, swap the weights,
+go on with what was quantized. A solver may also prepare a block first (AWQ) or solve it as a whole
+(AdaScale). A finished block is on disk before the next one begins; a block found there is loaded
+and replayed by the same arithmetic, so an interrupted run ends with the same bits. What stands
+outside the blocks, embedding and head, is one more block at the end.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ def quantize(
 ) -> None:
     """Solve every block of a placed model and switch its activation quantizers on.
 
-    windows: calibration token ids [N, L]; solver None: only activation scales are taken. Solved blocks go to `run` and
-    come from it when they are there. `done(index, layers, output)` is called after each block, and after what stands outside of
-    them where that is quantized, with the report of every linear and of the block's output. stage shows the progress inside a
-    block, log keeps its learning curve. folder: where activations lie; None: in memory.
+    windows: calibration token ids [N, L]; solver None: only activation scales are taken. Solved
+    blocks go to `run` and come from it when they are there. `done(index, layers, output)` is called
+    after each block, and after what stands outside of them where that is quantized, with the report
+    of every linear and of the block's output. stage shows the progress inside a block, log keeps
+    its learning curve. folder: where activations lie; None: in memory.
     """
     count, outside = len(adapter.blocks), Embeddings(adapter, scheme, solver)
     missing = any(run.load_block(i) is None for i in range(count + outside.quantizes))
@@ -102,11 +104,15 @@ def _activations(adapter: Adapter, scheme: Scheme, index: int, on: bool) -> None
 
 
 class OutputError:
-    """What quantizing a block, weights and activations, costs its output on the first calibration window: the stream's input
-    goes through the block before and after, so errors of earlier blocks do not count."""
+    """What quantizing a block, weights and activations, costs its output on the first calibration
+    window: the stream's input goes through the block before and after, so errors of earlier blocks
+    do not count.
+    """
 
     def __init__(self, adapter: Adapter, scheme: Scheme, stream: Stream):
-        """Makes room for one window once: tensors made anew for each block would split the heap between its temporaries."""
+        """Makes room for one window once: tensors made anew for each block would split the heap
+        between its temporaries.
+        """
         self.adapter, self.scheme, self.stream = adapter, scheme, stream
         hidden, _ = stream.window(adapter.blocks[0])
         self._hidden, self._wanted = torch.empty_like(hidden), torch.empty_like(hidden)
@@ -134,7 +140,9 @@ def _input(adapter: Adapter, index: int, site: Site) -> SiteInput:
 
 
 class _Block:
-    """One block on its way from float to quantized: either solved now, or installed from what was `found` on disk."""
+    """One block on its way from float to quantized: either solved now, or installed from what was
+    `found` on disk.
+    """
 
     def __init__(self, adapter: Adapter, scheme: Scheme, solver: Solver | None, index: int, found):
         self.adapter, self.scheme, self.solver, self.index, self.found = (
@@ -160,7 +168,9 @@ class _Block:
             )
 
     def walk(self, stream: Stream, original: Stream | None, view: BlockView) -> None:
-        """Pass the stream through, solving each site on the way (or all of them first, for whoever works on whole blocks)."""
+        """Pass the stream through, solving each site on the way (or all of them first, for whoever
+        works on whole blocks).
+        """
         whole = self.solver is not None and "block" in (self.solver.sequencing, self.solver.scope)
         if original is not None:
             view.original = (
@@ -190,7 +200,10 @@ class _Block:
                 self._settle(site, statistics, *self._solved(site, statistics), shared)
 
     def install(self) -> None:
-        """Take weights, merged scales and activation scales from what was found; nothing is streamed."""
+        """Take weights, merged scales and activation scales from what was found.
+
+        Nothing is streamed.
+        """
         view = BlockView(self.adapter, self.scheme, self.index, None, None)
         for site in self.adapter.family.sites:
             if f"{site.name}.merged" in self.tensors:
@@ -268,7 +281,10 @@ class _Block:
         report: Mapping,
         shared: Mapping,
     ) -> None:
-        """Swap a site's solved weights in and report on them; shared: what the solver said of the whole block."""
+        """Swap a site's solved weights in and report on them.
+
+        shared: what the solver said of the whole block.
+        """
         linears = {n: self.block.get_submodule(n) for n in site.linears}
         self._calibrate(site, statistics.range)
         names = {n: self.adapter.name(self.index, n) for n in site.linears}
@@ -284,7 +300,7 @@ class _Block:
         self.layers += reports.values()
 
     def _calibrate(self, site: Site, seen: Tensor) -> None:
-        """Give the site the activation scale that follows from the range [2] it saw, and keep that."""
+        """Give the site the activation scale of the range [2] it saw, and keep that."""
         self.tensors[f"{site.name}.range"] = seen
         act = self.acts[site.name]
         if act is not None and act.needs_static:

@@ -1,5 +1,7 @@
-"""What stands outside the blocks, where `format.overrides` quantizes it: the embedding to nearest, before anything else, and
-the output head by the solver, after the last block.
+"""The embedding and the head, where `format.overrides` quantizes them.
+
+The embedding is rounded to nearest before anything else, the head goes through the solver after
+the last block.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from harness.store import Run
 
 
 class Embeddings:
-    """The embedding and the head, where `format.overrides` quantizes them: one more block, after the last."""
+    """The embedding and the head, where `format.overrides` quantizes them: one more block, after
+    the last.
+    """
 
     def __init__(self, adapter: Adapter, scheme: Scheme, solver: Solver | None):
         self.adapter, self.quantizes = adapter, scheme.outside

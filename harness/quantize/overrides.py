@@ -5,12 +5,13 @@
       embed_tokens: 8                           # weights only, to nearest
       decoder: {act: 16}                        # every linear of every block
       down_proj: {weight: 8, act: int8}         # this linear of every block
-      first_2: mxfp8                            # blocks 0 and 1;  last_1: the last one;  blocks_4_7: blocks 4 to 7
+      first_2: mxfp8                            # blocks 0 and 1;  last_1: the last one
       blocks_4_7: {down_proj: 8}                # this linear of these blocks
 
-A value is a number of bits (of the weight; 16 leaves it float), an option of conf/format (its weight and act), or a mapping of
-weight and act to bits, an option, or settings that replace those of `format.weight` and `format.act`. What is named more
-closely wins: decoder < linear < blocks < linear of blocks; two ranges of blocks that meet are refused.
+A value is a number of bits (of the weight; 16 leaves it float), an option of conf/format (its
+weight and act), or a mapping of weight and act to bits, an option, or settings that replace those
+of `format.weight` and `format.act`. What is named more closely wins: decoder < linear < blocks <
+linear of blocks; two ranges of blocks that meet are refused.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ RANGE = re.compile(r"(?:first|last)_(\d+)|blocks_(\d+)(?:_(\d+))?")
 def resolve(
     chosen: Mapping, family: Family, layers: int, serves: Mapping[str, Mapping] | None = None
 ) -> dict[tuple[int | None, str], dict]:
-    """{(block, linear): {part: Format or None}} from a `format` section. serves: `export.serves`, by
-    which options named here are changed as the format itself is. Raises ConfigError naming the
-    field."""
+    """{(block, linear): {part: Format or None}} from a `format` section.
+
+    serves: `export.serves`, by which options named here are changed as the format itself is. Raises
+    ConfigError naming the field.
+    """
     chosen = {**chosen, "serves": serves or {}}
     linears = {name.rpartition(".")[2]: name for site in family.sites for name in site.linears}
     outside = {name.rpartition(".")[2]: name for name in (family.embedding, family.head)}
@@ -50,7 +53,8 @@ def resolve(
     overrides = {} if chosen["overrides"] is None else chosen["overrides"]
     if not isinstance(overrides, Mapping):
         raise ConfigError(
-            f"format.overrides={overrides}: needs a mapping such as {{down_proj: 8, lm_head: 8}}, or null."
+            f"format.overrides={overrides}: needs a mapping such as {{down_proj: 8, lm_head: 8}}, "
+            "or null."
         )
     for key, value in overrides.items():
         field = f"format.overrides.{key}"
@@ -73,7 +77,8 @@ def resolve(
         else:
             legal = (*linears, *outside, "decoder", "first_N", "last_N", "blocks_N", "blocks_N_M")
             raise ConfigError(
-                f"{field}: names nothing to quantize.{nearest(key, legal)} Legal: {', '.join(legal)}."
+                f"{field}: names nothing to quantize.{nearest(key, legal)} Legal: "
+                f"{', '.join(legal)}."
             )
     resolved = {}
     for where, found in ranked.items():
@@ -93,7 +98,8 @@ def _within(
         for key, own in value.items():
             if key not in linears:
                 raise ConfigError(
-                    f"{field}.{key}: no such linear.{nearest(key, linears)} Legal: {', '.join(linears)}, weight, "
+                    f"{field}.{key}: no such linear.{nearest(key, linears)} Legal: "
+                    f"{', '.join(linears)}, weight, "
                     "act."
                 )
             yield 3, linears[key], f"{field}.{key}", _parts(f"{field}.{key}", own, chosen)
@@ -115,8 +121,10 @@ def _blocks(field: str, key: str, layers: int) -> range:
 
 
 def _outside(field: str, value, chosen: Mapping, embedding: bool) -> dict:
-    """Parts of the embedding or the head; a quantized head reads its activation like the other linears unless said
-    otherwise."""
+    """Parts of the embedding or the head.
+
+    A quantized head reads its activation like the other linears unless said otherwise.
+    """
     parts = _parts(field, value, chosen)
     if not embedding:
         quantized = parts.get("weight") is not None
@@ -144,7 +152,8 @@ def _parts(field: str, value, chosen: Mapping) -> dict:
     unknown = [key for key in value if key not in PARTS]
     if unknown or not value:
         raise ConfigError(
-            f"{field}: {', '.join(map(str, unknown)) or 'nothing'} is not a part; choose weight or act."
+            f"{field}: {', '.join(map(str, unknown)) or 'nothing'} is not a part; choose weight or "
+            "act."
         )
     return {part: _part(f"{field}.{part}", part, own, chosen) for part, own in value.items()}
 
@@ -165,7 +174,8 @@ def _part(field: str, part: str, value, chosen: Mapping):
     changed = dict(value) if "_target_" in value else {**base, **value}
     if changed.get("_target_") is None and changed.get("bits") != 16:
         raise ConfigError(
-            f"{field}={dict(value)}: format.{part} is off, so there is nothing to change; give an option of "
+            f"{field}={dict(value)}: format.{part} is off, so there is nothing to change; give an "
+            "option of "
             "format such as int8."
         )
     try:
@@ -177,8 +187,9 @@ def _part(field: str, part: str, value, chosen: Mapping):
 
 
 def as_served(settings: Mapping, serves: Mapping | None) -> dict:
-    """The settings of one format, with the values by which an exported file is computed where it has
-    such settings. serves: a part of `export.serves`."""
+    """The settings of one format, with the values by which an exported file is computed where it
+    has such settings. serves: a part of `export.serves`.
+    """
     return {key: (serves or {}).get(key, value) for key, value in settings.items()}
 
 
@@ -200,6 +211,7 @@ def _one_activation(resolved: Mapping, chosen: Mapping, family: Family, layers: 
             if any(act != acts[0] for act in acts):
                 readers = ", ".join(name.rpartition(".")[2] for name in site.linears)
                 raise ConfigError(
-                    f"format.overrides: {readers} of block {layer} read one activation but would quantize it "
+                    f"format.overrides: {readers} of block {layer} read one activation but would "
+                    "quantize it "
                     "differently; give all of them the same act."
                 )

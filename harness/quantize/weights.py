@@ -23,7 +23,9 @@ def swap_in(
     global_scale: Tensor | None,
     counts: bool,
 ) -> dict[str, dict]:
-    """Load the dequantized weights of one site; returns {linear: report} with the relative output error on the sample.
+    """Load the dequantized weights of one site.
+
+    Returns {linear: report} with the relative output error on the sample.
 
     counts: report bits and weights of linears that stay float too.
     """
@@ -48,7 +50,9 @@ def swap_in(
 
 
 def stored(tensors: Mapping[str, Tensor], name: str, format: Format, weight: Tensor) -> QTensor:
-    """The QTensor of one weight among a block's tensors, where the weight is (on the CPU while that is not in memory)."""
+    """The QTensor of one weight among a block's tensors, where the weight is (on the CPU while that
+    is not in memory).
+    """
     prefix = f"{name}."
     state = {
         key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
@@ -70,7 +74,9 @@ def decibel(noise: float) -> float | None:
 
 
 class Solved(Mapping):
-    """{absolute name: QTensor} of all quantized weights of a run, read block by block as they are asked for."""
+    """{absolute name: QTensor} of all quantized weights of a run, read block by block as they are
+    asked for.
+    """
 
     def __init__(self, adapter: Adapter, scheme: Scheme, run: Run):
         self._block = lambda index: solved(adapter, scheme, run, index)
@@ -95,7 +101,9 @@ class Solved(Mapping):
 
 
 def solved(adapter: Adapter, scheme: Scheme, run: Run, index: int) -> dict[str, QTensor]:
-    """{absolute name: QTensor} of a solved block, or, one after the last, of what stands outside the blocks."""
+    """{absolute name: QTensor} of a solved block, or, one after the last, of what stands outside
+    the blocks.
+    """
     found = run.load_block(index)
     count, family = len(adapter.blocks), adapter.family
     if found is None:
