@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_type_hints, overload
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from harness.config.checks import integer, known_keys, nearest, one_of, typed
 from harness.config.errors import ConfigError
@@ -119,16 +119,17 @@ def _class(target: str, field: str, base: type | UnionType) -> type:
             f"{field}._target_={target}: only classes of this package ({PACKAGE}.*) are built."
         )
     try:
-        found = getattr(import_module(module), name)
+        cls = getattr(import_module(module), name)
     except (ImportError, AttributeError):
         raise ConfigError(f"{field}._target_={target}: there is no such class.") from None
-    ours = isinstance(found, type) and found.__module__.partition(".")[0] == PACKAGE
-    if not ours or not issubclass(found, base):
-        kinds = " or ".join(kind.__name__ for kind in get_args(base) or [base])
+    ours = isinstance(cls, type) and cls.__module__.partition(".")[0] == PACKAGE
+    if not ours or not issubclass(cls, base):
+        legal = (base,) if isinstance(base, type) else get_args(base)
+        kinds = " or ".join(kind.__name__ for kind in legal)
         raise ConfigError(
             f"{field}._target_={target}: no class of this package that can stand there ({kinds})."
         )
-    return found
+    return cls
 
 
 def option(group: str, name: str) -> dict:
@@ -142,12 +143,20 @@ def option(group: str, name: str) -> dict:
             f"{group}={name}: no such option.{nearest(name, known)} Options: {', '.join(known)}."
         )
     own = OmegaConf.load(path)
+    assert isinstance(own, DictConfig)
     inherited = [
         option(group, other)
         for other in own.pop("defaults", [])
         if isinstance(other, str) and other != "_self_"
     ]
-    return OmegaConf.to_container(OmegaConf.merge(*inherited, own), resolve=True)
+    return _plain(OmegaConf.merge(*inherited, own))
+
+
+def _plain(cfg) -> dict:
+    """A composed configuration as plain containers, its interpolations resolved."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    return plain
 
 
 def settings(cfg) -> dict:
@@ -155,12 +164,12 @@ def settings(cfg) -> dict:
 
     Sections that no class is built from are checked as far as FIELDS goes.
     """
-    plain = OmegaConf.to_container(cfg, resolve=True)
+    plain = _plain(cfg)
     for section, hints in FIELDS.items():
-        found = plain
+        part: Any = plain  # whatever the user wrote there, until it is checked
         for key in filter(None, section.split(".")):
-            found = found.get(key)
-        typed(f"{section}." if section else "", found, hints, needed=hints)
+            part = part.get(key)
+        typed(f"{section}." if section else "", part, hints, needed=hints)
     integer("seed", plain["seed"], low=0)
     one_of("on_error", plain["on_error"], ("raise", "record"))
     device = plain["device"]

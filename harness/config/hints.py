@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from harness.config.checks import nearest
 
@@ -78,6 +78,6 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
         name = f"{prefix}{key}"
         keys.append(name)
         value = config._get_node(key)
-        if OmegaConf.is_dict(value) and not value._is_none():
+        if isinstance(value, DictConfig) and not value._is_none():
             keys += _keys(value, f"{name}.")
     return keys

@@ -87,7 +87,9 @@ class Family:
         roles = {self.embedding: Role(None, self.embedding, "embedding", writes="residual")}
         for layer in range(facts["num_hidden_layers"]):
             for branch in self.branches:
-                into, out = branch.entry, branch.exit
+                into = branch.entry
+                out = branch.exit
+                assert into.norm is not None, "an entry is read right after a norm"
                 within = [Role(layer, into.norm, "norm", writes=into.name)]
                 for name in into.linears:
                     feeds = out.name if name in out.fed_by else None
@@ -116,7 +118,8 @@ def shape_of(
     """What a transform may know of a model before its weights are loaded, from the facts of its
     config.json.
     """
-    heads, family = facts["num_attention_heads"], family_of(facts.get("model_type"))
+    heads = facts["num_attention_heads"]
+    family = family_of(facts.get("model_type"))
     return ModelShape(
         widths=family.widths(facts),
         layers=facts["num_hidden_layers"],
@@ -189,7 +192,8 @@ class Adapter:
 
         None: all are in memory.
         """
-        self.model, self.offloaded = model, offloaded
+        self.model = model
+        self.offloaded = offloaded
         self.family = family_of(model.config.model_type)
         self.roles = self.family.roles(model.config.to_dict())
 
@@ -218,11 +222,9 @@ class Adapter:
 
         None is outside the blocks.
         """
-        return (
-            nullcontext()
-            if self.offloaded is None or layer is None
-            else self.offloaded.open(layer, write)
-        )
+        if self.offloaded is None or layer is None:
+            return nullcontext()
+        return self.offloaded.open(layer, write)
 
     def name(self, index: int, linear: str) -> str:
         """The absolute name of a block-relative module."""

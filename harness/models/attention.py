@@ -41,6 +41,7 @@ class HeadsInput(nn.Module):
         super().__init__()
         self.codec: Codec | None = None
         self.format: KVCache | None = None
+        self.before: str | None = None  # the attention function to be called again once detached
         self._cached: Tensor | None = None
 
     def rotate(self, x: Tensor) -> Tensor:
@@ -89,22 +90,26 @@ def attach(adapter: Adapter) -> list[HeadsInput]:
     Returns them in block order.
     """
     name_attention(NAME, _attention)
-    modules = _modules(adapter)
-    for module in modules:
-        if not hasattr(module, "heads_input"):
-            module.heads_input = HeadsInput()
+    attached = []
+    for module in _modules(adapter):
+        heads = getattr(module, "heads_input", None)
+        if not isinstance(heads, HeadsInput):
+            heads = HeadsInput()
+            module.heads_input = heads
+        attached.append(heads)
     config = adapter.model.config
     if attention_name(config) != NAME:
-        modules[0].heads_input.before = attention_name(config)
+        attached[0].before = attention_name(config)
         use_attention(config, NAME)
-    return [module.heads_input for module in modules]
+    return attached
 
 
 def detach(adapter: Adapter) -> None:
     """Leave the model as `attach` found it."""
     modules = _modules(adapter)
-    if hasattr(modules[0], "heads_input"):
-        use_attention(adapter.model.config, modules[0].heads_input.before)
+    heads = getattr(modules[0], "heads_input", None)
+    if isinstance(heads, HeadsInput):
+        use_attention(adapter.model.config, heads.before)
         for module in modules:
             del module.heads_input
 
@@ -120,6 +125,5 @@ def _modules(adapter: Adapter) -> list[nn.Module]:
 
 
 def _attention(module, query, key, value, attention_mask, **kwargs):
-    return sdpa_attention_forward(
-        module, *module.heads_input(query, key, value), attention_mask, **kwargs
-    )
+    query, key, value = module.heads_input(query, key, value)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

@@ -94,7 +94,7 @@ class Hub(ModelSource):
                 return config_of(self._folder)
             offline = self._cached()
             path = hf_hub_download(
-                self.path, "config.json", revision=self.revision, local_files_only=offline
+                self._address, "config.json", revision=self.revision, local_files_only=offline
             )
             return config_of(Path(path).parent, trust_remote_code=self.trust_remote_code)
 
@@ -126,7 +126,7 @@ class Hub(ModelSource):
         wanted, here = ["model*.safetensors", INDEX], self._cached()
         return Path(
             snapshot_download(
-                self.path, revision=self.revision, allow_patterns=wanted, local_files_only=here
+                self._address, revision=self.revision, allow_patterns=wanted, local_files_only=here
             )
         )
 
@@ -144,10 +144,15 @@ class Hub(ModelSource):
         return f"{self._folder.resolve().name}:{digest.hexdigest()[:16]}"
 
     @property
-    def _folder(self) -> Path | None:
+    def _address(self) -> str:
+        """`path`, which has no default that would do."""
         if not isinstance(self.path, str) or not self.path:
             raise ConfigError("model=hf needs model.path: a hub id (owner/name) or a local folder")
-        folder = Path(self.path).expanduser()
+        return self.path
+
+    @property
+    def _folder(self) -> Path | None:
+        folder = Path(self._address).expanduser()
         return folder if folder.is_dir() else None
 
     def _origin(self) -> dict:
@@ -163,7 +168,7 @@ class Hub(ModelSource):
         from huggingface_hub import try_to_load_from_cache
 
         def local(file: str) -> str | None:
-            found = try_to_load_from_cache(self.path, file, revision=self.revision)
+            found = try_to_load_from_cache(self._address, file, revision=self.revision)
             return found if isinstance(found, str) else None
 
         index = None if local(SINGLE) else local(INDEX)
@@ -174,9 +179,9 @@ class Hub(ModelSource):
         from huggingface_hub import HfApi
 
         with self._explained():
-            info = HfApi().model_info(self.path, revision=self.revision, timeout=HUB_TIMEOUT)
+            info = HfApi().model_info(self._address, revision=self.revision, timeout=HUB_TIMEOUT)
             if info.gated:
-                HfApi().auth_check(self.path)
+                HfApi().auth_check(self._address)
         files = [sibling.rfilename for sibling in info.siblings or []]
         if not any(file.endswith(".safetensors") for file in files):
             raise self._no_safetensors(files)

@@ -24,6 +24,8 @@ class SiteInput(nn.Module):
     decoder: undoes the encoding for every reader, where it is not merged into their weights.
     """
 
+    global_scale: Tensor | None
+
     def __init__(self, readers: int):
         super().__init__()
         self.readers = readers
@@ -52,6 +54,7 @@ class SiteInput(nn.Module):
                     y = self.decoder.decode(y)
             self._seen, self._read, self._left = x, y, self.readers
         read = self._read
+        assert read is not None
         self._left -= 1
         if self._left == 0:
             self._seen = self._read = None
@@ -65,6 +68,9 @@ class QuantLinear(nn.Module):
     decoder and encoder: of this linear alone, on its input and output, where they are not merged
     into its weight.
     """
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, site: SiteInput):
         super().__init__()

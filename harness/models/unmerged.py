@@ -12,7 +12,7 @@ codecs/fold.py allows and whose gradient is the same (a test), for that work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from harness.formats import Scheme
@@ -20,7 +20,7 @@ from harness.libraries.transformers import attention_name
 from harness.models.adapter import Adapter
 from harness.models.attention import NAME, attach, detach
 from harness.models.quant_linear import QuantLinear
-from harness.transforms import Placement
+from harness.transforms import Codec, Placement, Role
 
 
 @contextmanager
@@ -37,24 +37,11 @@ def unmerged(
     for name, role in adapter.roles.items():
         module = adapter.model.get_submodule(name)
         if role.kind in ("embedding", "norm") and (encoder := placement.writing(role)) is not None:
-            handles.append(
-                module.register_forward_hook(lambda _, args, y, encoder=encoder: encoder.encode(y))
-            )
+            handles.append(module.register_forward_hook(_encoding(encoder)))
         elif role.kind == "linear" and isinstance(module, QuantLinear):
-            module.encoder = placement.writing(role)
-            module.site.codec = placement.encoder(role.layer, role.reads)
-            act = None if scheme is None else scheme.part("act", role.layer, role.name)
-            module.site.format = None if act is None else act.dynamic()
-            if (role.layer, role.name) in placement.decoders:
-                module.decoder = placement.reading(role)
-            else:
-                module.site.decoder = placement.reading(role)
+            _attach_codecs(module, role, placement, scheme)
         elif role.kind == "linear" and placement.residual is not None:
-            handles.append(
-                module.register_forward_pre_hook(
-                    lambda _, args: (placement.residual.decode(args[0]), *args[1:])
-                )
-            )
+            handles.append(module.register_forward_pre_hook(_decoding(placement.residual)))
     kv = None if scheme is None else scheme.kv
     before = attention_name(adapter.model.config)
     attached = attach(adapter) if placement.query_key is not None or kv is not None else []
@@ -67,10 +54,33 @@ def unmerged(
             handle.remove()
         for module in adapter.model.modules():
             if isinstance(module, QuantLinear):
-                module.encoder = module.decoder = module.site.codec = module.site.decoder = (
-                    module.site.format
-                ) = None
+                module.encoder = module.decoder = None
+                module.site.codec = module.site.decoder = module.site.format = None
         for heads in attached:
             heads.codec = heads.format = None
         if attached and before != NAME:
             detach(adapter)
+
+
+def _attach_codecs(
+    module: QuantLinear, role: Role, placement: Placement, scheme: Scheme | None
+) -> None:
+    """What one linear reads and writes; a decoder that all readers of its site share goes there."""
+    module.encoder = placement.writing(role)
+    module.site.codec = placement.encoder(role.layer, role.reads)
+    act = None if scheme is None else scheme.part("act", role.layer, role.name)
+    module.site.format = None if act is None else act.dynamic()
+    if (role.layer, role.name) in placement.decoders:
+        module.decoder = placement.reading(role)
+    else:
+        module.site.decoder = placement.reading(role)
+
+
+def _encoding(codec: Codec) -> Callable:
+    """A forward hook: what the module writes, encoded."""
+    return lambda _, args, y: codec.encode(y)
+
+
+def _decoding(codec: Codec) -> Callable:
+    """A forward pre-hook: what the module reads, decoded."""
+    return lambda _, args: (codec.decode(args[0]), *args[1:])

@@ -87,7 +87,8 @@ def sensitivities(
     windows: calibration token ids [N, L]; advance: called after each block.
     """
     fisher = importance(adapter, windows)
-    rows, stream = [], Stream(adapter, windows)
+    rows = []
+    stream = Stream(adapter, windows)
     for layer, block in enumerate(adapter.blocks):
         with adapter.open(layer):
             for site, activations in stream.walk(block):
@@ -98,6 +99,7 @@ def sensitivities(
                 for x in activations:
                     statistics.add(shared.encode(x))
                 statistics.finish()
+                assert statistics.hessian is not None
                 for name in site.linears:
                     weight = block.get_submodule(name).weight
                     found = _candidates(

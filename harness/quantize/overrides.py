@@ -109,7 +109,9 @@ def _within(
 
 
 def _blocks(field: str, key: str, layers: int) -> range:
-    end, low, high = RANGE.fullmatch(key).groups()
+    match = RANGE.fullmatch(key)
+    assert match is not None
+    end, low, high = match.groups()
     if end is not None:
         count = int(end)
         found = range(count) if key.startswith("first") else range(layers - count, layers)

@@ -80,8 +80,9 @@ class Run:
 
     def set_environment(self, **fields) -> None:
         """Merge fields into environment.json."""
-        known = read_json(self.path / "environment.json") or {}
-        write_json(self.path / "environment.json", {**known, **fields})
+        record = read_json(self.path / "environment.json")
+        before: dict = record if isinstance(record, dict) else {}
+        write_json(self.path / "environment.json", {**before, **fields})
 
     def save(self, name: str, value) -> None:
         """Replace the JSON file `name` of the run."""
