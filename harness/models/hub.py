@@ -123,10 +123,14 @@ class Hub(ModelSource):
 
         if self._folder is not None:
             return self._folder
-        wanted, here = ["model*.safetensors", INDEX], self._cached()
+        patterns = ["model*.safetensors", INDEX]
+        here = self._cached()
         return Path(
             snapshot_download(
-                self._address, revision=self.revision, allow_patterns=wanted, local_files_only=here
+                self._address,
+                revision=self.revision,
+                allow_patterns=patterns,
+                local_files_only=here,
             )
         )
 

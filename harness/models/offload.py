@@ -90,7 +90,10 @@ class OffloadedBlocks:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        self.blocks, self.scratch, self.dtype, self.device = blocks, scratch, dtype, device
+        self.blocks = blocks
+        self.scratch = scratch
+        self.dtype = dtype
+        self.device = device
         self.files = []
         for index, block in enumerate(blocks):
             own = [
@@ -125,7 +128,8 @@ class OffloadedBlocks:
         self._users[index] += 1
         if self._users[index] > 1:
             return
-        start, changed = f"{self.prefix}.{index}.", self._changed(index)
+        start = f"{self.prefix}.{index}."
+        changed = self._changed(index)
         original = not changed.is_file()
         files = self.files[index] if original else dict.fromkeys(self.files[index], changed)
         for name, tensor in read(files, self.dtype, self.device).items():

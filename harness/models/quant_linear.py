@@ -52,7 +52,9 @@ class SiteInput(nn.Module):
                     )
                 if self.decoder is not None:
                     y = self.decoder.decode(y)
-            self._seen, self._read, self._left = x, y, self.readers
+            self._seen = x
+            self._read = y
+            self._left = self.readers
         read = self._read
         assert read is not None
         self._left -= 1

@@ -46,7 +46,8 @@ def unmerged(
     before = attention_name(adapter.model.config)
     attached = attach(adapter) if placement.query_key is not None or kv is not None else []
     for heads in attached:
-        heads.codec, heads.format = placement.query_key, kv
+        heads.codec = placement.query_key
+        heads.format = kv
     try:
         yield
     finally:

@@ -114,7 +114,8 @@ def importance(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], Tenso
     """{(layer, linear): F [out]}, the squared gradients of the summed next-token loss at every
     linear's output, over windows [N, L].
     """
-    found, handles = {}, []
+    found = {}
+    handles = []
     for layer, block in enumerate(adapter.blocks):
         for site in adapter.family.sites:
             for name in site.linears:
@@ -143,7 +144,8 @@ def importance(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], Tenso
 def _candidates(
     weight: Tensor, candidates: Mapping[str, Format], hessian: Tensor, fisher: Tensor
 ) -> dict:
-    errors, bits = {}, {}
+    errors = {}
+    bits = {}
     for name, format in candidates.items():
         quantized = format.quantize(weight)
         noise = quantized.dequantize().float() - weight.float()

@@ -26,68 +26,75 @@ from harness.formats import Format
 from harness.models.adapter import Family
 
 PARTS = ("weight", "act")
+Place = tuple[int | None, str]  # (block, linear); None: outside the blocks
 RANGE = re.compile(r"(?:first|last)_(\d+)|blocks_(\d+)(?:_(\d+))?")
 
 
 def resolve(
     chosen: Mapping, family: Family, layers: int, serves: Mapping[str, Mapping] | None = None
-) -> dict[tuple[int | None, str], dict]:
+) -> dict[Place, dict]:
     """{(block, linear): {part: Format or None}} from a `format` section.
 
     serves: `export.serves`, by which options named here are changed as the format itself is. Raises
     ConfigError naming the field.
     """
     chosen = {**chosen, "serves": serves or {}}
-    linears = {name.rpartition(".")[2]: name for site in family.sites for name in site.linears}
-    outside = {name.rpartition(".")[2]: name for name in (family.embedding, family.head)}
-    ranked: dict[tuple[int | None, str], dict[int, tuple[str, dict]]] = {}
-
-    def put(field: str, rank: int, where: tuple[int | None, str], parts: dict) -> None:
-        other = ranked.setdefault(where, {}).get(rank)
-        if other is not None:
-            raise ConfigError(
-                f"{field} and {other[0]} both name block {where[0]}; let the ranges not meet."
-            )
-        ranked[where][rank] = (field, parts)
-
-    overrides = {} if chosen["overrides"] is None else chosen["overrides"]
+    ranked: dict[Place, dict[int, tuple[str, dict]]] = {}
+    overrides = chosen["overrides"]
+    if overrides is None:
+        overrides = {}
     if not isinstance(overrides, Mapping):
         raise ConfigError(
             f"format.overrides={overrides}: needs a mapping such as {{down_proj: 8, lm_head: 8}}, "
             "or null."
         )
     for key, value in overrides.items():
-        field = f"format.overrides.{key}"
-        if key in outside:
-            put(
-                field,
-                1,
-                (None, outside[key]),
-                _outside(field, value, chosen, key == family.embedding.rpartition(".")[2]),
-            )
-        elif key in linears or key == "decoder":
-            parts = _parts(field, value, chosen)
-            for layer in range(layers):
-                for name in linears.values() if key == "decoder" else [linears[key]]:
-                    put(field, 0 if key == "decoder" else 1, (layer, name), parts)
-        elif RANGE.fullmatch(str(key)):
-            for layer in _blocks(field, key, layers):
-                for rank, name, own, parts in _within(field, value, chosen, linears):
-                    put(own, rank, (layer, name), parts)
-        else:
-            legal = (*linears, *outside, "decoder", "first_N", "last_N", "blocks_N", "blocks_N_M")
-            raise ConfigError(
-                f"{field}: names nothing to quantize.{nearest(key, legal)} Legal: "
-                f"{', '.join(legal)}."
-            )
+        for field, rank, place, parts in _entries(key, value, chosen, family, layers):
+            others = ranked.setdefault(place, {})
+            if rank in others:
+                raise ConfigError(
+                    f"{field} and {others[rank][0]} both name block {place[0]}; let the ranges "
+                    "not meet."
+                )
+            others[rank] = (field, parts)
     resolved = {}
-    for where, found in ranked.items():
+    for place, entries in ranked.items():
         merged: dict = {}
-        for rank in sorted(found):
-            merged |= found[rank][1]
-        resolved[where] = merged
+        # what is named more closely has the higher rank, and replaces what is there
+        for rank in sorted(entries):
+            merged |= entries[rank][1]
+        resolved[place] = merged
     _one_activation(resolved, chosen, family, layers)
     return resolved
+
+
+def _entries(
+    key: str, value, chosen: Mapping, family: Family, layers: int
+) -> Iterator[tuple[str, int, Place, dict]]:
+    """(field, rank, place, parts) of all that one key of `format.overrides` names."""
+    field = f"format.overrides.{key}"
+    linears = {name.rpartition(".")[2]: name for site in family.sites for name in site.linears}
+    outside = {name.rpartition(".")[2]: name for name in (family.embedding, family.head)}
+    if key in outside:
+        embedding = outside[key] == family.embedding
+        yield field, 1, (None, outside[key]), _outside(field, value, chosen, embedding)
+    elif key == "decoder":
+        parts = _parts(field, value, chosen)
+        yield from (
+            (field, 0, (i, name), parts) for i in range(layers) for name in linears.values()
+        )
+    elif key in linears:
+        parts = _parts(field, value, chosen)
+        yield from ((field, 1, (i, linears[key]), parts) for i in range(layers))
+    elif RANGE.fullmatch(str(key)):
+        for layer in _blocks(field, key, layers):
+            for rank, name, source, parts in _within(field, value, chosen, linears):
+                yield source, rank, (layer, name), parts
+    else:
+        legal = (*linears, *outside, "decoder", "first_N", "last_N", "blocks_N", "blocks_N_M")
+        raise ConfigError(
+            f"{field}: names nothing to quantize.{nearest(key, legal)} Legal: {', '.join(legal)}."
+        )
 
 
 def _within(
@@ -129,11 +136,10 @@ def _outside(field: str, value, chosen: Mapping, embedding: bool) -> dict:
     """
     parts = _parts(field, value, chosen)
     if not embedding:
-        quantized = parts.get("weight") is not None
-        return {
-            "weight": None,
-            "act": build(chosen["act"], "format.act", Format) if quantized else None,
-        } | parts
+        act = None
+        if parts.get("weight") is not None:
+            act = build(chosen["act"], "format.act", Format)
+        return {"weight": None, "act": act} | parts
     if isinstance(value, Mapping) and "act" in value:
         raise ConfigError(
             f"{field}.act: tokens are looked up there, no activation is read; set weight only."
@@ -198,10 +204,9 @@ def as_served(settings: Mapping, serves: Mapping | None) -> dict:
 def _option(field: str, name: str) -> dict:
     """An option of conf/format with what it inherits."""
     try:
-        found = option("format", name)
+        return option("format", name)
     except ConfigError as error:
         raise ConfigError(f"{field}: {error}") from None
-    return found
 
 
 def _one_activation(resolved: Mapping, chosen: Mapping, family: Family, layers: int) -> None:

@@ -29,23 +29,23 @@ def swap_in(
 
     counts: report bits and weights of linears that stay float too.
     """
-    sample, reports = statistics.sample, {}
+    sample = statistics.sample
+    reports = {}
     read = sample if act is None else act.fake(sample, global_scale=global_scale)
     for name, linear in linears.items():
         report = reports[name] = {"name": names[name], "sqnr_db": None}
-        wanted = sample @ linear.weight.float().T
+        reference = sample @ linear.weight.float().T
         if name in qtensors:
             values = qtensors[name].dequantize()
             report["sqnr_db"] = decibel(relative(values, linear.weight))
             linear.load(values)
         if counts:
-            stored = (
-                qtensors[name].bits()
-                if name in qtensors
-                else 8 * linear.weight.element_size() * linear.weight.numel()
-            )
-            report |= {"bits": stored, "weights": linear.weight.numel()}
-        report["rel_error"] = relative(read @ linear.weight.float().T, wanted)
+            if name in qtensors:
+                bits = qtensors[name].bits()
+            else:
+                bits = 8 * linear.weight.element_size() * linear.weight.numel()
+            report |= {"bits": bits, "weights": linear.weight.numel()}
+        report["rel_error"] = relative(read @ linear.weight.float().T, reference)
     return reports
 
 
@@ -62,10 +62,12 @@ def stored(tensors: Mapping[str, Tensor], name: str, format: Format, weight: Ten
     )
 
 
-def relative(got: Tensor, wanted: Tensor) -> float:
-    """|got - wanted|^2 / |wanted|^2, a plain ratio."""
-    wanted = wanted.float()
-    return float((got.float() - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30))
+def relative(values: Tensor, reference: Tensor) -> float:
+    """|v - r|^2 / |r|^2 of values v and a reference r, a plain ratio."""
+    reference = reference.float()
+    noise = (values.float() - reference).square().sum()
+    # a reference of zeros has a finite error too
+    return float(noise / reference.square().sum().clamp_min(1e-30))
 
 
 def decibel(noise: float) -> float | None:
@@ -105,15 +107,15 @@ def solved(adapter: Adapter, scheme: Scheme, run: Run, index: int) -> dict[str, 
     the blocks.
     """
     found = run.load_block(index)
-    count, family = len(adapter.blocks), adapter.family
+    family = adapter.family
     if found is None:
         return {}
-    layer = index if index < count else None
-    names = (
-        [n for site in family.sites for n in site.linears]
-        if layer is not None
-        else [family.embedding, family.head]
-    )
+    if index < len(adapter.blocks):
+        layer = index
+        names = [name for site in family.sites for name in site.linears]
+    else:
+        layer = None
+        names = [family.embedding, family.head]
     qtensors = {}
     for name, format in scheme.weights(layer, names).items():
         absolute = name if layer is None else adapter.name(index, name)
