@@ -142,14 +142,14 @@ def option(group: str, name: str) -> dict:
         raise ConfigError(
             f"{group}={name}: no such option.{nearest(name, known)} Options: {', '.join(known)}."
         )
-    own = OmegaConf.load(path)
-    assert isinstance(own, DictConfig)
+    section = OmegaConf.load(path)
+    assert isinstance(section, DictConfig)
     inherited = [
         option(group, other)
-        for other in own.pop("defaults", [])
+        for other in section.pop("defaults", [])
         if isinstance(other, str) and other != "_self_"
     ]
-    return _plain(OmegaConf.merge(*inherited, own))
+    return _plain(OmegaConf.merge(*inherited, section))
 
 
 def _plain(cfg) -> dict:

@@ -112,11 +112,11 @@ def fits(value, hint) -> bool:
         return not isinstance(value, bool) and isinstance(value, int | origin)
     if issubclass(origin, Mapping):
         return isinstance(value, Mapping) and all(
-            fits(own, one) for one in inner[1:] for own in value.values()
+            fits(item, one) for one in inner[1:] for item in value.values()
         )
     if issubclass(origin, Sequence) and origin is not str:
         return isinstance(value, list | tuple) and all(
-            fits(own, one) for one in inner[:1] for own in value
+            fits(item, one) for one in inner[:1] for item in value
         )
     return isinstance(value, origin)
 

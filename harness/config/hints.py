@@ -54,11 +54,11 @@ def _known(arguments: list[str], failed: str) -> list[str]:
         group: names.split(",") for group, _, names in (word.partition("=") for word in words)
     }
     turns = max(map(len, choices.values()), default=1)
-    found = [
+    configs = [
         _compose([f"{group}={names[turn % len(names)]}" for group, names in choices.items()])
         for turn in range(turns)
     ]
-    return list(dict.fromkeys(key for config in found for key in _keys(config)))
+    return list(dict.fromkeys(key for config in configs for key in _keys(config)))
 
 
 def _compose(choices: list[str]) -> DictConfig:

@@ -63,7 +63,7 @@ def shard_names(index: Path) -> list[str]:
     Raises DataError where it is no index, or names a file in another folder.
     """
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))
+        content = json.loads(index.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
             f"{index.parent} holds neither {SINGLE} nor {INDEX}; give a folder saved by "
@@ -71,7 +71,7 @@ def shard_names(index: Path) -> list[str]:
         ) from None
     except ValueError:
         raise DataError(f"{index} is not JSON; copy it again.") from None
-    names = found.get("weight_map") if isinstance(found, dict) else None
+    names = content.get("weight_map") if isinstance(content, dict) else None
     if (
         not isinstance(names, dict)
         or not names
@@ -97,21 +97,21 @@ def stored(files: Iterable[Path]) -> dict[str, Stored]:
     """
     from safetensors import SafetensorError, safe_open
 
-    found: dict[str, Stored] = {}
+    entries: dict[str, Stored] = {}
     for path in files:
         try:
             with safe_open(path, "np") as file:
                 for name in file.keys():  # noqa: SIM118
-                    if name in found:
+                    if name in entries:
                         raise DataError(
-                            f"{path} and {found[name].file.name} both hold {name}; keep one of "
+                            f"{path} and {entries[name].file.name} both hold {name}; keep one of "
                             "them."
                         )
                     part = file.get_slice(name)
-                    found[name] = Stored(path, part.get_dtype(), tuple(part.get_shape()))
+                    entries[name] = Stored(path, part.get_dtype(), tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
             raise DataError(f"{path} is damaged ({error}); copy it again.") from None
-    return found
+    return entries
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -153,33 +153,32 @@ def weights_of(folder: Path, config) -> Weights:
         )
     from harness.libraries.transformers import tied_names
 
-    found = stored(weight_files(folder))
-    _refuse_codes(folder, found)
+    entries = stored(weight_files(folder))
+    _refuse_codes(folder, entries)
     model = _without_storage(config)
     expected = model.state_dict()
     optional = tied_names(model) if config.tie_word_embeddings else {}
-    missing = [name for name in expected if name not in found and name not in optional]
+    missing = [name for name in expected if name not in entries and name not in optional]
     if missing:
         raise DataError(
             f"{folder} lacks the weights {_some(missing)} of its {config.num_hidden_layers} layers."
         )
     for name in expected:
-        if name in found and found[name].shape != tuple(expected[name].shape):
+        if name in entries and entries[name].shape != tuple(expected[name].shape):
             raise DataError(
-                f"{found[name].file}: {name} has shape {list(found[name].shape)}, and config.json "
-                "asks for "
-                f"{list(expected[name].shape)}; one of them is of another model."
+                f"{entries[name].file}: {name} has shape {list(entries[name].shape)}, and "
+                f"config.json asks for {list(expected[name].shape)}; one of them is of another model."
             )
-    warnings = _left_over(folder, model, [name for name in found if name not in expected])
-    first = next((FLOATS[each.dtype] for each in found.values()), "float32")
+    warnings = _left_over(folder, model, [name for name in entries if name not in expected])
+    first = next((FLOATS[each.dtype] for each in entries.values()), "float32")
     dtype = first if config.dtype is None else str(config.dtype).removeprefix("torch.")
-    return Weights({name: found[name] for name in expected if name in found}, dtype, warnings)
+    return Weights({name: entries[name] for name in expected if name in entries}, dtype, warnings)
 
 
-def _refuse_codes(folder: Path, found: Mapping[str, Stored]) -> None:
-    codes = [name for name, each in found.items() if each.dtype not in FLOATS]
+def _refuse_codes(folder: Path, entries: Mapping[str, Stored]) -> None:
+    codes = [name for name, each in entries.items() if each.dtype not in FLOATS]
     if codes:
-        kinds = ", ".join(sorted({found[name].dtype for name in codes}))
+        kinds = ", ".join(sorted({entries[name].dtype for name in codes}))
         raise DataError(
             f"{folder}: {_some(codes)} are stored as {kinds}: codes of a quantized model, which "
             "are no weights; "

@@ -102,10 +102,10 @@ def sensitivities(
                 assert statistics.hessian is not None
                 for name in site.linears:
                     weight = block.get_submodule(name).weight
-                    found = _candidates(
+                    costs = _candidates(
                         weight, auto.candidates, statistics.hessian, fisher[layer, name]
                     )
-                    rows.append({"layer": layer, "name": name, "weights": weight.numel(), **found})
+                    rows.append({"layer": layer, "name": name, "weights": weight.numel(), **costs})
         advance()
     return rows
 
@@ -114,16 +114,16 @@ def importance(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], Tenso
     """{(layer, linear): F [out]}, the squared gradients of the summed next-token loss at every
     linear's output, over windows [N, L].
     """
-    found = {}
+    squares = {}
     handles = []
     for layer, block in enumerate(adapter.blocks):
         for site in adapter.family.sites:
             for name in site.linears:
                 linear = block.get_submodule(name)
-                found[layer, name] = torch.zeros(linear.out_features, device=adapter.device)
+                squares[layer, name] = torch.zeros(linear.out_features, device=adapter.device)
 
                 def keep(gradient: Tensor, where=(layer, name)) -> None:
-                    found[where] += gradient.float().square().flatten(0, -2).sum(0)
+                    squares[where] += gradient.float().square().flatten(0, -2).sum(0)
 
                 def hook(_, args, y, keep=keep):
                     return y.register_hook(keep) and None
@@ -138,7 +138,7 @@ def importance(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], Tenso
             torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
     for handle in handles:
         handle.remove()
-    return found
+    return squares
 
 
 def _candidates(

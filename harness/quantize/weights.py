@@ -87,13 +87,13 @@ class Solved(Mapping):
             for index in range(len(adapter.blocks) + scheme.outside)
             for name in self._block(index)
         }
-        self._kept: tuple[int, dict[str, QTensor]] = (-1, {})
+        self._latest: tuple[int, dict[str, QTensor]] = (-1, {})
 
     def __getitem__(self, name: str) -> QTensor:
         index = self._where[name]
-        if self._kept[0] != index:
-            self._kept = (index, self._block(index))
-        return self._kept[1][name]
+        if self._latest[0] != index:
+            self._latest = (index, self._block(index))
+        return self._latest[1][name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -106,10 +106,11 @@ def solved(adapter: Adapter, scheme: Scheme, run: Run, index: int) -> dict[str, 
     """{absolute name: QTensor} of a solved block, or, one after the last, of what stands outside
     the blocks.
     """
-    found = run.load_block(index)
+    record = run.load_block(index)
     family = adapter.family
-    if found is None:
+    if record is None:
         return {}
+    tensors, _ = record
     if index < len(adapter.blocks):
         layer = index
         names = [name for site in family.sites for name in site.linears]
@@ -119,7 +120,7 @@ def solved(adapter: Adapter, scheme: Scheme, run: Run, index: int) -> dict[str, 
     qtensors = {}
     for name, format in scheme.weights(layer, names).items():
         absolute = name if layer is None else adapter.name(index, name)
-        if any(key.startswith(f"{name}.codes") for key in found[0]):
+        if any(key.startswith(f"{name}.codes") for key in tensors):
             weight = adapter.model.get_submodule(absolute).weight
-            qtensors[absolute] = stored(found[0], name, format, weight)
+            qtensors[absolute] = stored(tensors, name, format, weight)
     return qtensors
