@@ -1,7 +1,7 @@
 """Models larger than memory: blocks stay in safetensors files, those in use are loaded.
 
 `skeleton` builds a model whose blocks have no storage; embedding, norms outside the blocks and head
-are read. A `OffloadedBlocks` takes a block down while it is `open` (a forward of the block opens it
+are read. An `OffloadedBlocks` takes a block down while it is `open` (a forward of the block opens it
 by itself) and drops its tensors afterwards. Changed blocks (merged transforms, quantized weights)
 are written to a scratch folder first and read from there the next time.
 """
