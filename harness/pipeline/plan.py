@@ -223,7 +223,8 @@ def make_plan(
         common = {key: value for key, value in export.items() if key in EXPORT}
         typed("export.", common, EXPORT, needed=EXPORT.keys() - {"serves"})
     else:
-        typed("export.", export, {"name": str}, needed=("name",))
+        known = {key: EXPORT[key] for key in ("name", "serves")}
+        typed("export.", export, known, needed=("name",))
     if not settings["solver"].get("_target_"):
         typed("solver.", settings["solver"], {"name": str, "_target_": None})
     for part, rules in export.get("serves", {}).items():
