@@ -100,6 +100,7 @@ class AdaScale(Solver):
 
     def solve_block(self, block: Block) -> Solution:
         """Raises RuntimeError where the loss is no longer finite."""
+        # min-max, whatever observer the format has: it is what Delta is a multiple of
         roundings: dict[str, Rounding] = {}
         for linears in block.sites.values():
             formats = {n: minmax(block.formats[n]) for n in linears if n in block.formats}
@@ -122,6 +123,7 @@ class AdaScale(Solver):
         shape = [p for rounding in roundings.values() for p in rounding.shape()]
         parameters = clip + shape
         groups = [{"params": clip, "lr": self.lr_clip}, {"params": shape, "lr": self.lr_round}]
+        # fused: one pass over all parameters, which are as many as the weights
         adam = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
         rates = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, self.iterations))
         every = max(1, self.iterations // CHECKS)
@@ -176,6 +178,7 @@ class AdaScale(Solver):
             distance(block.forward(i, block.quantized[i], weights), block.targets[i]) for i in held
         ]
         mean = float(torch.stack(losses).mean())
+        # NaN is neither more nor less than anything; infinity is never the least
         return mean if math.isfinite(mean) else math.inf
 
 

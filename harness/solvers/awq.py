@@ -149,6 +149,7 @@ class AWQ(Solver):
             scale = scale / (heavy ** (1 - ratio) + 1e-4)
         scale = scale.clamp_min(1e-4)  # of a channel that is never on
         scale = scale / (scale.max() * scale.min()).sqrt()
+        # a channel whose scale is no number is better left alone
         return torch.where(scale.isfinite(), scale, 1)
 
     def solve(self, problem: Problem) -> Solution:
@@ -195,6 +196,7 @@ def clipped(weight: Tensor, format: Format, scales: Scales, hessian: Tensor) -> 
         return (noise @ within).mul_(noise).sum(-1).T.contiguous()  # [out, groups]
 
     best = scales
+    # a factor of 1 leaves the scales as they are, and wins ties
     lowest = errors(scales)
     for factor in CLIPS[1:]:
         limit = factor * peak

@@ -196,6 +196,7 @@ class Solver:
         scales = {}
         for name, weight in problem.weights.items():
             format = problem.formats[name]
+            # NVFP4's g and FourOverSix's amax; formats of one scale ignore it
             peers = [weight]
             if self.fuse_global_scale:
                 peers = [

@@ -53,7 +53,9 @@ class StaticLattice(Lattice):
         for name, count, group in zip(names, rows, groups):
             format = problem.formats[name]
             lattice = [
-                t.expand(count, -1).T.contiguous().unbind(0) for t in format.lattice(scales[name])
+                # column by column, as they are rounded
+                t.expand(count, -1).T.contiguous().unbind(0)
+                for t in format.lattice(scales[name])
             ]
             self.parts.append((format.snap, count, lattice, (order // group).tolist()))
         # linears of one format are one linear here: a call a column instead of three

@@ -182,11 +182,14 @@ def _unit_upper(
     hessian: Tensor, dead: Tensor, order: Tensor, damp: float, dtype: torch.dtype
 ) -> Tensor | None:
     """U at one damping, or None where it is not finite."""
+    # reversed here and back at the end: the inverse of the lower factor is then U
     backwards = order.flip(0)
     damped = hessian.to(dtype, copy=True)
+    # a feature that is always 0 takes any weight, but a row of zeros has no inverse
     damped.diagonal()[dead] = 1
     damped.diagonal().add_(damp * damped.diagonal().mean())
     damped = damped[backwards[:, None], backwards]
+    # _ex: a matrix that is not positive definite is no exception here
     factor, info = torch.linalg.cholesky_ex(damped)
     del damped  # a Hessian is the largest thing a solver holds
     if info != 0 or not factor.isfinite().all():

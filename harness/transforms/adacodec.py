@@ -94,8 +94,10 @@ class AdaCodec(Transform):
                     "site by site, and the stream's encoder is shared by all; "
                     "set transform.placement=site."
                 )
+        # R2 = R1^T leaves the float model as it was, and its inputs what the weights are for
         self.exact = decoder == "tied"
         self.free_decoder = decoder != "tied"
+        # R1 lies on the stream, which the embedding and every norm meet
         self.residual = placement != "site"
         if decoder == "ridge":  # solved for, not learned
             self.unread = ("objective", "steps", "batch", "lr", "optimizer", "max_angle", "cap")

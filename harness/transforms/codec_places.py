@@ -45,6 +45,7 @@ def along_stream(
         copies = matrices["R1^"].unbind(0)
     for layer, (roles, free) in enumerate(zip(linears, copies)):
         scales = {}
+        # q, k and v read one site, as gate and up do: one scale for all of them
         norms = [role.reads for role in roles if role.reads_residual and role.reads]
         for site in dict.fromkeys(norms):
             s = scale(layer, site)
@@ -52,12 +53,13 @@ def along_stream(
                 scales[site] = s.to(shared)
                 merged[layer, site] = Diagonal(scales[site])
         touching = [role for role in roles if on_stream(role)]
-        own = [shared] * len(touching) if free is None else free.unbind(0)
-        for role, copy in zip(touching, own):
+        ends = [shared] * len(touching) if free is None else free.unbind(0)
+        for role, copy in zip(touching, ends):
             where = (layer, role.name)
             if not role.reads_residual:
                 encoders[where] = Blocks(copy)
             elif role.reads in scales:
+                # the decoder undoes the scale, too: in place of R1^T, diag(s) R^T
                 decoder = scales[role.reads].view(len(copy), -1, 1) * copy.mT
                 decoders[where] = Blocks(None, decoder)
             else:

@@ -54,6 +54,7 @@ def load(path: Path, transform: Transform, shape: ModelShape) -> Placement:
     """
     with safe_open(path, "pt") as file:
         names = file.keys()
+        # copies: the file is mapped, and may be replaced while they are in use
         tensors = {name: file.get_tensor(name).clone() for name in names}
         header = file.metadata() or {}
     field = f"transform.load={path}"

@@ -49,4 +49,5 @@ def with_inverse(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """I + U V and its inverse, for U [g, r] and V [r, g]."""
     outer = torch.eye(len(u)).to(u)
     inner = torch.eye(len(v)).to(u)
+    # Woodbury: a solve of order r instead of g
     return outer + u @ v, outer - u @ torch.linalg.solve(inner + v @ u, v)

@@ -33,5 +33,6 @@ class KroneckerProduct(FullMatrix):
 
 def closest(n: int) -> tuple[int, int]:
     """(l, r) with l r = n, l <= r and r - l least."""
+    # down from the square root: the first divisor leaves the least difference
     left = next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
     return left, n // left

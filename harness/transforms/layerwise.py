@@ -92,9 +92,9 @@ def reconstruct(
             fake(shape.reads(site, layer), ste=True),
             lambda values, step: model.log(values, before + step),
         )
-        own = {name: start[name][layer] for name in names}
+        matrices = {name: start[name][layer] for name in names}
         return Then(
-            Reservoir(ROWS, shape.seed, layer, site), lambda x: layerwise.fit(x, own, descent)
+            Reservoir(ROWS, shape.seed, layer, site), lambda x: layerwise.fit(x, matrices, descent)
         )
 
     fits = model.observe(
@@ -139,6 +139,7 @@ class _Site:
     @torch.enable_grad()
     def fit(self, x: Tensor, start: Mapping[str, Tensor], descent: Descent) -> Fit:
         """From rows x [T, n]. Raises FloatingPointError when the loss is not finite."""
+        # the sample is in no order, so that its first rows are as good as any
         count = max(1, len(x) // 10)
         held = x[:count]
         x = x[count:]
@@ -146,6 +147,7 @@ class _Site:
         moving = Orthogonal({name: m.to(x.device) for name, m in start.items()}, descent)
         best = Best(moving, self._held_out(moving.snapshot(), held), descent.steps)
         for step in range(1, descent.steps + 1):
+            # in turn, and from the start again when all were seen
             batch = x[torch.arange((step - 1) * rows, step * rows) % len(x)]
             value = self.loss(moving.matrices(), batch)
             value.backward()

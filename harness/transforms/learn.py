@@ -167,13 +167,16 @@ def end_to_end(
     """
     moving = Orthogonal({name: matrix.to(model.device) for name, matrix in start.items()}, descent)
     teacher = Teacher(model) if objective == "kd" else None
+    # else every window is passed once, and keeping its states would only cost memory
     again = descent.steps * descent.batch > len(model.train)
     losses: list[float] = []
     held = held_out_loss(model, scheme, build(moving.snapshot()), teacher)
+    # the start is a candidate: learning never returns anything worse
     best = Best(moving, held, descent.steps)
     with model.stage(f"learning ({objective}, held out {held:.4f})", descent.steps) as advance:
         for step in range(1, descent.steps + 1):
             indices = torch.arange((step - 1) * descent.batch, step * descent.batch)
+            # in turn, and from the start again when all were seen
             windows = model.train[indices % len(model.train)]
             loss = 0.0
             # one window at a time: memory does not grow with the batch

@@ -23,6 +23,7 @@ def loss_of(logits: Tensor, ids: Tensor, teacher: Tensor | None) -> Tensor:
     kd against the teacher's logits [B, L, V]; lm on ids [B, L] where there is no teacher.
     """
     if teacher is None:
+        # what is predicted at each position but the last
         following = ids[:, 1:].flatten().to(logits.device)
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), following)
     return _Divergence.apply(logits.flatten(0, 1).float(), teacher.flatten(0, 1).float())

@@ -146,5 +146,6 @@ def principal_axes(covariance: Tensor) -> Tensor:
     """
     _, vectors = torch.linalg.eigh(covariance)
     vectors = vectors.flip(-1)
+    # an eigenvector's sign is the library's choice, and would differ between machines
     largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
     return vectors * largest.sign()

@@ -80,6 +80,7 @@ class QuaRot(Rotations):
         if self.r1 == "off":
             return None
         if self.r1 == "random":
+            # Haar: for a hidden size that no Hadamard matrix has
             return Blocks(random_orthogonal(shape.hidden, generator(shape.seed, "R1")))
         order = self.r1 if isinstance(self.r1, int) else shape.hidden
         return self.draw(shape, order, "R1")

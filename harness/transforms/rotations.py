@@ -105,6 +105,7 @@ class Rotations(Transform):
         """A randomized Hadamard matrix of order n, seeded by the run's seed and `key`."""
         signs = None
         if self.random_signs:
+            # keyed by place, so that one matrix stays as it is whatever others are drawn
             signs = random_signs(n, generator(shape.seed, *key))
         return Rotation(Hadamard(n, signs))
 
@@ -125,6 +126,7 @@ class Rotations(Transform):
     def needs_activations(self, shape: ModelShape) -> None:
         """Refuse to learn what no quantizer can see."""
         kv = shape.scheme.kv
+        # R1 cancels in all that reads the stream in float
         sees_r1 = shape.quantizes("attn_in") or shape.quantizes("mlp_in")
         if self.residual and not sees_r1 and kv is not None and not self.r2:
             raise ConfigError(

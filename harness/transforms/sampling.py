@@ -42,6 +42,7 @@ class Covariance:
         """Take in activations [..., nb * size]."""
         rows = x.reshape(-1, x.shape[-1] // self.size, self.size).transpose(0, 1).float()
         self.tokens += rows.shape[1]
+        # products in float32, which is what activations are good for, and sums of them in float64
         self.sum = self.sum + rows.double().sum(1)
         self.product = self.product + (rows.mT @ rows).double()
 

@@ -58,6 +58,7 @@ class SmoothQuant(Transform):
             if site == "o_in":
                 x_max = _per_kv_head(x_max, shape)
                 w_max = _per_kv_head(w_max, shape)
+            # in float64, as all that is folded; a channel that is never on would give a scale of 0
             x_max = x_max.double().clamp_min(FLOOR)
             w_max = w_max.double().clamp_min(FLOOR)
             s = x_max**self.alpha / w_max ** (1 - self.alpha)

@@ -244,6 +244,7 @@ class Whip(Rotations):
             "r1_moved": float((r - start).norm()),
             "r1_steps": steps,
         }
+        # QR in float32 is orthogonal to float32: what is folded is so to float64
         return project(r.double()).cpu(), notes
 
     def _pieces(self, x: Tensor) -> Sequence[Tensor]:
@@ -264,6 +265,7 @@ class Whip(Rotations):
         heads = x.unflatten(-1, (shape.kv_heads, -1, shape.head_dim))
         heads = heads.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [layers, kv_heads, repeat T, head_dim]
         draws = [self.draw(shape, shape.head_dim, i, "R2") for i in range(len(x))]
+        # one draw a layer, the same for its heads, from which each goes its own way
         one = torch.stack([draw.matrix.dense(torch.float32) for draw in draws])
         start = one[:, None].expand(-1, shape.kv_heads, -1, -1).to(x.device).contiguous()
         random = generator(shape.seed, "whip R2")
