@@ -27,7 +27,7 @@ from harness.models.source import ModelSource
 from harness.models.tiny import byte_tokenizer
 from harness.solvers import GPTQ, Problem
 from harness.solvers.adascale import Rounding, distance
-from harness.solvers.gptq import _Columns, _Static
+from harness.solvers.columns import Columns, StaticLattice
 from harness.solvers.minmax import minmax
 
 
@@ -103,9 +103,8 @@ def _site(width: int, rows: int, batches: int) -> dict[str, tuple[float, float]]
     scales = GPTQ().static_scales(problem)
     work = weight.T.contiguous()
     rounded = torch.empty_like(work)
-    _Columns(work, rounded, unit, _Static(problem, ["w"], [rows], scales, [16], order), 32).solve(
-        0, width
-    )
+    lattice = StaticLattice(problem, ["w"], [rows], scales, [16], order)
+    Columns(work, rounded, unit, lattice, 32).solve(0, width)
     updates, work, start = clock() - start, weight.T.contiguous(), clock()
     bare_updates(u, work)
     updates = updates, clock() - start

@@ -410,7 +410,7 @@ def test_principal_axes_diagonalise_what_they_were_fitted_on():
     adapter, _ = prepared("qwen3")
     subject, context = subject_of(adapter), shape_of(adapter)
     where = [*context.widths, "head_in"]
-    seen = subject.observe(lambda layer, site, n: Covariance(n, True, lambda c: c), where, "")
+    seen = subject.observe(lambda layer, site, n: Covariance(n, True), where, "")
     axes, even = (PCA(post_hadamard=h).fit(context, subject).online for h in (False, True))
     assert len(seen) == 9 and WINDOWS.numel() < 192
     for key, c in seen.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,19 +15,13 @@ from harness.formats import Scheme
 from harness.models.adapter import Adapter
 from harness.models.unmerged import unmerged
 from harness.transforms import Placement
+from harness.transforms.base import Collector
 
+T = TypeVar("T")
 # A progress bar (title, total), which yields `advance(note="")`; and what takes points of curves.
 Stage = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
 Log = Callable[[dict, int], None]
 HELD = 10  # every tenth calibration window, from the end, is kept to choose the best iterate by
-
-
-class Collector(Protocol):
-    """What gathers the activations [..., width] of one site."""
-
-    def add(self, x: Tensor) -> None: ...
-
-    def finish(self) -> object: ...
 
 
 @contextmanager
@@ -82,13 +76,13 @@ class StreamedModel:
     @torch.no_grad()
     def observe(
         self,
-        collector: Callable[[int | None, str, int], Collector],
+        collector: Callable[[int | None, str, int], Collector[T]],
         sites: Iterable[str],
         title: str,
-        note: Callable[[dict], str] = lambda results: "",
-    ) -> dict[Where, object]:
+        note: Callable[[dict[Where, T]], str] = lambda results: "",
+    ) -> dict[Where, T]:
         observed = set(sites)
-        results: dict[Where, object] = {}
+        results: dict[Where, T] = {}
         stream = Stream(self.adapter, self.windows)
         with self.stage(title, len(self.adapter.blocks)) as advance:
             for layer, block in enumerate(self.adapter.blocks):

@@ -109,7 +109,7 @@ def fitted(job, part: int, transform, subject: StreamedModel) -> Placement:
         )
         with job.store.holding(path):
             force, damaged = job.plan.settings["force"], job.run.damaged
-            placement = None if force else file.found(path, transform, context, damaged)
+            placement = None if force else file.load_intact(path, transform, context, damaged)
             job.run.event(
                 "placement", source="learned" if placement is None else "store", key=path.stem
             )

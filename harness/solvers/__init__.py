@@ -1,4 +1,7 @@
-"""Solvers turn transformed weights into QTensors. A new one is one file here and one in conf/solver."""
+"""Solvers turn transformed weights into QTensors.
+
+A new one is one file here and one in conf/solver.
+"""
 
 from harness.solvers.adascale import AdaScale
 from harness.solvers.awq import AWQ

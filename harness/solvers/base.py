@@ -1,7 +1,8 @@
 """The words every solver speaks: Problem in, Solution out.
 
-A solver turns the weights that read one site into QTensors. It knows nothing of models, files or progress; it returns a
-report of plain numbers (damping used, retries, fallbacks) and the pipeline tells people.
+A solver turns the weights that read one site into QTensors. It knows nothing of models, files or
+progress; it returns a report of plain numbers (damping used, retries, fallbacks) and the pipeline
+tells people.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from harness.formats import Format, QTensor, Scales
 
 @dataclass(frozen=True)
 class Problem:
-    """One site: `weights` {name: [out, in]} in model dtype, already transformed; `formats` {name: weight format};
-    `hessian` [in, in] float32 of what these weights read, or None when the solver did not ask for it; `scales` {name: Scales}
-    where they are decided already."""
+    """One site.
+
+    weights: {name: [out, in]} in model dtype, already transformed. formats: {name: weight format}.
+    hessian: [in, in] float32 of what these weights read, or None when the solver did not ask for
+    it. scales: {name: Scales} where they are decided already.
+    """
 
     weights: Mapping[str, Tensor]
     formats: Mapping[str, Format]
@@ -32,15 +36,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class Solution:
-    """`qtensors` {name: QTensor}, and `report`, plain numbers that hold for the whole site."""
+    """qtensors: {name: QTensor}. report: plain numbers that hold for the whole site."""
 
     qtensors: dict[str, QTensor]
     report: dict
 
 
 class Block(Protocol):
-    """One decoder block with the calibration activations before it, for solvers that look beyond one site. A micro-batch of
-    hidden states is [B, L, hidden]; `quantized[i]` came through the solved blocks, `original[i]` through untouched ones."""
+    """One decoder block with the calibration activations before it.
+
+    For solvers that look beyond one site. A micro-batch of hidden states is [B, L, hidden];
+    `quantized[i]` came through the solved blocks, `original[i]` through untouched ones.
+    """
 
     index: int  # of the block in the model
     formats: Mapping[str, Format]  # {name: weight format} of those to be quantized
@@ -55,49 +62,70 @@ class Block(Protocol):
         ...
 
     @property
-    def quantized(self) -> Sequence[Tensor]: ...
+    def quantized(self) -> Sequence[Tensor]:
+        """What came through the solved blocks."""
+        ...
 
     def forward(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """The block's output for the hidden states of micro-batch `index`, with some weights replaced; differentiable."""
+        """The block's output for the hidden states of micro-batch `index`, differentiable.
+
+        weights: those of some linears, in place of the block's.
+        """
+        ...
 
     def inputs(self, site: str) -> Tensor:
         """What a site reads of the first micro-batches, [tokens, n], in the unquantized block."""
+        ...
 
     def parent(
         self, site: str, weights: Mapping[str, Tensor], scale: Tensor | None = None
     ) -> Tensor:
-        """What the module around a site (attention, MLP, or the last linear itself) makes of these inputs, with some weights
-        replaced; with a scale s [n], the site's activation is read as Q_a(x / s) s."""
+        """What the module around a site makes of these inputs, with some weights replaced.
+
+        That is attention, MLP, or the last linear itself. With a scale s [n], the site's activation
+        is read as Q_a(x / s) s.
+        """
+        ...
 
     def merge(self, site: str, scale: Tensor) -> None:
-        """Divide a site's activation by s [n] for good: 1/s into what feeds it, s into what reads it."""
+        """Divide a site's activation by s [n] for good: 1/s into what feeds it, s into readers."""
+        ...
 
     def scalable(self, site: str) -> str:
-        """`free`: every feature may have a scale of its own; `shared`: query heads share those of their value head; `fixed`:
-        what feeds the site cannot take a scale."""
+        """`free`: every feature may have a scale of its own; `shared`: query heads share those of
+        their value head; `fixed`: what feeds the site cannot take a scale."""
+        ...
 
     def share(self, site: str, values: Tensor) -> Tensor:
         """values [n] averaged over the features that must share a scale."""
+        ...
 
     def stage(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
         """A progress bar; yields `advance(note="")`."""
+        ...
 
     def log(self, values: dict, step: int) -> None:
-        """Points of learning curves, `family/metric`; steps count from 1 within a family, from block to block."""
+        """Points of learning curves, `family/metric`; steps count from 1 within a family, from
+        block to block."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
-    """(weights, statistics, format) -> QTensors. `needs` names the statistics wanted beyond the sample: {"hessian"}.
+    """(weights, statistics, format) -> QTensors.
 
-    scope: `site` = `solve` sees one site at a time; `block` = `solve_block` sees a whole block. prepares: whether `prepare` is
-    to be called with each block before its sites are solved. encodings: the folder of the run that gets the integer weights'
-    encodings. unread: settings without effect.
+    needs: the statistics wanted beyond the sample: {"hessian"}.
+    unread: settings without effect.
+    scope: `site` = `solve` sees one site at a time; `block` = `solve_block` sees a whole block.
+    prepares: whether `prepare` is to be called with each block before its sites are solved.
+    encodings: the folder of the run that gets the integer weights' encodings.
 
-    sequencing: `sites` = later sites of a block see earlier ones quantized (true-sequential); `block` = one pass a block.
-    hessian_input: `fp` = X E, `quantized` = Q(X E), the input as it will be read; `auto` = quantized where a trained decoder
-    changes what the weights are for (AdaCodec), else fp. fuse_global_scale: linears of one site
-    (q/k/v, gate/up) share a two-level format's global scale, as fused kernels demand.
+    sequencing: `sites` = later sites of a block see earlier ones quantized (true-sequential);
+        `block` = one pass a block.
+    hessian_input: `fp` = X E, `quantized` = Q(X E), the input as it will be read; `auto` =
+        quantized where a trained decoder changes what the weights are for (AdaCodec), else fp.
+    fuse_global_scale: linears of one site (q/k/v, gate/up) share a two-level format's global scale,
+        as fused kernels demand.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -120,9 +148,11 @@ class Solver:
         return []
 
     def check_together(self, formats: Sequence[Format], sites: Mapping[str, str]) -> list[str]:
-        """Refuse weight formats of one model that this solver cannot have side by side (ConfigError);
-        returns warnings of what it cannot do here. sites: {site: free | shared | fixed} of those
-        whose linears are quantized, as `Block.scalable` will say."""
+        """Refuse weight formats of one model that this solver cannot have side by side.
+
+        Raises ConfigError; returns warnings of what it cannot do here. sites: {site: free | shared
+        | fixed} of those whose linears are quantized, as `Block.scalable` will say.
+        """
         return []
 
     def idle(self, layers: Sequence[Mapping]) -> list[str]:
@@ -149,22 +179,31 @@ class Solver:
         raise NotImplementedError
 
     def prepare(self, block: Block) -> dict:
-        """Change a block, by `block.merge`, before its sites are solved; returns a report of plain numbers."""
+        """Change a block, by `block.merge`, before its sites are solved.
+
+        Returns a report of plain numbers.
+        """
         raise NotImplementedError
 
     def static_scales(self, problem: Problem) -> dict[str, Scales]:
-        """Each weight's scales by its format's observer, from the weights as they are, unless they are decided already.
+        """Each weight's scales by its format's observer, from the weights as they are.
 
-        A global scale is shared by the weights of the site whose format is the same."""
+        Those that are decided already stay. A global scale is shared by the weights of the site
+        whose format is the same.
+        """
         if problem.scales is not None:
             return dict(problem.scales)
         scales = {}
         for name, weight in problem.weights.items():
             format = problem.formats[name]
-            alike = [
-                problem.weights[other] for other, its in problem.formats.items() if its == format
-            ]
-            peers = alike if self.fuse_global_scale else [weight]
+            # NVFP4's g and FourOverSix's amax; formats of one scale ignore it
+            peers = [weight]
+            if self.fuse_global_scale:
+                peers = [
+                    problem.weights[other]
+                    for other, theirs in problem.formats.items()
+                    if theirs == format
+                ]
             amax = torch.stack([peer.abs().amax() for peer in peers]).amax()
             scales[name] = format.scales(weight, global_scale=format.global_from_amax(amax))
         return scales

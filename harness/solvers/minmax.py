@@ -1,10 +1,11 @@
-"""minmax: round to nearest on AIMET's symmetric grid, the baseline that AdaScale is measured against.
+"""minmax: round to nearest on AIMET's symmetric grid, the baseline AdaScale is measured against.
 
     delta = max(M / Q, -m / (Q + 1)),     W <- delta clamp(RNE(W / delta), -Q - 1, Q)
 
-m, M: least and greatest weight of a channel (or group); positive and negative extremes are scaled separately, 8:7 at four bits.
-That is rtn with observer=minmax and, for symmetric integers, int_scale=aimet; other formats have one rule, which stays.
-Source: AIMET (qualcomm/aimet), its `tf`/min-max calibration of symmetric weights.
+m, M: least and greatest weight of a channel (or group); positive and negative extremes are scaled
+separately, 8:7 at four bits. That is rtn with observer=minmax and, for symmetric integers,
+int_scale=aimet. Source: AIMET (qualcomm/aimet), its `tf`/min-max calibration of symmetric weights.
+Differences: other formats are taken, too; they have one rule, which stays.
 """
 
 from __future__ import annotations
@@ -24,21 +25,19 @@ class MinMax(RTN):
     encodings: ClassVar[str] = "min_max_encodings"
 
     def check(self, format: Format) -> list[str]:
-        named = isinstance(format, Integer) and format.symmetric
-        if named and minmax(format) != format:
-            return []
-        why = "the format has its rule already" if named else "its rule is for symmetric integers"
+        why = "its rule is for symmetric integers"
+        if isinstance(format, Integer) and format.symmetric:
+            if minmax(format) != format:
+                return []
+            why = "the format has its rule already"
         return [
             f"solver=minmax with {type(format).__name__} (symmetric={format.symmetric}): {why}, "
             "so this is rtn with observer=minmax"
         ]
 
     def solve(self, problem: Problem) -> Solution:
-        return super().solve(
-            replace(
-                problem, formats={name: minmax(format) for name, format in problem.formats.items()}
-            )
-        )
+        formats = {name: minmax(format) for name, format in problem.formats.items()}
+        return super().solve(replace(problem, formats=formats))
 
 
 def minmax(format: Format) -> Format:

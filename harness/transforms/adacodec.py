@@ -1,21 +1,30 @@
-"""adacodec: a trained encoder before the activation quantizer and a trained decoder behind it, absorbed by the weights.
+"""adacodec: a trained encoder before the activation quantizer, and a trained decoder behind it.
 
-    X^ = Q(X R1) R2,     Y = X^ W^T = Q(X R1) (W R2^T)^T          R1, R2 block-diagonal, orthogonal, R2 = R1^T at the start
+    X^ = Q(X R1) R2,     Y = X^ W^T = Q(X R1) (W R2^T)^T
 
-placement stream: one R1 for the residual stream, with an independent copy, all starting at R1, in each of the five linears
-that read it (their decoders) and the two that write it; per layer an encoder on v with a decoder in o, and an encoder on down's
-input, the only online one, with a decoder in down. What is quantized at a norm is Q(h R1 diag(gamma)) if R1 starts at identity
-(ours: merely fusing gamma into W costs NVFP4 more than a codec wins back). site: an online encoder a site, a decoder a linear.
-After training R1 R2 != I: the float model has changed too. So no gate holds here; the perplexity of the float codec model is
-reported instead, on every corpus, and a gain there is adaptation to the training text.
+R1, R2 are block-diagonal and orthogonal, R2 = R1^T at the start; the weights absorb the decoder.
 
-objective: lm (as published), kd (distillation, ours), layer (relative output error, site by site; ours; placement site).
-decoder: free | tied (R2 = R1^T: a learned rotation, and the function stays) | ridge (R1 as it starts, the least-squares D of X
-from Q(X R1) in closed form, so that objective, steps and lr mean nothing; placement site). placement merged: stream without the
-codec of down's input, so that nothing stays online.
-Source: AdaCodec's code, on SpinQuant's trainer (preset adacodec_paper). Differences: grouped queries and biases work, no
-embedding mean is subtracted, the loop quantizes what the evaluation does (with scales of each tensor where those are
-calibrated), o reads the decoder of v.
+placement   stream   one R1 for the residual stream, with an independent copy, all starting at R1,
+                     in each of the five linears that read it (their decoders) and the two that
+                     write it; per layer an encoder on v with a decoder in o, and an encoder on
+                     down's input, the only online one, with a decoder in down. What is quantized at
+                     a norm is Q(h R1 diag(gamma)) if R1 starts at identity (ours: merely fusing
+                     gamma into W costs NVFP4 more than a codec wins back)
+            merged   stream without the codec of down's input, so that nothing stays online
+            site     an online encoder a site, a decoder a linear
+objective   lm (as published) | kd (distillation, ours) | layer (relative output error, site by
+            site; ours; placement site)
+decoder     free | tied (R2 = R1^T: a learned rotation, and the function stays) | ridge (R1 as it
+            starts, the least-squares D of X from Q(X R1) in closed form, so that objective, steps
+            and lr mean nothing; placement site)
+
+After training R1 R2 != I: the float model has changed too. So no gate holds here; the perplexity of
+the float codec model is reported instead, on every corpus, and a gain there is adaptation to the
+training text.
+
+Source: AdaCodec's code, on SpinQuant's trainer (preset adacodec_paper). Differences: grouped
+queries and biases work, no embedding mean is subtracted, the loop quantizes what the evaluation
+does (with scales of each tensor where those are calibrated), o reads the decoder of v.
 """
 
 from __future__ import annotations
@@ -27,26 +36,30 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from harness.codecs.codec import Blocks, Diagonal
-from harness.codecs.placement import Placement, Role
+from harness.codecs.codec import Blocks
+from harness.codecs.placement import Placement
 from harness.config.checks import one_of
 from harness.config.errors import ConfigError
 from harness.linalg.hadamard import Hadamard, random_signs, reachable
 from harness.linalg.stiefel import deviation
 from harness.transforms.base import CalibrationModel, ModelShape, Transform, generator
-from harness.transforms.block_diagonal import BLOCKS, common_blocks
+from harness.transforms.block_diagonal import BLOCKS, alternatives, common_blocks
+from harness.transforms.codec_places import along_stream, at_sites, gap, linears_of, on_stream
 from harness.transforms.layerwise import Ridge, reconstruct
 from harness.transforms.learn import Descent, end_to_end
 from harness.transforms.pca import principal_axes
 from harness.transforms.sampling import Covariance
 
 FLOOR = 1e-5  # least magnitude of a norm weight that is divided by
+# sites whose codec, if they have one, does not take its block size from all the others
+APART = {"site": (), "stream": ("o_in",), "merged": ("o_in", "down_in")}
 
 
 class AdaCodec(Transform):
-    """placement: stream | merged | site. objective: lm | kd | layer. decoder: free | tied | ridge. init: hadamard | identity |
-    pca. block_size: auto (the largest of 128, 64, 32, 16 that divides every width; a head caps that of values) or a number.
-    The rest: learn.Descent, for `layer` with rows in place of windows (512 a window)."""
+    """placement: stream | merged | site. objective: lm | kd | layer. decoder: free | tied | ridge.
+    init: hadamard | identity | pca. block_size: auto (the largest of 128, 64, 32, 16 that divides
+    every width; a head caps that of values) or a number. The rest: learn.Descent, for `layer` with
+    rows in place of windows (512 a window)."""
 
     learned = True
     sees = ("act",)  # as published: learned with a float KV cache, whatever it is evaluated with
@@ -71,17 +84,20 @@ class AdaCodec(Transform):
         self.init = one_of("transform.init", init, ("hadamard", "identity", "pca"))
         self.descent = Descent(steps, batch, lr, optimizer, max_angle, cap)
         self.block_size = block_size
-        for field, value, only in (
+        for field, value, sitewise in (
             ("objective", objective, "layer"),
             ("decoder", decoder, "ridge"),
         ):
-            if value == only and placement != "site":
+            if value == sitewise and placement != "site":
                 raise ConfigError(
-                    f"transform.{field}={only} with transform.placement={placement}: it works site by site, and "
-                    "the stream's encoder is shared by all; set transform.placement=site."
+                    f"transform.{field}={value} with transform.placement={placement}: it works "
+                    "site by site, and the stream's encoder is shared by all; "
+                    "set transform.placement=site."
                 )
+        # R2 = R1^T leaves the float model as it was, and its inputs what the weights are for
         self.exact = decoder == "tied"
         self.free_decoder = decoder != "tied"
+        # R1 lies on the stream, which the embedding and every norm meet
         self.residual = placement != "site"
         if decoder == "ridge":  # solved for, not learned
             self.unread = ("objective", "steps", "batch", "lr", "optimizer", "max_angle", "cap")
@@ -90,250 +106,189 @@ class AdaCodec(Transform):
     def structure(self) -> dict[str, object]:
         return {"placement": self.place, "decoder": self.decoder}
 
-    def leaves(self, context: ModelShape) -> tuple[str, ...]:
-        return tuple(f"an encoder at {site}" for site in self.encodes(context))
+    def leaves(self, shape: ModelShape) -> tuple[str, ...]:
+        return tuple(f"an encoder at {site}" for site in self.encodes(shape))
 
-    def encodes(self, context: ModelShape) -> tuple[str, ...]:
-        return {"site": tuple(context.widths), "stream": ("down_in",), "merged": ()}[self.place]
+    def encodes(self, shape: ModelShape) -> tuple[str, ...]:
+        return {"site": tuple(shape.widths), "stream": ("down_in",), "merged": ()}[self.place]
 
-    def check(self, context: ModelShape) -> list[str]:
-        if context.scheme.act is None:
+    def check(self, shape: ModelShape) -> list[str]:
+        if shape.scheme.act is None:
             raise ConfigError(
-                f"format.act.bits=16 with transform={self.name}: no activation is quantized, so there is nothing "
-                "to encode; set format.act.bits=4, or use another transform."
+                f"format.act.bits=16 with transform={self.name}: no activation is quantized, so "
+                "there is nothing to encode; set format.act.bits=4, or use another transform."
             )
-        blocks = {self._block(context), self._value_block(context)}
-        for g in blocks if self.init == "hadamard" else ():
-            reachable("transform.init=hadamard", g, "transform.init=identity")
+        sizes = {self._block(shape), self._value_block(shape)}
+        if self.init == "hadamard":
+            for g in sizes:
+                reachable("transform.init=hadamard", g, "transform.init=identity")
         return []
 
-    def _block(self, context: ModelShape) -> int:
+    def _block(self, shape: ModelShape) -> int:
         """g, for everything but values."""
-        outside = {"site": (), "stream": ("o_in",), "merged": ("o_in", "down_in")}[self.place]
-        widths = {site: width for site, width in context.widths.items() if site not in outside}
-        fits = [
-            g
-            for g in common_blocks(widths)
-            if self.place == "site" or not context.head_dim % min(g, context.head_dim)
-        ]
-        if self.block_size == "auto" and fits:
-            return fits[0]
-        if (
-            not isinstance(self.block_size, int)
-            or isinstance(self.block_size, bool)
-            or self.block_size < 2
-        ):
+        size = self.block_size
+        widths = {s: width for s, width in shape.widths.items() if s not in APART[self.place]}
+        blocks = common_blocks(widths)
+        if self.place != "site":  # a block of values is no larger than a head, and divides it
+            blocks = [g for g in blocks if shape.head_dim % min(g, shape.head_dim) == 0]
+        if size == "auto" and blocks:
+            return blocks[0]
+        if not isinstance(size, int) or isinstance(size, bool) or size < 2:
             raise ConfigError(
-                f"transform.block_size={self.block_size}: needs auto (where one of {BLOCKS} divides "
-                f"{dict(widths)} and the head, {context.head_dim}), or a number that does."
+                f"transform.block_size={size}: needs auto (where one of {BLOCKS} divides "
+                f"{dict(widths)} and the head, {shape.head_dim}), or a number that does."
             )
         for site, width in widths.items():
-            if width % self.block_size:
+            if width % size:
                 raise ConfigError(
-                    f"transform.block_size={self.block_size} does not divide site {site} ({width} features); "
-                    f"sizes that divide every site: {', '.join(map(str, fits)) or 'none of ' + str(BLOCKS)}."
+                    f"transform.block_size={size} does not divide site {site} "
+                    f"({width} features); {alternatives(blocks)}"
                 )
-        return self.block_size
+        return size
 
-    def _value_block(self, context: ModelShape) -> int:
-        g = min(self._block(context), context.head_dim)
-        if self.place != "site" and context.head_dim % g:
+    def _value_block(self, shape: ModelShape) -> int:
+        g = min(self._block(shape), shape.head_dim)
+        if self.place != "site" and shape.head_dim % g:
             raise ConfigError(
-                f"transform.block_size={g} does not divide head_dim {context.head_dim}, as the values' codec "
-                "must; take a divisor of it."
+                f"transform.block_size={g} does not divide head_dim {shape.head_dim}, as the "
+                "values' codec must; take a divisor of it."
             )
         return g
 
-    def fit(self, context: ModelShape, subject: CalibrationModel) -> Placement:
-        start = self.start(context, subject)
+    def fit(self, shape: ModelShape, model: CalibrationModel) -> Placement:
+        start = self.start(shape, model)
         notes = {
             "placement": self.place,
-            "block_size": self._block(context),
+            "block_size": self._block(shape),
             "decoder": self.decoder,
             "init": self.init,
         }
         if self.decoder == "ridge":
-            return self._ridge(context, subject, start, notes)
+            return self._ridge(shape, model, start, notes)
         if self.objective == "layer":
-            learned, more = reconstruct(subject, context, start, self.descent)
+            learned, more = reconstruct(model, shape, start, self.descent)
         else:
-            scheme, build = context.scheme.seen("act"), partial(self.build, context, subject)
-            learned, more = end_to_end(subject, scheme, start, build, self.descent, self.objective)
-        notes |= more | {
-            "orthogonality": max(deviation(m) for m in learned.values()),
-            "codec_gap": _gap(start, learned),
-        }
-        return replace(self.build(context, subject, learned), notes=notes)
+            scheme = shape.scheme.seen("act")
+            build = partial(self.build, shape, model)
+            learned, more = end_to_end(model, scheme, start, build, self.descent, self.objective)
+        notes |= more
+        notes["orthogonality"] = max(deviation(matrix) for matrix in learned.values())
+        notes["codec_gap"] = gap(start, learned)
+        return replace(self.build(shape, model, learned), notes=notes)
 
-    def start(self, context: ModelShape, subject: CalibrationModel) -> dict[str, Tensor]:
-        """All matrices to begin with, float64; decoders (named with ^) equal their encoders' transposes."""
-        encoders = self._encoders(context, subject)
+    def start(self, shape: ModelShape, model: CalibrationModel) -> dict[str, Tensor]:
+        """All matrices to begin with, float64.
+
+        Encoders: stream {R1 [nb, g, g], R2 and RM [L, nb, g, g]}, site {site: [L, nb, g, g]}. Free
+        decoders are named as their encoders with ^, and begin as copies of them: what decodes is
+        the transpose.
+        """
+        if self.init == "pca":
+            encoders = self._principal(shape, model)
+        else:
+            encoders = self._encoders(shape)
         if self.decoder != "free":
             return encoders
-        return self._copies(
-            encoders, [r for r in subject.roles.values() if r.layer == 0 and r.kind == "linear"]
-        )
+        return encoders | self._copies(encoders, model)
 
     def build(
-        self, context: ModelShape, subject: CalibrationModel, matrices: Mapping[str, Tensor]
+        self, shape: ModelShape, model: CalibrationModel, matrices: Mapping[str, Tensor]
     ) -> Placement:
         """Where such matrices go."""
-        linears = [
-            [r for r in subject.roles.values() if r.layer == i and r.kind == "linear"]
-            for i in range(context.layers)
-        ]
-        return (
-            self._sites(matrices, linears)
-            if self.place == "site"
-            else self._stream(subject, matrices, linears)
-        )
+        linears = [linears_of(model, layer) for layer in range(shape.layers)]
+        if self.place == "site":
+            return at_sites(matrices, linears)
+        return along_stream(matrices, linears, partial(self._scale, model))
 
-    def _encoders(self, context: ModelShape, subject: CalibrationModel) -> dict[str, Tensor]:
-        """The encoders to begin with: stream {R1 [nb, g, g], R2 and RM [L, nb, g, g]}, site {site: [L, nb, g, g]}."""
-        g, gv = self._block(context), self._value_block(context)
-        if self.place != "site":
-            shapes = {"R1": (g, ["attn_in", "mlp_in"]), "R2": (gv, ["o_in"])}
-            shapes |= {"RM": (g, ["down_in"])} if self.place == "stream" else {}
-        else:
-            shapes = {site: (g, [site]) for site in context.widths}
-        if self.init == "pca":
-            return self._principal(context, subject, shapes)
+    def _encoded(self, shape: ModelShape) -> dict[str, tuple[int, list[str]]]:
+        """{encoder: (the order of its blocks, the sites whose activations it is for)}."""
+        g = self._block(shape)
+        if self.place == "site":
+            return {site: (g, [site]) for site in shape.widths}
+        encoded = {"R1": (g, ["attn_in", "mlp_in"]), "R2": (self._value_block(shape), ["o_in"])}
+        if self.place == "stream":
+            encoded["RM"] = (g, ["down_in"])
+        return encoded
+
+    def _encoders(self, shape: ModelShape) -> dict[str, Tensor]:
+        """Encoders whose blocks are all alike."""
         start = {}
-        for name, (size, sites) in shapes.items():
-            width = (
-                context.kv_heads * context.head_dim if name == "R2" else context.widths[sites[0]]
-            )
-            one = torch.eye(size, dtype=torch.float64)
+        for name, (g, sites) in self._encoded(shape).items():
+            width = shape.widths[sites[0]]
+            if name == "R2":
+                width = shape.kv_heads * shape.head_dim
+            block = torch.eye(g, dtype=torch.float64)
             if self.init == "hadamard":
-                one = Hadamard(
-                    size, random_signs(size, generator(context.seed, "adacodec", size))
-                ).dense()
-            start[name] = one.expand(
-                *(() if name == "R1" else (context.layers,)), width // size, size, size
-            ).clone()
+                signs = random_signs(g, generator(shape.seed, "adacodec", g))
+                block = Hadamard(g, signs).dense()
+            layers = () if name == "R1" else (shape.layers,)
+            start[name] = block.expand(*layers, width // g, g, g).clone()
         return start
 
-    def _principal(
-        self, context: ModelShape, subject: CalibrationModel, shapes: Mapping
-    ) -> dict[str, Tensor]:
-        size = {site: size for size, sites in shapes.values() for site in sites}
-        found = subject.observe(
-            lambda layer, site, n: Covariance(size[site], False, lambda c: c),
-            size,
+    def _principal(self, shape: ModelShape, model: CalibrationModel) -> dict[str, Tensor]:
+        """Encoders along the principal axes of what they encode."""
+        encoded = self._encoded(shape)
+        orders = {site: g for g, sites in encoded.values() for site in sites}
+        covariances = model.observe(
+            lambda layer, site, width: Covariance(orders[site], center=False),
+            orders,
             "principal axes",
         )
         start = {}
-        for name, (g, sites) in shapes.items():
-            c = torch.stack(
-                [
-                    torch.stack([found[i, site] for site in sites]).mean(0)
-                    for i in range(context.layers)
-                ]
-            )
+        for name, (g, sites) in encoded.items():
+            layers = [
+                torch.stack([covariances[layer, site] for site in sites]).mean(0)
+                for layer in range(shape.layers)
+            ]
+            c = torch.stack(layers)
+            if name == "R1":  # one for all layers
+                c = c.mean(0)
             if name == "R2":  # the query heads of one key/value head read the same values
-                per_head = c.unflatten(1, (context.kv_heads, -1, context.head_dim // g))
+                per_head = c.unflatten(1, (shape.kv_heads, -1, shape.head_dim // g))
                 c = per_head.mean(2).flatten(1, 2)
-            start[name] = principal_axes(c.mean(0) if name == "R1" else c).cpu()
+            start[name] = principal_axes(c).cpu()
         return start
 
-    def _copies(self, start: Mapping[str, Tensor], linears: list[Role]) -> dict[str, Tensor]:
+    def _copies(self, encoders: Mapping[str, Tensor], model: CalibrationModel) -> dict[str, Tensor]:
         """Every decoder as a matrix of its own, beginning where its encoder begins."""
+        linears = linears_of(model, 0)  # all layers are alike
         if self.place == "site":
-            count = {site: sum(r.reads == site for r in linears) for site in start}
-            copies = {
-                f"{site}^": e[:, None].expand(-1, count[site], *e.shape[1:]).clone()
-                for site, e in start.items()
+            counts = {site: sum(role.reads == site for role in linears) for site in encoders}
+            return {
+                f"{site}^": e[:, None].expand(-1, counts[site], *e.shape[1:]).clone()
+                for site, e in encoders.items()
             }
-        else:
-            count = sum(r.reads_residual or r.writes == "residual" for r in linears)
-            copies = {
-                "R1^": start["R1"].expand(len(start["R2"]), count, *start["R1"].shape).clone()
-            }
-            copies |= {f"{name}^": start[name].clone() for name in ("R2", "RM") if name in start}
-        return {**start, **copies}
+        layers = len(encoders["R2"])
+        r1 = encoders["R1"]
+        copies = {"R1^": r1.expand(layers, sum(map(on_stream, linears)), *r1.shape).clone()}
+        copies |= {f"{name}^": e.clone() for name, e in encoders.items() if name != "R1"}
+        return copies
 
-    def _stream(
-        self, subject: CalibrationModel, matrices: Mapping[str, Tensor], linears: list[list[Role]]
-    ) -> Placement:
-        free, shared = "R1^" in matrices, matrices["R1"]
-        encoders, decoders, merged, online = {}, {}, {}, {}
-        # unbound at once: a gradient of single slices would be a tensor of all layers, thirty times over
-        copies = matrices["R1^"].unbind(0) if free else [None] * len(linears)
-        for name, places, site in (("R2", merged, "o_in"), ("RM", online, "down_in")):
-            hats = (
-                matrices[f"{name}^"].mT.unbind(0)
-                if f"{name}^" in matrices
-                else [None] * len(linears)
-            )
-            for i, (encoder, hat) in enumerate(
-                zip(matrices[name].unbind(0) if name in matrices else (), hats)
-            ):
-                places[i, site] = Blocks(encoder, hat)
-        for i in range(len(linears)):
-            sites = {r.reads for r in linears[i] if r.reads_residual}
-            scales = {
-                site: s.to(shared)
-                for site in sites
-                if (s := self._scale(subject, i, site)) is not None
-            }
-            merged |= {(i, site): Diagonal(s) for site, s in scales.items()}
-            touching = [r for r in linears[i] if r.reads_residual or r.writes == "residual"]
-            for role, copy in zip(
-                touching, copies[i].unbind(0) if free else [shared] * len(touching)
-            ):
-                if not role.reads_residual:
-                    encoders[i, role.name] = Blocks(copy)
-                elif role.reads in scales:
-                    decoders[i, role.name] = Blocks(
-                        None, scales[role.reads].view(len(copy), -1, 1) * copy.mT
-                    )
-                else:
-                    decoders[i, role.name] = Blocks(copy)
-        return Placement(Blocks(shared), merged, online, None, encoders, decoders)
+    def _scale(self, model: CalibrationModel, layer: int, site: str) -> Tensor | None:
+        """s with Q(h R1 diag(1 / s)): 1 / gamma from identity, none from another basis.
 
-    def _scale(self, subject: CalibrationModel, layer: int, site: str) -> Tensor | None:
-        """s with Q(h R1 diag(1 / s)): 1 / gamma from identity, so that learning starts at the very model and not at one whose
-        fused norms have changed what is quantized. In another basis gamma means nothing."""
-        gain = subject.gains.get((layer, site)) if self.init == "identity" else None
-        return None if gain is None else 1 / torch.copysign(gain.abs().clamp_min(FLOOR), gain)
-
-    @staticmethod
-    def _sites(matrices: Mapping[str, Tensor], linears: list[list[Role]]) -> Placement:
-        online, decoders = {}, {}
-        for site in (name for name in matrices if not name.endswith("^")):
-            copies = (
-                matrices[f"{site}^"].unbind(0) if f"{site}^" in matrices else [()] * len(linears)
-            )
-            for i, encoder in enumerate(matrices[site].unbind(0)):
-                online[i, site] = Blocks(encoder)
-                for role, copy in zip([r for r in linears[i] if r.reads == site], copies[i]):
-                    decoders[i, role.name] = Blocks(copy)
-        return Placement(online=online, decoders=decoders)
+        Learning so starts at the very model, and not at one whose fused norms have changed what is
+        quantized. In another basis gamma means nothing.
+        """
+        gain = model.gains.get((layer, site))
+        if gain is None or self.init != "identity":
+            return None
+        return 1 / torch.copysign(gain.abs().clamp_min(FLOOR), gain)
 
     def _ridge(
         self,
-        context: ModelShape,
-        subject: CalibrationModel,
+        shape: ModelShape,
+        model: CalibrationModel,
         start: Mapping[str, Tensor],
-        notes: dict,
+        notes: Mapping[str, object],
     ) -> Placement:
-        def collector(i, site, n):
-            return Ridge(Blocks(start[site][i]), context.reads(site, i))
+        def collector(layer: int | None, site: str, width: int) -> Ridge:
+            return Ridge(Blocks(start[site][layer]), shape.reads(site, layer))
 
-        found = subject.observe(collector, start, "ridge decoders")
-        online = {where: Blocks(start[where[1]][where[0]], d) for where, (d, _) in found.items()}
-        error = sum(e for _, e in found.values()) / len(found)
+        solved = model.observe(collector, start, "ridge decoders")
+        online = {
+            (layer, site): Blocks(start[site][layer], decoder)
+            for (layer, site), (decoder, _) in solved.items()
+        }
+        error = sum(error for _, error in solved.values()) / len(solved)
         return Placement(online=online, notes={**notes, "ridge_error": error})
-
-
-def _gap(start: Mapping[str, Tensor], learned: Mapping[str, Tensor]) -> float:
-    """The largest entry of |R1 R2 - I| over all pairs of an encoder and its decoder."""
-    gaps = [0.0]
-    for name in (n for n in start if f"{n}^" in learned):
-        encoder, copies = learned[name], learned[f"{name}^"]
-        encoder = encoder if name == "R1" or copies.ndim == encoder.ndim else encoder[:, None]
-        product = encoder @ copies.mT
-        gaps.append(
-            float((product - torch.eye(product.shape[-1], dtype=product.dtype)).abs().max())
-        )
-    return max(gaps)

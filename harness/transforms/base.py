@@ -1,29 +1,37 @@
 """The words every transform speaks: ModelShape, CalibrationModel, Transform.
 
-ModelShape is what is known before weights are loaded, CalibrationModel the loaded model under study.
-A transform only *produces* a Placement of codecs; merging them is one act for all (codecs/fold.py).
+A ModelShape is what is known before weights are loaded, a CalibrationModel the loaded model with
+its calibration text. A transform only *produces* a Placement of codecs; merging them is one act for
+all (codecs/fold.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from harness.codecs.placement import Placement, Role
+from harness.codecs.placement import Placement, Role, Where
 from harness.formats import Format, Scheme
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a transform may look at before any weight is loaded: `widths` {site: features}, the shape of the attention
-    heads, the formats, the solver's name (None: weights stay float), the run's seed, `readers` {site: its linears}."""
+    """What a transform may look at before any weight is loaded.
+
+    widths: {site: features}. layers, heads, kv_heads, head_dim: of the attention blocks. scheme:
+    the formats. seed: the run's. solver: its name; None where weights stay float. readers: {site:
+    its linears}.
+    """
 
     widths: Mapping[str, int]
     layers: int
@@ -35,8 +43,8 @@ class ModelShape:
     solver: str | None = None
     readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def reads(self, site: str, layer: int) -> Format | None:
-        """The format in which the linears of a site read their activation; all of them read one tensor."""
+    def reads(self, site: str, layer: int | None) -> Format | None:
+        """The format in which the linears of a site read their activation, one tensor for all."""
         first, *_ = self.readers.get(site) or ("",)
         return self.scheme.part("act", layer, first)
 
@@ -50,60 +58,94 @@ class ModelShape:
         return self.widths["attn_in"]
 
 
+class Collector(Protocol[T_co]):
+    """What gathers the activations of one site."""
+
+    def add(self, x: Tensor) -> None:
+        """Take in a micro-batch x [..., width]."""
+        ...
+
+    def finish(self) -> T_co:
+        """What became of them, once all are in."""
+        ...
+
+
 class CalibrationModel(Protocol):
-    """The loaded model, its norms fused if the transform asked for it, and the calibration text."""
+    """The loaded model, its norms fused if the transform asked for it, and the calibration text.
+
+    train: token ids [N, L] to learn from. held: token ids [M, L], the last tenth, to choose the
+    best iterate by. gains: {(layer, site): the norm weight fused there, float64}; empty if none
+    was.
+    """
 
     roles: Mapping[str, Role]
-    train: Tensor  # token ids [N, L] to learn from
-    held: Tensor  # token ids [M, L], the last tenth, to choose the best iterate by
+    train: Tensor
+    held: Tensor
     device: torch.device
-    gains: Mapping[
-        tuple[int | None, str], Tensor
-    ]  # (layer, site) -> the norm weight fused there, float64; empty if none was
+    gains: Mapping[Where, Tensor]
 
     def weight(self, layer: int, linear: str) -> Tensor:
         """The weight [out, in] of a block-relative linear."""
+        ...
 
     def observe(
         self,
-        collector: Callable,
+        collector: Callable[[int | None, str, int], Collector[T]],
         sites: Iterable[str],
         title: str,
-        note: Callable[[dict], str] = ...,
-    ) -> dict[tuple[int | None, str], object]:
-        """Stream the calibration text; at each (layer, site) `collector(layer, site, width)` gets `.add(x)` for every
-        micro-batch x [..., width] and its `.finish()` is returned. One site's collector is filled at a time. note: what the
-        progress bar says after each layer, from what was found so far."""
+        note: Callable[[dict[Where, T]], str] = ...,
+    ) -> dict[Where, T]:
+        """Stream the calibration text; {(layer, site): what its collector finished with}.
+
+        collector: (layer, site, width) -> who gathers there; one is filled at a time. note: what
+        the progress bar says after each layer, from the results so far.
+        """
+        ...
 
     def unmerged(self, placement: Placement, scheme: Scheme | None) -> AbstractContextManager:
-        """Within it, the forward runs with the placement's codecs applied to activations (weights untouched) and, with a
-        scheme, with activations and KV quantized by straight-through estimators."""
+        """Within it, the forward runs with the placement's codecs applied to activations.
+
+        Weights are untouched. With a scheme, activations and KV are quantized by straight-through
+        estimators.
+        """
+        ...
 
     def logits(self, ids: Tensor) -> Tensor:
         """ids [B, L] -> logits [B, L, vocabulary]."""
+        ...
 
     def hidden(self, ids: Tensor) -> Tensor:
         """ids [B, L] -> what the output head reads [B, L, hidden]."""
+        ...
 
     def head(self, hidden: Tensor) -> Tensor:
         """The logits of `hidden`."""
+        ...
 
     def stage(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
         """A progress bar; yields `advance(note="")`."""
+        ...
 
     def log(self, values: dict, step: int) -> None:
-        """Points of learning curves, `family/metric`; steps count from 1 within a family, of matrices that are learned one
-        after another from the first one's to the last one's."""
+        """Points of learning curves, `family/metric`.
+
+        Steps count from 1 within a family; of matrices that are learned one after another, from
+        the first one's to the last one's.
+        """
+        ...
 
 
 class Transform(ABC):
     """Produces a Placement.
 
-    name: of the option it was built from, for messages. exact: the function of the model must not change (the gate holds it to
-    that). residual: the residual stream is rotated, so the head is untied and norm weights are fused first. learned: fitting
-    costs so much that its result is stored. free_decoder: quantized inputs are not those of the original weights, so a
-    Hessian has to see them quantized. sees: the parts of the format that change what is learned. unread: settings
-    without effect as the others are set.
+    name: of the option it was built from, for messages.
+    exact: the function of the model must not change (the gate holds it to that).
+    residual: the residual stream is rotated, so the head is untied and norms are fused first.
+    learned: fitting costs so much that its result is stored.
+    free_decoder: quantized inputs are not those of the original weights, so a Hessian has to see
+        them quantized.
+    sees: the parts of the format that change what is learned.
+    unread: settings without effect as the others are set.
     """
 
     name: str = "transform"
@@ -114,33 +156,47 @@ class Transform(ABC):
     sees: tuple[str, ...] = ("act", "kv")
     unread: tuple[str, ...] = ()
 
-    def check(self, context: ModelShape) -> list[str]:
-        """Refuse what cannot work (ConfigError), before any weight is loaded; returns warnings for the result table."""
+    def check(self, shape: ModelShape) -> list[str]:
+        """Refuse what cannot work (ConfigError), before any weight is loaded.
+
+        Returns warnings for the result table.
+        """
         return []
 
-    def leaves(self, context: ModelShape) -> tuple[str, ...]:
-        """What cannot be merged and stays online, in words; a checkpoint for others cannot hold it."""
+    def leaves(self, shape: ModelShape) -> tuple[str, ...]:
+        """What cannot be merged and stays online, in words; others' checkpoints cannot hold it."""
         return ()
 
-    def encodes(self, context: ModelShape) -> tuple[str, ...]:
-        """Sites of the blocks before which an encoder runs, so that what feeds them takes no scale."""
+    def encodes(self, shape: ModelShape) -> tuple[str, ...]:
+        """Sites of the blocks before which an encoder runs, so that their feeders take no scale."""
         return ()
 
     @property
     def structure(self) -> dict[str, object]:
-        """What of the settings a stored placement must have been made with, to be loaded under them."""
+        """The settings that a stored placement must share, to be loaded under these."""
         return {}
 
-    def complete(self, context: ModelShape, placement: Placement) -> Placement:
-        """A stored placement with what this run wants beside the learned matrices (R3 and R4 of the rotations)."""
+    def complete(self, shape: ModelShape, placement: Placement) -> Placement:
+        """A stored placement with what this run wants besides (R3 and R4 of the rotations)."""
         return placement
 
     @abstractmethod
-    def fit(self, context: ModelShape, subject: CalibrationModel) -> Placement:
+    def fit(self, shape: ModelShape, model: CalibrationModel) -> Placement:
         """The matrices of this transform."""
 
 
+def weights_at(model: CalibrationModel, layer: int | None, site: str) -> Iterator[Tensor]:
+    """The weights [out, width] of the linears of a block that read this site, one at a time."""
+    for role in model.roles.values():
+        if role.layer is not None and (role.layer, role.reads) == (layer, site):
+            yield model.weight(role.layer, role.name)
+
+
 def generator(*key: object) -> torch.Generator:
-    """A CPU generator seeded from a key such as (seed, layer, site), so that draws do not depend on visiting order."""
+    """A CPU generator seeded from a key such as (seed, layer, site).
+
+    Draws so do not depend on the order in which places are visited.
+    """
     digest = hashlib.sha256(repr(key).encode()).digest()
+    # torch takes a signed 64-bit seed: seven bytes always fit
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

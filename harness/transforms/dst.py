@@ -1,9 +1,10 @@
 """dst: x -> DST-II(x) block by block, W <- W S with the same orthonormal matrix S.
 
-    S[i, k] = sqrt(2 / g) c_k sin(pi (2 i + 1) (k + 1) / (2 g)),    c_{g-1} = 1 / sqrt 2,  else 1        i, k = 0 .. g - 1
+    S[i, k] = sqrt(2 / g) c_k sin(pi (2 i + 1) (k + 1) / (2 g)),    i, k = 0 .. g - 1
+    c_{g-1} = 1 / sqrt 2,  else 1
 
-Source: FP-Quant `transform_class=dst`, MR-GPTQ (arXiv 2509.23202). S is not symmetric, hence not its own inverse. Differences
-as for dct: no SciPy, block by block.
+Source: FP-Quant `transform_class=dst`, MR-GPTQ (arXiv 2509.23202). S is not symmetric, hence not
+its own inverse. Differences as for dct: no SciPy, block by block.
 """
 
 from __future__ import annotations

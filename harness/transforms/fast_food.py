@@ -1,14 +1,19 @@
-"""fast_food: x -> x B block by block, W <- W (B^-1)^T; B is an invertible stand-in for a Gaussian matrix, not orthogonal.
+"""fast_food: x -> x B block by block, W <- W (B^-1)^T, with B in place of a Gaussian matrix.
 
     B = c S H G P H D,    c = 1 / |G|_F
-    D signs,  P a permutation,  G = diag(g_i), g_i normal,  S = diag(s_i), s_i chi with g degrees of freedom,  H orthonormal
 
-Rows of H G P H D have the norm |G|_F / sqrt(g), so row i of B has s_i / sqrt(g), one in the mean square. |g_i| is raised to at
-least FLOOR and s_i to at least FLOOR sqrt(g), signs kept: cond(B) is at most max|g_i| max s_i / (FLOOR^2 sqrt(g)), in practice
+    D  signs                           G = diag(g_i), g_i normal
+    P  a permutation                   S = diag(s_i), s_i chi with g degrees of freedom
+    H  an orthonormal Hadamard matrix
+
+B is invertible, not orthogonal. Rows of H G P H D have the norm |G|_F / sqrt(g), so row i of B has
+s_i / sqrt(g), one in the mean square. |g_i| is raised to at least FLOOR and s_i to at least
+FLOOR sqrt(g), signs kept: cond(B) is at most max|g_i| max s_i / (FLOOR^2 sqrt(g)), in practice
 about 30. An ablation.
 
-Source: Fastfood (arXiv 1408.3060) as FP-Quant's `transform_class=fast_food`, MR-GPTQ (arXiv 2509.23202). Differences: the
-floor; c gives rows of norm one, where FP-Quant divides each s_i by |g_i| and scales by sqrt 2; any Hadamard order; seeded.
+Source: Fastfood (arXiv 1408.3060) as FP-Quant's `transform_class=fast_food`, MR-GPTQ (arXiv
+2509.23202). Differences: the floor; c gives rows of norm one, where FP-Quant divides each s_i by
+|g_i| and scales by sqrt 2; any Hadamard order; seeded.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from harness.linalg.hadamard import hadamard, random_signs, reachable
 from harness.transforms.base import generator
 from harness.transforms.block_diagonal import BlockDiagonal
 
-FLOOR = 1 / 8
+FLOOR = 1 / 8  # least share of its typical size that a g_i or s_i keeps
 
 
 class FastFood(BlockDiagonal):

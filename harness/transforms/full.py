@@ -3,12 +3,15 @@
     init               identity   A = I                     hadamard   A = H_n
                        orthogonal A Haar-distributed        xavier     A normal of variance 1 / n
     parametrization    general    A = the init itself
-                       orthogonal A = the init, xavier through QR with positive diagonal (so Haar too)
-                       svd        A = U diag(s) V, U and V two such orthogonal matrices, log2 s uniform in [-1, 1]; s = 1 if I
+                       orthogonal A = the init, xavier through QR with positive diagonal (so Haar
+                                  too)
+                       svd        A = U diag(s) V, U and V two such orthogonal matrices, log2 s
+                                  uniform in [-1, 1]; s = 1 for identity
 
-Source: FP-Quant `transform_class=full`, MR-GPTQ (arXiv 2509.23202). Differences: FP-Quant's parametrizations are there to be
-trained (orthogonal by Cayley), ours only say on which manifold the draw lies; (A^-1)^T in float64, no pseudo-inverse.
-A normal matrix of order n has a condition number of n and more: an ablation, and one that costs digits.
+Source: FP-Quant `transform_class=full`, MR-GPTQ (arXiv 2509.23202). Differences: FP-Quant's
+parametrizations are there to be trained (orthogonal by Cayley), ours only say on which manifold the
+draw lies; (A^-1)^T in float64, no pseudo-inverse. A normal matrix of order n has a condition number
+of n and more: an ablation, and one that costs digits.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ INITS = ("identity", "orthogonal", "hadamard", "xavier")
 
 
 class FullMatrix(BlockDiagonal):
-    """parametrization: general | orthogonal | svd. init: identity | orthogonal | hadamard | xavier."""
+    """parametrization: general | orthogonal | svd. init: identity | orthogonal | hadamard |
+    xavier."""
 
     def __init__(self, parametrization: str = "general", init: str = "orthogonal"):
         super().__init__("full")
@@ -39,13 +43,15 @@ class FullMatrix(BlockDiagonal):
         self.init = one_of("transform.init", init, INITS)
 
     def refuse(self, order: int) -> None:
-        for side in self.sides(order) if self.init == "hadamard" else ():
+        if self.init != "hadamard":
+            return
+        for side in self.sides(order):
             try:
                 factors(side)
             except ConfigError:
                 raise ConfigError(
-                    f"transform.init=hadamard: there is no Hadamard matrix of order {side}, which a site of {order} features "
-                    "needs; use transform.init=orthogonal."
+                    f"transform.init=hadamard: there is no Hadamard matrix of order {side}, "
+                    f"which a site of {order} features needs; use transform.init=orthogonal."
                 ) from None
 
     def sides(self, width: int) -> tuple[int, ...]:
@@ -54,11 +60,15 @@ class FullMatrix(BlockDiagonal):
 
     def codec(self, order: int, site: str, seed: int) -> Codec:
         matrix = dense(order, self.parametrization, self.init, generator(seed, "full", site, order))
-        keeps_norms = self.parametrization != "svd" and (self.parametrization, self.init) != (
-            "general",
-            "xavier",
-        )
-        return Blocks(matrix) if keeps_norms else Blocks(matrix, torch.linalg.inv(matrix))
+        if self._orthogonal:
+            return Blocks(matrix)  # whose inverse is its transpose, without the digits of a solve
+        return Blocks(matrix, torch.linalg.inv(matrix))
+
+    @property
+    def _orthogonal(self) -> bool:
+        if self.parametrization == "general":
+            return self.init != "xavier"
+        return self.parametrization == "orthogonal"
 
 
 def dense(n: int, parametrization: str, init: str, draw: torch.Generator) -> Tensor:
@@ -67,12 +77,11 @@ def dense(n: int, parametrization: str, init: str, draw: torch.Generator) -> Ten
         return _initial(n, init, draw)
     if parametrization == "orthogonal":
         return _orthogonal(n, init, draw)
-    u, v = _orthogonal(n, init, draw), _orthogonal(n, init, draw)
-    octaves = (
-        torch.zeros(n)
-        if init == "identity"
-        else 2 * torch.rand(n, generator=draw, dtype=torch.float64) - 1
-    )
+    u = _orthogonal(n, init, draw)
+    v = _orthogonal(n, init, draw)
+    octaves = torch.zeros(n)
+    if init != "identity":
+        octaves = 2 * torch.rand(n, generator=draw, dtype=torch.float64) - 1
     return u * octaves.to(u).exp2() @ v
 
 
@@ -81,13 +90,13 @@ def _initial(n: int, init: str, draw: torch.Generator) -> Tensor:
         return torch.eye(n, dtype=torch.float64)
     if init == "orthogonal":
         return random_orthogonal(n, draw)
-    return (
-        hadamard(n)
-        if init == "hadamard"
-        else torch.randn(n, n, generator=draw, dtype=torch.float64) / n**0.5
-    )
+    if init == "hadamard":
+        return hadamard(n)
+    return torch.randn(n, n, generator=draw, dtype=torch.float64) / n**0.5
 
 
 def _orthogonal(n: int, init: str, draw: torch.Generator) -> Tensor:
     matrix = _initial(n, init, draw)
-    return qr_orth(matrix) if init == "xavier" else matrix
+    if init == "xavier":
+        return qr_orth(matrix)
+    return matrix  # every other init is orthogonal as it is

@@ -1,11 +1,13 @@
-"""gsr: x -> x H_w block by block, W <- W H_w; H_w is the Sylvester matrix with its columns in sequency order (Walsh).
+"""gsr: x -> x H_w block by block, W <- W H_w, the Sylvester matrix in sequency order (Walsh).
 
     H_w[:, j] = the column of H_g that changes sign j times going down        j = 0 .. g - 1
 
-Source: FP-Quant `transform_class=gsr`, MR-GPTQ (arXiv 2509.23202), after grouped sequency-arranged rotation (arXiv 2505.03810).
-It mixes as hadamard does, but neighbouring outputs have neighbouring frequencies, so a format's group inside a larger block has
-values of like variance; with a block no larger than the group it differs from hadamard only in their order. Differences: none
-in the matrix; it is applied block by block.
+It mixes as hadamard does, but neighbouring outputs have neighbouring frequencies, so a format's
+group inside a larger block has values of like variance; with a block no larger than the group it
+differs from hadamard only in their order.
+
+Source: FP-Quant `transform_class=gsr`, MR-GPTQ (arXiv 2509.23202), after grouped sequency-arranged
+rotation (arXiv 2505.03810). Differences: none in the matrix; it is applied block by block.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ class SequencyBlocks(BlockDiagonal):
     """block_size: auto, full, or a power of two that divides every site."""
 
     def refuse(self, order: int) -> None:
-        if order & (order - 1):
+        if order & (order - 1):  # zero for a power of two alone
             raise ConfigError(
-                f"transform.block_size={self.block_size}: sequency order needs a power of two, {order} is none."
+                f"transform.block_size={self.block_size}: sequency order needs a power of two, "
+                f"{order} is none."
             )
 
     def codec(self, order: int, site: str, seed: int) -> Codec:

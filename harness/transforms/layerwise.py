@@ -1,26 +1,32 @@
 """Codecs fitted site by site from activations alone, without a pass through the whole model.
 
-    layer   min over E, D_k in O(n)   sum over linears k of  |X W_k^T - Q(X E) D_k W_k^T|^2 / |X W_k^T|^2     (Cayley SGD)
-    ridge   D = argmin |X - Q(X E) D|^2 + lambda |D|^2 = (Q^T Q + lambda I)^-1 Q^T X,   lambda = 1e-4 mean diag(Q^T Q)
+    layer   min over E, D_k in O(n)  of  sum over linears k of
+            |X W_k^T - Q(X E) D_k W_k^T|^2 / |X W_k^T|^2            by Cayley SGD
 
-Cheap, and an upper bound on what a decoder can undo; with a straight-through gradient the layer loss hardly leaves its start.
+    ridge   D = argmin |X - Q(X E) D|^2 + lambda |D|^2
+              = (Q^T Q + lambda I)^-1 Q^T X,    lambda = 1e-4 mean diag(Q^T Q)
+
+Cheap, and an upper bound on what a decoder can undo; with a straight-through gradient the layer
+loss hardly leaves its start.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from harness.codecs.codec import Blocks, Codec
+from harness.codecs.placement import Where
 from harness.formats import Format
 from harness.linalg.blocks import times
-from harness.transforms.base import CalibrationModel, ModelShape
+from harness.transforms.base import CalibrationModel, ModelShape, weights_at
 from harness.transforms.learn import Best, Descent, Orthogonal
-from harness.transforms.sampling import Reservoir
+from harness.transforms.sampling import Reservoir, Then
 
 ROWS = 4096  # activations kept of a site; a tenth of them chooses the best iterate
 ROWS_A_WINDOW = 512
@@ -28,125 +34,150 @@ RIDGE = 1e-4
 
 
 class Ridge:
-    """Running normal equations of one site; `finish` gives (D [1, n, n] float64, relative error of X it leaves)."""
+    """Running normal equations of one site."""
 
     def __init__(self, encoder: Codec, act: Format | None):
-        self.encoder, self.fake = encoder, fake(act, ste=False)
-        self.gram, self.cross, self.power = 0.0, 0.0, 0.0
+        self.encoder = encoder
+        self.fake = fake(act, ste=False)
+        # scalars of the CPU, which add to what lies on any device
+        self.gram = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.cross = torch.zeros((), dtype=torch.float64, device="cpu")
+        self.power = 0.0
 
     def add(self, x: Tensor) -> None:
         """Take in activations [..., n]."""
         x = x.flatten(0, -2).float()
         q = self.fake(self.encoder.encode(x))
-        self.gram, self.cross = self.gram + (q.T @ q).double(), self.cross + (q.T @ x).double()
+        self.gram = self.gram + (q.T @ q).double()
+        self.cross = self.cross + (q.T @ x).double()
         self.power += float(x.double().square().sum())
 
     def finish(self) -> tuple[Tensor, float]:
+        """(D [1, n, n] float64, relative error of X it leaves)."""
         damped = self.gram.clone()
         damped.diagonal().add_(RIDGE * damped.diagonal().mean())
         decoder = torch.linalg.solve(damped, self.cross)
-        error = (
-            self.power - 2 * (self.cross * decoder).sum() + (decoder * (self.gram @ decoder)).sum()
-        )
+        # |X - Q D|^2, multiplied out: no activation is kept
+        mixed = 2 * (self.cross * decoder).sum()
+        error = self.power - mixed + (decoder * (self.gram @ decoder)).sum()
         return decoder[None].cpu(), float(error) / self.power
 
 
+@dataclass(frozen=True)
+class Fit:
+    """What a site learned: matrices {name: [.., g, g]}, the held-out loss at first and at best."""
+
+    matrices: Mapping[str, Tensor]
+    first: float
+    best: float
+
+
 def reconstruct(
-    subject: CalibrationModel, context: ModelShape, start: Mapping[str, Tensor], descent: Descent
-) -> tuple[dict, dict]:
-    """Learned {site: [L, nb, g, g], site^: [L, linears, nb, g, g]} from such a start, by the layer objective, and notes."""
+    model: CalibrationModel, shape: ModelShape, start: Mapping[str, Tensor], descent: Descent
+) -> tuple[dict[str, Tensor], dict]:
+    """Matrices learned by the layer objective, and notes.
+
+    start: {site: [L, nb, g, g], site^: [L, linears, nb, g, g]}, encoders and decoders, as are those
+    learned.
+    """
     sites = [name for name in start if not name.endswith("^")]
 
-    def collector(layer: int, site: str, width: int) -> Reservoir:
-        weights = [
-            subject.weight(layer, r.name)
-            for r in subject.roles.values()
-            if (r.layer, r.reads) == (layer, site)
-        ]
-        own, act = (
-            {name: start[name][layer] for name in (site, f"{site}^") if name in start},
-            context.reads(site, layer),
-        )
+    def collector(layer: int | None, site: str, width: int) -> Then[Tensor, Fit]:
+        assert layer is not None  # a site of a block, as all of them are
+        names = [name for name in (site, f"{site}^") if name in start]
         before = (layer * len(sites) + sites.index(site)) * descent.steps
-
-        def log(values, step):
-            return subject.log(values, before + step)
-
-        return Reservoir(
-            ROWS,
-            context.seed,
-            layer,
+        layerwise = _Site(
             site,
-            then=lambda x: _fit(x, weights, own, site, act, descent, log),
+            list(weights_at(model, layer, site)),
+            fake(shape.reads(site, layer), ste=True),
+            lambda values, step: model.log(values, before + step),
+        )
+        matrices = {name: start[name][layer] for name in names}
+        return Then(
+            Reservoir(ROWS, shape.seed, layer, site), lambda x: layerwise.fit(x, matrices, descent)
         )
 
-    def losses(found: Mapping) -> list[float]:
-        return [sum(f[1][k] for f in found.values()) / len(found) for k in (0, 1)]
-
-    found = subject.observe(
+    fits = model.observe(
         collector,
         sites,
         "layer objective",
-        lambda found: "held out {:.5f}, was {:.5f}".format(*reversed(losses(found))),
+        lambda fits: "held out {1:.5f}, was {0:.5f}".format(*_mean_losses(fits)),
     )
     learned = {
-        n: torch.stack([found[i, n.rstrip("^")][0][n] for i in range(context.layers)])
-        for n in start
+        name: torch.stack(
+            [fits[layer, name.rstrip("^")].matrices[name] for layer in range(shape.layers)]
+        )
+        for name in start
     }
-    return learned, {"objective": "layer", "steps": descent.steps, "held_out_loss": losses(found)}
+    notes = {"objective": "layer", "steps": descent.steps, "held_out_loss": _mean_losses(fits)}
+    return learned, notes
 
 
 def fake(act: Format | None, ste: bool) -> Callable[[Tensor], Tensor]:
     """x -> Q(x) with scales from each tensor; x itself where nothing is quantized."""
-    return (lambda x: x) if act is None else partial(act.dynamic().fake, ste=ste)
+    if act is None:
+        return lambda x: x
+    return partial(act.dynamic().fake, ste=ste)
 
 
-@torch.enable_grad()
-def _fit(
-    x: Tensor,
-    weights: list[Tensor],
-    start: Mapping,
-    site: str,
-    act: Format | None,
-    descent: Descent,
-    log: Callable[[dict, int], None],
-) -> tuple[dict, list]:
-    held, x = x[: max(1, len(x) // 10)], x[max(1, len(x) // 10) :]
-    moving = Orthogonal({name: matrix.to(x.device) for name, matrix in start.items()}, descent)
-    rows, quantize = ROWS_A_WINDOW * descent.batch, fake(act, ste=True)
+def _mean_losses(fits: Mapping[Where, Fit]) -> list[float]:
+    """Over all sites, at first and at best."""
+    first = sum(fit.first for fit in fits.values())
+    best = sum(fit.best for fit in fits.values())
+    return [first / len(fits), best / len(fits)]
 
-    def loss(matrices: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        y = quantize(Blocks(matrices[site]).encode(x))
-        decoders = (
-            matrices[f"{site}^"].unbind(0)
-            if f"{site}^" in matrices
-            else [matrices[site]] * len(weights)
-        )
-        total = 0.0
-        for weight, decoder in zip(weights, decoders):
-            wanted = x @ weight.float().T
-            total = (
-                total
-                + (times(y, decoder.mT) @ weight.float().T - wanted).square().sum()
-                / wanted.square().sum()
-            )
-        return total / len(weights)
 
-    with torch.no_grad():
-        best = Best(moving, float(loss(moving.snapshot(), held)), descent.steps)
-    for step in range(1, descent.steps + 1):
-        value = loss(moving.matrices(), x[torch.arange((step - 1) * rows, step * rows) % len(x)])
-        value.backward()
-        point = {"learn/loss": float(value.detach())}
-        if not math.isfinite(point["learn/loss"]):
-            raise FloatingPointError(
-                f"the layer loss at {site} is not finite in step {step}: lower lr={descent.lr}"
-            )
-        moving.step()
-        if best.due(step):
-            with torch.no_grad():
+@dataclass(frozen=True)
+class _Site:
+    """A site whose codec is learned from what `weights` make of its rows."""
+
+    name: str
+    weights: list[Tensor]
+    quantize: Callable[[Tensor], Tensor]
+    log: Callable[[dict, int], None]
+
+    @torch.enable_grad()
+    def fit(self, x: Tensor, start: Mapping[str, Tensor], descent: Descent) -> Fit:
+        """From rows x [T, n]. Raises FloatingPointError when the loss is not finite."""
+        # the sample is in no order, so that its first rows are as good as any
+        count = max(1, len(x) // 10)
+        held = x[:count]
+        x = x[count:]
+        rows = ROWS_A_WINDOW * descent.batch
+        moving = Orthogonal({name: m.to(x.device) for name, m in start.items()}, descent)
+        best = Best(moving, self._held_out(moving.snapshot(), held), descent.steps)
+        for step in range(1, descent.steps + 1):
+            # in turn, and from the start again when all were seen
+            batch = x[torch.arange((step - 1) * rows, step * rows) % len(x)]
+            value = self.loss(moving.matrices(), batch)
+            value.backward()
+            point = {"learn/loss": float(value.detach())}
+            if not math.isfinite(point["learn/loss"]):
+                raise FloatingPointError(
+                    f"the layer loss at {self.name} is not finite in step {step}: "
+                    f"lower lr={descent.lr}"
+                )
+            moving.step()
+            if best.due(step):
                 now = moving.snapshot()
-                point["learn/held_out"] = float(loss(now, held))
+                point["learn/held_out"] = self._held_out(now, held)
                 best.offer(step, now, point["learn/held_out"])
-        log(point, step)
-    return best.projected(), [best.first, best.loss]
+            self.log(point, step)
+        return Fit(best.projected(), best.first, best.loss)
+
+    def loss(self, matrices: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """The mean over the linears of their relative errors."""
+        y = self.quantize(Blocks(matrices[self.name]).encode(x))
+        decoders = [matrices[self.name]] * len(self.weights)
+        if f"{self.name}^" in matrices:
+            decoders = matrices[f"{self.name}^"].unbind(0)
+        total = x.new_zeros(())
+        for weight, decoder in zip(self.weights, decoders):
+            target = x @ weight.float().T
+            error = times(y, decoder.mT) @ weight.float().T - target
+            total = total + error.square().sum() / target.square().sum()
+        return total / len(self.weights)
+
+    @torch.no_grad()
+    def _held_out(self, matrices: Mapping[str, Tensor], held: Tensor) -> float:
+        return float(self.loss(matrices, held))

@@ -1,6 +1,6 @@
-"""Learning orthogonal matrices end to end: a loss of the whole model (losses.py), activations quantized, weights frozen.
+"""Learning orthogonal matrices end to end: a loss of the whole model (losses.py), weights frozen.
 
-The live forward (transforms.CalibrationModel.unmerged) applies the codecs to activations with
+The live forward (CalibrationModel.unmerged) applies the codecs to activations, with
 straight-through quantizers, so no gradient of a weight is ever taken. The matrices of the iterate
 with the least loss on held-out windows are returned, the start being one of the candidates: the
 loss returned is never above the one begun with.
@@ -31,9 +31,12 @@ OPTIMIZERS = ("cayley", "fixed_point", "cayley_adam")
 class Descent:
     """How the matrices move.
 
-    steps, batch: windows a step. optimizer: cayley (exact steps) | fixed_point (SpinQuant's SGD-G) | cayley_adam (Adam on the
-    Cayley parametrization). lr decays to 0 by a cosine. max_angle: most radians a step may turn, null for no cap. cap: tensor
-    | block, whose norm bounds a step.
+    steps. batch: windows a step.
+    optimizer: cayley (exact steps) | fixed_point (SpinQuant's SGD-G) | cayley_adam (Adam on the
+        Cayley parametrization).
+    lr: decays to 0 by a cosine.
+    max_angle: most radians a step may turn, null for no cap.
+    cap: tensor | block, whose norm bounds a step.
     """
 
     steps: int
@@ -53,39 +56,39 @@ class Descent:
             number("transform.max_angle", self.max_angle, 1e-9, 10)
             if self.optimizer == "cayley_adam":
                 raise ConfigError(
-                    "transform.max_angle with transform.optimizer=cayley_adam: only Cayley SGD caps its angle; "
-                    "set transform.max_angle=null."
+                    "transform.max_angle with transform.optimizer=cayley_adam: only Cayley SGD "
+                    "caps its angle; set transform.max_angle=null."
                 )
 
 
 class Orthogonal:
-    """Named orthogonal matrices [.., n, n] under one optimizer. `matrices()` is differentiable."""
+    """Named orthogonal matrices [.., n, n] under one optimizer."""
 
     def __init__(self, start: Mapping[str, Tensor], descent: Descent):
         self.start = {name: matrix.detach().float() for name, matrix in start.items()}
-        adam = descent.optimizer == "cayley_adam"
-        self.free = {
-            n: (torch.zeros_like(m) if adam else m.clone()).requires_grad_()
-            for n, m in self.start.items()
-        }
-        if adam:
-            self.matrices = lambda: {
-                name: cayley(self.start[name], a) for name, a in self.free.items()
-            }
+        self.adam = descent.optimizer == "cayley_adam"
+        # the matrices themselves, or the skew-symmetric ones that parametrize them, zero at first
+        first = torch.zeros_like if self.adam else torch.clone
+        self.free = {name: first(matrix).requires_grad_() for name, matrix in self.start.items()}
+        if self.adam:
             self.optimizer = torch.optim.Adam(self.free.values(), lr=descent.lr)
         else:
-            method = "exact" if descent.optimizer == "cayley" else "fixed_point"
-            self.matrices = lambda: self.free
             self.optimizer = CayleySGD(
                 self.free.values(),
                 descent.lr,
-                method=method,
+                method="exact" if descent.optimizer == "cayley" else "fixed_point",
                 cap=descent.cap,
                 max_angle=descent.max_angle,
             )
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             self.optimizer, max(1, descent.steps)
         )
+
+    def matrices(self) -> dict[str, Tensor]:
+        """The matrices now, float32, differentiable in what moves."""
+        if self.adam:
+            return {name: cayley(self.start[name], a) for name, a in self.free.items()}
+        return self.free
 
     def step(self) -> None:
         """One step along the gradients gathered since the last."""
@@ -95,7 +98,7 @@ class Orthogonal:
 
     @torch.no_grad()
     def snapshot(self) -> dict[str, Tensor]:
-        """The matrices now, float32."""
+        """The matrices now, float32, as copies."""
         return {name: matrix.clone() for name, matrix in self.matrices().items()}
 
 
@@ -104,112 +107,121 @@ class Best:
 
     def __init__(self, moving: Orthogonal, loss: float, steps: int):
         self.steps = steps
-        self.matrices, self.step, self.first, self.loss = moving.snapshot(), 0, loss, loss
+        self.matrices = moving.snapshot()
+        self.step = 0
+        self.first = loss
+        self.loss = loss
 
     def due(self, step: int) -> bool:
-        """Whether the held-out loss is to be taken after this step: CHECKS times, and at the end."""
+        """Whether the held-out loss is to be taken after a step: CHECKS times, and at the end."""
         return step % max(1, self.steps // CHECKS) == 0 or step == self.steps
 
     def offer(self, step: int, matrices: dict[str, Tensor], loss: float) -> None:
         """A candidate."""
         if loss < self.loss:
-            self.matrices, self.step, self.loss = matrices, step, loss
+            self.matrices = matrices
+            self.step = step
+            self.loss = loss
 
     def projected(self) -> dict[str, Tensor]:
         """The best matrices on the group exactly, float64 on the CPU."""
         return {name: project(matrix.double()).cpu() for name, matrix in self.matrices.items()}
 
 
+class Teacher:
+    """The unquantized model.
+
+    Of windows that come again its final hidden states are kept, a small part of the logits they
+    make, and the forward is saved.
+    """
+
+    def __init__(self, model: CalibrationModel):
+        self.model = model
+        self.states: dict[bytes, Tensor] = {}
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor, again: bool) -> Tensor:
+        """Logits [B, L, V] of ids [B, L]; again: whether to keep what a second call needs."""
+        key = ids.numpy(force=True).tobytes()
+        hidden = self.states.get(key)
+        if hidden is None:
+            hidden = self.model.hidden(ids)
+            if again:
+                self.states[key] = hidden
+        return self.model.head(hidden)
+
+
 def end_to_end(
-    subject: CalibrationModel,
+    model: CalibrationModel,
     scheme: Scheme,
     start: Mapping[str, Tensor],
-    build: Callable[[Mapping], Placement],
+    build: Callable[[Mapping[str, Tensor]], Placement],
     descent: Descent,
     objective: str,
 ) -> tuple[dict[str, Tensor], dict]:
     """Learned matrices, projected onto the group in float64, and notes on how it went.
 
-    scheme: what is quantized in the loop, never weights; start: {name: orthogonal [.., n, n]}; build: matrices -> Placement;
-    objective: lm | kd. Raises FloatingPointError when the loss is not finite.
+    scheme: what is quantized in the loop, never weights. start: {name: orthogonal [.., n, n]}.
+    build: matrices -> Placement. objective: lm | kd. Raises FloatingPointError when the loss is not
+    finite.
     """
-    moving = Orthogonal(
-        {name: matrix.to(subject.device) for name, matrix in start.items()}, descent
-    )
-    first = last = None
-    teacher = Teacher(subject) if objective == "kd" else None
-    again = descent.steps * descent.batch > len(subject.train)
-    held = held_out_loss(subject, scheme, build(moving.snapshot()), teacher)
+    moving = Orthogonal({name: matrix.to(model.device) for name, matrix in start.items()}, descent)
+    teacher = Teacher(model) if objective == "kd" else None
+    # else every window is passed once, and keeping its states would only cost memory
+    again = descent.steps * descent.batch > len(model.train)
+    losses: list[float] = []
+    held = held_out_loss(model, scheme, build(moving.snapshot()), teacher)
+    # the start is a candidate: learning never returns anything worse
     best = Best(moving, held, descent.steps)
-    with subject.stage(f"learning ({objective}, held out {held:.4f})", descent.steps) as advance:
+    with model.stage(f"learning ({objective}, held out {held:.4f})", descent.steps) as advance:
         for step in range(1, descent.steps + 1):
-            windows = subject.train[
-                torch.arange((step - 1) * descent.batch, step * descent.batch) % len(subject.train)
-            ]
-            last = 0.0
-            for ids in windows.split(
-                1
-            ):  # one window at a time: memory does not grow with the batch
+            indices = torch.arange((step - 1) * descent.batch, step * descent.batch)
+            # in turn, and from the start again when all were seen
+            windows = model.train[indices % len(model.train)]
+            loss = 0.0
+            # one window at a time: memory does not grow with the batch
+            for ids in windows.split(1):
                 target = teacher and teacher.logits(ids, again)
-                with subject.unmerged(build(moving.matrices()), scheme):
-                    loss = loss_of(subject.logits(ids), ids, target) / len(windows)
-                    loss.backward()
-                last += float(loss.detach())
-            if not math.isfinite(last):
+                with model.unmerged(build(moving.matrices()), scheme):
+                    part = loss_of(model.logits(ids), ids, target) / len(windows)
+                    part.backward()
+                loss += float(part.detach())
+            if not math.isfinite(loss):
                 raise FloatingPointError(
-                    f"the {objective} loss is {last} in step {step} of {descent.steps}: lower transform.lr={descent.lr} or "
-                    f"transform.max_angle={descent.max_angle}, start from a Hadamard matrix (INT4) or identity (NVFP4), and "
-                    "check that the format does not clip too far"
+                    f"the {objective} loss is {loss} in step {step} of {descent.steps}: "
+                    f"lower transform.lr={descent.lr} or transform.max_angle={descent.max_angle}, "
+                    "start from a Hadamard matrix (INT4) or identity (NVFP4), and check that the "
+                    "format does not clip too far"
                 )
-            first = last if first is None else first
+            losses.append(loss)
             moving.step()
-            point = {"learn/loss": last}
+            point = {"learn/loss": loss}
             if best.due(step):
                 matrices = moving.snapshot()
-                held = point["learn/held_out"] = held_out_loss(
-                    subject, scheme, build(matrices), teacher
-                )
+                held = held_out_loss(model, scheme, build(matrices), teacher)
+                point["learn/held_out"] = held
                 best.offer(step, matrices, held)
-            subject.log(point, step)
-            advance(f"loss {last:.4f}, held out {held:.4f}, best {best.loss:.4f}")
+            model.log(point, step)
+            advance(f"loss {loss:.4f}, held out {held:.4f}, best {best.loss:.4f}")
     notes = {
         "objective": objective,
         "steps": descent.steps,
-        "tokens_a_step": descent.batch * subject.train.shape[1],
-        "train_loss": [first, last],
+        "tokens_a_step": descent.batch * model.train.shape[1],
+        "train_loss": [losses[0], losses[-1]] if losses else [None, None],
         "held_out_loss": [best.first, best.loss],
         "best_step": best.step,
     }
     return best.projected(), notes
 
 
-class Teacher:
-    """The unquantized model. Of windows that come again its final hidden states are kept, a small part of the logits they make,
-    and the forward is saved."""
-
-    def __init__(self, subject: CalibrationModel):
-        self.subject, self.kept = subject, {}
-
-    @torch.no_grad()
-    def logits(self, ids: Tensor, again: bool) -> Tensor:
-        """Logits [B, L, V] of ids [B, L]; again: whether to keep what a second call needs."""
-        key = ids.numpy(force=True).tobytes()
-        hidden = self.kept.get(key)
-        if hidden is None:
-            hidden = self.subject.hidden(ids)
-            if again:
-                self.kept[key] = hidden
-        return self.subject.head(hidden)
-
-
 @torch.no_grad()
 def held_out_loss(
-    subject: CalibrationModel, scheme: Scheme, placement: Placement, teacher: Teacher | None
+    model: CalibrationModel, scheme: Scheme, placement: Placement, teacher: Teacher | None
 ) -> float:
     """Mean loss of a placement on the held-out windows: kd with a teacher, lm without."""
     total = 0.0
-    for ids in subject.held.split(1):
+    for ids in model.held.split(1):
         target = teacher and teacher.logits(ids, again=True)
-        with subject.unmerged(placement, scheme):
-            total += float(loss_of(subject.logits(ids), ids, target))
-    return total / len(subject.held)
+        with model.unmerged(placement, scheme):
+            total += float(loss_of(model.logits(ids), ids, target))
+    return total / len(model.held)

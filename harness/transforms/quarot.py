@@ -2,10 +2,11 @@
 
     R = diag(sigma) H_n,    sigma in {+-1}^n
 
-Source: QuaRot (arXiv 2404.00456). Differences: the embedding mean is not subtracted (a LayerNorm leftover that changes an
-RMSNorm model), biases of v are rotated, and R3 works for every head size that has a Hadamard matrix. `online_heads` is
-QuaRot's own R2: H_heads (x) H_head_dim on the input of o, of which v can absorb the head_dim factor only. Cost online: the
-two small matmuls of R4 (and R3, with a quantized KV cache).
+Source: QuaRot (arXiv 2404.00456). Differences: the embedding mean is not subtracted (a LayerNorm
+leftover that changes an RMSNorm model), biases of v are rotated, and R3 works for every head size
+that has a Hadamard matrix. `online_heads` is QuaRot's own R2: H_heads (x) H_head_dim on the input
+of o, of which v can absorb the head_dim factor only. Cost online: the two small matmuls of R4 (and
+R3, with a quantized KV cache).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from harness.transforms.rotations import Rotations
 
 
 class QuaRot(Rotations):
-    """r1: hadamard (of full order) | random (Haar) | off | a block size. online_heads: mix whole heads, online."""
+    """r1: hadamard (of full order) | random (Haar) | off | a block size. online_heads: mix whole
+    heads, online."""
 
     def __init__(
         self,
@@ -38,60 +40,65 @@ class QuaRot(Rotations):
         random_signs: bool = True,
     ):
         super().__init__(r2, r3, r4, random_signs)
-        self.r1 = "off" if r1 is False else r1
+        self.r1 = "off" if r1 is False else r1  # YAML reads a bare off as a truth value
         self.online_heads = boolean("transform.online_heads", online_heads)
         self.residual = self.r1 != "off"
-        if self.r1 not in ("hadamard", "random", "off") and (
-            isinstance(r1, bool) or not isinstance(r1, int) or r1 < 1
-        ):
+        block = isinstance(r1, int) and not isinstance(r1, bool) and r1 >= 1
+        if not block and self.r1 not in ("hadamard", "random", "off"):
             raise ConfigError(f"transform.r1={r1}: choose hadamard, random, off, or a block size.")
 
-    def leaves(self, context: ModelShape) -> tuple[str, ...]:
-        return (
-            *super().leaves(context),
-            *(["a mix of heads (transform.online_heads=false)"] if self.online_heads else []),
-        )
+    def leaves(self, shape: ModelShape) -> tuple[str, ...]:
+        online = super().leaves(shape)
+        if self.online_heads:
+            return (*online, "a mix of heads (transform.online_heads=false)")
+        return online
 
-    def encodes(self, context: ModelShape) -> tuple[str, ...]:
-        return (*super().encodes(context), *(["o_in"] if self.online_heads else []))
+    def encodes(self, shape: ModelShape) -> tuple[str, ...]:
+        sites = super().encodes(shape)
+        return (*sites, "o_in") if self.online_heads else sites
 
-    def check(self, context: ModelShape) -> list[str]:
+    def check(self, shape: ModelShape) -> list[str]:
         if self.r1 == "hadamard":
-            reachable("transform.r1=hadamard", context.hidden, "transform.r1=random")
+            reachable("transform.r1=hadamard", shape.hidden, "transform.r1=random")
         elif isinstance(self.r1, int):
-            if context.hidden % self.r1:
+            if shape.hidden % self.r1:
                 raise ConfigError(
-                    f"transform.r1={self.r1} does not divide the hidden size {context.hidden}."
+                    f"transform.r1={self.r1} does not divide the hidden size {shape.hidden}."
                 )
             reachable(f"transform.r1={self.r1}", self.r1, "transform.r1=random")
         if self.online_heads:
-            reachable("transform.online_heads=true", context.heads, "transform.online_heads=false")
-        return super().check(context)
+            reachable("transform.online_heads=true", shape.heads, "transform.online_heads=false")
+        return super().check(shape)
 
     def matrices(
-        self, context: ModelShape, subject: CalibrationModel
-    ) -> tuple[Codec | None, dict[int, Codec], dict]:
-        r1 = None
+        self, shape: ModelShape, model: CalibrationModel
+    ) -> tuple[Codec | None, Mapping[int, Codec], dict]:
+        return self.draw_r1(shape), self.draw_r2(shape), {}
+
+    def draw_r1(self, shape: ModelShape) -> Blocks | Rotation | None:
+        """R1 of the setting; None where it is off."""
+        if self.r1 == "off":
+            return None
         if self.r1 == "random":
-            r1 = Blocks(random_orthogonal(context.hidden, generator(context.seed, "R1")))
-        elif self.r1 != "off":
-            r1 = self.draw(context, context.hidden if self.r1 == "hadamard" else self.r1, "R1")
+            # Haar: for a hidden size that no Hadamard matrix has
+            return Blocks(random_orthogonal(shape.hidden, generator(shape.seed, "R1")))
+        order = self.r1 if isinstance(self.r1, int) else shape.hidden
+        return self.draw(shape, order, "R1")
+
+    def draw_r2(self, shape: ModelShape) -> dict[int, Rotation]:
+        """R2 of each layer; empty where it is off."""
         if not self.r2:
-            return r1, {}, {}
-        plain = Rotation(Hadamard(context.head_dim))
-        r2 = {
-            i: plain if self.online_heads else self.draw(context, context.head_dim, i, "R2")
-            for i in range(context.layers)
-        }
-        return r1, r2, {}
+            return {}
+        if self.online_heads:
+            # H_heads (x) H_head_dim as published, which has no signs
+            return dict.fromkeys(range(shape.layers), Rotation(Hadamard(shape.head_dim)))
+        return {i: self.draw(shape, shape.head_dim, i, "R2") for i in range(shape.layers)}
 
     def placement(
-        self, context: ModelShape, r1: Codec | None, r2: Mapping[int, Codec], notes: Mapping
+        self, shape: ModelShape, r1: Codec | None, r2: Mapping[int, Codec], notes: Mapping
     ) -> Placement:
-        placed = super().placement(context, r1, r2, notes)
+        placement = super().placement(shape, r1, r2, notes)
         if not self.online_heads:
-            return placed
-        across = Kronecker(
-            hadamard(context.heads), torch.eye(context.head_dim, dtype=torch.float64)
-        )
-        return replace(placed, online={**placed.online, (None, "o_in"): across})
+            return placement
+        across = Kronecker(hadamard(shape.heads), torch.eye(shape.head_dim, dtype=torch.float64))
+        return replace(placement, online={**placement.online, (None, "o_in"): across})

@@ -1,11 +1,13 @@
 """Whip calibration: R1 and R2 that spread activations evenly, found from the activations alone.
 
-    L(R) = mean over tokens t of  sum_j exp(-|y_tj|),    y = x R,    R = Q sign(diag T) of Z = Q T (QR-Orth)
+    L(R) = mean over tokens t of  sum_j exp(-|y_tj|),    y = x R
+    R = Q sign(diag T)  of  Z = Q T                      (QR-Orth)
 
-The loss pulls values away from zero, so that at a fixed norm outliers shrink; it does not see column signs or permutations
-of R. x is the norm-fused input, whose rms is 1. For n coordinates: random Hadamard .52 n, uniform .475 n, least n/e (all
-|y| = 1). It is an integer-format tool: on NVFP4 it raises the error. Source: DartQuant (arXiv 2511.04063), with the sign fix
-its code omits; JointQuant differs in the schedule alone:
+The loss pulls values away from zero, so that at a fixed norm outliers shrink; it does not see
+column signs or permutations of R. x is the norm-fused input, whose rms is 1. For n coordinates:
+random Hadamard .52 n, uniform .475 n, least n/e (all |y| = 1). It is an integer-format tool: on
+NVFP4 it raises the error. Source: DartQuant (arXiv 2511.04063). Differences: the sign fix that its
+code omits, and sinks. JointQuant differs in the schedule alone:
 
     pooled   tokens of all layers in one pool, `share` of it an epoch        (DartQuant)
     greedy   layer by layer, going on from the last R
@@ -13,16 +15,17 @@ its code omits; JointQuant differs in the schedule alone:
 
 R1 can never be one a layer: the residual stream is shared.
 
-sinks (ours): this share of R1's batches are first tokens of a window. They carry the massive activations on which attention
-rests, one direction hundreds of times the median, and a Hadamard matrix spreads that direction perfectly flat. They are too
-few to be seen in a mean over tokens: without them SmolLM2's error falls by 30 % on the other tokens, rises fourfold on these,
-and the perplexity with them.
+sinks (ours): this share of R1's batches are first tokens of a window. They carry the massive
+activations on which attention rests, one direction hundreds of times the median, and a Hadamard
+matrix spreads that direction perfectly flat. They are too few to be seen in a mean over tokens:
+without them SmolLM2's error falls by 30 % on the other tokens, rises fourfold on these, and the
+perplexity with them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -48,9 +51,17 @@ def whip(y: Tensor) -> Tensor:
     return y.abs().neg().exp().sum(-1).mean()
 
 
+def unreported(loss: float) -> None:
+    """A step's loss that nobody keeps."""
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """SGD with momentum on Z: batch tokens a step, epochs passes; steps_per_epoch null: as many as the tokens fill."""
+    """SGD with momentum on Z.
+
+    batch: tokens a step. epochs: passes. steps_per_epoch: null for as many as the tokens fill.
+    cosine: lr falls to 0. grad_clip: most norm of a matrix's gradient, null for any.
+    """
 
     lr: float
     epochs: int
@@ -62,17 +73,20 @@ class Calibration:
 
     @classmethod
     def of(cls, settings: Mapping, field: str) -> Calibration:
-        """From a part of the configuration. Raises ConfigError for a key or a value that makes no sense."""
+        """From a part of the configuration.
+
+        Raises ConfigError for a key or a value that makes no sense.
+        """
         typed(f"{field}.", settings, get_type_hints(cls), needed=("lr", "epochs", "batch"))
-        own = cls(**settings)
-        number(f"{field}.lr", own.lr, 0, 1e6)
-        integer(f"{field}.epochs", own.epochs, low=0)
-        integer(f"{field}.batch", own.batch)
-        number(f"{field}.momentum", own.momentum, 0, 1)
-        integer(f"{field}.steps_per_epoch", own.steps_per_epoch, optional=True)
-        if own.grad_clip is not None:
-            number(f"{field}.grad_clip", own.grad_clip, 1e-12, 1e12)
-        return own
+        calibration = cls(**settings)
+        number(f"{field}.lr", calibration.lr, 0, 1e6)
+        integer(f"{field}.epochs", calibration.epochs, low=0)
+        integer(f"{field}.batch", calibration.batch)
+        number(f"{field}.momentum", calibration.momentum, 0, 1)
+        integer(f"{field}.steps_per_epoch", calibration.steps_per_epoch, optional=True)
+        if calibration.grad_clip is not None:
+            number(f"{field}.grad_clip", calibration.grad_clip, 1e-12, 1e12)
+        return calibration
 
     def steps(self, tokens: int) -> int:
         """Steps in all, for so many tokens an epoch."""
@@ -83,32 +97,26 @@ class Calibration:
         self,
         r: Tensor,
         x: Tensor,
-        drawn: torch.Generator,
+        random: torch.Generator,
         steps: int,
-        loss,
-        tell: Callable[[float], None] = lambda loss: None,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        report: Callable[[float], None] = unreported,
         starts: Tensor | None = None,
         sinks: float = 0.0,
     ) -> Tensor:
-        """R after `steps` steps of `loss(R, batch)` from r; a batch is `batch` random tokens, a share `sinks` of them from
-        starts [.., W, n] and the rest from x [.., T, n], or all of x where an epoch is one step. tell: called with each step's
-        loss."""
-        whole = self.steps_per_epoch == 1
-        few = round(sinks / (1 - sinks) * x.shape[-2]) if whole else round(sinks * self.batch)
+        """R after `steps` steps of `loss(R, batch)` from r.
+
+        x [.., T, n], starts [.., W, n]: what batches are drawn from. sinks: the share of starts in
+        each. report: called with each step's loss. Raises FloatingPointError when that is not
+        finite.
+        """
         z = r.clone().requires_grad_()
         optimizer = torch.optim.SGD([z], lr=self.lr, momentum=self.momentum)
-        schedule = (
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-            if self.cosine
-            else None
-        )
+        schedule = None
+        if self.cosine:
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
         for step in range(steps):
-            chosen = torch.randperm(x.shape[-2], generator=drawn)[: self.batch - few].to(x.device)
-            batch = x if whole else x[..., chosen, :]
-            if few:
-                chosen = torch.randint(starts.shape[-2], (few,), generator=drawn).to(x.device)
-                batch = torch.cat([batch, starts[..., chosen, :]], -2)
-            value = loss(qr_orth(z), batch)
+            value = loss(qr_orth(z), self._batch(x, random, starts, sinks))
             optimizer.zero_grad()
             value.backward()
             now = float(value.detach())
@@ -116,21 +124,44 @@ class Calibration:
                 raise FloatingPointError(
                     f"the whip loss is {now} in step {step + 1}: lower lr={self.lr}"
                 )
-            if self.grad_clip is not None:
-                z.grad.mul_(
-                    (self.grad_clip / z.grad.norm(dim=(-2, -1), keepdim=True)).clamp(max=1)
-                )  # each matrix its own
+            if self.grad_clip is not None and z.grad is not None:
+                # each matrix its own norm: they are learned side by side, not together
+                norm = z.grad.norm(dim=(-2, -1), keepdim=True)
+                z.grad.mul_((self.grad_clip / norm).clamp(max=1))
             optimizer.step()
-            if schedule:
+            if schedule is not None:
                 schedule.step()
-            tell(now)
+            report(now)
         return qr_orth(z.detach())
+
+    def _batch(
+        self, x: Tensor, random: torch.Generator, starts: Tensor | None, sinks: float
+    ) -> Tensor:
+        """`batch` random tokens, a share `sinks` of them starts and the rest of x.
+
+        All of x, and starts in proportion, where an epoch is one step.
+        """
+        whole = self.steps_per_epoch == 1
+        few = 0
+        if starts is not None:
+            few = round(sinks / (1 - sinks) * x.shape[-2]) if whole else round(sinks * self.batch)
+        # drawn even where x is taken whole, so that the starts after it are the same either way
+        rows = torch.randperm(x.shape[-2], generator=random)[: self.batch - few].to(x.device)
+        batch = x if whole else x[..., rows, :]
+        if starts is None or not few:
+            return batch
+        rows = torch.randint(starts.shape[-2], (few,), generator=random).to(x.device)
+        return torch.cat([batch, starts[..., rows, :]], -2)
 
 
 class Whip(Rotations):
-    """schedule: pooled | greedy | joint. r1_targets: [q, up], whose inputs R1 is for. r1, r2: settings of a Calibration each.
-    share: of the tokens an epoch visits. sinks: see above. max_tokens_per_site: activations kept, drawn evenly; besides the
-    first token of each window no more are ever held."""
+    """The parts that dartquant and jointquant share.
+
+    schedule: pooled | greedy | joint. r1_targets: [q, up], whose inputs R1 is for. r1, r2: settings
+    of a Calibration each; r2 null leaves values alone. share: of the tokens an epoch visits. sinks:
+    see above. max_tokens_per_site: activations kept, drawn evenly; besides the first token of each
+    window no more are ever held.
+    """
 
     learned = True
     sees = ()  # R1 and R2 come from float activations
@@ -138,7 +169,7 @@ class Whip(Rotations):
     def __init__(
         self,
         schedule: str,
-        r1_targets: list[str],
+        r1_targets: Sequence[str],
         max_tokens_per_site: int,
         r1: Mapping,
         r2: Mapping | None,
@@ -150,120 +181,128 @@ class Whip(Rotations):
     ):
         super().__init__(r2 is not None, r3, r4, random_signs)
         self.schedule = one_of("transform.schedule", schedule, SCHEDULES)
-        self.sites = [
-            TARGETS[target] for target in names("transform.r1_targets", r1_targets, TARGETS)
-        ]
-        self.kept = integer("transform.max_tokens_per_site", max_tokens_per_site)
-        self.share, self.sinks = (
-            number("transform.share", share, 1e-6, 1),
-            number("transform.sinks", sinks, 0, 0.9),
-        )
+        targets = names("transform.r1_targets", r1_targets, TARGETS)
+        self.sites = [TARGETS[target] for target in targets]
+        integer("transform.max_tokens_per_site", max_tokens_per_site)
+        self.tokens = max_tokens_per_site
+        self.share = number("transform.share", share, 1e-6, 1)
+        self.sinks = number("transform.sinks", sinks, 0, 0.9)
         self.for_r1 = Calibration.of(r1, "transform.r1")
-        self.for_r2 = None if r2 is None else Calibration.of(r2, "transform.r2")
+        self.for_r2 = None
+        if r2 is not None:
+            self.for_r2 = Calibration.of(r2, "transform.r2")
 
-    def check(self, context: ModelShape) -> list[str]:
-        self.needs_activations(context)
+    def check(self, shape: ModelShape) -> list[str]:
+        self.needs_activations(shape)
         reachable(
             "transform.r1 starts from a Hadamard matrix",
-            context.hidden,
+            shape.hidden,
             "transform=spinquant transform.r1=random",
         )
-        return super().check(context)
+        return super().check(shape)
 
     def matrices(
-        self, context: ModelShape, subject: CalibrationModel
+        self, shape: ModelShape, model: CalibrationModel
     ) -> tuple[Codec | None, Mapping[int, Codec], dict]:
-        sites = [*self.sites, *(["o_in"] if self.for_r2 else [])]
-        found = subject.observe(
-            lambda layer, site, n: Starts(self.kept, context.seed, layer, site),
+        sites = [*self.sites, "o_in"] if self.for_r2 else self.sites
+        samples = model.observe(
+            lambda layer, site, width: Starts(self.tokens, shape.seed, layer, site),
             sites,
             "activations",
         )
-        own = [found[layer, site] for layer in range(context.layers) for site in self.sites]
-        r1, notes = self._learn_r1(context, subject, *(torch.stack(kept) for kept in zip(*own)))
-        r2 = {}
+        places = [(layer, site) for layer in range(shape.layers) for site in self.sites]
+        x = torch.stack([samples[place][0] for place in places])
+        starts = torch.stack([samples[place][1] for place in places])
+        r1, notes = self._learn_r1(shape, model, x, starts)
+        r2: dict[int, Codec] = {}
         if self.for_r2:
-            values = torch.stack([found[layer, "o_in"][0] for layer in range(context.layers)])
-            learned, more = self._learn_r2(context, subject, values)
-            r2, notes = {i: Blocks(matrix) for i, matrix in enumerate(learned)}, notes | more
+            values = torch.stack([samples[layer, "o_in"][0] for layer in range(shape.layers)])
+            learned, more = self._learn_r2(shape, model, values, self.for_r2)
+            r2 |= {i: Blocks(matrix) for i, matrix in enumerate(learned)}
+            notes |= more
         return Blocks(r1), r2, notes
 
     def _learn_r1(
-        self, context: ModelShape, subject: CalibrationModel, x: Tensor, starts: Tensor
+        self, shape: ModelShape, model: CalibrationModel, x: Tensor, starts: Tensor
     ) -> tuple[Tensor, dict]:
-        """R1 from x [sites, T, n] and starts [sites, W, n]: a schedule cuts them in pieces to descend on in turn."""
-        cut = {
-            "pooled": lambda t: [t.flatten(0, 1)[None]],
-            "greedy": lambda t: t[:, None],
-            "joint": lambda t: [t],
-        }
-        pieces = list(zip(*map(cut[self.schedule], (x, starts))))
-        start = r = (
-            self.draw(context, context.hidden, "R1").matrix.dense(torch.float32).to(x.device)
-        )
-        drawn, steps = (
-            generator(context.seed, "whip R1"),
-            self.for_r1.steps(int(self.share * pieces[0][0].shape[1])),
-        )
-        with _told(
-            subject, f"whip R1, {self.schedule}", steps * len(pieces), "r1/whip", len(pieces[0][0])
-        ) as tell:
+        """R1 from x [sites, T, n] and starts [sites, W, n]."""
+        pieces = list(zip(self._pieces(x), self._pieces(starts)))
+        terms, tokens, _ = pieces[0][0].shape
+        start = self.draw(shape, shape.hidden, "R1").matrix.dense(torch.float32).to(x.device)
+        random = generator(shape.seed, "whip R1")
+        steps = self.for_r1.steps(int(self.share * tokens))
+        title = f"whip R1, {self.schedule}"
+        r = start
+        with _progress(model, title, steps * len(pieces), "r1/whip", terms) as report:
             for piece, first in pieces:
-
-                def loss(r, y):
-                    return sum(whip(own @ r) for own in y)
-
-                r = self.for_r1.descend(r, piece, drawn, steps, loss, tell, first, self.sinks)
-        before, after = (
-            float(torch.stack([whip(own @ m) for own in x]).mean()) for m in (start, r)
-        )
-        moved = float((r - start).norm())
+                r = self.for_r1.descend(
+                    r, piece, random, steps, _sum_of_whips, report, first, self.sinks
+                )
         notes = {
             "schedule": self.schedule,
-            "r1_whip": [before, after],
-            "r1_moved": moved,
+            "r1_whip": [_mean_whip(x, start), _mean_whip(x, r)],
+            "r1_moved": float((r - start).norm()),
             "r1_steps": steps,
         }
+        # QR in float32 is orthogonal to float32: what is folded is so to float64
         return project(r.double()).cpu(), notes
 
+    def _pieces(self, x: Tensor) -> Sequence[Tensor]:
+        """x [sites, T, n] cut in pieces [terms of the loss, T, n], to descend on in turn."""
+        if self.schedule == "pooled":
+            return [x.flatten(0, 1)[None]]
+        if self.schedule == "greedy":
+            return x[:, None].unbind(0)
+        return [x]
+
     def _learn_r2(
-        self, context: ModelShape, subject: CalibrationModel, x: Tensor
+        self, shape: ModelShape, model: CalibrationModel, x: Tensor, calibration: Calibration
     ) -> tuple[Tensor, dict]:
-        """R2 [layers, kv_heads, head_dim, head_dim] from o's inputs [layers, T, heads * head_dim]."""
-        heads = x.unflatten(
-            -1, (context.kv_heads, -1, context.head_dim)
-        )  # [layers, T, kv_heads, repeat, head_dim]
-        heads = heads.permute(0, 2, 3, 1, 4).flatten(2, 3)
-        one = torch.stack(
-            [
-                self.draw(context, context.head_dim, i, "R2").matrix.dense(torch.float32)
-                for i in range(len(x))
-            ]
-        )
-        start = one[:, None].expand(-1, context.kv_heads, -1, -1).to(x.device).contiguous()
-        drawn, steps = generator(context.seed, "whip R2"), self.for_r2.steps(heads.shape[2])
+        """R2 [layers, kv_heads, head_dim, head_dim] from o's inputs [layers, T, heads * head_dim].
+
+        The query heads of a key/value head read the same values: their tokens are one sample.
+        """
+        heads = x.unflatten(-1, (shape.kv_heads, -1, shape.head_dim))
+        heads = heads.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [layers, kv_heads, repeat T, head_dim]
+        draws = [self.draw(shape, shape.head_dim, i, "R2") for i in range(len(x))]
+        # one draw a layer, the same for its heads, from which each goes its own way
+        one = torch.stack([draw.matrix.dense(torch.float32) for draw in draws])
+        start = one[:, None].expand(-1, shape.kv_heads, -1, -1).to(x.device).contiguous()
+        random = generator(shape.seed, "whip R2")
+        steps = calibration.steps(heads.shape[2])
         matrices = start.shape[0] * start.shape[1]
-        with _told(subject, "whip R2", steps, "r2/whip", matrices) as tell:
+        with _progress(model, "whip R2", steps, "r2/whip", matrices) as report:
             # the matrices are independent: the gradient of the sum is each one's own
-            r = self.for_r2.descend(
-                start, heads, drawn, steps, lambda r, y: whip(y @ r) * matrices, tell
+            r = calibration.descend(
+                start, heads, random, steps, lambda r, y: whip(y @ r) * matrices, report
             )
-        return project(r.double()).cpu(), {
-            "r2_whip": [float(whip(heads @ start)), float(whip(heads @ r))]
-        }
+        notes = {"r2_whip": [float(whip(heads @ start)), float(whip(heads @ r))]}
+        return project(r.double()).cpu(), notes
+
+
+def _sum_of_whips(r: Tensor, y: Tensor) -> Tensor:
+    """Of y [terms, T, n]: every term counts alike."""
+    return sum((whip(term @ r) for term in y), y.new_zeros(()))
+
+
+def _mean_whip(x: Tensor, r: Tensor) -> float:
+    return float(torch.stack([whip(term @ r) for term in x]).mean())
 
 
 @contextmanager
-def _told(
-    subject: CalibrationModel, title: str, total: int, curve: str, terms: int
+def _progress(
+    model: CalibrationModel, title: str, total: int, curve: str, terms: int
 ) -> Iterator[Callable[[float], None]]:
-    """A stage that yields `tell(loss)`, to be called after each step: it moves the bar and adds to a curve the mean of the
-    loss's terms, which is what the notes say too."""
+    """A stage that yields `report(loss)`, to be called after each step.
+
+    It moves the bar and adds to a curve the mean of the loss's terms, which is what the notes say
+    too.
+    """
     steps = count(1)
-    with subject.stage(title, total) as advance:
+    with model.stage(title, total) as advance:
 
-        def tell(loss: float) -> None:
+        def report(loss: float) -> None:
             advance(f"whip {loss / terms:.2f}")
-            subject.log({curve: loss / terms}, next(steps))
+            model.log({curve: loss / terms}, next(steps))
 
-        yield tell
+        yield report

@@ -13,15 +13,15 @@ from harness.transforms.base import CalibrationModel, ModelShape, Transform
 class Reversal(Transform):
     """Nothing is learned and nothing is gained: groups meet other neighbours, in reverse."""
 
-    def leaves(self, context: ModelShape) -> tuple[str, ...]:
-        return tuple(f"a permutation at {site}" for site in self.encodes(context))
+    def leaves(self, shape: ModelShape) -> tuple[str, ...]:
+        return tuple(f"a permutation at {site}" for site in self.encodes(shape))
 
-    def encodes(self, context: ModelShape) -> tuple[str, ...]:
-        return tuple(context.widths)
+    def encodes(self, shape: ModelShape) -> tuple[str, ...]:
+        return tuple(shape.widths)
 
-    def fit(self, context: ModelShape, subject: CalibrationModel) -> Placement:
+    def fit(self, shape: ModelShape, model: CalibrationModel) -> Placement:
         return Placement(
-            online={(None, site): Blocks(reversal(n)) for site, n in context.widths.items()}
+            online={(None, site): Blocks(reversal(n)) for site, n in shape.widths.items()}
         )
 
 

@@ -1,0 +1,170 @@
+"""gptq's loop over the columns of W, and the lattices they are rounded onto.
+
+Everything is transposed: a column of W is one contiguous row here, and a site's linears lie side by
+side.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from harness.formats import Scales
+from harness.solvers.base import Problem
+
+
+class Lattice(ABC):
+    """What columns are rounded onto. group: how many must enter together; None where none must."""
+
+    group: int | None = None
+
+    @abstractmethod
+    def enter(self, lo: int, hi: int, work: Tensor) -> None:
+        """The first column of the group work[lo:hi] is due."""
+
+    @abstractmethod
+    def snap(self, i: int, column: Tensor, out: Tensor) -> None:
+        """Round ordered column i [rows] onto its lattice, into `out`."""
+
+    @abstractmethod
+    def stored(self, name: str) -> Scales:
+        """The scales of one weight, in the stored (unordered) layout."""
+
+
+class StaticLattice(Lattice):
+    """Scales fixed before the loop; each ordered column knows the lattice of the group it came
+    from."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        names: Sequence[str],
+        rows: Sequence[int],
+        scales: dict[str, Scales],
+        groups: Sequence[int],
+        order: Tensor,
+    ):
+        """names, rows, groups: of the linears side by side. order [in]: columns as they are due."""
+        self.scales = scales
+        self.parts = []
+        for name, count, group in zip(names, rows, groups):
+            format = problem.formats[name]
+            lattice = [
+                # column by column, as they are rounded
+                t.expand(count, -1).T.contiguous().unbind(0)
+                for t in format.lattice(scales[name])
+            ]
+            self.parts.append((format.snap, count, lattice, (order // group).tolist()))
+        # linears of one format are one linear here: a call a column instead of three
+        if len(names) > 1 and all(problem.formats[n] == problem.formats[names[0]] for n in names):
+            snap, _, _, index = self.parts[0]
+            joined = [
+                [torch.cat(ts) for ts in zip(*parts)]
+                for parts in zip(*(lattice for _, _, lattice, _ in self.parts))
+            ]
+            self.parts = [(snap, sum(rows), joined, index)]
+
+    def enter(self, lo: int, hi: int, work: Tensor) -> None:
+        """Nothing to take: the scales are there."""
+
+    def snap(self, i: int, column: Tensor, out: Tensor) -> None:
+        start = 0
+        for snap, count, lattice, index in self.parts:
+            piece = slice(start, start + count)
+            snap(column[piece], *(t[index[i]] for t in lattice), out=out[piece])
+            start += count
+
+    def stored(self, name: str) -> Scales:
+        return self.scales[name]
+
+
+class DynamicLattice(Lattice):
+    """A group's scales come from the weights as they stand when its first column is due; global
+    scales stay fixed."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        names: Sequence[str],
+        rows: Sequence[int],
+        scales: dict[str, Scales],
+        group: int,
+    ):
+        self.problem = problem
+        self.names = names
+        self.rows = list(rows)
+        self.group = group
+        self.fixed = {name: scales[name].global_scale for name in names}
+        self.entered: dict[str, list[Scales]] = {name: [] for name in names}
+
+    def enter(self, lo: int, hi: int, work: Tensor) -> None:
+        self.parts = []
+        for name, part in zip(self.names, work[lo:hi].T.split(self.rows)):
+            format = self.problem.formats[name]
+            weight = part.to(self.problem.weights[name].dtype).contiguous()
+            scales = format.scales(weight, global_scale=self.fixed[name])
+            self.entered[name].append(scales)
+            lattice = [t.expand(len(part), -1)[:, 0].contiguous() for t in format.lattice(scales)]
+            self.parts.append((format.snap, len(part), lattice))
+
+    def snap(self, i: int, column: Tensor, out: Tensor) -> None:
+        start = 0
+        for snap, count, lattice in self.parts:
+            piece = slice(start, start + count)
+            snap(column[piece], *lattice, out=out[piece])
+            start += count
+
+    def stored(self, name: str) -> Scales:
+        groups = self.entered[name]
+        zeros = [scales.zero for scales in groups if scales.zero is not None]
+        return Scales(
+            torch.cat([scales.scale for scales in groups], -1),
+            torch.cat(zeros, -1) if zeros else None,
+            groups[0].global_scale,
+        )
+
+
+class Columns:
+    """The loop. work [in, rows] holds w on entry and d = w - q on return; quantized [in, rows]
+    receives q.
+
+    unit [in, in]: U with unit diagonal. block: columns solved one by one between matrix products.
+    """
+
+    def __init__(self, work: Tensor, quantized: Tensor, unit: Tensor, lattice: Lattice, block: int):
+        self.work = work
+        self.unit = unit
+        self.lattice = lattice
+        self.block = block
+        self.columns = work.unbind(0)
+        self.outputs = quantized.unbind(0)
+
+    def solve(self, lo: int, hi: int) -> None:
+        """Columns lo..hi, all errors of earlier columns having arrived there."""
+        group = self.lattice.group
+        if group == hi - lo:
+            self.lattice.enter(lo, hi, self.work)
+        step = 1
+        if group is not None and hi - lo > group:
+            step = group  # halves meet at a group's border
+        elif hi - lo <= self.block:
+            self._one_by_one(lo, hi)
+            return
+        mid = lo + (hi - lo) // step // 2 * step
+        self.solve(lo, mid)
+        self.work[mid:hi].addmm_(self.unit[lo:mid, mid:hi].T, self.work[lo:mid], alpha=-1)
+        self.solve(mid, hi)
+
+    def _one_by_one(self, lo: int, hi: int) -> None:
+        errors = self.work[lo:hi].T
+        coefficients = self.unit[lo:hi, lo:hi].T.contiguous()
+        for k in range(hi - lo):
+            column = self.columns[lo + k]
+            output = self.outputs[lo + k]
+            if k:  # all that the columns before it in this block have left, at once
+                column.addmv_(errors[:, :k], coefficients[k, :k], alpha=-1)
+            self.lattice.snap(lo + k, column, output)
+            column -= output
