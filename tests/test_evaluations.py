@@ -72,7 +72,8 @@ def test_a_new_evaluation_is_a_file_and_an_option(tmp_path):
         (tmp_path / file).write_text(f"{file} says nothing new. " * 200)
     inherited = ("WANDB", "COLUMNS")  # another test's service, a terminal's width
     environment = {key: x for key, x in os.environ.items() if not key.startswith(inherited)}
-    environment |= {"WANDB_MODE": "offline", "PYTHONPATH": str(tmp_path)}
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    environment |= {"WANDB_MODE": "offline", "PYTHONPATH": path}
 
     def python(*words):
         done = subprocess.run(

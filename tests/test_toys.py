@@ -56,7 +56,9 @@ def copy(tmp_path_factory):
 @pytest.fixture
 def python(copy):
     """Runs Python in the copy, which is what it imports: arguments -> CompletedProcess."""
-    env = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy)}
+    # the copy goes first, then wherever the libraries are
+    path = os.pathsep.join(filter(None, (str(copy), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
     def command(*arguments):
         line = [sys.executable, *map(str, arguments)]
