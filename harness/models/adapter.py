@@ -13,10 +13,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
+
 from harness.codecs.placement import HEAD_SITE
 from harness.config.checks import nearest
 from harness.config.errors import ConfigError
 from harness.formats import Scheme
+from harness.models.source import BlockStorage
 from harness.transforms import ModelShape, Role
 
 
@@ -47,6 +50,25 @@ class Branch:
     exit: Site
     context: bool = False
 
+    def roles(self, layer: int, heads: tuple[int, int]) -> list[Role]:
+        """The norm and the linears of one block's branch, by block-relative names.
+
+        heads: (key/value heads, query heads on each).
+        """
+        into = self.entry
+        out = self.exit
+        assert into.norm is not None, "an entry is read right after a norm"
+        roles = [Role(layer, into.norm, "norm", writes=into.name)]
+        for name in into.linears:
+            # up feeds down and v feeds o; between gate, q or k and the exit stands a nonlinearity
+            feeds = out.name if name in out.fed_by else None
+            roles.append(Role(layer, name, "linear", into.name, reads_residual=True, writes=feeds))
+        # each key/value head is read by several query heads, whose codecs must then be one
+        repeated = heads if out.features == "heads" else None
+        for name in out.linears:
+            roles.append(Role(layer, name, "linear", out.name, writes="residual", heads=repeated))
+        return roles
+
 
 @dataclass(frozen=True)
 class Family:
@@ -66,66 +88,54 @@ class Family:
         """The sites of a block in the order in which the forward reaches them."""
         return tuple(site for branch in self.branches for site in (branch.entry, branch.exit))
 
-    def widths(self, facts: Mapping) -> dict[str, int]:
-        """{site: features} from the facts of a config.json.
+    def widths(self, config: Mapping) -> dict[str, int]:
+        """{site: features} from the fields of a config.json.
 
         Heads * head_dim need not be hidden_size (Qwen3).
         """
         sizes = {
-            "hidden": facts["hidden_size"],
-            "heads": facts["num_attention_heads"] * head_dim(facts),
-            "intermediate": facts["intermediate_size"],
+            "hidden": config["hidden_size"],
+            "heads": config["num_attention_heads"] * head_dim(config),
+            "intermediate": config["intermediate_size"],
         }
         return {site.name: sizes[site.features] for site in self.sites}
 
-    def roles(self, facts: Mapping) -> dict[str, Role]:
+    def roles(self, config: Mapping) -> dict[str, Role]:
         """{absolute module name: Role} of every embedding, norm and linear that a codec may be
         merged into.
         """
-        kv_heads = facts.get("num_key_value_heads") or facts["num_attention_heads"]
-        heads = (kv_heads, facts["num_attention_heads"] // kv_heads)
+        kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+        heads = (kv_heads, config["num_attention_heads"] // kv_heads)
         roles = {self.embedding: Role(None, self.embedding, "embedding", writes="residual")}
-        for layer in range(facts["num_hidden_layers"]):
+        for layer in range(config["num_hidden_layers"]):
             for branch in self.branches:
-                into = branch.entry
-                out = branch.exit
-                assert into.norm is not None, "an entry is read right after a norm"
-                within = [Role(layer, into.norm, "norm", writes=into.name)]
-                for name in into.linears:
-                    feeds = out.name if name in out.fed_by else None
-                    within.append(
-                        Role(layer, name, "linear", into.name, reads_residual=True, writes=feeds)
-                    )
-                for name in out.linears:
-                    repeated = heads if out.features == "heads" else None
-                    within.append(
-                        Role(layer, name, "linear", out.name, writes="residual", heads=repeated)
-                    )
-                roles |= {f"{self.blocks}.{layer}.{role.name}": role for role in within}
+                for role in branch.roles(layer, heads):
+                    roles[f"{self.blocks}.{layer}.{role.name}"] = role
         roles[self.final_norm] = Role(None, self.final_norm, "norm", writes=HEAD_SITE)
         roles[self.head] = Role(None, self.head, "linear", HEAD_SITE, reads_residual=True)
         return roles
 
 
-def head_dim(facts: Mapping) -> int:
+def head_dim(config: Mapping) -> int:
     """Features of one attention head."""
-    return facts.get("head_dim") or facts["hidden_size"] // facts["num_attention_heads"]
+    # a config of Llama may hold the key without a value
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def shape_of(
-    facts: Mapping, scheme: Scheme, seed: int = 0, solver: str | None = None
+    config: Mapping, scheme: Scheme, seed: int = 0, solver: str | None = None
 ) -> ModelShape:
-    """What a transform may know of a model before its weights are loaded, from the facts of its
+    """What a transform may know of a model before its weights are loaded, from the fields of its
     config.json.
     """
-    heads = facts["num_attention_heads"]
-    family = family_of(facts.get("model_type"))
+    heads = config["num_attention_heads"]
+    family = family_of(config.get("model_type"))
     return ModelShape(
-        widths=family.widths(facts),
-        layers=facts["num_hidden_layers"],
+        widths=family.widths(config),
+        layers=config["num_hidden_layers"],
         heads=heads,
-        kv_heads=facts.get("num_key_value_heads") or heads,
-        head_dim=head_dim(facts),
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=head_dim(config),
         scheme=scheme,
         seed=seed,
         solver=solver,
@@ -177,9 +187,8 @@ def family_of(kind: str | None) -> Family:
     """
     if kind not in FAMILIES:
         raise ConfigError(
-            f"model: architecture '{kind}' is not declared.{nearest(kind, FAMILIES)} Known: "
-            f"{', '.join(FAMILIES)}. "
-            "A new one is a Family in harness/models/adapter.py."
+            f"model: architecture '{kind}' is not declared.{nearest(kind, FAMILIES)} "
+            f"Known: {', '.join(FAMILIES)}. A new one is a Family in harness/models/adapter.py."
         )
     return FAMILIES[kind]
 
@@ -187,10 +196,11 @@ def family_of(kind: str | None) -> Family:
 class Adapter:
     """A loaded model seen through its family: blocks, branches, sites and the linears at them."""
 
-    def __init__(self, model, offloaded=None):
-        """offloaded: where the blocks are while they are not in use (models/offload.py).
+    def __init__(self, model, offloaded: BlockStorage | None = None):
+        """model: transformers' causal language model of a declared family.
 
-        None: all are in memory.
+        offloaded: where the blocks are while they are not in use (models/offload.py); None: all are
+        in memory.
         """
         self.model = model
         self.offloaded = offloaded
@@ -203,7 +213,7 @@ class Adapter:
         return self.model.get_submodule(self.family.blocks)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         """Where the model is."""
         return self.model.get_submodule(self.family.embedding).weight.device
 
@@ -236,7 +246,6 @@ class Adapter:
         return {name: block.get_submodule(name) for name in site.linears}
 
     def width(self, site: Site, index: int = 0) -> int:
-        """Features of the site's activation, from the module that reads it (never from
-        hidden_size).
-        """
+        """Features of the site's activation, from the module that reads it."""
+        # never from hidden_size: o reads heads * head_dim, which may be another number
         return self.blocks[index].get_submodule(site.linears[0]).in_features

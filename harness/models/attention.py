@@ -60,7 +60,9 @@ class HeadsInput(nn.Module):
         return self.quantize(self.rotate(key), "key"), self.quantize(value, "value")
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # rotations and rounding have a precision of their own
         with torch.autocast(query.device.type, enabled=False):
+            # keys out of a QuantizedLayer were rotated and quantized on their way in
             if key is not self._cached:
                 key, value = self.store(key, value)
             self._cached = None
@@ -68,9 +70,7 @@ class HeadsInput(nn.Module):
 
 
 class QuantizedLayer(DynamicLayer):
-    """One layer's part of the cache: a token is rotated and quantized when it enters, and never
-    again.
-    """
+    """One layer's part of the cache: a token is rotated and quantized once, when it enters."""
 
     def __init__(self, heads: HeadsInput):
         super().__init__()
@@ -80,6 +80,7 @@ class QuantizedLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         keys, values = super().update(*self._heads.store(key_states, value_states), *args, **kwargs)
+        # transformers hands these very keys to the attention function next
         self._heads._cached = keys
         return keys, values
 
@@ -98,6 +99,7 @@ def attach(adapter: Adapter) -> list[HeadsInput]:
             module.heads_input = heads
         attached.append(heads)
     config = adapter.model.config
+    # attached twice, what there was before is remembered from the first time
     if attention_name(config) != NAME:
         attached[0].before = attention_name(config)
         use_attention(config, NAME)

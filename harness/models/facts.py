@@ -1,4 +1,4 @@
-"""The facts of a model: its config as transformers fills it in, its sizes checked.
+"""The config of a model as transformers fills it in, its sizes checked.
 
 A config.json leaves to transformers what has a default (Qwen3's head_dim, the kinds of layers of an
 older file), so that the raw file would say something else than the model does. Reads no weights and
@@ -36,8 +36,7 @@ def config_of(folder: Path, **origin):
     if not isinstance(raw.get("model_type"), str):
         raise DataError(
             f"{path}: model_type={raw.get('model_type')}: names no architecture; give a folder "
-            "saved by "
-            "save_pretrained."
+            "saved by save_pretrained."
         )
     refuse_sizes(str(path), raw)
     try:
@@ -53,24 +52,28 @@ def facts_of(config, where: str) -> dict:
 
     Raises DataError, beginning with `where`, for a size that is none.
     """
-    facts = config.to_dict()
-    refuse_sizes(where, facts)
-    return facts
+    fields = config.to_dict()
+    refuse_sizes(where, fields)
+    return fields
 
 
-def refuse_sizes(where: str, facts: Mapping) -> None:
-    """Raise DataError for a size that is there and no positive whole number, and for heads that do
-    not divide.
+def refuse_sizes(where: str, config: Mapping) -> None:
+    """Raise DataError for a size that is there and no positive whole number.
+
+    Heads that do not divide among the key/value heads are refused too.
     """
     for key in (*SIZES, *OPTIONAL_SIZES):
-        value = facts.get(key)
-        if (
-            key in facts
-            and not (type(value) is int and value > 0)
-            and not (value is None and key in OPTIONAL_SIZES)
-        ):
+        # a key that is not there is left to transformers, which has a default for it
+        if key not in config:
+            continue
+        value = config[key]
+        if value is None and key in OPTIONAL_SIZES:
+            continue
+        # JSON's true is an int of Python's, and no size
+        if type(value) is not int or value <= 0:
             raise DataError(f"{where}: {key}={value}: needs a whole number of at least 1.")
-    heads, groups = facts.get("num_attention_heads"), facts.get("num_key_value_heads")
+    heads = config.get("num_attention_heads")
+    groups = config.get("num_key_value_heads")
     if heads and groups and heads % groups:
         raise DataError(
             f"{where}: num_attention_heads={heads} is no multiple of num_key_value_heads={groups}."
@@ -78,11 +81,12 @@ def refuse_sizes(where: str, facts: Mapping) -> None:
 
 
 def read_object(path: Path) -> dict:
-    """The JSON object in a file. Raises DataError naming it where it is missing or holds something
-    else.
+    """The JSON object in a file.
+
+    Raises DataError naming it where it is missing or holds something else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
             f"{path.parent} lacks {path.name}; copy it again, or give a folder saved by "
@@ -90,9 +94,11 @@ def read_object(path: Path) -> dict:
         ) from None
     except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{path} is damaged, not JSON ({reason(error)}); copy it again.") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path} holds {type(found).__name__}, and needs an object; copy it again.")
-    return found
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{path} holds {type(content).__name__}, and needs an object; copy it again."
+        )
+    return content
 
 
 def reason(error: Exception) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness.config.errors import ConfigError, DataError
 from harness.models.facts import config_of, facts_of, reason
-from harness.models.source import ModelSource
+from harness.models.source import BlockStorage, ModelSource
 from harness.models.weights import INDEX, SINGLE, Weights, shard_names, weights_of
 
 HUB_TIMEOUT = 2.0  # seconds `check` waits for a hub that does not answer
@@ -20,8 +20,7 @@ HUB_TIMEOUT = 2.0  # seconds `check` waits for a hub that does not answer
 
 @dataclass(kw_only=True)
 class Hub(ModelSource):
-    """A hub repository or a local folder in the same layout (config.json, tokenizer files,
-    *.safetensors).
+    """A hub repository or a local folder: config.json, tokenizer files, *.safetensors.
 
     A repository that is already in the local cache is used from there, without asking the hub.
     weights: memory, or disk = each block is read when it is used and dropped again.
@@ -46,7 +45,9 @@ class Hub(ModelSource):
                 return
         elif self._config and not any(self._folder.glob("*.safetensors*")):
             raise self._no_safetensors([file.name for file in self._folder.iterdir()])
-        self._weights, self._tokenizer  # noqa: B018  both are needed later, and refused now
+        # both are needed later; what is wrong with them is refused now
+        _ = self._weights
+        _ = self._tokenizer
 
     def facts(self) -> dict:
         return facts_of(self._config, f"model.path={self.path}")
@@ -62,7 +63,8 @@ class Hub(ModelSource):
         from harness.models.offload import skeleton
 
         weights = self._weights
-        dtype = getattr(torch, weights.dtype if self.dtype == "auto" else self.dtype)
+        name = weights.dtype if self.dtype == "auto" else self.dtype
+        dtype = getattr(torch, name)
         if self.weights == "disk":
             with self._explained():
                 model = skeleton(self._config, weights.files, dtype, device)
@@ -73,15 +75,20 @@ class Hub(ModelSource):
             )
         return self.ready(model, device), self._tokenizer
 
-    def offloaded(self, model, scratch: Path):
+    def offloaded(self, model, scratch: Path) -> BlockStorage | None:
         from harness.models.adapter import Adapter
         from harness.models.offload import OffloadedBlocks
 
         if self.weights == "memory":
             return None
-        adapter, files = Adapter(model), self._weights.files
+        adapter = Adapter(model)
         return OffloadedBlocks(
-            adapter.blocks, adapter.family.blocks, files, scratch, model.dtype, adapter.device
+            adapter.blocks,
+            adapter.family.blocks,
+            self._weights.files,
+            scratch,
+            model.dtype,
+            adapter.device,
         )
 
     @cached_property
@@ -110,7 +117,8 @@ class Hub(ModelSource):
 
         with self._explained("needs a tokenizer beside its weights, which"):
             tokenizer = AutoTokenizer.from_pretrained(**self._origin())
-        if not tokenizer("text")["input_ids"]:  # made of nothing where there are no files
+        # where there are no files, transformers makes a tokenizer of nothing
+        if not tokenizer("text")["input_ids"]:
             raise DataError(
                 f"model.path={self.path} needs a tokenizer beside its weights; save it there with "
                 "save_pretrained"
@@ -123,16 +131,13 @@ class Hub(ModelSource):
 
         if self._folder is not None:
             return self._folder
-        patterns = ["model*.safetensors", INDEX]
-        here = self._cached()
-        return Path(
-            snapshot_download(
-                self._address,
-                revision=self.revision,
-                allow_patterns=patterns,
-                local_files_only=here,
-            )
+        folder = snapshot_download(
+            self._address,
+            revision=self.revision,
+            allow_patterns=["model*.safetensors", INDEX],
+            local_files_only=self._cached(),
         )
+        return Path(folder)
 
     def fingerprint(self) -> str:
         if self._folder is None:
@@ -142,9 +147,9 @@ class Hub(ModelSource):
             if file.name == "config.json":
                 digest.update(file.read_bytes())
             elif file.is_file() and file.suffix != ".md":
-                digest.update(
-                    f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode()
-                )
+                # of gigabytes of weights, size and time stand for the content
+                stat = file.stat()
+                digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
         return f"{self._folder.resolve().name}:{digest.hexdigest()[:16]}"
 
     @property
@@ -172,11 +177,15 @@ class Hub(ModelSource):
         from huggingface_hub import try_to_load_from_cache
 
         def local(file: str) -> str | None:
-            found = try_to_load_from_cache(self._address, file, revision=self.revision)
-            return found if isinstance(found, str) else None
+            path = try_to_load_from_cache(self._address, file, revision=self.revision)
+            # neither None nor the mark of a file that the repository is known to lack
+            return path if isinstance(path, str) else None
 
-        index = None if local(SINGLE) else local(INDEX)
-        shards = shard_names(Path(index)) if index else [SINGLE]
+        shards = [SINGLE]
+        if not local(SINGLE):
+            index = local(INDEX)
+            if index:
+                shards = shard_names(Path(index))
         return all(local(file) for file in ("config.json", *shards))
 
     def _check_hub(self) -> None:
@@ -192,11 +201,11 @@ class Hub(ModelSource):
 
     def _no_safetensors(self, files: list[str]) -> DataError:
         pickles = [file for file in files if Path(file).suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        found = (
-            f"only {pickles[0]}, and pickled weights are not opened" if pickles else "no weights"
-        )
+        instead = "no weights"
+        if pickles:
+            instead = f"only {pickles[0]}, and pickled weights are not opened"
         return DataError(
-            f"model.path={self.path}: no *.safetensors but {found}; save it again with "
+            f"model.path={self.path}: no *.safetensors but {instead}; save it again with "
             "save_pretrained"
         )
 
@@ -219,11 +228,13 @@ class Hub(ModelSource):
             raise
         except DataError as error:  # of a file, which is one of this folder
             field = f"model.path={self.path}"
-            raise (
-                error if str(error).startswith(field) else DataError(f"{field}: {error}")
-            ) from None
+            if not str(error).startswith(field):
+                error = DataError(f"{field}: {error}")
+            raise error from None
         except Exception as error:  # the client's error classes have changed over time
+            # transformers raises errors of its own, with the client's behind them
             causes = [error, error.__cause__, error.__context__]
+            # a gated repository is also one that is not found: the closer cause comes first
             if any(isinstance(cause, GatedRepoError) for cause in causes):
                 problem = "is gated: accept its licence on its hub page and set HF_TOKEN"
             elif any(isinstance(cause, RevisionNotFoundError) for cause in causes):

@@ -12,7 +12,6 @@ alone. The embedding mean is *not* subtracted: RMSNorm, unlike LayerNorm, sees i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +34,11 @@ def swap(adapter: Adapter) -> None:
     for index, block in enumerate(adapter.blocks):
         for site in adapter.family.sites:
             linears = {
-                n: linear
-                for n, linear in adapter.linears(index, site).items()
+                name: linear
+                for name, linear in adapter.linears(index, site).items()
                 if not isinstance(linear, QuantLinear)
             }
+            # one for all of them, so that what they read is encoded and quantized once
             shared = SiteInput(len(linears))
             for name, linear in linears.items():
                 block.set_submodule(name, _quant_linear(linear, shared))
@@ -76,10 +76,12 @@ def fuse_norms(adapter: Adapter) -> dict[tuple[int | None, str], Tensor]:
 
 @torch.no_grad()
 def place(adapter: Adapter, placement: Placement) -> None:
-    """Merge a placement into a swapped model's weights, in float64 and parameter by parameter, and
-    attach what stays online.
+    """Merge a placement into a swapped model's weights, and attach what stays online.
+
+    Merged in float64 and parameter by parameter, so that one of them at a time is held twice.
     """
     head = placement.encoder(None, HEAD_SITE)
+    # what is merged into the head must not reach the embedding
     if placement.residual is not None or head is not None:
         untie(adapter.model)
     if head is not None:
@@ -90,7 +92,9 @@ def place(adapter: Adapter, placement: Placement) -> None:
             for name, role in roles.items()
             if placement.reading(role) or placement.writing(role)
         ]
-        with adapter.open(layer, write=True) if changed else nullcontext():
+        if not changed:
+            continue
+        with adapter.open(layer, write=True):
             for name in changed:
                 for part in ("weight", "bias"):
                     tensor = getattr(adapter.model.get_submodule(name), part, None)
@@ -101,20 +105,27 @@ def place(adapter: Adapter, placement: Placement) -> None:
 
 
 def attach_online(adapter: Adapter, placement: Placement) -> None:
-    """Attach what of a placement stays online: behind what is there at its site, before the
-    activation quantizer; R3 on queries and keys. What reads it is swapped, and its weights are as
-    they are merged.
+    """Attach what of a placement stays online.
+
+    A codec goes behind what is there at its site, before the activation quantizer; R3 goes on
+    queries and keys. What reads it is swapped, and its weights are as they are merged.
     """
     attached = set()
     for name, role in adapter.roles.items():
-        module = adapter.model.get_submodule(name)
-        codec = placement.encoder(role.layer, role.reads) if role.kind == "linear" else None
-        if codec is not None and module.site not in attached:
-            attached.add(module.site)
-            codec = _ready(codec, adapter)
-            module.site.codec = (
-                codec if module.site.codec is None else Chain([module.site.codec, codec])
-            )
+        if role.kind != "linear":
+            continue
+        codec = placement.encoder(role.layer, role.reads)
+        if codec is None:
+            continue
+        site = adapter.model.get_submodule(name).site
+        # every reader of a site names its codec, which encodes once
+        if site in attached:
+            continue
+        attached.add(site)
+        codec = _ready(codec, adapter)
+        if site.codec is not None:
+            codec = Chain([site.codec, codec])
+        site.codec = codec
     if placement.query_key is not None:
         codec = _ready(placement.query_key, adapter)
         for heads in attach(adapter):
@@ -135,4 +146,5 @@ def _ready(codec: Codec, adapter: Adapter) -> Codec:
 
 
 def _quant_linear(linear: nn.Linear, site: SiteInput) -> QuantLinear:
-    return QuantLinear(linear.weight.data, None if linear.bias is None else linear.bias.data, site)
+    bias = None if linear.bias is None else linear.bias.data
+    return QuantLinear(linear.weight.data, bias, site)

@@ -1,9 +1,9 @@
 """Models larger than memory: blocks stay in safetensors files, those in use are loaded.
 
 `skeleton` builds a model whose blocks have no storage; embedding, norms outside the blocks and head
-are read. An `OffloadedBlocks` takes a block down while it is `open` (a forward of the block opens it
-by itself) and drops its tensors afterwards. Changed blocks (merged transforms, quantized weights)
-are written to a scratch folder first and read from there the next time.
+are read. An `OffloadedBlocks` reads a block while it is `open` (a forward of the block opens it by
+itself) and drops its tensors afterwards. Changed blocks (merged transforms, quantized weights) are
+written to a scratch folder first and read from there the next time.
 """
 
 from __future__ import annotations
@@ -31,44 +31,47 @@ def read(names: Mapping[str, Path], dtype: torch.dtype, device) -> dict[str, Ten
         with safe_open(path, "pt") as file:
             for name, where in names.items():
                 if where == path:
-                    tensor = file.get_tensor(name)
-                    tensors[name] = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(
-                        tensor
-                    )
+                    mapped = file.get_tensor(name)
+                    tensor = torch.empty(mapped.shape, dtype=dtype, device=device)
+                    tensors[name] = tensor.copy_(mapped)
     return tensors
 
 
 def skeleton(config, files: Mapping[str, Path], dtype: torch.dtype, device) -> nn.Module:
-    """A model of that config with everything but its blocks' weights read, from files that
-    weights.py found to fit. Raises DataError for a tensor that is not finite.
+    """A model of that config with everything but its blocks' weights read.
+
+    files: those that weights.py found to fit. Raises DataError for a tensor that is not finite.
     """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     blocks = f"{family_of(config.model_type).blocks}."
-    for name, module in list(
-        model.named_modules()
-    ):  # what is computed from the config, not stored: the rotary table
+    # what is computed from the config, not stored: the rotary table
+    for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             model.set_submodule(name, type(module)(config=config).to(device))
-    head = tied_names(model) if config.tie_word_embeddings else {}
+    tied = tied_names(model) if config.tie_word_embeddings else {}
     outside = {name: file for name, file in files.items() if not name.startswith(blocks)}
     tensors = read(outside, dtype, device)
     for name, tensor in tensors.items():
         refuse_nonfinite(name, tensor)
         assign(model, name, tensor)
-    if head and all(
+    # files may hold a head of their own, whatever the config says
+    one = all(
         name not in tensors or torch.equal(tensors[name], tensors[source])
-        for name, source in head.items()
-    ):
+        for name, source in tied.items()
+    )
+    if tied and one:
         model.tie_weights()
     return model
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Put a tensor in place of a parameter or buffer."""
-    owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    # into the dictionaries, for the attributes refuse a tensor of another device than before
     if leaf in owner._parameters:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
@@ -96,12 +99,11 @@ class OffloadedBlocks:
         self.device = device
         self.files = []
         for index, block in enumerate(blocks):
-            own = [
-                f"{prefix}.{index}.{name}" for name in block.state_dict()
-            ]  # a file may hold more, such as old rotary tables
-            self.files.append({name: files[name] for name in own if name in files})
+            # by the block's names, for a file may hold more, such as old rotary tables
+            names = [f"{prefix}.{index}.{name}" for name in block.state_dict()]
+            self.files.append({name: files[name] for name in names if name in files})
         self.prefix = prefix
-        self._users = [0] * len(blocks)
+        self._users = [0] * len(blocks)  # a forward of an open block opens it once more
         self.close()
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(lambda *_, index=index: self._take(index))
@@ -131,7 +133,9 @@ class OffloadedBlocks:
         start = f"{self.prefix}.{index}."
         changed = self._changed(index)
         original = not changed.is_file()
-        files = self.files[index] if original else dict.fromkeys(self.files[index], changed)
+        files = self.files[index]
+        if not original:
+            files = dict.fromkeys(files, changed)
         for name, tensor in read(files, self.dtype, self.device).items():
             if original:
                 refuse_nonfinite(name, tensor)
@@ -154,20 +158,19 @@ class OffloadedBlocks:
 
     def _tensors(self, index: int) -> dict[str, Tensor]:
         """{block-relative name: tensor} of what the files hold, as it is now."""
-        found = {}
+        tensors = {}
         for absolute in self.files[index]:
             name = absolute.removeprefix(f"{self.prefix}.{index}.")
             owner, _, leaf = name.rpartition(".")
-            found[name] = getattr(self.blocks[index].get_submodule(owner), leaf).detach()
-        return found
+            tensors[name] = getattr(self.blocks[index].get_submodule(owner), leaf).detach()
+        return tensors
 
     def _changed(self, index: int) -> Path:
         return self.scratch / f"{index:04d}.safetensors"
 
 
 def trim() -> None:
-    """Give freed memory back to the system, where the C library can (glibc): the holes that blocks
-    leave in its heap would add up to a gigabyte over 20 blocks.
-    """
+    """Give freed memory back to the system, where the C library can (glibc)."""
+    # the holes that blocks leave in its heap would add up to a gigabyte over 20 blocks
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -17,9 +17,7 @@ from harness.transforms import Codec
 
 
 class SiteInput(nn.Module):
-    """Encode, then quantize, an activation [..., n].
-
-    The result is kept until all `readers` linears have read it.
+    """Encode, then quantize, an activation [..., n] for all `readers` linears that read it.
 
     decoder: undoes the encoding for every reader, where it is not merged into their weights.
     """
@@ -33,6 +31,7 @@ class SiteInput(nn.Module):
         self.format: Format | None = None
         self.decoder: Codec | None = None
         self.register_buffer("global_scale", None)
+        # the latest activation and its result, kept until the last reader has had it
         self._seen: Tensor | None = None
         self._read: Tensor | None = None
         self._left = 0
@@ -64,8 +63,7 @@ class SiteInput(nn.Module):
 
 
 class QuantLinear(nn.Module):
-    """A linear whose weight [out, in] is a dequantized QTensor (or a float weight) and whose input
-    is its site's.
+    """A linear that reads its site, with a weight [out, in] dequantized from a QTensor, or float.
 
     decoder and encoder: of this linear alone, on its input and output, where they are not merged
     into its weight.
@@ -76,6 +74,7 @@ class QuantLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, site: SiteInput):
         super().__init__()
+        # buffers, for nothing learns a quantized weight by gradient
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.site = site
@@ -93,10 +92,8 @@ class QuantLinear(nn.Module):
         return self.weight.shape[0]
 
     def load(self, values: Tensor) -> None:
-        """Take dequantized values [out, in] into the weight's own memory, so that the model is in
-        memory once.
-        """
-        self.weight.copy_(values)
+        """Take dequantized values [out, in] into the weight's own memory."""
+        self.weight.copy_(values)  # and no new tensor, so that the model is in memory once
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.site(x)

@@ -3,7 +3,7 @@
 A source answers
 
     check()         before any weight is read: is it there, is it readable
-    facts()         the architecture as plain facts (transformers' config), without weights
+    facts()         the fields of transformers' config as plain values, without weights
     load(device)    (model, tokenizer): evaluation mode, no KV cache, in the dtype asked for
     fingerprint()   which weights these are, without importing torch or transformers
 
@@ -12,14 +12,27 @@ tensor that holds NaN. Hub repositories and folders are in hub.py, the model in 
 wheel.py, the random ones in tiny.py.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from harness.config.errors import ConfigError, DataError
 
 DTYPES = ("float32", "bfloat16", "auto")
 AMPS = (None, "bfloat16")
+
+
+class BlockStorage(Protocol):
+    """Where the decoder blocks of a model are while they are not in use (models/offload.py)."""
+
+    def open(self, index: int, write: bool = False) -> AbstractContextManager[None]:
+        """Within it block `index` is in memory; write: changes to it last."""
+        ...
+
+    def close(self) -> None:
+        """Remove what was written on the way."""
+        ...
 
 
 @dataclass(kw_only=True)
@@ -36,9 +49,8 @@ class ModelSource:
     amp: str | None = None
     trust_remote_code: bool = False
     license: str | None = None
-    quantized: ClassVar[bool] = (
-        False  # whether it is to be measured as it is, for quantizing it again would mean nothing
-    )
+    # whether it is to be measured as it is, for quantizing it again would mean nothing
+    quantized: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
@@ -70,7 +82,7 @@ class ModelSource:
         """(model, tokenizer): in evaluation mode, without cache, in its dtype, on `device`."""
         raise NotImplementedError
 
-    def offloaded(self, model, scratch: Path):
+    def offloaded(self, model, scratch: Path) -> BlockStorage | None:
         """Where the blocks of a loaded model are while they are not in use; None: in memory.
 
         scratch: folder for changed ones.
@@ -87,10 +99,11 @@ class ModelSource:
         """
         model.config.use_cache = False
         if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-            model.config.tie_word_embeddings = (
-                False  # a file may hold a head of its own, whatever its config says
-            )
-        return (model if device is None else model.to(device)).eval()
+            # a file may hold a head of its own, whatever its config says
+            model.config.tie_word_embeddings = False
+        if device is not None:
+            model = model.to(device)
+        return model.eval()
 
 
 def untie(model) -> bool:
@@ -103,7 +116,8 @@ def untie(model) -> bool:
 
     from harness.libraries.transformers import untie_names
 
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
     tied = head.weight is embedding.weight
     if tied:
         head.weight = torch.nn.Parameter(
@@ -117,7 +131,7 @@ def untie(model) -> bool:
 def assert_finite(model) -> None:
     """Raise DataError naming the first parameter or buffer in memory with NaN or infinity."""
     for name, tensor in model.state_dict().items():
-        if not tensor.is_meta:
+        if not tensor.is_meta:  # an offloaded block's tensors are asked when they are read
             refuse_nonfinite(name, tensor)
 
 

@@ -40,8 +40,7 @@ class Tiny(ModelSource):
         """Nothing can be missing."""
 
     def facts(self) -> dict:
-        own = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 48}}.get(self.family, {})
-        shape = {
+        fields = {
             "model_type": self.family,
             "vocab_size": VOCABULARY,
             "hidden_size": 192,
@@ -56,19 +55,23 @@ class Tiny(ModelSource):
             "eos_token_id": 257,
             "pad_token_id": None,
         }
-        return shape | own
+        if self.family == "mistral":
+            fields["sliding_window"] = None
+        if self.family == "qwen3":
+            fields["head_dim"] = 48
+        return fields
 
     def load(self, device="cpu"):
-        """Weights N(0, 0.05^2), biases N(0, 0.1^2), norm weights 1 + N(0, 0.2^2), drawn in float32
-        in order of their names.
+        """Weights N(0, 0.05^2), biases N(0, 0.1^2), norm weights 1 + N(0, 0.2^2).
+
+        They are drawn in float32 in order of their names.
         """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.for_model(**self.facts())
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # transformers initializes from the global generator
+        # transformers initializes from the global generator, whose state is the caller's
+        with torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
@@ -76,11 +79,12 @@ class Tiny(ModelSource):
                 noise = torch.randn(parameter.shape, generator=generator)
                 if name.endswith("norm.weight"):
                     parameter.copy_(1 + 0.2 * noise)
+                elif name.endswith(".bias"):
+                    parameter.copy_(0.1 * noise)
                 else:
-                    parameter.copy_((0.1 if name.endswith(".bias") else 0.05) * noise)
-        if (
-            self.dtype == "bfloat16"
-        ):  # of weights only: the rotary table stays float32 in models that are read from files too
+                    parameter.copy_(0.05 * noise)
+        # of weights only: the rotary table stays float32 in models that are read from files too
+        if self.dtype == "bfloat16":
             for parameter in model.parameters():
                 parameter.data = parameter.data.bfloat16()
         return self.ready(model, device), byte_tokenizer()
@@ -90,9 +94,7 @@ class Tiny(ModelSource):
 
 
 def byte_tokenizer():
-    """One token for each byte of the UTF-8 text (ids 0..255) and two specials, <|bos|> = 256 and
-    <|eos|> = 257.
-    """
+    """One token for each byte of UTF-8 (ids 0..255) and <|bos|> = 256, <|eos|> = 257."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

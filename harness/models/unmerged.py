@@ -27,9 +27,10 @@ from harness.transforms import Codec, Placement, Role
 def unmerged(
     adapter: Adapter, placement: Placement, scheme: Scheme | None = None
 ) -> Iterator[None]:
-    """Within it the swapped model runs with `placement` applied to activations and, with a scheme,
-    with activations and the KV cache quantized (straight-through; scales that would be calibrated
-    follow each tensor). Undone on leaving.
+    """Within it the swapped model runs with `placement` applied to activations.
+
+    With a scheme, activations and the KV cache are quantized too (straight-through; scales that
+    would be calibrated follow each tensor). Undone on leaving.
 
     The model must carry no codec or quantizer of its own at the places used.
     """
@@ -44,7 +45,9 @@ def unmerged(
             handles.append(module.register_forward_pre_hook(_decoding(placement.residual)))
     kv = None if scheme is None else scheme.kv
     before = attention_name(adapter.model.config)
-    attached = attach(adapter) if placement.query_key is not None or kv is not None else []
+    attached = []
+    if placement.query_key is not None or kv is not None:
+        attached = attach(adapter)
     for heads in attached:
         heads.codec = placement.query_key
         heads.format = kv
@@ -59,6 +62,7 @@ def unmerged(
                 module.site.codec = module.site.decoder = module.site.format = None
         for heads in attached:
             heads.codec = heads.format = None
+        # heads that were there before stay for whoever attached them
         if attached and before != NAME:
             detach(adapter)
 
@@ -70,7 +74,9 @@ def _attach_codecs(
     module.encoder = placement.writing(role)
     module.site.codec = placement.encoder(role.layer, role.reads)
     act = None if scheme is None else scheme.part("act", role.layer, role.name)
-    module.site.format = None if act is None else act.dynamic()
+    if act is not None:
+        act = act.dynamic()  # nothing is calibrated yet: scales follow each tensor
+    module.site.format = act
     if (role.layer, role.name) in placement.decoders:
         module.decoder = placement.reading(role)
     else:

