@@ -25,10 +25,12 @@ from harness.transforms import ModelShape, Role
 
 @dataclass(frozen=True)
 class Site:
-    """One activation tensor: `linears` are block-relative module names that read it, `features`
-    what its width follows from (hidden, heads = heads * head_dim, intermediate), `fed_by` the
-    linears whose outputs make it by a linear path (v feeds o; up feeds down), `norm` the norm right
-    before it (None inside a branch).
+    """One activation tensor.
+
+    linears: block-relative names of the modules that read it.
+    features: what its width follows from: hidden, heads (heads * head_dim) or intermediate.
+    norm: the norm right before it; None inside a branch.
+    fed_by: the linears whose outputs make it by a linear path (v feeds o; up feeds down).
     """
 
     name: str
@@ -60,10 +62,10 @@ class Branch:
         assert into.norm is not None, "an entry is read right after a norm"
         roles = [Role(layer, into.norm, "norm", writes=into.name)]
         for name in into.linears:
-            # up feeds down and v feeds o; between gate, q or k and the exit stands a nonlinearity
+            # up feeds down and v feeds o; behind gate, q and k stands a nonlinearity
             feeds = out.name if name in out.fed_by else None
             roles.append(Role(layer, name, "linear", into.name, reads_residual=True, writes=feeds))
-        # each key/value head is read by several query heads, whose codecs must then be one
+        # query heads on one key/value head read the same values, and share a codec
         repeated = heads if out.features == "heads" else None
         for name in out.linears:
             roles.append(Role(layer, name, "linear", out.name, writes="residual", heads=repeated))
@@ -72,8 +74,9 @@ class Branch:
 
 @dataclass(frozen=True)
 class Family:
-    """A decoder architecture: block-relative branches and the absolute names of what stands outside
-    the blocks.
+    """A decoder architecture.
+
+    Names of modules are block-relative in the branches and absolute outside of the blocks.
     """
 
     name: str
@@ -101,8 +104,9 @@ class Family:
         return {site.name: sizes[site.features] for site in self.sites}
 
     def roles(self, config: Mapping) -> dict[str, Role]:
-        """{absolute module name: Role} of every embedding, norm and linear that a codec may be
-        merged into.
+        """{absolute module name: Role} of all that a codec may be merged into.
+
+        That is the embedding, the norms and the linears.
         """
         kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
         heads = (kv_heads, config["num_attention_heads"] // kv_heads)
@@ -118,15 +122,16 @@ class Family:
 
 def head_dim(config: Mapping) -> int:
     """Features of one attention head."""
-    # a config of Llama may hold the key without a value
+    # Qwen2's config has no such key
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def shape_of(
     config: Mapping, scheme: Scheme, seed: int = 0, solver: str | None = None
 ) -> ModelShape:
-    """What a transform may know of a model before its weights are loaded, from the fields of its
-    config.json.
+    """What a transform may know of a model before its weights are loaded.
+
+    config: the fields of its config.json.
     """
     heads = config["num_attention_heads"]
     family = family_of(config.get("model_type"))

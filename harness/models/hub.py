@@ -234,7 +234,7 @@ class Hub(ModelSource):
         except Exception as error:  # the client's error classes have changed over time
             # transformers raises errors of its own, with the client's behind them
             causes = [error, error.__cause__, error.__context__]
-            # a gated repository is also one that is not found: the closer cause comes first
+            # GatedRepoError is a RepositoryNotFoundError, so it is asked for first
             if any(isinstance(cause, GatedRepoError) for cause in causes):
                 problem = "is gated: accept its licence on its hub page and set HF_TOKEN"
             elif any(isinstance(cause, RevisionNotFoundError) for cause in causes):

@@ -71,7 +71,6 @@ def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Put a tensor in place of a parameter or buffer."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
-    # into the dictionaries, for the attributes refuse a tensor of another device than before
     if leaf in owner._parameters:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:

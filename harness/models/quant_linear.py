@@ -74,7 +74,7 @@ class QuantLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, site: SiteInput):
         super().__init__()
-        # buffers, for nothing learns a quantized weight by gradient
+        # buffers, not parameters: they take no gradient
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.site = site

@@ -94,8 +94,9 @@ class ModelSource:
         raise NotImplementedError
 
     def ready(self, model, device=None):
-        """The loaded model as every caller wants it: in evaluation mode, without KV cache, on
-        `device` (None: where it is).
+        """The loaded model as every caller needs it: in evaluation mode, without KV cache.
+
+        device: None leaves it where it is.
         """
         model.config.use_cache = False
         if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
@@ -107,8 +108,7 @@ class ModelSource:
 
 
 def untie(model) -> bool:
-    """Give the output head its own copy of the embedding matrix, and have it stay so when saved and
-    loaded.
+    """Give the output head its own copy of the embedding matrix, saved and loaded as one.
 
     Returns whether head and embedding were one tensor.
     """
@@ -131,7 +131,7 @@ def untie(model) -> bool:
 def assert_finite(model) -> None:
     """Raise DataError naming the first parameter or buffer in memory with NaN or infinity."""
     for name, tensor in model.state_dict().items():
-        if not tensor.is_meta:  # an offloaded block's tensors are asked when they are read
+        if not tensor.is_meta:  # an offloaded block's tensors are checked when they are read
             refuse_nonfinite(name, tensor)
 
 

@@ -32,8 +32,10 @@ from harness.quantize.overrides import as_served
 
 @dataclass(frozen=True)
 class Auto:
-    """bits_per_weight: the budget, scales and zero points counted, over the quantized linears of
-    the blocks; candidates: {name: weight format}.
+    """The choice that `format.auto` leaves open.
+
+    bits_per_weight: the budget over the quantized linears of the blocks, scales and zero points
+    counted. candidates: {name: weight format}.
     """
 
     bits_per_weight: float
@@ -62,28 +64,27 @@ def auto_of(section: Mapping | None, weight: Mapping, serves: Mapping | None = N
     for name in names:
         stem, bits = str(name)[:3], str(name)[3:]
         if stem == "int" and bits.isdigit():
-            chosen = option("format", "int4")["weight"] | {"bits": int(bits)}
+            settings = option("format", "int4")["weight"] | {"bits": int(bits)}
         else:
-            chosen = option("format", name)["weight"]
-        if "_target_" in chosen:
-            chosen = as_served(chosen, serves) | {
-                key: weight[key] for key in SHARED if key in weight
-            }
-        candidates[name] = build(chosen, f"format.auto.candidates.{name}", Format)
+            settings = option("format", name)["weight"]
+        # a part that is off has nothing to share
+        if "_target_" in settings:
+            shared = {key: weight[key] for key in SHARED if key in weight}
+            settings = as_served(settings, serves) | shared
+        candidates[name] = build(settings, f"format.auto.candidates.{name}", Format)
         if candidates[name] is None:
             raise ConfigError(f"format.auto.candidates: {name} quantizes no weights; leave it out.")
-    return Auto(
-        number("format.auto.bits_per_weight", section["bits_per_weight"], 1, 16), candidates
-    )
+    budget = number("format.auto.bits_per_weight", section["bits_per_weight"], 1, 16)
+    return Auto(budget, candidates)
 
 
 @torch.no_grad()
 def sensitivities(
     adapter: Adapter, auto: Auto, windows: Tensor, advance: Callable[[], None]
 ) -> list[dict]:
-    """[{"layer", "name", "weights", "errors": {candidate: e}, "bits": {candidate: stored bits}}],
-    block after block.
+    """What each candidate would cost every linear of the blocks, block after block.
 
+    [{"layer", "name", "weights", "errors": {candidate: e}, "bits": {candidate: stored bits}}].
     windows: calibration token ids [N, L]; advance: called after each block.
     """
     fisher = importance(adapter, windows)
@@ -111,8 +112,9 @@ def sensitivities(
 
 
 def importance(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], Tensor]:
-    """{(layer, linear): F [out]}, the squared gradients of the summed next-token loss at every
-    linear's output, over windows [N, L].
+    """{(layer, linear): F [out]}, float32, over token ids [N, L].
+
+    F sums the squared gradients of the next-token loss, itself a sum, at every linear's output.
     """
     squares = {}
     handles = []
@@ -125,11 +127,13 @@ def importance(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], Tenso
                 def keep(gradient: Tensor, where=(layer, name)) -> None:
                     squares[where] += gradient.float().square().flatten(0, -2).sum(0)
 
-                def hook(_, args, y, keep=keep):
-                    return y.register_hook(keep) and None
+                # returns nothing: what a forward hook returns replaces the output
+                def hook(_, args, y, keep=keep) -> None:
+                    y.register_hook(keep)
 
                 handles.append(linear.register_forward_hook(hook))
     embedding = adapter.model.get_input_embeddings()
+    # weights need not ask for a gradient: the graph begins at the embedded tokens
     handles.append(embedding.register_forward_hook(lambda _, args, y: y.requires_grad_()))
     with torch.enable_grad():
         for window in windows:
@@ -143,16 +147,16 @@ def importance(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], Tenso
 
 def _candidates(
     weight: Tensor, candidates: Mapping[str, Format], hessian: Tensor, fisher: Tensor
-) -> dict:
+) -> dict[str, dict]:
+    """{"errors": {candidate: e}, "bits": {candidate: stored bits}} of one weight."""
     errors = {}
     bits = {}
     for name, format in candidates.items():
         quantized = format.quantize(weight)
         noise = quantized.dequantize().float() - weight.float()
-        errors[name], bits[name] = (
-            float(((noise @ hessian) * noise).sum(1) @ fisher),
-            quantized.bits(),
-        )
+        # the diagonal of noise H noise^T, without the rest of it
+        errors[name] = float(((noise @ hessian) * noise).sum(1) @ fisher)
+        bits[name] = quantized.bits()
     return {"errors": errors, "bits": bits}
 
 
@@ -171,10 +175,11 @@ def allocate(rows: Sequence[Mapping], bits_per_weight: float) -> list[str]:
     if least > bits_per_weight:
         raise ConfigError(
             f"format.auto.bits_per_weight={bits_per_weight}: the candidates need at least "
-            f"{least:.3f}; raise it, "
-            "or add a smaller candidate."
+            f"{least:.3f}; raise it, or add a smaller candidate."
         )
+    # x [rows * candidates] in {0, 1}: the ones of each row sum to one
     one_each = np.kron(np.eye(len(rows)), np.ones(len(names)))
+    # a budget that one format meets exactly must not fail by rounding
     budget = LinearConstraint(bits.reshape(1, -1) / weights, -np.inf, bits_per_weight * (1 + 1e-9))
     solution = milp(
         errors.ravel(),

@@ -58,11 +58,11 @@ def quantize(
     missing = any(run.load_block(i) is None for i in range(count + outside.quantizes))
     streaming = partial(Stream, adapter, windows, folder=folder)
     # where scales span tokens, a text is quantized without its neighbours, as it is when evaluated
-    together = 1 if scheme.spans_tokens else None
+    at_once = 1 if scheme.spans_tokens else None
     if solver is not None and solver.windows is not None:
-        together = solver.windows
-    if together is not None:
-        streaming = partial(streaming, tokens_at_once=together * windows.shape[1])
+        at_once = solver.windows
+    if at_once is not None:
+        streaming = partial(streaming, tokens_at_once=at_once * windows.shape[1])
     original = stream = error = None
     if missing and solver is not None and solver.scope == "block":
         original = streaming()
@@ -75,17 +75,17 @@ def quantize(
         solved = _Block(adapter, scheme, solver, index, run.load_block(index))
         with adapter.open(index, write=True):
             if stream is not None and error is not None:
-                if solved.found is None:
+                if solved.record is None:
                     error.before(index)
                 view = BlockView(
                     adapter, scheme, index, stream, generator(seed, "solver", index), stage, log
                 )
                 solved.walk(stream, original, view)
-                if solved.found is None:
+                if solved.record is None:
                     solved.output = error.after(index)
             else:
                 solved.install()
-        if solved.found is None:
+        if solved.record is None:
             run.save_block(
                 index, solved.tensors, {"layers": solved.layers, "output": solved.output}
             )
@@ -105,18 +105,17 @@ def _activations(adapter: Adapter, scheme: Scheme, index: int, on: bool) -> None
 
 
 class OutputError:
-    """What quantizing a block, weights and activations, costs its output on the first calibration
-    window: the stream's input goes through the block before and after, so errors of earlier blocks
-    do not count.
+    """What quantizing a block, weights and activations, costs its output.
+
+    On the first calibration window: the stream's input goes through the block before and after, so
+    errors of earlier blocks do not count.
     """
 
     def __init__(self, adapter: Adapter, scheme: Scheme, stream: Stream):
-        """Makes room for one window once: tensors made anew for each block would split the heap
-        between its temporaries.
-        """
         self.adapter = adapter
         self.scheme = scheme
         self.stream = stream
+        # once: tensors made anew for each block would split the heap between its temporaries
         hidden, _ = stream.window(adapter.blocks[0])
         self._hidden = torch.empty_like(hidden)
         self._target = torch.empty_like(hidden)
@@ -144,8 +143,9 @@ def _input(adapter: Adapter, index: int, site: Site) -> SiteInput:
 
 
 class _Block:
-    """One block on its way from float to quantized: either solved now, or installed from what was
-    `found` on disk.
+    """One block on its way from float to quantized: solved now, or installed from a record.
+
+    record: (tensors, report) of an earlier attempt; None where the block is to be solved.
     """
 
     def __init__(
@@ -154,13 +154,13 @@ class _Block:
         scheme: Scheme,
         solver: Solver | None,
         index: int,
-        found: tuple[dict, dict] | None,
+        record: tuple[dict, dict] | None,
     ):
         self.adapter = adapter
         self.scheme = scheme
         self.solver = solver
         self.index = index
-        self.found = found
+        self.record = record
         self.block = adapter.blocks[index]
         self.inputs = {site.name: _input(adapter, index, site) for site in adapter.family.sites}
         self.acts = {
@@ -169,22 +169,24 @@ class _Block:
         self.tensors: dict[str, Tensor] = {}
         self.layers: list[dict] = []
         self.output: dict = {}
-        if found is not None:
-            self.tensors, report = found
+        if record is not None:
+            self.tensors, report = record
             self.layers = report["layers"]
             self.output = report.get("output", {})
 
     def walk(self, stream: Stream, original: Stream | None, view: BlockView) -> None:
-        """Pass the stream through, solving each site on the way (or all of them first, for whoever
-        works on whole blocks).
+        """Pass the stream through, solving each site on the way.
+
+        Where the solver works on whole blocks, all sites are solved first. original: the stream
+        through the unquantized blocks, for a solver of scope block.
         """
         whole = self.solver is not None and "block" in (self.solver.sequencing, self.solver.scope)
         if original is not None:
-            if self.found is None:
+            if self.record is None:
                 view.original = [hidden.clone() for hidden in original.hidden]
             original.advance(self.block)
             view.targets = original.hidden
-        if self.found is not None:
+        if self.record is not None:
             self.install()
         else:
             shared = {}
@@ -194,7 +196,8 @@ class _Block:
             if whole:
                 self._solve_whole(stream, view, shared)
         for site, activations in stream.walk(self.block):
-            if self.found is not None:
+            # a record needs no statistics, but the stream must get past the block
+            if self.record is not None:
                 continue
             statistics = self._statistics(site, stream, hessian=not whole)
             for x in activations:
@@ -206,10 +209,11 @@ class _Block:
                 self._settle(site, statistics, *self._solved(site, statistics), shared)
 
     def install(self) -> None:
-        """Take weights, merged scales and activation scales from what was found.
+        """Take weights, merged scales and activation scales from the record.
 
         Nothing is streamed.
         """
+        # before the weights: what is loaded holds these scales, and is not to be scaled again
         scales = BlockScales(self.adapter, self.index)
         for site in self.adapter.family.sites:
             if f"{site.name}.merged" in self.tensors:

@@ -24,9 +24,7 @@ from harness.store import Run
 
 
 class Embeddings:
-    """The embedding and the head, where `format.overrides` quantizes them: one more block, after
-    the last.
-    """
+    """The embedding and the head, where they are quantized: one more block, after the last."""
 
     def __init__(self, adapter: Adapter, scheme: Scheme, solver: Solver | None):
         self.adapter = adapter
@@ -38,19 +36,19 @@ class Embeddings:
         self.act = scheme.part("act", None, family.head)
         self.tensors: dict[str, Tensor] = {}
         self.layers: list[dict] = []
-        self.found: tuple[dict, dict] | None = None  # the record of an earlier attempt
+        self.record: tuple[dict, dict] | None = None  # the record of an earlier attempt
 
     def embed(self, run: Run) -> None:
         """Untie, and round the embedding to nearest; it is the first thing a token meets."""
         if not self.quantizes:
             return
         untie(self.adapter.model)
-        self.found = run.load_block(len(self.adapter.blocks))
+        self.record = run.load_block(len(self.adapter.blocks))
         if self.table is not None:
             name = self.adapter.family.embedding
             weight = self.adapter.model.get_parameter(f"{name}.weight")
-            if self.found is not None:
-                quantized = stored(self.found[0], name, self.table, weight)
+            if self.record is not None:
+                quantized = stored(self.record[0], name, self.table, weight)
             else:
                 quantized = self.table.quantize(weight.detach())
                 self.tensors |= {f"{name}.{key}": value for key, value in quantized.state().items()}
@@ -67,20 +65,20 @@ class Embeddings:
             weight.copy_(quantized.dequantize())
 
     def finish(self, stream: Stream | None, run: Run) -> list[dict]:
-        """Solve the head, or install what was found; returns the report.
+        """Solve the head, or install it from its record; returns the report.
 
-        stream: past the last block; None where everything was found.
+        stream: past the last block; None where there is a record of everything.
         """
         if self.weight is not None or self.act is not None:
             linear = swap_head(self.adapter)
-            if self.found is not None:
-                self._install(linear, self.found[0])
+            if self.record is not None:
+                self._install(linear, self.record[0])
             else:
                 assert stream is not None
                 self._solve(linear, stream)
             linear.site.format = self.act
-        if self.found is not None:
-            return self.found[1]["layers"]
+        if self.record is not None:
+            return self.record[1]["layers"]
         run.save_block(len(self.adapter.blocks), self.tensors, {"layers": self.layers})
         return self.layers
 

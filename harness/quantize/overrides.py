@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from harness.config.build import build, option
 from harness.config.checks import nearest
@@ -27,20 +28,36 @@ from harness.models.adapter import Family
 
 PARTS = ("weight", "act")
 Place = tuple[int | None, str]  # (block, linear); None: outside the blocks
+Parts = dict[str, Format | None]  # by PARTS; None: float
 RANGE = re.compile(r"(?:first|last)_(\d+)|blocks_(\d+)(?:_(\d+))?")
 
 
+@dataclass(frozen=True)
+class _Base:
+    """What an override changes.
+
+    settings: {part: section} of `format`; serves: {part: settings} of `export.serves`.
+    """
+
+    settings: Mapping[str, Mapping]
+    serves: Mapping[str, Mapping]
+
+    def act(self) -> Format | None:
+        """The format of activations where no override names another."""
+        return build(self.settings["act"], "format.act", Format)
+
+
 def resolve(
-    chosen: Mapping, family: Family, layers: int, serves: Mapping[str, Mapping] | None = None
-) -> dict[Place, dict]:
+    section: Mapping, family: Family, layers: int, serves: Mapping[str, Mapping] | None = None
+) -> dict[Place, Parts]:
     """{(block, linear): {part: Format or None}} from a `format` section.
 
     serves: `export.serves`, by which options named here are changed as the format itself is. Raises
     ConfigError naming the field.
     """
-    chosen = {**chosen, "serves": serves or {}}
-    ranked: dict[Place, dict[int, tuple[str, dict]]] = {}
-    overrides = chosen["overrides"]
+    base = _Base({part: section[part] for part in PARTS}, serves or {})
+    ranked: dict[Place, dict[int, tuple[str, Parts]]] = {}
+    overrides = section["overrides"]
     if overrides is None:
         overrides = {}
     if not isinstance(overrides, Mapping):
@@ -49,7 +66,7 @@ def resolve(
             "or null."
         )
     for key, value in overrides.items():
-        for field, rank, place, parts in _entries(key, value, chosen, family, layers):
+        for field, rank, place, parts in _entries(key, value, base, family, layers):
             others = ranked.setdefault(place, {})
             if rank in others:
                 raise ConfigError(
@@ -59,36 +76,36 @@ def resolve(
             others[rank] = (field, parts)
     resolved = {}
     for place, entries in ranked.items():
-        merged: dict = {}
+        merged: Parts = {}
         # what is named more closely has the higher rank, and replaces what is there
         for rank in sorted(entries):
             merged |= entries[rank][1]
         resolved[place] = merged
-    _one_activation(resolved, chosen, family, layers)
+    _one_activation(resolved, base, family, layers)
     return resolved
 
 
 def _entries(
-    key: str, value, chosen: Mapping, family: Family, layers: int
-) -> Iterator[tuple[str, int, Place, dict]]:
+    key: str, value: object, base: _Base, family: Family, layers: int
+) -> Iterator[tuple[str, int, Place, Parts]]:
     """(field, rank, place, parts) of all that one key of `format.overrides` names."""
     field = f"format.overrides.{key}"
     linears = {name.rpartition(".")[2]: name for site in family.sites for name in site.linears}
     outside = {name.rpartition(".")[2]: name for name in (family.embedding, family.head)}
     if key in outside:
         embedding = outside[key] == family.embedding
-        yield field, 1, (None, outside[key]), _outside(field, value, chosen, embedding)
+        yield field, 1, (None, outside[key]), _outside(field, value, base, embedding)
     elif key == "decoder":
-        parts = _parts(field, value, chosen)
+        parts = _parts(field, value, base)
         yield from (
             (field, 0, (i, name), parts) for i in range(layers) for name in linears.values()
         )
     elif key in linears:
-        parts = _parts(field, value, chosen)
+        parts = _parts(field, value, base)
         yield from ((field, 1, (i, linears[key]), parts) for i in range(layers))
     elif RANGE.fullmatch(str(key)):
         for layer in _blocks(field, key, layers):
-            for rank, name, source, parts in _within(field, value, chosen, linears):
+            for rank, name, source, parts in _within(field, value, base, linears):
                 yield source, rank, (layer, name), parts
     else:
         legal = (*linears, *outside, "decoder", "first_N", "last_N", "blocks_N", "blocks_N_M")
@@ -98,47 +115,49 @@ def _entries(
 
 
 def _within(
-    field: str, value, chosen: Mapping, linears: Mapping[str, str]
-) -> Iterator[tuple[int, str, str, dict]]:
+    field: str, value: object, base: _Base, linears: Mapping[str, str]
+) -> Iterator[tuple[int, str, str, Parts]]:
     """(rank, linear, field, parts) of what one range of blocks says."""
+    # a mapping names linears, unless it names parts: then it is of all linears
     if isinstance(value, Mapping) and value and not set(value) & set(PARTS):
-        for key, own in value.items():
+        for key, entry in value.items():
             if key not in linears:
                 raise ConfigError(
-                    f"{field}.{key}: no such linear.{nearest(key, linears)} Legal: "
-                    f"{', '.join(linears)}, weight, "
-                    "act."
+                    f"{field}.{key}: no such linear.{nearest(key, linears)} "
+                    f"Legal: {', '.join(linears)}, weight, act."
                 )
-            yield 3, linears[key], f"{field}.{key}", _parts(f"{field}.{key}", own, chosen)
+            yield 3, linears[key], f"{field}.{key}", _parts(f"{field}.{key}", entry, base)
     else:
-        parts = _parts(field, value, chosen)
+        parts = _parts(field, value, base)
         yield from ((2, name, field, parts) for name in linears.values())
 
 
 def _blocks(field: str, key: str, layers: int) -> range:
+    """The blocks that a key such as first_2 or blocks_4_7 names."""
     match = RANGE.fullmatch(key)
     assert match is not None
     end, low, high = match.groups()
-    if end is not None:
-        count = int(end)
-        found = range(count) if key.startswith("first") else range(layers - count, layers)
+    if end is None:
+        blocks = range(int(low), int(high or low) + 1)
+    elif key.startswith("first"):
+        blocks = range(int(end))
     else:
-        found = range(int(low), int(high or low) + 1)
-    if not found or found[0] < 0 or found[-1] >= layers:
+        blocks = range(layers - int(end), layers)
+    if not blocks or blocks[0] < 0 or blocks[-1] >= layers:
         raise ConfigError(f"{field}: the model has blocks 0 to {layers - 1}.")
-    return found
+    return blocks
 
 
-def _outside(field: str, value, chosen: Mapping, embedding: bool) -> dict:
+def _outside(field: str, value: object, base: _Base, embedding: bool) -> Parts:
     """Parts of the embedding or the head.
 
     A quantized head reads its activation like the other linears unless said otherwise.
     """
-    parts = _parts(field, value, chosen)
+    parts = _parts(field, value, base)
     if not embedding:
         act = None
         if parts.get("weight") is not None:
-            act = build(chosen["act"], "format.act", Format)
+            act = base.act()
         return {"weight": None, "act": act} | parts
     if isinstance(value, Mapping) and "act" in value:
         raise ConfigError(
@@ -147,44 +166,43 @@ def _outside(field: str, value, chosen: Mapping, embedding: bool) -> dict:
     return {"weight": parts.get("weight")}
 
 
-def _parts(field: str, value, chosen: Mapping) -> dict:
+def _parts(field: str, value: object, base: _Base) -> Parts:
     """{part: Format or None} of one value."""
     if isinstance(value, bool) or not isinstance(value, int | str | Mapping):
         raise ConfigError(
             f"{field}={value}: needs bits, an option of format, or a mapping of weight and act."
         )
     if isinstance(value, int):
-        return {"weight": _part(field, "weight", value, chosen)}
+        return {"weight": _part(field, "weight", value, base)}
     if isinstance(value, str):
-        return {part: _part(field, part, value, chosen) for part in PARTS}
+        return {part: _part(field, part, value, base) for part in PARTS}
     unknown = [key for key in value if key not in PARTS]
     if unknown or not value:
-        raise ConfigError(
-            f"{field}: {', '.join(map(str, unknown)) or 'nothing'} is not a part; choose weight or "
-            "act."
-        )
-    return {part: _part(f"{field}.{part}", part, own, chosen) for part, own in value.items()}
+        names = ", ".join(map(str, unknown)) or "nothing"
+        raise ConfigError(f"{field}: {names} is not a part; choose weight or act.")
+    return {part: _part(f"{field}.{part}", part, entry, base) for part, entry in value.items()}
 
 
-def _part(field: str, part: str, value, chosen: Mapping):
+def _part(field: str, part: str, value: object, base: _Base) -> Format | None:
     """The Format of one part, or None at 16 bits."""
     if isinstance(value, str):
-        return build(
-            as_served(_option(field, value)[part], chosen["serves"].get(part)), field, Format
-        )
-    base = chosen[part]
+        served = as_served(_option(field, value)[part], base.serves.get(part))
+        return build(served, field, Format)
+    # YAML's true is an int of Python's, and no number of bits
     if isinstance(value, int) and not isinstance(value, bool):
         if value == 16:
             return None
         value = {"bits": value}
     if not isinstance(value, Mapping):
         raise ConfigError(f"{field}={value}: needs bits, an option of format, or settings.")
-    changed = dict(value) if "_target_" in value else {**base, **value}
+    changed = dict(value)
+    # settings of another class replace all, for that class need not know the others
+    if "_target_" not in value:
+        changed = {**base.settings[part], **value}
     if changed.get("_target_") is None and changed.get("bits") != 16:
         raise ConfigError(
             f"{field}={dict(value)}: format.{part} is off, so there is nothing to change; give an "
-            "option of "
-            "format such as int8."
+            "option of format such as int8."
         )
     try:
         return build(changed, field, Format)
@@ -195,8 +213,9 @@ def _part(field: str, part: str, value, chosen: Mapping):
 
 
 def as_served(settings: Mapping, serves: Mapping | None) -> dict:
-    """The settings of one format, with the values by which an exported file is computed where it
-    has such settings. serves: a part of `export.serves`.
+    """The settings of one format, changed to the values by which an exported file is computed.
+
+    serves: a part of `export.serves`; what the format has no setting for is left out.
     """
     return {key: (serves or {}).get(key, value) for key, value in settings.items()}
 
@@ -209,16 +228,17 @@ def _option(field: str, name: str) -> dict:
         raise ConfigError(f"{field}: {error}") from None
 
 
-def _one_activation(resolved: Mapping, chosen: Mapping, family: Family, layers: int) -> None:
+def _one_activation(
+    resolved: Mapping[Place, Parts], base: _Base, family: Family, layers: int
+) -> None:
     """Linears that read one activation must agree on its format, for it is quantized once."""
-    base = build(chosen["act"], "format.act", Format)
+    everywhere = base.act()
     for layer in range(layers):
         for site in family.sites:
-            acts = [resolved.get((layer, name), {}).get("act", base) for name in site.linears]
+            acts = [resolved.get((layer, name), {}).get("act", everywhere) for name in site.linears]
             if any(act != acts[0] for act in acts):
                 readers = ", ".join(name.rpartition(".")[2] for name in site.linears)
                 raise ConfigError(
                     f"format.overrides: {readers} of block {layer} read one activation but would "
-                    "quantize it "
-                    "differently; give all of them the same act."
+                    "quantize it differently; give all of them the same act."
                 )

@@ -31,7 +31,7 @@ def swap_in(
     """
     sample = statistics.sample
     reports = {}
-    read = sample if act is None else act.fake(sample, global_scale=global_scale)
+    inputs = sample if act is None else act.fake(sample, global_scale=global_scale)
     for name, linear in linears.items():
         report = reports[name] = {"name": names[name], "sqnr_db": None}
         reference = sample @ linear.weight.float().T
@@ -45,21 +45,20 @@ def swap_in(
             else:
                 bits = 8 * linear.weight.element_size() * linear.weight.numel()
             report |= {"bits": bits, "weights": linear.weight.numel()}
-        report["rel_error"] = relative(read @ linear.weight.float().T, reference)
+        # of the layer as it runs: weights and activations quantized
+        report["rel_error"] = relative(inputs @ linear.weight.float().T, reference)
     return reports
 
 
 def stored(tensors: Mapping[str, Tensor], name: str, format: Format, weight: Tensor) -> QTensor:
-    """The QTensor of one weight among a block's tensors, where the weight is (on the CPU while that
-    is not in memory).
-    """
+    """The QTensor of one weight among a block's tensors, on the weight's device."""
     prefix = f"{name}."
     state = {
         key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
     }
-    return QTensor.from_state(format, state, weight.shape, weight.dtype).to(
-        "cpu" if weight.is_meta else weight.device
-    )
+    # an offloaded weight is on no device while its block is not in use
+    device = "cpu" if weight.is_meta else weight.device
+    return QTensor.from_state(format, state, weight.shape, weight.dtype).to(device)
 
 
 def relative(values: Tensor, reference: Tensor) -> float:
@@ -75,9 +74,10 @@ def decibel(noise: float) -> float | None:
     return -10 * math.log10(noise) if 0 < noise < math.inf else None
 
 
-class Solved(Mapping):
-    """{absolute name: QTensor} of all quantized weights of a run, read block by block as they are
-    asked for.
+class Solved(Mapping[str, QTensor]):
+    """{absolute name: QTensor} of all quantized weights of a run.
+
+    Read block by block as they are asked for.
     """
 
     def __init__(self, adapter: Adapter, scheme: Scheme, run: Run):
@@ -87,6 +87,7 @@ class Solved(Mapping):
             for index in range(len(adapter.blocks) + scheme.outside)
             for name in self._block(index)
         }
+        # one block at a time in memory: who goes by the names' order reads each block once
         self._latest: tuple[int, dict[str, QTensor]] = (-1, {})
 
     def __getitem__(self, name: str) -> QTensor:
@@ -103,8 +104,9 @@ class Solved(Mapping):
 
 
 def solved(adapter: Adapter, scheme: Scheme, run: Run, index: int) -> dict[str, QTensor]:
-    """{absolute name: QTensor} of a solved block, or, one after the last, of what stands outside
-    the blocks.
+    """{absolute name: QTensor} of a solved block.
+
+    index: one after the last is what stands outside the blocks.
     """
     record = run.load_block(index)
     family = adapter.family
@@ -120,6 +122,7 @@ def solved(adapter: Adapter, scheme: Scheme, run: Run, index: int) -> dict[str, 
     qtensors = {}
     for name, format in scheme.weights(layer, names).items():
         absolute = name if layer is None else adapter.name(index, name)
+        # without a solver, only activation scales were taken
         if any(key.startswith(f"{name}.codes") for key in tensors):
             weight = adapter.model.get_submodule(absolute).weight
             qtensors[absolute] = stored(tensors, name, format, weight)

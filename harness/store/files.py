@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from harness.config.errors import ConfigError
 
@@ -85,6 +86,7 @@ def replacing(path: Path) -> Iterator[Path]:
             mode = temporary.stat().st_mode
             yield temporary
             temporary.chmod(mode)
+            # on the disk before it has the name: a power cut must not leave an empty file
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -135,6 +137,7 @@ def finite(value):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
+    # x - x is 0 for every finite x, and NaN for infinities and NaN
     if isinstance(value, float) and value - value != 0:
         return None
     return value
@@ -174,6 +177,7 @@ def locked(path: Path, wait: bool = False, say: Callable[[str], None] = tell) ->
     """
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+    # "a+" empties nothing: who holds the lock is written in the file
     with open(path, "a+", encoding="utf-8") as file:
         if not _taken(file):
             if not wait:
@@ -188,7 +192,7 @@ def locked(path: Path, wait: bool = False, say: Callable[[str], None] = tell) ->
         yield
 
 
-def _taken(file) -> bool:
+def _taken(file: TextIO) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -196,7 +200,8 @@ def _taken(file) -> bool:
     return True
 
 
-def _wait(file, path: Path, say: Callable[[str], None]) -> None:
+def _wait(file: TextIO, path: Path, say: Callable[[str], None]) -> None:
+    """Take the lock once the other process lets go; say who that is after PATIENCE."""
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         time.sleep(POLL)
@@ -206,6 +211,6 @@ def _wait(file, path: Path, say: Callable[[str], None]) -> None:
     fcntl.flock(file, fcntl.LOCK_EX)
 
 
-def _holder(file) -> str:
+def _holder(file: TextIO) -> str:
     file.seek(0)
     return file.read().strip() or "unknown"

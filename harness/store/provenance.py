@@ -1,5 +1,4 @@
-"""What computed a run: the harness and its commit, the libraries that can change a number, the
-machine."""
+"""What computed a run: the harness, the libraries that can change a number, the machine."""
 
 from __future__ import annotations
 
@@ -61,10 +60,11 @@ def commit() -> str | None:
     """
     if not (ROOT / ".git").exists():
         return None
-    told = ("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty")
+    describe = ("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty")
     try:
+        # no optional locks: a run must not get into the way of who works in the checkout
         done = subprocess.run(
-            ["git", "--no-optional-locks", "-C", str(ROOT), *told],
+            ["git", "--no-optional-locks", "-C", str(ROOT), *describe],
             capture_output=True,
             text=True,
             timeout=10,

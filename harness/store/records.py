@@ -35,6 +35,7 @@ def sha256(content: bytes) -> str:
 
 def write_record(path: Path, value: Mapping) -> None:
     """Replace `path` by a record of `value`, which has keys, but none called `digest`."""
+    # of the text and not of the value, so that no reader has to write JSON the same way
     rest = as_json(dict(value)).removeprefix("{\n")
     write(path, f'{{\n "digest": "{sha256(rest.encode())}",\n{rest}')
 

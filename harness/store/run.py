@@ -44,14 +44,14 @@ class Run:
 
         Empty before the first start. digests: {file: SHA-256} of `save`, once the run has ended.
         """
-        found = read_json(self.path / "status.json")
-        return found if isinstance(found, dict) else {}
+        record = read_json(self.path / "status.json")
+        return record if isinstance(record, dict) else {}
 
     @property
     def metrics(self) -> dict | None:
         """metrics.json, or None."""
-        found = self.read("metrics.json")
-        return found if isinstance(found, dict) else None
+        record = self.read("metrics.json")
+        return record if isinstance(record, dict) else None
 
     def start(self, config: dict, status: dict) -> None:
         """Write what is known before any work: settings, environment, status `running`.
@@ -81,9 +81,11 @@ class Run:
 
     def set_environment(self, **fields) -> None:
         """Merge fields into environment.json."""
-        record = read_json(self.path / "environment.json")
-        before: dict = record if isinstance(record, dict) else {}
-        write_json(self.path / "environment.json", {**before, **fields})
+        path = self.path / "environment.json"
+        record = read_json(path)
+        if not isinstance(record, dict):
+            record = {}
+        write_json(path, {**record, **fields})
 
     def save(self, name: str, value) -> None:
         """Replace the JSON file `name` of the run."""
@@ -142,7 +144,9 @@ class Run:
             return None
         tensors, metadata = record
         report = json.loads(metadata["report"])
-        return (tensors, report) if report.pop("placement") == self.placement else None
+        if report.pop("placement") != self.placement:
+            return None
+        return tensors, report
 
     def forget(self) -> None:
         """Drop what an earlier, finished or failed attempt left (force=true)."""

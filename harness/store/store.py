@@ -29,8 +29,9 @@ class Store:
 
     def runs(self) -> Iterator[Run]:
         """All runs that ever started."""
-        found = sorted(self.root.glob("[!_]*/status.json"))
-        return (Run(path.parent, self._say) for path in found)
+        # folders with `_` are no runs: _shared, _sweeps
+        paths = sorted(self.root.glob("[!_]*/status.json"))
+        return (Run(path.parent, self._say) for path in paths)
 
     def shared(self, kind: str, key: str) -> Path:
         """The file of a record that many runs read."""

@@ -1,5 +1,6 @@
-"""Tensors in safetensors files that prove themselves: `digest` among the metadata is the SHA-256
-of the header without it (keys in order) and of the data.
+"""Tensors in safetensors files that prove themselves.
+
+`digest` among the metadata is the SHA-256 of the header without it (keys in order) and of the data.
 
     8 bytes: length n of the header | n bytes: JSON {"__metadata__": .., name: {"dtype", "shape",
     "data_offsets"}} | data        (https://huggingface.co/docs/safetensors, "Format")
@@ -15,9 +16,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness.store.files import replacing
 from harness.store.records import MISFIT, Damaged, quiet
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Bytes: where the data begins. torch aligns its own memory so, and the last bit of a product
 # depends on it: a matrix read from a file multiplies like the one that was written.
@@ -38,8 +43,10 @@ DTYPES = {
 }
 
 
-def save_tensors(path: Path, tensors: Mapping, metadata: Mapping[str, str] | None = None) -> None:
-    """Replace `path` by a record of {name: torch tensor} and {name: text}, in one step.
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Replace `path` by a record of tensors and of {name: text}, in one step.
 
     Raises OSError naming `path`, KeyError for a dtype that no record holds.
     """
@@ -48,6 +55,7 @@ def save_tensors(path: Path, tensors: Mapping, metadata: Mapping[str, str] | Non
     header: dict = {"__metadata__": dict(metadata or {})}
     data = []
     end = 0
+    # the widest dtypes first, so that each tensor begins at a multiple of its element's size
     for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
         tensor = tensors[name].detach().cpu().contiguous()
         begin = end
@@ -74,6 +82,7 @@ def intact(path: Path, damaged: Damaged = quiet) -> dict[str, str] | None:
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
+            # a damaged length may ask for more memory than there is
             header = json.loads(file.read(min(size, os.fstat(file.fileno()).st_size)))
             metadata = header["__metadata__"]
             digest = metadata.pop("digest")
@@ -92,8 +101,10 @@ def intact(path: Path, damaged: Damaged = quiet) -> dict[str, str] | None:
     return metadata
 
 
-def load_tensors(path: Path, damaged: Damaged = quiet) -> tuple[dict, dict[str, str]] | None:
-    """({name: torch tensor}, {name: text}) of a record, or None as in `intact`."""
+def load_tensors(
+    path: Path, damaged: Damaged = quiet
+) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """({name: tensor}, {name: text}) of a record, or None as in `intact`."""
     from safetensors import safe_open
 
     metadata = intact(path, damaged)
