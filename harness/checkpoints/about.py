@@ -1,4 +1,7 @@
-"""What a checkpoint says of itself in quantization_metadata.json, read as data: words and numbers, or nothing. No torch."""
+"""What a checkpoint says of itself in quantization_metadata.json.
+
+Read as data: words and numbers, or nothing. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,10 @@ def about(folder: Path) -> dict:
 
 
 def held(folder: Path) -> dict[str, str | None]:
-    """{"format": `int4-w4a4kv4`, "transform", "solver"} as the file names them; None for what it does not say in one short
-    word."""
+    """{"format": `int4-w4a4kv4`, "transform", "solver"} as the file names them.
+
+    None for what it does not say in one short word.
+    """
     found = about(folder)
     method = {name: _word(_at(found, "method", name)) for name in ("transform", "solver")}
     return {"format": _format(found), **method}

@@ -1,7 +1,8 @@
 """What leaves the harness: a model exactly as it was evaluated, and the folder it is written to.
 
-An exporter says what it cannot hold, which tensors it writes under which names, and what config.json must say about them. The
-folder is written under another name, loaded back, compared, and only then gets its own: no half checkpoint is ever found there.
+An exporter says what it cannot hold, which tensors it writes under which names, and what
+config.json must say about them. The folder is written under another name, loaded back, compared,
+and only then gets its own: no half checkpoint is ever found there.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ INDEX = "model.safetensors.index.json"
 class Snapshot:
     """A model as it was evaluated.
 
-    adapter: placed, its weights solved (dequantized values in QuantLinear), activation quantizers on; tokenizer; scheme: the
-    formats of all parts, overrides resolved; placements in the order in which they were placed; qtensors: {absolute module
-    name: QTensor} of every quantized weight; settings, choices: of the run; metrics: its results so far.
+    adapter: placed, its weights solved (dequantized values in QuantLinear), activation quantizers
+    on; tokenizer; scheme: the formats of all parts, overrides resolved; placements in the order in
+    which they were placed; qtensors: {absolute module name: QTensor} of every quantized weight;
+    settings, choices: of the run; metrics: its results so far.
     """
 
     adapter: Adapter
@@ -69,11 +71,16 @@ class Exporter(ABC):
         context: ModelShape,
         dtype: str = "auto",
     ) -> list[str]:
-        """Refuse (ConfigError, naming both fields and a way out) what the layout cannot hold, before any weight is loaded;
-        returns warnings. dtype: of the model, "auto" where only its weights tell."""
+        """Refuse (ConfigError, naming both fields and a way out) what the layout cannot hold,
+        before any weight is loaded; returns warnings. dtype: of the model, "auto" where only its
+        weights tell.
+        """
 
     def stored(self, snapshot: Snapshot) -> torch.dtype | None:
-        """Dtype of weights and biases in the file, and of who computes with them; None: as they were evaluated."""
+        """Dtype of weights and biases in the file, and of who computes with them.
+
+        None: as they were evaluated.
+        """
         return None
 
     @abstractmethod
@@ -86,18 +93,24 @@ class Exporter(ABC):
 
     @abstractmethod
     def load(self, folder: Path, device: torch.device, dtype: torch.dtype):
-        """The model as a user of the checkpoint gets it who computes in dtype, in evaluation mode, without KV cache."""
+        """The model as a user of the checkpoint gets it who computes in dtype, in evaluation mode,
+        without KV cache.
+        """
 
     @abstractmethod
     def weight(self, model, name: str) -> Tensor:
         """The weight [out, in] with which module `name` of a loaded model computes."""
 
-    def extras(self, snapshot: Snapshot, folder: Path) -> None:  # noqa: B027  most layouts have none
+    # most layouts have none
+    def extras(self, snapshot: Snapshot, folder: Path) -> None:  # noqa: B027
         """Write further files of the layout into the folder."""
 
 
 def check_destination(section: Mapping) -> None:
-    """Refuse what would fail only after hours: a folder that is none, a hub that cannot be used. Raises ConfigError."""
+    """Refuse what would fail only after hours: a folder that is none, a hub that cannot be used.
+
+    Raises ConfigError.
+    """
     try:
         folder = isinstance(section["path"], str) and not Path(section["path"]).is_file()
     except OSError as error:
@@ -116,14 +129,15 @@ def check_destination(section: Mapping) -> None:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"export.push_to={section['push_to']}: the hub cannot be used ({reason}); set HF_TOKEN, or "
-            "export.push_to=null."
+            f"export.push_to={section['push_to']}: the hub cannot be used ({reason}); set "
+            "HF_TOKEN, or export.push_to=null."
         ) from None
 
 
 def write_checkpoint(exporter: Exporter, snapshot: Snapshot, folder: Path) -> None:
-    """Write weights (sharded, with an index where there are several files), config.json, generation_config.json, tokenizer and
-    the layout's own files into an empty folder."""
+    """Write weights (sharded, with an index where there are several files), config.json,
+    generation_config.json, tokenizer and the layout's own files into an empty folder.
+    """
     folder.mkdir(parents=True)
     shards = _save(exporter.tensors(snapshot), folder)
     if len(shards) > 1:
@@ -143,8 +157,10 @@ def write_checkpoint(exporter: Exporter, snapshot: Snapshot, folder: Path) -> No
 
 
 def modules(adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of the whole model, blocks in memory while they are visited; without the inputs of sites, and without a
-    head that is one matrix with the embedding."""
+    """(name, module) of the whole model, blocks in memory while they are visited.
+
+    Without the inputs of sites, and without a head that is one matrix with the embedding.
+    """
     inside = f"{adapter.family.blocks}."
     tied = adapter.head.weight is adapter.model.get_submodule(adapter.family.embedding).weight
 
@@ -164,8 +180,11 @@ def modules(adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
 
 @torch.no_grad()
 def cast(model: nn.Module, old: torch.dtype, new: torch.dtype) -> None:
-    """Give a model's tensors of dtype `old` another, in place; what has a dtype of its own (the rotary
-    table, global scales) keeps it. transformers refuses to cast what it loaded quantized."""
+    """Give a model's tensors of dtype `old` another, in place.
+
+    What has a dtype of its own (the rotary table, global scales) keeps it. transformers refuses to
+    cast what it loaded quantized.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dtype == old:
             tensor.data = tensor.data.to(new)

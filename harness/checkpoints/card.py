@@ -27,7 +27,10 @@ SPECIAL = re.compile(r"([\\`*_\[\]<>|~&#$])")
 
 
 def card(metadata: Mapping, exporter: Exporter) -> str:
-    """Markdown with YAML front matter. exporter: what wrote the files, of which it asks who loads them."""
+    """Markdown with YAML front matter.
+
+    exporter: what wrote the files, of which it asks who loads them.
+    """
     sections = [
         _front(metadata, exporter),
         f"# {_plain(metadata['name'])}",
@@ -93,7 +96,8 @@ def _sentence(metadata: Mapping) -> str:
     by = f" by {' and '.join(_methods(metadata))}" if _methods(metadata) else ""
     revision = f" (revision {_plain(metadata['revision'])})" if metadata["revision"] else ""
     quantized = f"{metadata['quantized']} linear layers quantized"
-    return f"{_plain(metadata['base_model'] or metadata['model'])}{revision}{by}: {_plain('; '.join([*parts, quantized]))}."
+    model = _plain(metadata["base_model"] or metadata["model"])
+    return f"{model}{revision}{by}: {_plain('; '.join([*parts, quantized]))}."
 
 
 def _figures(metadata: Mapping) -> str:
@@ -132,8 +136,9 @@ def _marks(metadata: Mapping) -> str:
 def _origin(metadata: Mapping) -> str:
     text = metadata["calibration"]
     return (
-        f"Run {_plain(metadata['run_id'])}, seed {metadata['seed']}, harness {metadata['harness']}. Calibrated on "
-        f"{_plain(text['corpus'])}: {text['windows']} windows of {text['length']} tokens, order {_plain(text['order'])}."
+        f"Run {_plain(metadata['run_id'])}, seed {metadata['seed']}, harness "
+        f"{metadata['harness']}. Calibrated on {_plain(text['corpus'])}: {text['windows']} windows "
+        f"of {text['length']} tokens, order {_plain(text['order'])}."
     )
 
 

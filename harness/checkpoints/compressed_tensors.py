@@ -1,14 +1,17 @@
-"""compressed_tensors: the checkpoint that transformers and vLLM load, for what needs no code of ours at run time.
+"""compressed_tensors: the checkpoint that transformers and vLLM load.
 
-Held: the formats of `layouts`, mixed over linears as one likes, the head too; integer keys and values (`kv_cache_scheme`, which
-transformers applies); all that is merged into weights. Refused: what stays online. compressed-tensors has a `transform_config`,
-but transformers (5.23) drops it on loading, so a file that counted on it would compute something else without a word.
+For what needs no code of ours at run time.
+
+Held: the formats of `layouts`, mixed over linears as one likes, the head too; integer keys and
+values (`kv_cache_scheme`, which transformers applies); all that is merged into weights. Refused:
+what stays online. compressed-tensors has a `transform_config`, but transformers (5.23) drops it on
+loading, so a file that counted on it would compute something else without a word.
 
 The file is served in bfloat16; of a float16 model of integers in float16 (NVFP4 and MX weights are
 unpacked to bfloat16 even then, on which float16 inputs fail). A loaded weight is the decoded one,
 rounded once to that dtype. Floats (norms, embeddings, biases, a head that is not quantized) are
-stored in it; scales of integers are, too, since transformers casts them to the checkpoint's dtype on
-loading and decodes in that: codes and zero points are exact in it and (q - z) s is rounded once.
+stored in it; scales of integers are, too, since transformers casts them to the checkpoint's dtype
+on loading and decodes in that: codes and zero points are exact in it and (q - z) s is rounded once.
 NVFP4 is decoded in float32, MX exactly.
 
 Activations, keys and values are quantized at run time by the rules of `export.serves`, which the
@@ -55,15 +58,16 @@ class CompressedTensors(Exporter):
             left = transform.leaves(context)
             if left:
                 raise ConfigError(
-                    f"transform={transform.name} with export=compressed_tensors: {', '.join(left)} would have "
-                    "to run online, and whoever loads the file would not run it; use export=harness."
+                    f"transform={transform.name} with export=compressed_tensors: {', '.join(left)} "
+                    "would have to run online, and whoever loads the file would not run it; use "
+                    "export=harness."
                 )
         layouts.cache_scheme(scheme.kv, context.head_dim)
         for layer, name in scheme.overrides:
             if layer is None and any(name == family.embedding for family in FAMILIES.values()):
                 raise ConfigError(
-                    f"format.overrides: {name} with export=compressed_tensors: transformers does not load a "
-                    "packed embedding; drop it there, or use export=harness."
+                    f"format.overrides: {name} with export=compressed_tensors: transformers does "
+                    "not load a packed embedding; drop it there, or use export=harness."
                 )
         formats = _formats(scheme)
         for format, field in formats.items():
@@ -75,8 +79,8 @@ class CompressedTensors(Exporter):
             )
         if any(isinstance(format, FourOverSix) for format in formats):
             warnings.append(
-                "FourOverSix with export=compressed_tensors: of a bfloat16 model, a weight whose values the file "
-                "cannot give back is refused when it is written"
+                "FourOverSix with export=compressed_tensors: of a bfloat16 model, a weight whose "
+                "values the file cannot give back is refused when it is written"
             )
         evaluated = getattr(torch, dtype, None)
         served = layouts.served(evaluated, formats)
@@ -84,8 +88,9 @@ class CompressedTensors(Exporter):
             name = str(served).removeprefix("torch.")
             own = "the dtype of its weights" if evaluated is None else dtype
             warnings.append(
-                f"export=compressed_tensors: the file is served in {name} and evaluated in {own}, where rounding "
-                f"gives some activations another code; model.dtype={name} evaluates what is served"
+                f"export=compressed_tensors: the file is served in {name} and evaluated in {own}, "
+                f"where rounding gives some activations another code; model.dtype={name} evaluates "
+                "what is served"
             )
         return warnings
 
@@ -173,13 +178,14 @@ def _formats(scheme: Scheme) -> dict[Format, str]:
 
 
 def _groups(snapshot: Snapshot) -> list[tuple[tuple[str, Format | None, Format | None], list[str]]]:
-    """[((layout, weight format, activation format), names)] of every quantized linear, in the order of the model. Raises
-    ConfigError for what the file cannot hold."""
+    """[((layout, weight format, activation format), names)] of every quantized linear, in the order
+    of the model. Raises ConfigError for what the file cannot hold.
+    """
     for placement in snapshot.placements:
         if placement.online or placement.query_key is not None:
             raise ConfigError(
-                "a transform that stays online with export=compressed_tensors: whoever loads the file would not "
-                "run it; use export=harness."
+                "a transform that stays online with export=compressed_tensors: whoever loads the "
+                "file would not run it; use export=harness."
             )
     groups: dict[tuple[Format | None, Format | None], list[str]] = {}
     for name, module in snapshot.adapter.model.named_modules():

@@ -1,24 +1,33 @@
-"""fp_quant: FP-Quant's checkpoint, weights and inputs both NVFP4 or both MXFP4, one block matrix in front of every linear.
+"""fp_quant: FP-Quant's checkpoint.
 
-| entry                                              | tensor                                                                  |
-|----------------------------------------------------|-------------------------------------------------------------------------|
-| qweight                                            | uint8 [out, in / 2], even codes in the low nibbles                      |
-| scales                                             | uint8 [out, in / group], E4M3 or E8M0 bits, row-major, not padded       |
-| dqweight                                           | bfloat16 [out, in], instead of both where export.pseudo=true            |
-| weight_global_scale, act_global_scale              | bfloat16 [1], g: a value is q s / g; 3 for MX scales of 2^k / 3, else 1 |
-| forward_hadamard_matrix, backward_hadamard_matrix  | bfloat16 [b, b], H: inputs are read as x H                              |
+Weights and inputs are both NVFP4 or both MXFP4, with one block matrix in front of every linear.
 
-H stands in the file and is read from there, so signs and any order of columns are held. Refused: a format alone, mixed ones,
-global scales that bfloat16 rounds (transformers loads them so), inputs scaled by other rules than those of the kernels. Floats
-are bfloat16, which transformers takes for this layout; 1 / sqrt(b) is exact in it for b = 16 and 64 only.
+| entry                    | tensor                                                            |
+|--------------------------|-------------------------------------------------------------------|
+| qweight                  | uint8 [out, in / 2], even codes in the low nibbles                |
+| scales                   | uint8 [out, in / group], E4M3 or E8M0 bits, row-major, not padded |
+| dqweight                 | bfloat16 [out, in], instead of both where export.pseudo=true      |
+| weight_global_scale      | bfloat16 [1], g: a value is q s / g                               |
+| act_global_scale         | bfloat16 [1], g of the input                                      |
+| forward_hadamard_matrix  | bfloat16 [b, b], H: inputs are read as x H                        |
+| backward_hadamard_matrix | bfloat16 [b, b], the same                                         |
 
-export.pseudo=true: transformers 5.23 loads it only with ignore_mismatched_sizes=True (it takes the absent scales to be of a
-wrong size), and fp_quant 0.3.2 adds a bias twice, so models with one are refused.
+g of MX is 3 for scales of 2^k / 3, else 1.
 
-Verified against both on a CPU: entries, dtypes and shapes as FPQuantLinear takes them from the file; H; the emulating kernels,
-in Triton's interpreter and float32: MXFP4 to the evaluated logits, NVFP4 on tensors. Not verified, for lack of a Blackwell GPU:
-the real kernels (qutlass), whose nibbles and scales are read here as its tests read them, and vLLM. transformers wants a GPU
-for any of it, so `load` decodes the file by the table above, into linears with H and a quantizer in front.
+H stands in the file and is read from there, so signs and any order of columns are held. Refused: a
+format alone, mixed ones, global scales that bfloat16 rounds (transformers loads them so), inputs
+scaled by other rules than those of the kernels. Floats are bfloat16, which transformers takes for
+this layout; 1 / sqrt(b) is exact in it for b = 16 and 64 only.
+
+export.pseudo=true: transformers 5.23 loads it only with ignore_mismatched_sizes=True (it takes the
+absent scales to be of a wrong size), and fp_quant 0.3.2 adds a bias twice, so models with one are
+refused.
+
+Verified against both on a CPU: entries, dtypes and shapes as FPQuantLinear takes them from the
+file; H; the emulating kernels, in Triton's interpreter and float32: MXFP4 to the evaluated logits,
+NVFP4 on tensors. Not verified, for lack of a Blackwell GPU: the real kernels (qutlass), whose
+nibbles and scales are read here as its tests read them, and vLLM. transformers wants a GPU for any
+of it, so `load` decodes the file by the table above, into linears with H and a quantizer in front.
 """
 
 from __future__ import annotations
@@ -58,7 +67,10 @@ ENTRIES = (
 
 
 class FPQuant(Exporter):
-    """The FP-Quant layout. pseudo: dequantized weights and emulated inputs, for GPUs without FP4 arithmetic."""
+    """The FP-Quant layout.
+
+    pseudo: dequantized weights and emulated inputs, for GPUs without FP4 arithmetic.
+    """
 
     name = "fp_quant"
     package = "fp-quant"
@@ -131,17 +143,19 @@ class FPQuant(Exporter):
                 )
         order = _order(online, context, type(scheme.weight))
         warnings = [
-            "export=fp_quant: loaded back by its documented layout; the kernels themselves need a GPU"
+            "export=fp_quant: loaded back by its documented layout; the kernels themselves need a "
+            "GPU"
         ]
         if order in (32, 128):
             warnings.append(
-                f"transform.block_size={order} with export=fp_quant: 1/sqrt({order}) is rounded to bfloat16, so "
-                "inputs come out 1e-4 smaller; blocks of 16 and 64 are exact"
+                f"transform.block_size={order} with export=fp_quant: 1/sqrt({order}) is rounded to "
+                "bfloat16, so inputs come out 1e-4 smaller; blocks of 16 and 64 are exact"
             )
         if self.pseudo:
             warnings.append(
-                "export.pseudo=true: transformers loads it only with ignore_mismatched_sizes=True; quantized "
-                "linears with biases, which fp_quant 0.3.2 adds twice, are refused when they are written"
+                "export.pseudo=true: transformers loads it only with ignore_mismatched_sizes=True; "
+                "quantized linears with biases, which fp_quant 0.3.2 adds twice, are refused when "
+                "they are written"
             )
         return warnings
 
@@ -219,7 +233,10 @@ class FPQuant(Exporter):
         ).weight.bfloat16()  # as `load` rounds it, and the gate what it compares with
 
     def _knobs(self, format: Format) -> Iterable[tuple[str, tuple, str]]:
-        """(key, what it may be, why). A weight's codes and scales stand in the file; an activation's the kernels find."""
+        """(key, what it may be, why).
+
+        A weight's codes and scales stand in the file; an activation's the kernels find.
+        """
         weight = format.role == "weight"
         yield "pad", ("error",), "groups divide the width"
         if isinstance(format, NVFP4) and not (weight and self.pseudo):
@@ -248,7 +265,10 @@ class FPQuant(Exporter):
                 yield "mx_scale", ("fpquant",), "scales at run time are of that kind"
 
     def _entries(self, name: str, module: QuantLinear, q: QTensor) -> dict[str, Tensor]:
-        """{entry: tensor} of one quantized linear, its bias apart. Raises ConfigError for a bias that would be added twice."""
+        """{entry: tensor} of one quantized linear, its bias apart.
+
+        Raises ConfigError for a bias that would be added twice.
+        """
         if self.pseudo and module.bias is not None:
             refuse(
                 "export.pseudo",
@@ -278,7 +298,10 @@ def refuse(field: str, value: object, why: str, way_out: str) -> None:
 
 
 def _order(online: Sequence[Transform], context: ModelShape, kind: type[Format]) -> int | None:
-    """The order of the blocks at run time, None where there are none. Raises ConfigError for what is no such block."""
+    """The order of the blocks at run time, None where there are none.
+
+    Raises ConfigError for what is no such block.
+    """
     for transform in online:
         if len(online) > 1 or not isinstance(transform, HadamardBlocks | SequencyBlocks):
             refuse(
@@ -317,7 +340,8 @@ def _matrix(codec: Codec | None, format: Format) -> Tensor:
     if isinstance(codec, Rotation):
         return codec.matrix.dense(torch.float32)
     raise ConfigError(
-        f"{type(codec).__name__} with export=fp_quant: the layout has one block matrix; use export=harness."
+        f"{type(codec).__name__} with export=fp_quant: the layout has one block matrix; use "
+        "export=harness."
     )
 
 
@@ -345,7 +369,9 @@ def decoded(qweight: Tensor, scales: Tensor, g: Tensor) -> Tensor:
 
 
 def _linear(own: Mapping[str, Tensor], about: Mapping, dtype: torch.dtype) -> QuantLinear:
-    """A linear with its matrix and its quantizer in front, from the file's tensors and its quantization_config."""
+    """A linear with its matrix and its quantizer in front, from the file's tensors and its
+    quantization_config.
+    """
     pseudo = about["pseudoquantization"]
     weight = (
         own["dqweight"]

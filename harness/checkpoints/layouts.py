@@ -1,22 +1,25 @@
-"""How one quantized weight lies in a compressed-tensors file, and what the file says of it and of its input.
+"""How one quantized weight lies in a compressed-tensors file.
 
-| layout               | weight                                        | weight_scale               | besides                |
-|----------------------|-----------------------------------------------|----------------------------|------------------------|
-| nvfp4-pack-quantized | weight_packed uint8 [out, in / 2]             | float8_e4m3fn [out, in/16] | weight_global_scale    |
-| mxfp4-pack-quantized | weight_packed uint8 [out, in / 2]             | uint8 [out, in / 32]       |                        |
-| mxfp6-pack-quantized | weight_packed uint8 [out, in 3 / 4]           | uint8 [out, in / 32]       |                        |
-| mxfp8-quantized      | weight float8_e4m3fn [out, in]                | uint8 [out, in / 32]       |                        |
-| pack-quantized       | weight_packed int32 [out, ceil(in bits / 32)] | D [out, groups]            | weight_shape int64 [2] |
-| int-quantized        | weight int8 [out, in]                         | D [out, groups]            |                        |
-| dense                | weight D [out, in]                            |                            |                        |
+And what the file says of it and of its input. A weight is [m, n], of b bits, here:
 
-D is the dtype in which the file is served, bfloat16 or float16. weight_global_scale is g, float32
-[1]; a scale in uint8 is an E8M0 code. Asymmetric integers have a weight_zero_point, int8 [out,
-groups], in pack-quantized packed along the rows: int32 [ceil(out bits / 32), groups]. dense: only
-inputs are quantized.
+| layout               | weight                                  | weight_scale     | besides      |
+|----------------------|-----------------------------------------|------------------|--------------|
+| nvfp4-pack-quantized | weight_packed uint8 [m, n / 2]          | E4M3 [m, n / 16] | global_scale |
+| mxfp4-pack-quantized | weight_packed uint8 [m, n / 2]          | E8M0 [m, n / 32] |              |
+| mxfp6-pack-quantized | weight_packed uint8 [m, 3 n / 4]        | E8M0 [m, n / 32] |              |
+| mxfp8-quantized      | weight float8_e4m3fn [m, n]             | E8M0 [m, n / 32] |              |
+| pack-quantized       | weight_packed int32 [m, ceil(n b / 32)] | D [m, groups]    | shape        |
+| int-quantized        | weight int8 [m, n]                      | D [m, groups]    |              |
+| dense                | weight D [m, n]                         |                  |              |
 
-Codes stand in a stream of bits, the first lowest: code i of a row in bits i b .. i b + b - 1, integers as q + 2^(b - 1). Static
-inputs add input_global_scale (NVFP4) or input_scale and input_zero_point (integers). Checked against compressed-tensors 0.20.
+D is the dtype in which the file is served, bfloat16 or float16. E4M3 is stored as float8_e4m3fn,
+E8M0 as its code in uint8. Besides: weight_global_scale is g, float32 [1]; weight_shape is int64
+[2]. Asymmetric integers have a weight_zero_point, int8 [m, groups], in pack-quantized packed along
+the rows: int32 [ceil(m b / 32), groups]. dense: only inputs are quantized.
+
+Codes stand in a stream of bits, the first lowest: code i of a row in bits i b .. i b + b - 1,
+integers as q + 2^(b - 1). Static inputs add input_global_scale (NVFP4) or input_scale and
+input_zero_point (integers). Checked against compressed-tensors 0.20.
 """
 
 from __future__ import annotations
@@ -49,15 +52,16 @@ ELEMENTS = {4: ("e2m1",), 6: ("e2m3",), 8: ("e4m3",)}  # of MX, by bits
 
 
 def refuse(format: Format, field: str) -> None:
-    """Raise ConfigError, with the setting to change, where a weight's or an activation's format cannot stand in a file exactly
-    as it is evaluated. field: where the format is in the settings."""
+    """Raise ConfigError, with the setting to change, where a weight's or an activation's format
+    cannot stand in a file exactly as it is evaluated. field: where the format is in the settings.
+    """
     weight = format.role == "weight"
     if type(format) not in HELD[format.role]:
         kind = type(format).__name__
         kinds = ", ".join(each.__name__ for each in HELD[format.role])
         raise ConfigError(
-            f"{field}={kind} with export=compressed_tensors: the layout knows no such {format.role}; "
-            f"take one of {kinds}, {WAY_OUT}."
+            f"{field}={kind} with export=compressed_tensors: the layout knows no such "
+            f"{format.role}; take one of {kinds}, {WAY_OUT}."
         )
     for key, legal, why in (_weight if weight else _input)(format):
         if getattr(format, key) not in legal:
@@ -68,7 +72,9 @@ def refuse(format: Format, field: str) -> None:
 
 
 def _weight(format: Format) -> Iterable[tuple[str, tuple, str]]:
-    """(key, what it may be, why) of a weight, whose codes and scales stand in the file: only their kinds matter."""
+    """(key, what it may be, why) of a weight, whose codes and scales stand in the file: only their
+    kinds matter.
+    """
     yield "pad", ("error",), "groups divide the width"
     if isinstance(format, MX):
         yield "element", ELEMENTS[format.bits], "the layout has no such element"
@@ -137,9 +143,12 @@ def _input(format: Format) -> Iterable[tuple[str, tuple, str]]:
 
 
 def layout(weight: Format | None, act: Format | None, alone: bool) -> str:
-    """The layout of a linear's weight. alone: all linears have this format, and nothing else is quantized. Packed zero points
-    are read by transformers (5.23) only where it may decode weights as it loads them, for which there must be nothing else;
-    other asymmetric codes take a byte each."""
+    """The layout of a linear's weight.
+
+    alone: all linears have this format, and nothing else is quantized. Packed zero points are read
+    by transformers (5.23) only where it may decode weights as it loads them, for which there must
+    be nothing else; other asymmetric codes take a byte each.
+    """
     if weight is None:
         return "dense"
     if isinstance(weight, NVFP4):
@@ -189,7 +198,10 @@ def served(dtype: torch.dtype, formats: Iterable[Format]) -> torch.dtype:
 
 
 def weight_entries(q: QTensor, kind: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """{entry: tensor} of a quantized weight [out, in] in layout `kind`; dtype: that of scales of integers."""
+    """{entry: tensor} of a quantized weight [out, in] in layout `kind`.
+
+    dtype: that of scales of integers.
+    """
     scale, zero = q.scales.scale, q.scales.zero
     if isinstance(q.format, NVFP4):
         g = stored_global_scale(q) if isinstance(q.format, FourOverSix) else q.scales.global_scale
@@ -241,8 +253,10 @@ def input_entries(
 
 
 def stored_global_scale(q: QTensor) -> Tensor:
-    """g, float32 [1], with which bf16(q (s / g)) is the evaluated bf16(((q s) amax) / 1536) of every code q and block scale s
-    there is: 1536 / amax, or a float32 number within a few steps of it. Raises DataError if none is."""
+    """g, float32 [1], with which bf16(q (s / g)) is the evaluated bf16(((q s) amax) / 1536) of
+    every code q and block scale s there is: 1536 / amax, or a float32 number within a few steps of
+    it. Raises DataError if none is.
+    """
     rows = zip(q.scales.scale.view(torch.uint8).split(1024), q.codes.split(1024))
     pairs = (scale.int().repeat_interleave(16, -1) * 16 + codes for scale, codes in rows)
     used = sum(torch.bincount(pair.flatten(), minlength=4096) for pair in pairs).nonzero().flatten()
@@ -256,13 +270,15 @@ def stored_global_scale(q: QTensor) -> Tensor:
         if torch.equal((elements * (scale.float() / g)).bfloat16(), wanted):
             return g
     raise DataError(
-        f"no global scale near {start.item()} gives back the FourOverSix values of this weight in bfloat16; use "
-        "export=harness"
+        f"no global scale near {start.item()} gives back the FourOverSix values of this weight in "
+        "bfloat16; use export=harness"
     )
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """codes [rows, n], the low `bits` of each used, as a stream of bits: uint8 [rows, ceil(n bits / 8)]."""
+    """codes [rows, n], the low `bits` of each used, as a stream of bits: uint8 [rows, ceil(n bits /
+    8)].
+    """
     if bits == 4:
         return pack_nibbles(codes)
     stream = (
@@ -287,8 +303,9 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 
 
 def cache_scheme(kv: KVCache | None, head_dim: int) -> dict | None:
-    """`kv_cache_scheme`: integers in dynamic groups of a head's vector, one scale and zero point each. Raises ConfigError for
-    what the layout does not hold."""
+    """`kv_cache_scheme`: integers in dynamic groups of a head's vector, one scale and zero point
+    each. Raises ConfigError for what the layout does not hold.
+    """
     if kv is None:
         return None
     for key, legal, why in (
@@ -307,17 +324,18 @@ def cache_scheme(kv: KVCache | None, head_dim: int) -> dict | None:
         if getattr(kv, key) not in legal:
             raise ConfigError(
                 f"format.kv.bits={kv.bits} and format.kv.{key}={getattr(kv, key)} with "
-                f"export=compressed_tensors: {why}; set format.kv.{key}={str(legal[0]).lower()}, {WAY_OUT}."
+                f"export=compressed_tensors: {why}; set format.kv.{key}={str(legal[0]).lower()}, "
+                f"{WAY_OUT}."
             )
     if kv.group_size == -1:
         raise ConfigError(
-            f"format.kv.bits={kv.bits} and format.kv.group_size=-1 with export=compressed_tensors: a group "
-            f"lies inside one head; set format.kv.group_size=null, {WAY_OUT}."
+            f"format.kv.bits={kv.bits} and format.kv.group_size=-1 with export=compressed_tensors: "
+            f"a group lies inside one head; set format.kv.group_size=null, {WAY_OUT}."
         )
     if (why := cache_refusal()) is not None:
         raise ConfigError(
-            f"format.kv.bits={kv.bits} with export=compressed_tensors: {why}; install releases that "
-            f"agree (those of requirements.lock do), {WAY_OUT}."
+            f"format.kv.bits={kv.bits} with export=compressed_tensors: {why}; install releases "
+            f"that agree (those of requirements.lock do), {WAY_OUT}."
         )
     group = kv.group_size or head_dim
     return {

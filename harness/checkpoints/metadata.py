@@ -1,18 +1,26 @@
-"""What a checkpoint is, as plain values: quantization_metadata.json, from which the model card is written too.
+"""What a checkpoint is, as plain values: quantization_metadata.json.
 
-    {"name", "model", "base_model", "revision", "license", "method": {"transform", "solver"}, "seed",
+The model card is written from it too.
+
+    {"name", "model", "base_model", "revision", "license", "seed",
+     "method": {"transform", "solver"},
      "calibration": {"corpus", "windows", "length", "order"},
-     "bits": {"weights", "activations", "kv", "head": {"format", "bits", "group_size", "granularity", "symmetric"}},
-     "quantized": "210/211", "formats": {format: tensors}, "layers": [{"name", "format", "bits", "group_size", "shape",
-     "weights", "stored_bits"}], "sizes": {..}, "kv_cache": {..}, "evaluation": {stage: {"ppl", "divergence", "zeroshot",
-     "tokens"}}, "records", "displays", "marks", "run_id", "command", "harness"}
+     "bits": {"weights", "activations", "kv", "head":
+              {"format", "bits", "group_size", "granularity", "symmetric"}},
+     "quantized": "210/211",
+     "formats": {format: tensors},
+     "layers": [{"name", "format", "bits", "group_size", "shape", "weights", "stored_bits"}],
+     "sizes": {..},
+     "kv_cache": {..},
+     "evaluation": {stage: {"ppl", "divergence", "zeroshot", "tokens"}},
+     "records", "displays", "marks", "run_id", "command", "harness"}
 
-model is the untouched model's name, base_model its hub id (null: it came from no hub). `bits` is what
-holds for all linears, `layers` what each one has. sizes, in bytes: "before" are all parameters of the
-untouched model at 2 bytes, tied ones once; "after" are the safetensors written; "files" is everything
-in the folder but this record, the card and the hashes; "weights" are codes, scales and zero points of
-what is quantized. kv_cache, in bytes a token: at "fp16", and "quantized" as a packed cache would take,
-scales and zero points included.
+model is the untouched model's name, base_model its hub id (null: it came from no hub). `bits` is
+what holds for all linears, `layers` what each one has. sizes, in bytes: "before" are all parameters
+of the untouched model at 2 bytes, tied ones once; "after" are the safetensors written; "files" is
+everything in the folder but this record, the card and the hashes; "weights" are codes, scales and
+zero points of what is quantized. kv_cache, in bytes a token: at "fp16", and "quantized" as a packed
+cache would take, scales and zero points included.
 """
 
 from __future__ import annotations
@@ -37,7 +45,10 @@ FIGURES = ("ppl", "divergence", "zeroshot", "tokens")
 
 
 def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
-    """What the checkpoint `name`, whose tensors lie in `folder`, is. Reads every quantized tensor once."""
+    """What the checkpoint `name`, whose tensors lie in `folder`, is.
+
+    Reads every quantized tensor once.
+    """
     settings, choices, scheme, metrics = (
         snapshot.settings,
         snapshot.choices,
@@ -97,7 +108,10 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
 
 
 def _public(command: str | None) -> str | None:
-    """The command without the folders of whoever ran it, which are nobody's business; the run's own record has it whole."""
+    """The command without the folders of whoever ran it, which are nobody's business.
+
+    The run's own record has it whole.
+    """
     if command is None:
         return None
     words = []
@@ -146,7 +160,10 @@ def _cache(kv: KVCache | None) -> dict:
 
 
 def _calibration(data: Mapping, option: str, used: Mapping) -> dict:
-    """Of a text of one's own the file's name only: where it lies is nobody's business. used: the windows there were."""
+    """Of a text of one's own the file's name only: where it lies is nobody's business.
+
+    used: the windows there were.
+    """
     chosen = data["calibration"]
     corpus = (
         Path(chosen["path"]).name
@@ -161,7 +178,10 @@ def _calibration(data: Mapping, option: str, used: Mapping) -> dict:
 
 
 def _sizes(adapter: Adapter, tied: bool, stored_bits: int, folder: Path) -> dict:
-    """tied: whether head and embedding of the untouched model are one tensor; a transform separates them."""
+    """tied: whether head and embedding of the untouched model are one tensor.
+
+    A transform separates them.
+    """
     model = adapter.model
     parameters = list(model.parameters())
     for module in model.modules():

@@ -3,15 +3,17 @@
     Qwen3-0.6B-openmath_SFT_LoRa256_QuaRot_w4_g64_a4_kv4_headfp16
     Qwen3-0.6B-QuaRot.GPTQ_wnvfp4_g16_anvfp4_kv16_headfp16
 
-The last hyphen ends the base, for no part behind it has one: a base may hold hyphens, dots and underscores, a dataset called
-open-math must be written otherwise (in a foreign name it would be read as part of the base). Everything behind is read from
-the right: the tag, then the method, then what came before quantization, which is told apart by its words (TRAININGS, PEFT).
+The last hyphen ends the base, for no part behind it has one: a base may hold hyphens, dots and
+underscores, a dataset called open-math must be written otherwise (in a foreign name it would be
+read as part of the base). Everything behind is read from the right: the tag, then the method, then
+what came before quantization, which is told apart by its words (TRAININGS, PEFT).
 
-The tag is w<weights>_g<group>_a<activations>_kv<cache>_head<output head>. Integers are their bits, 16 is not quantized (fp16
-for the head), a floating format is its word: nvfp4, fouroversix, fp4, mxfp4, mxfp6, mxfp8 (mxfp6.e3m2, mxfp8.e5m2). mixed4:
-single linears differ from 4; auto4.5: allocated under 4.5 bits a weight. No g means one scale a channel, as in names written
-elsewhere, so that one model has one spelling; gtensor is one scale a tensor. Foreign names may leave out a and kv, which
-means 8 there, and the head, which means fp16; headw4 is read as head4.
+The tag is w<weights>_g<group>_a<activations>_kv<cache>_head<output head>. Integers are their bits,
+16 is not quantized (fp16 for the head), a floating format is its word: nvfp4, fouroversix, fp4,
+mxfp4, mxfp6, mxfp8 (mxfp6.e3m2, mxfp8.e5m2). mixed4: single linears differ from 4; auto4.5:
+allocated under 4.5 bits a weight. No g means one scale a channel, as in names written elsewhere, so
+that one model has one spelling; gtensor is one scale a tensor. Foreign names may leave out a and
+kv, which means 8 there, and the head, which means fp16; headw4 is read as head4.
 """
 
 from __future__ import annotations
@@ -69,8 +71,12 @@ SPELLING = {
 
 @dataclass(frozen=True)
 class Name:
-    """The parts of a name. weight, act, kv, head: bits of an integer format or the word of another; group: elements a scale,
-    "tensor", or None (channel). Raises ValueError for a part that would not be read back as it is."""
+    """The parts of a name.
+
+    weight, act, kv, head: bits of an integer format or the word of another; group: elements a
+    scale, "tensor", or None (channel). Raises ValueError for a part that would not be read back as
+    it is.
+    """
 
     base: str
     dataset: str | None = None
@@ -94,7 +100,8 @@ class Name:
                 continue
             if not WORD.fullmatch(word):
                 raise ValueError(
-                    f"{part}={word}: needs letters, digits and dots; hyphens and underscores stand between parts"
+                    f"{part}={word}: needs letters, digits and dots; hyphens and underscores stand "
+                    "between parts"
                 )
             kind = _kind(word)
             if kind != ("dataset" if part == "method" else part):
@@ -105,7 +112,8 @@ class Name:
                 raise ValueError(f"{part}={word}: would not be read as the {part}{known}")
         if self.dataset and not (self.training or self.peft or self.method):
             raise ValueError(
-                f"dataset={self.dataset}: alone it would be read as the method; name the training, too"
+                f"dataset={self.dataset}: alone it would be read as the method; name the training, "
+                "too"
             )
         for part, pattern in TAG.items():
             value = getattr(self, part)
@@ -119,7 +127,8 @@ class Name:
             for part, letters in LETTERS.items()
             if getattr(self, part) is not None
         ]
-        return f"{self.base}-{'_'.join([*filter(None, (self.dataset, self.training, self.peft, self.method)), *tag])}"
+        parts = filter(None, (self.dataset, self.training, self.peft, self.method))
+        return f"{self.base}-{'_'.join([*parts, *tag])}"
 
     @classmethod
     def parse(cls, text: str) -> Name:
@@ -136,7 +145,8 @@ class Name:
         if "weight" not in found:
             last = f"'{pieces[-1]}'" if pieces else "nothing"
             raise ValueError(
-                f"{text}: {last} stands where the tag is, w4_g64_a4_kv4_headfp16 or wnvfp4_g16_anvfp4 .."
+                f"{text}: {last} stands where the tag is, w4_g64_a4_kv4_headfp16 or "
+                "wnvfp4_g16_anvfp4 .."
             )
         if pieces and _kind(pieces[-1]) == "dataset":
             found["method"] = pieces.pop()
@@ -157,8 +167,11 @@ class Name:
     def of(
         cls, settings: Mapping, choices: Mapping[str, str | None], scheme: Scheme, head: str
     ) -> Name:
-        """The name of a run's checkpoint, before or after the run. head: the output head's module. The method is transform and
-        solver, QuaRot.GPTQ, or the one of them that there is. Raises ConfigError naming the field of `export`."""
+        """The name of a run's checkpoint, before or after the run.
+
+        head: the output head's module. The method is transform and solver, QuaRot.GPTQ, or the one
+        of them that there is. Raises ConfigError naming the field of `export`.
+        """
         section, transform = settings["export"], choices["transform"]
         if transform == "identity" and settings["transform"].get("smooth"):
             transform = "smoothquant"
@@ -189,8 +202,9 @@ class Name:
         if len(str(name)) > LONGEST:
             part = max(("base", *WORDS), key=lambda part: len(getattr(name, part) or ""))
             raise ConfigError(
-                f"export.{part}={getattr(name, part)}: the checkpoint's name has {len(str(name))} letters "
-                f"with it, and a folder's at most {LONGEST}; set export.{part} to a shorter one."
+                f"export.{part}={getattr(name, part)}: the checkpoint's name has {len(str(name))} "
+                f"letters with it, and a folder's at most {LONGEST}; set export.{part} to a "
+                "shorter one."
             )
         return name
 
@@ -203,7 +217,9 @@ def name_of(snapshot: Snapshot) -> Name:
 
 
 def base_of(model: Mapping) -> str:
-    """What names of a model begin with: the last part of its hub id or folder, else the model's own name."""
+    """What names of a model begin with: the last part of its hub id or folder, else the model's own
+    name.
+    """
     if hub_id(model) is not None:
         return Path(hub_id(model)).name
     return (
@@ -214,7 +230,10 @@ def base_of(model: Mapping) -> str:
 
 
 def hub_id(model: Mapping) -> str | None:
-    """The hub repository (owner/name) of a `model` section; None where it is a folder, or comes from elsewhere."""
+    """The hub repository (owner/name) of a `model` section.
+
+    None where it is a folder, or comes from elsewhere.
+    """
     path = model.get("path")
     return None if path is None or Path(path).expanduser().exists() else path
 
@@ -237,7 +256,10 @@ def word(format: Format | None) -> int | str:
 
 
 def _mixed(scheme: Scheme, part: str) -> int | str:
-    """The word of all linears' format; where single linears of the blocks have another one, it says so."""
+    """The word of all linears' format.
+
+    Where single linears of the blocks have another one, it says so.
+    """
     own = [
         parts[part]
         for (layer, _), parts in scheme.overrides.items()

@@ -1,13 +1,18 @@
-"""The project's own checkpoint: a folder that loads as the very model that was evaluated. native_writer.py writes it.
+"""The project's own checkpoint: a folder that loads as the very model that was evaluated.
 
-    model*.safetensors      {module}.codes, .scale, .zero, .global_scale of every quantized weight, every other parameter and
-                            buffer as it is, {block}.{site}.global_scale of activations with a calibrated scale
+native_writer.py writes it.
+
+    model*.safetensors      {module}.codes, .scale, .zero, .global_scale of every quantized weight;
+                            every other parameter and buffer as it is; {block}.{site}.global_scale
+                            of activations with a calibrated scale
     placement.safetensors   the matrices that stay online, all placements in order
-    harness.json            version, dtype, and the format of every weight, activation, and of the KV cache
+    harness.json            version, dtype, and the format of every weight, of every activation, and
+                            of the KV cache
     digests.json            {file: sha256} of everything else
     config.json, generation_config.json, tokenizer files: as transformers has them
 
-Nothing in it is code and nothing is unpickled. A file that is not as it was written is refused before it is used.
+Nothing in it is code and nothing is unpickled. A file that is not as it was written is refused
+before it is used.
 """
 
 from __future__ import annotations
@@ -43,7 +48,9 @@ PARTS = ("codes", *(field.name for field in fields(Scales)))  # of a quantized w
 
 
 class PackedLinear(QuantLinear):
-    """A QuantLinear that keeps codes and scales and makes its weight [out, in] whenever it is used: little memory, slow."""
+    """A QuantLinear that keeps codes and scales and makes its weight [out, in] whenever it is used:
+    little memory, slow.
+    """
 
     def __init__(self, linear: QuantLinear, quantized: QTensor, dtype: torch.dtype):
         nn.Module.__init__(self)
@@ -78,10 +85,12 @@ class PackedLinear(QuantLinear):
 
 @torch.no_grad()
 def load(path, device="cpu", dtype: torch.dtype | None = None, packed: bool = False):
-    """(model, tokenizer) of a checkpoint, as evaluated: quantized weights, online matrices, activation and KV quantizers.
+    """(model, tokenizer) of a checkpoint, as evaluated: quantized weights, online matrices,
+    activation and KV quantizers.
 
-    dtype: None = as it was quantized in, where the logits are those of the evaluated model in every bit. packed: linears keep
-    their codes, and are dequantized when they are used. Raises DataError, naming the file, where one is not as it was written.
+    dtype: None = as it was quantized in, where the logits are those of the evaluated model in every
+    bit. packed: linears keep their codes, and are dequantized when they are used. Raises DataError,
+    naming the file, where one is not as it was written.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -123,13 +132,16 @@ def load(path, device="cpu", dtype: torch.dtype | None = None, packed: bool = Fa
 
 
 def verified(folder: Path) -> Record:
-    """What harness.json says, once every file but the text for people is found to be as it was written. Raises DataError."""
+    """What harness.json says, once every file but the text for people is found to be as it was
+    written. Raises DataError.
+    """
     recorded(folder)
     listed = read_object(folder / DIGESTS)
     for name, digest in listed.items():
         if Path(name).name != name or not isinstance(digest, str):
             raise DataError(
-                f"{folder / DIGESTS}: {name}: needs the hash of a file of this folder; export it again."
+                f"{folder / DIGESTS}: {name}: needs the hash of a file of this folder; export it "
+                "again."
             )
     wanted = {name: digest for name, digest in listed.items() if not name.endswith(".md")}
     needed = {"config.json", RECORD, PLACEMENT}
@@ -140,18 +152,22 @@ def verified(folder: Path) -> Record:
         with open(folder / name, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                 raise DataError(
-                    f"{folder / name} is damaged or changed: its hash is not that in {DIGESTS}; copy it again."
+                    f"{folder / name} is damaged or changed: its hash is not that in {DIGESTS}; "
+                    "copy it again."
                 )
     needed |= {file.name for file in weight_files(folder)}
     if needed - set(wanted):
         raise DataError(
-            f"{folder / DIGESTS} says nothing of {', '.join(sorted(needed - set(wanted)))}; export it again."
+            f"{folder / DIGESTS} says nothing of {', '.join(sorted(needed - set(wanted)))}; export "
+            "it again."
         )
     return Record.read(folder)
 
 
 def sites(adapter: Adapter) -> Iterator[tuple[str, SiteInput]]:
-    """(absolute name, what is read there) of every site of a swapped model: model.layers.0.attn_in, .., head_in."""
+    """(absolute name, what is read there) of every site of a swapped model: model.layers.0.attn_in,
+    .., head_in.
+    """
     for index, block in enumerate(adapter.blocks):
         for site in adapter.family.sites:
             yield adapter.name(index, site.name), block.get_submodule(site.linears[0]).site
@@ -172,7 +188,10 @@ def _placements(folder: Path) -> list:
 
 
 def _tensors(folder: Path, stack: ExitStack, device: torch.device) -> Callable[..., Tensor | None]:
-    """take(name, optional=False): that tensor in memory of its own, so that no file stays mapped."""
+    """take(name, optional=False): that tensor in memory of its own.
+
+    So no file stays mapped.
+    """
     files = tensor_files(folder)
     opened = {path: stack.enter_context(safe_open(path, "pt")) for path in set(files.values())}
 
@@ -194,7 +213,10 @@ def _fill(
     dtype: torch.dtype | None,
     packed: bool,
 ) -> None:
-    """Give a swapped model without storage its tensors; dtype: of parameters, weights and biases, None as they are."""
+    """Give a swapped model without storage its tensors.
+
+    dtype: of parameters, weights and biases, None as they are.
+    """
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     for name, empty in (parameters | buffers).items():
         owner, _, leaf = name.rpartition(".")
@@ -219,7 +241,9 @@ def _fill(
 def _refuse_other_state(
     name: str, format: Format, state: Mapping[str, Tensor], shape: torch.Size
 ) -> None:
-    """Raise DataError where codes and scales are not those of a weight of that shape in that format, as one row tells."""
+    """Raise DataError where codes and scales are not those of a weight of that shape in that
+    format, as one row tells.
+    """
     row, rows = format.quantize(torch.zeros(1, shape[-1])).state(), shape[0]
     for part in sorted({*row, *state}):
         if part in row and part in state:
@@ -230,14 +254,16 @@ def _refuse_other_state(
             ):
                 continue
         raise DataError(
-            f"{RECORD} gives {name} the format {type(format).__name__}, and {part} in the file is not one's; "
-            "export it again."
+            f"{RECORD} gives {name} the format {type(format).__name__}, and {part} in the file is "
+            "not one's; export it again."
         )
 
 
 class _QuantizedCache:
-    """Has the plain cache with which a generation begins store keys rotated and quantized: each token once, not at every step.
-    Any other cache is right too, but its keys and values are quantized again whenever they are read."""
+    """Has the plain cache with which a generation begins store keys rotated and quantized: each
+    token once, not at every step. Any other cache is right too, but its keys and values are
+    quantized again whenever they are read.
+    """
 
     def __init__(self, adapter: Adapter):
         self.adapter = adapter

@@ -1,6 +1,9 @@
-"""Writes the project's own checkpoint, which holds every transform x format x KV cache; native.py says how.
+"""Writes the project's own checkpoint, which holds every transform x format x KV cache.
 
-Nothing is computed anew: codes and scales are those that were solved, all else is taken from the model as it was evaluated.
+native.py says how.
+
+Nothing is computed anew: codes and scales are those that were solved, all else is taken from the
+model as it was evaluated.
 """
 
 from __future__ import annotations
@@ -25,7 +28,10 @@ from harness.transforms import Codec, ModelShape, Placement, Transform
 
 
 class Checkpoint(Exporter):
-    """Codes, online matrices and formats of the evaluated model; its logits come back in every bit."""
+    """Codes, online matrices and formats of the evaluated model.
+
+    Its logits come back in every bit.
+    """
 
     name = "harness"
     library = "harness"
@@ -61,7 +67,10 @@ class Checkpoint(Exporter):
         return {"use_cache": True, "dtype": _dtype(snapshot.adapter)}
 
     def extras(self, snapshot: Snapshot, folder: Path) -> None:
-        """The online matrices and the formats. The digests are the caller's, who knows when the folder is complete."""
+        """The online matrices and the formats.
+
+        The digests are the caller's, who knows when the folder is complete.
+        """
         adapter = snapshot.adapter
         specs, tensors = [], {}
         for index, placement in enumerate(snapshot.placements):
@@ -87,7 +96,10 @@ def _dtype(adapter: Adapter) -> str:
 
 
 def _online(placement: Placement, adapter: Adapter) -> Placement:
-    """What of a placement stays online, in the dtype it is computed in; the rest is merged into the weights."""
+    """What of a placement stays online, in the dtype it is computed in.
+
+    The rest is merged into the weights.
+    """
     dtype = torch.promote_types(adapter.model.dtype, torch.float32)
 
     def ready(codec: Codec | None) -> Codec | None:

@@ -1,11 +1,14 @@
-"""What the files of a checkpoint say, as data: every field is checked, nothing is built or imported because a file names it.
+"""What the files of a checkpoint say, as data.
 
-    harness.json                  version, dtype, {"format", "names"} of weights and activations, "kv"     -> Record
-    digests.json                  {file: sha256}
-    quantization_metadata.json    what the checkpoint is, for people and tools
+Every field is checked; nothing is built or imported because a file names it.
 
-A format stands there by the name of its class and its fields. The name is looked up among the formats of this project, the
-fields are plain values and the class itself judges them.
+    harness.json                version, dtype, {"format", "names"} of weights and activations,
+                                "kv"; read as a Record
+    digests.json                {file: sha256}
+    quantization_metadata.json  what the checkpoint is, for people and tools
+
+A format stands there by the name of its class and its fields. The name is looked up among the
+formats of this project, the fields are plain values and the class itself judges them.
 """
 
 from __future__ import annotations
@@ -29,7 +32,10 @@ FLOATS = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Record:
-    """harness.json. dtype: of the evaluated model; weights, activations: {module or site: format}; kv: of the cache."""
+    """harness.json.
+
+    dtype: of the evaluated model; weights, activations: {module or site: format}; kv: of the cache.
+    """
 
     dtype: torch.dtype
     weights: Mapping[str, Format]
@@ -38,7 +44,10 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> Record:
-        """From the file in a checkpoint's folder. Raises DataError naming the field that is missing or wrong."""
+        """From the file in a checkpoint's folder.
+
+        Raises DataError naming the field that is missing or wrong.
+        """
         found, where = recorded(folder), folder / RECORD
         if found.get("dtype") not in FLOATS:
             raise DataError(
@@ -69,7 +78,10 @@ def spec(format: Format | KVCache) -> dict:
 
 
 def format_of(found, where: str, base: type) -> Format | KVCache:
-    """Inverse of `spec`, for the formats of this project of that base. Raises DataError, beginning with `where`."""
+    """Inverse of `spec`, for the formats of this project of that base.
+
+    Raises DataError, beginning with `where`.
+    """
     if not isinstance(found, Mapping):
         raise DataError(f"{where}={found}: needs a format, its class and its fields.")
     name = str(found.get("_target_"))
@@ -89,7 +101,10 @@ def format_of(found, where: str, base: type) -> Format | KVCache:
 
 
 def classes(base: type) -> dict[str, type]:
-    """{name: class} of every class of that base in the files of harness/formats, and in no others."""
+    """{name: class} of every class of that base in the files of harness/formats.
+
+    In no other files.
+    """
     names = [f"{formats.__name__}.{module.name}" for module in iter_modules(formats.__path__)]
     found = [each for name in names for each in vars(import_module(name)).values()]
     return {

@@ -18,8 +18,11 @@ from harness.models.weights import stored, weight_files
 
 @dataclass(kw_only=True)
 class CheckpointModel(ModelSource):
-    """A checkpoint of this project, or a folder in the compressed-tensors layout. It is measured as it is, with what it
-    quantizes of activations, keys and values: format=none transform=identity solver=none."""
+    """A checkpoint of this project, or a folder in the compressed-tensors layout.
+
+    It is measured as it is, with what it quantizes of activations, keys and values: format=none
+    transform=identity solver=none.
+    """
 
     quantized = True
     path: str | None = None
@@ -44,8 +47,8 @@ class CheckpointModel(ModelSource):
         quantization = quantization if isinstance(quantization, Mapping) else {}
         if quantization.get("quant_method") != "compressed-tensors":
             raise DataError(
-                f"{where} has neither a {RECORD} nor a compressed-tensors config; for a model that is not "
-                f"quantized use model=hf model.path={self.path}."
+                f"{where} has neither a {RECORD} nor a compressed-tensors config; for a model that "
+                f"is not quantized use model=hf model.path={self.path}."
             )
         if find_spec("compressed_tensors") is None:
             raise DataError(
@@ -54,8 +57,8 @@ class CheckpointModel(ModelSource):
         stored(weight_files(folder))
         if quantization.get("kv_cache_scheme") and (why := cache_refusal()) is not None:
             raise DataError(
-                f"{where} has a kv_cache_scheme: {why}; install releases that agree (those of requirements.lock "
-                "do)."
+                f"{where} has a kv_cache_scheme: {why}; install releases that agree (those of "
+                "requirements.lock do)."
             )
 
     def facts(self) -> dict:
@@ -93,7 +96,8 @@ class CheckpointModel(ModelSource):
         """The folder. Raises DataError where there is none with a config."""
         if not (self._folder / "config.json").is_file():
             raise DataError(
-                f"model.path={self.path}: no such folder with a config.json; give that of an exported checkpoint."
+                f"model.path={self.path}: no such folder with a config.json; give that of an "
+                "exported checkpoint."
             )
         return self._folder
 
