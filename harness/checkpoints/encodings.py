@@ -19,13 +19,17 @@ from harness.store import write_json
 
 def encoding(name: str, tensor: QTensor) -> dict:
     """The encoding of one integer QTensor."""
-    format: Integer = tensor.format
+    format = tensor.format
+    assert isinstance(format, Integer)
     scale = tensor.scales.scale.float()
-    zero = -float(format.qmin) if tensor.scales.zero is None else tensor.scales.zero - format.qmin
+    stored = tensor.scales.zero
+    zero = -float(format.qmin) if stored is None else stored - format.qmin
     offset = -zero + 0 * scale
     if format.zp == "float_offset":
-        offset = tensor.scales.zero / scale
-    low, high = scale * offset, scale * (format.qmax - format.qmin + offset)
+        assert stored is not None, "such a zero point is stored with every group"
+        offset = stored / scale
+    low = scale * offset
+    high = scale * (format.qmax - format.qmin + offset)
     values = {"scale": scale, "offset": offset, "min": low, "max": high}
     return {
         "name": name,
@@ -42,6 +46,6 @@ def save_encodings(folder: Path, index: int, qtensors: dict[str, QTensor]) -> No
 
     Nothing where there are none.
     """
-    found = [encoding(name, q) for name, q in qtensors.items() if isinstance(q.format, Integer)]
-    if found:
-        write_json(folder / f"{index:04d}.json", found)
+    encodings = [encoding(name, q) for name, q in qtensors.items() if isinstance(q.format, Integer)]
+    if encodings:
+        write_json(folder / f"{index:04d}.json", encodings)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from harness.checkpoints.native_files import DIGESTS, RECORD, recorded
 from harness.checkpoints.record import Record
 from harness.codecs.packing import unpack
-from harness.codecs.placement import HEAD_SITE
+from harness.codecs.placement import HEAD_SITE, Placement
 from harness.config.errors import DataError
 from harness.formats import Format, QTensor, Scales
 from harness.libraries.transformers import empty_plain_cache
@@ -57,22 +57,19 @@ class PackedLinear(QuantLinear):
         for name, tensor in quantized.state().items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", linear.bias)
-        self.site, self.decoder, self.encoder = linear.site, linear.decoder, linear.encoder
-        self.format, self.shape, self.stored, self.dtype = (
-            quantized.format,
-            quantized.shape,
-            quantized.dtype,
-            dtype,
-        )
+        self.site = linear.site
+        self.decoder = linear.decoder
+        self.encoder = linear.encoder
+        self.format = quantized.format
+        self.shape = quantized.shape
+        self.stored = quantized.dtype
+        self.dtype = dtype
 
     @property
     def weight(self) -> Tensor:
         state = {name: getattr(self, name) for name in PARTS if name in self._buffers}
-        return (
-            QTensor.from_state(self.format, state, self.shape, self.stored)
-            .dequantize()
-            .to(self.dtype)
-        )
+        quantized = QTensor.from_state(self.format, state, self.shape, self.stored)
+        return quantized.dequantize().to(self.dtype)
 
     @property
     def in_features(self) -> int:
@@ -84,9 +81,15 @@ class PackedLinear(QuantLinear):
 
 
 @torch.no_grad()
-def load(path, device="cpu", dtype: torch.dtype | None = None, packed: bool = False):
-    """(model, tokenizer) of a checkpoint, as evaluated: quantized weights, online matrices,
-    activation and KV quantizers.
+def load(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
+):
+    """(model, tokenizer) of a checkpoint, as evaluated.
+
+    With quantized weights, online matrices, activation and KV quantizers.
 
     dtype: None = as it was quantized in, where the logits are those of the evaluated model in every
     bit. packed: linears keep their codes, and are dequantized when they are used. Raises DataError,
@@ -106,19 +109,16 @@ def load(path, device="cpu", dtype: torch.dtype | None = None, packed: bool = Fa
     adapter = Adapter(model)
     placements = _placements(folder)
     swap(adapter)
-    read = {*record.activations, *record.weights}
-    if read & {HEAD_SITE, adapter.family.head} or any(
-        p.encoder(None, HEAD_SITE) for p in placements
-    ):
+    quantized = {*record.activations, *record.weights}
+    encoded = any(placement.encoder(None, HEAD_SITE) for placement in placements)
+    if encoded or quantized & {HEAD_SITE, adapter.family.head}:
         swap_head(adapter)
     with ExitStack() as stack:
-        take = _tensors(folder, stack, torch.device(device))
-        _fill(model, record.weights, take, original, dtype, packed)
+        tensors = _Tensors(folder, stack, torch.device(device))
+        _fill(model, record.weights, tensors, original, dtype, packed)
         for name, site in sites(adapter):
-            site.format, site.global_scale = (
-                record.activations.get(name),
-                take(f"{name}.global_scale", optional=True),
-            )
+            site.format = record.activations.get(name)
+            site.global_scale = tensors.find(f"{name}.global_scale")
     if config.tie_word_embeddings:
         model.tie_weights()
     for placement in placements:
@@ -143,12 +143,13 @@ def verified(folder: Path) -> Record:
                 f"{folder / DIGESTS}: {name}: needs the hash of a file of this folder; export it "
                 "again."
             )
-    wanted = {name: digest for name, digest in listed.items() if not name.endswith(".md")}
+    # a card may be edited: nothing is loaded from it
+    digests = {name: digest for name, digest in listed.items() if not name.endswith(".md")}
     needed = {"config.json", RECORD, PLACEMENT}
-    for name in (*wanted, *needed):
+    for name in (*digests, *needed):
         if not (folder / name).is_file():
             raise DataError(f"{folder} lacks {name}; copy the checkpoint again.")
-    for name, digest in wanted.items():
+    for name, digest in digests.items():
         with open(folder / name, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                 raise DataError(
@@ -156,10 +157,10 @@ def verified(folder: Path) -> Record:
                     "copy it again."
                 )
     needed |= {file.name for file in weight_files(folder)}
-    if needed - set(wanted):
+    unlisted = sorted(needed - set(digests))
+    if unlisted:
         raise DataError(
-            f"{folder / DIGESTS} says nothing of {', '.join(sorted(needed - set(wanted)))}; export "
-            "it again."
+            f"{folder / DIGESTS} says nothing of {', '.join(unlisted)}; export it again."
         )
     return Record.read(folder)
 
@@ -175,7 +176,7 @@ def sites(adapter: Adapter) -> Iterator[tuple[str, SiteInput]]:
         yield HEAD_SITE, adapter.head.site
 
 
-def _placements(folder: Path) -> list:
+def _placements(folder: Path) -> list[Placement]:
     with safe_open(folder / PLACEMENT, "pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         try:
@@ -187,28 +188,38 @@ def _placements(folder: Path) -> list:
     return [unpack(spec, tensors) for spec in specs]
 
 
-def _tensors(folder: Path, stack: ExitStack, device: torch.device) -> Callable[..., Tensor | None]:
-    """take(name, optional=False): that tensor in memory of its own.
+class _Tensors:
+    """The tensors of a folder by name, on a device, while the stack is open.
 
-    So no file stays mapped.
+    Each comes in memory of its own, so that no file stays mapped.
     """
-    files = tensor_files(folder)
-    opened = {path: stack.enter_context(safe_open(path, "pt")) for path in set(files.values())}
 
-    def take(name: str, optional: bool = False) -> Tensor | None:
-        if name in files:
-            return opened[files[name]].get_tensor(name).to(device, copy=True)
-        if not optional:
-            raise DataError(f"{folder}: its files lack the tensor {name}; export it again.")
-        return None
+    def __init__(self, folder: Path, stack: ExitStack, device: torch.device):
+        self.folder = folder
+        self.device = device
+        self.files = tensor_files(folder)
+        self.opened = {
+            path: stack.enter_context(safe_open(path, "pt")) for path in set(self.files.values())
+        }
 
-    return take
+    def find(self, name: str) -> Tensor | None:
+        """The tensor, None where the files have no such."""
+        if name not in self.files:
+            return None
+        return self.opened[self.files[name]].get_tensor(name).to(self.device, copy=True)
+
+    def take(self, name: str) -> Tensor:
+        """The tensor. Raises DataError where the files have no such."""
+        tensor = self.find(name)
+        if tensor is None:
+            raise DataError(f"{self.folder}: its files lack the tensor {name}; export it again.")
+        return tensor
 
 
 def _fill(
     model: nn.Module,
     weights: Mapping[str, Format],
-    take: Callable[..., Tensor | None],
+    tensors: _Tensors,
     original: torch.dtype,
     dtype: torch.dtype | None,
     packed: bool,
@@ -217,13 +228,18 @@ def _fill(
 
     dtype: of parameters, weights and biases, None as they are.
     """
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    parameters = dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
     for name, empty in (parameters | buffers).items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if leaf == "weight" and owner in weights:
-            state = {part: take(f"{owner}.{part}", optional=part != "codes") for part in PARTS}
-            state = {part: tensor for part, tensor in state.items() if tensor is not None}
+            # which scales there are is the format's matter; codes there are always
+            state = {"codes": tensors.take(f"{owner}.codes")}
+            for part in PARTS[1:]:
+                scale = tensors.find(f"{owner}.{part}")
+                if scale is not None:
+                    state[part] = scale
             _refuse_other_state(owner, weights[owner], state, empty.shape)
             quantized = QTensor.from_state(weights[owner], state, empty.shape, original)
             if packed and isinstance(module, QuantLinear):
@@ -231,10 +247,9 @@ def _fill(
                 continue
             tensor = quantized.dequantize()
         else:
-            tensor = take(name)
-        computed = name in buffers and not isinstance(
-            module, QuantLinear
-        )  # the rotary table, which has a dtype of its own
+            tensor = tensors.take(name)
+        # the rotary table, which has a dtype of its own
+        computed = name in buffers and not isinstance(module, QuantLinear)
         assign(model, name, tensor if dtype is None or computed else tensor.to(dtype))
 
 
@@ -244,14 +259,14 @@ def _refuse_other_state(
     """Raise DataError where codes and scales are not those of a weight of that shape in that
     format, as one row tells.
     """
-    row, rows = format.quantize(torch.zeros(1, shape[-1])).state(), shape[0]
+    row = format.quantize(torch.zeros(1, shape[-1])).state()
+    rows = shape[0]
     for part in sorted({*row, *state}):
         if part in row and part in state:
             shared = part == "global_scale" or (format.granularity == "tensor" and part != "codes")
             whole = row[part].numel() * (1 if shared else rows)
-            if state[part].numel() == whole and (
-                part != "codes" or state[part].dtype == row[part].dtype
-            ):
+            same = part != "codes" or state[part].dtype == row[part].dtype
+            if same and state[part].numel() == whole:
                 continue
         raise DataError(
             f"{RECORD} gives {name} the format {type(format).__name__}, and {part} in the file is "

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness.checkpoints.native_files import DIGESTS, RECORD
 from harness.config.errors import ConfigError, DataError
@@ -14,6 +15,9 @@ from harness.libraries.compressed_tensors import cache_refusal
 from harness.models.facts import config_of, facts_of
 from harness.models.source import ModelSource
 from harness.models.weights import stored, weight_files
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(kw_only=True)
@@ -37,14 +41,16 @@ class CheckpointModel(ModelSource):
         self.name = self.name or self._folder.name
 
     def check(self) -> None:
-        folder, where = self._there(), f"model.path={self.path}"
+        folder = self._there()
+        where = f"model.path={self.path}"
         if self._own:
             from harness.checkpoints.record import Record
 
             Record.read(folder)
             return
         quantization = self.facts().get("quantization_config")
-        quantization = quantization if isinstance(quantization, Mapping) else {}
+        if not isinstance(quantization, Mapping):
+            quantization = {}
         if quantization.get("quant_method") != "compressed-tensors":
             raise DataError(
                 f"{where} has neither a {RECORD} nor a compressed-tensors config; for a model that "
@@ -90,6 +96,7 @@ class CheckpointModel(ModelSource):
 
     @property
     def _folder(self) -> Path:
+        assert self.path is not None  # refused when it was built
         return Path(self.path).expanduser()
 
     def _there(self) -> Path:
@@ -106,12 +113,13 @@ class CheckpointModel(ModelSource):
         return (self._folder / RECORD).is_file()
 
 
-def _compressed(folder: Path, dtype, device):
+def _compressed(folder: Path, dtype: torch.dtype | str, device: torch.device | str):
     """(model, tokenizer) of a compressed-tensors folder, as transformers runs it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, report = AutoModelForCausalLM.from_pretrained(
+    # its annotation knows the model alone, not the pair that output_loading_info asks for
+    model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
         folder,
         dtype=dtype,
         use_safetensors=True,
@@ -123,8 +131,6 @@ def _compressed(folder: Path, dtype, device):
             f"{folder} lacks the weights {', '.join(sorted(report['missing_keys'])[:4])}."
         )
     model = model.to(device)
-    with torch.no_grad():
-        model(
-            torch.zeros(1, 1, dtype=torch.long, device=device)
-        )  # the first forward unpacks the weights
+    with torch.no_grad():  # the first forward unpacks the weights
+        model(torch.zeros(1, 1, dtype=torch.long, device=device))
     return model, AutoTokenizer.from_pretrained(folder)
