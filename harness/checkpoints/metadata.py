@@ -32,10 +32,10 @@ from pathlib import Path
 
 import torch
 
-from harness.checkpoints.base import Snapshot
+from harness.checkpoints.base import Snapshot, weight_format
 from harness.checkpoints.names import base_of, hub_id, word
 from harness.config.build import build
-from harness.formats import Format, KVCache
+from harness.formats import Format, KVCache, QTensor
 from harness.models.adapter import Adapter, head_dim
 from harness.models.quant_linear import QuantLinear
 from harness.models.source import ModelSource
@@ -49,26 +49,14 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
 
     Reads every quantized tensor once.
     """
-    settings, choices, scheme, metrics = (
-        snapshot.settings,
-        snapshot.choices,
-        snapshot.scheme,
-        snapshot.metrics,
-    )
-    adapter, section = snapshot.adapter, settings["model"]
+    settings = snapshot.settings
+    choices = snapshot.choices
+    scheme = snapshot.scheme
+    metrics = snapshot.metrics
+    adapter = snapshot.adapter
+    section = settings["model"]
     remote = hub_id(section)
-    layers = [
-        {
-            "name": module,
-            "format": _spelled(q.format),
-            "bits": q.format.bits,
-            "group_size": q.format.group_size,
-            "shape": list(q.shape),
-            "weights": q.codes.numel(),
-            "stored_bits": q.bits(),
-        }
-        for module, q in snapshot.qtensors.items()
-    ]
+    layers = [_layer(module, q) for module, q in snapshot.qtensors.items()]
     linears = {module for module, role in adapter.roles.items() if role.kind == "linear"}
     return {
         "name": name,
@@ -107,6 +95,20 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
     }
 
 
+def _layer(name: str, q: QTensor) -> dict:
+    """What is said of one quantized weight."""
+    format = weight_format(q)
+    return {
+        "name": name,
+        "format": _spelled(format),
+        "bits": format.bits,
+        "group_size": format.group_size,
+        "shape": list(q.shape),
+        "weights": q.codes.numel(),
+        "stored_bits": q.bits(),
+    }
+
+
 def _public(command: str | None) -> str | None:
     """The command without the folders of whoever ran it, which are nobody's business.
 
@@ -122,8 +124,8 @@ def _public(command: str | None) -> str | None:
 
 
 def _spelled(format: Format) -> str:
-    found = word(format)
-    return f"int{found}" if isinstance(found, int) else found
+    spelling = word(format)
+    return f"int{spelling}" if isinstance(spelling, int) else spelling
 
 
 def _part(format: Format | None) -> dict:
@@ -159,22 +161,21 @@ def _cache(kv: KVCache | None) -> dict:
     }
 
 
-def _calibration(data: Mapping, option: str, used: Mapping) -> dict:
+def _calibration(data: Mapping, option: str | None, used: Mapping) -> dict:
     """Of a text of one's own the file's name only: where it lies is nobody's business.
 
     used: the windows there were.
     """
-    chosen = data["calibration"]
-    corpus = (
-        Path(chosen["path"]).name
-        if chosen["path"]
-        else data["name"] or Path(data.get("path") or option).name
-    )
-    return {
-        "corpus": corpus,
-        **{key: chosen[key] for key in ("windows", "length", "order")},
-        **used,
-    }
+    section = data["calibration"]
+    windows = {key: section[key] for key in ("windows", "length", "order")}
+    corpus = data["name"]
+    if section["path"]:
+        corpus = Path(section["path"]).name
+    elif not corpus:
+        source = data.get("path") or option
+        assert source is not None, "a corpus is a name, a file or an option"
+        corpus = Path(source).name
+    return {"corpus": corpus, **windows, **used}
 
 
 def _sizes(adapter: Adapter, tied: bool, stored_bits: int, folder: Path) -> dict:
@@ -190,7 +191,8 @@ def _sizes(adapter: Adapter, tied: bool, stored_bits: int, folder: Path) -> dict
     count = sum(tensor.numel() for tensor in parameters)
     if tied and adapter.head.weight is not model.get_input_embeddings().weight:
         count -= adapter.head.weight.numel()
-    before, after = 2 * count, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    before = 2 * count
+    after = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     files = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {
         "before": before,
@@ -208,11 +210,13 @@ def _tied(section: Mapping) -> bool:
 
 def _kv_bytes(kv: KVCache | None, facts: Mapping) -> dict:
     """Bytes of keys and values a token, from one token's vectors of one layer quantized."""
-    heads, width = facts.get("num_key_value_heads") or facts["num_attention_heads"], head_dim(facts)
+    heads = facts.get("num_key_value_heads") or facts["num_attention_heads"]
+    width = head_dim(facts)
     layers = facts["num_hidden_layers"]
     plain = 2 * layers * heads * width * 2
     if kv is None:
         return {"fp16": plain, "quantized": plain, "reduction_percent": 0.0}
+    # a group of -1 goes over all heads of a token
     token = torch.zeros(1, heads * width) if kv.group_size == -1 else torch.zeros(heads, width)
     packed = layers * sum(kv.part(name).quantize(token).bits() for name in ("key", "value")) / 8
     return {"fp16": plain, "quantized": packed, "reduction_percent": 100 * (1 - packed / plain)}
