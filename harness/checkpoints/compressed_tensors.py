@@ -22,19 +22,30 @@ served, bit for bit; one in float32 does not: rounding flips some codes, and the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoints import layouts
-from harness.checkpoints.base import Exporter, Snapshot, cast, modules
+from harness.checkpoints import entries, layouts
+from harness.checkpoints.base import (
+    Exporter,
+    Snapshot,
+    cast,
+    modules,
+    weight_at,
+    weight_format,
+)
 from harness.config.errors import ConfigError
 from harness.formats import Format, FourOverSix, Scheme
 from harness.models.adapter import FAMILIES, head_dim
 from harness.models.quant_linear import QuantLinear
 from harness.transforms import ModelShape, Transform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class CompressedTensors(Exporter):
@@ -45,7 +56,7 @@ class CompressedTensors(Exporter):
     tolerance = 0.005
 
     def stored(self, snapshot: Snapshot) -> torch.dtype:
-        return layouts.served(snapshot.adapter.model.dtype, _formats(snapshot.scheme))
+        return entries.served(snapshot.adapter.model.dtype, _formats(snapshot.scheme))
 
     def check(
         self,
@@ -72,6 +83,10 @@ class CompressedTensors(Exporter):
         formats = _formats(scheme)
         for format, field in formats.items():
             layouts.refuse(format, field)
+        return self._warnings(scheme, formats, dtype)
+
+    def _warnings(self, scheme: Scheme, formats: Iterable[Format], dtype: str) -> list[str]:
+        """What is held, and yet not everywhere computed as it was evaluated."""
         warnings = []
         if scheme.kv is not None:
             warnings.append(
@@ -83,27 +98,28 @@ class CompressedTensors(Exporter):
                 "values the file cannot give back is refused when it is written"
             )
         evaluated = getattr(torch, dtype, None)
-        served = layouts.served(evaluated, formats)
+        served = entries.served(evaluated, formats)
         if (scheme.any("act") or scheme.kv is not None) and served != evaluated:
             name = str(served).removeprefix("torch.")
-            own = "the dtype of its weights" if evaluated is None else dtype
+            other = "the dtype of its weights" if evaluated is None else dtype
             warnings.append(
-                f"export=compressed_tensors: the file is served in {name} and evaluated in {own}, "
-                f"where rounding gives some activations another code; model.dtype={name} evaluates "
-                "what is served"
+                f"export=compressed_tensors: the file is served in {name} and evaluated in "
+                f"{other}, where rounding gives some activations another code; model.dtype={name} "
+                "evaluates what is served"
             )
         return warnings
 
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
         kinds = {name: kind for (kind, *_), names in _groups(snapshot) for name in names}
-        evaluated, served = snapshot.adapter.model.dtype, self.stored(snapshot)
+        evaluated = snapshot.adapter.model.dtype
+        served = self.stored(snapshot)
         for name, module in modules(snapshot.adapter):
             q = snapshot.qtensors.get(name)
             if q is not None:
-                for entry, tensor in layouts.weight_entries(q, kinds[name], served).items():
+                for entry, tensor in entries.weight_entries(q, kinds[name], served).items():
                     yield f"{name}.{entry}", tensor
             if isinstance(module, QuantLinear):
-                for entry, tensor in layouts.input_entries(
+                for entry, tensor in entries.input_entries(
                     module.site.format, module.site.global_scale, evaluated
                 ).items():
                     yield f"{name}.{entry}", tensor
@@ -112,7 +128,8 @@ class CompressedTensors(Exporter):
                     yield f"{name}.{entry}", tensor.detach().to(served, copy=True)
 
     def config(self, snapshot: Snapshot) -> dict:
-        model, groups = snapshot.adapter.model, _groups(snapshot)
+        model = snapshot.adapter.model
+        groups = _groups(snapshot)
         quantized = {name for _, names in groups for name in names}
         linears = [
             name
@@ -130,9 +147,12 @@ class CompressedTensors(Exporter):
             for index, ((kind, weight, act), names) in enumerate(groups)
         }
         kinds = {kind for (kind, *_), _ in groups}
+        common = "mixed-precision"
+        if len(kinds) < 2:
+            common = kinds.pop() if kinds else "dense"
         quantization = {
             "quant_method": "compressed-tensors",
-            "format": kinds.pop() if len(kinds) == 1 else "mixed-precision" if kinds else "dense",
+            "format": common,
             "quantization_status": "compressed",
             "config_groups": described,
             "ignore": [name for name in linears if name not in quantized],
@@ -142,39 +162,44 @@ class CompressedTensors(Exporter):
             "global_compression_ratio": None,
         }
         if any(
-            kind == "pack-quantized" and not weight.symmetric for (kind, weight, _), _ in groups
+            kind == "pack-quantized" and weight is not None and not weight.symmetric
+            for (kind, weight, _), _ in groups
         ):
             quantization["dequantize"] = True  # see layouts.layout
         served = str(self.stored(snapshot)).removeprefix("torch.")
-        own = {"architectures": [type(model).__name__], "dtype": served, "use_cache": True}
-        return own | {"quantization_config": quantization}
+        return {
+            "architectures": [type(model).__name__],
+            "dtype": served,
+            "use_cache": True,
+            "quantization_config": quantization,
+        }
 
-    def load(self, folder: Path, device: torch.device, dtype: torch.dtype):
+    def load(self, folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        # its annotation, of a wrapped function, binds no self
+        model = model.to(device).eval()  # pyright: ignore[reportArgumentType]
         model.config.use_cache = False
-        with torch.no_grad():
-            model(
-                torch.zeros(1, 1, dtype=torch.long, device=device)
-            )  # the first forward unpacks the weights
+        with torch.no_grad():  # the first forward unpacks the weights
+            model(torch.zeros(1, 1, dtype=torch.long, device=device))
         cast(model, model.dtype, dtype)
         return model
 
-    def weight(self, model, name: str) -> Tensor:
-        return model.get_submodule(name).weight.to(model.config.dtype)  # what it was loaded as
+    def weight(self, model: PreTrainedModel, name: str) -> Tensor:
+        return weight_at(model, name).to(model.config.dtype)  # what it was loaded as
 
 
 def _formats(scheme: Scheme) -> dict[Format, str]:
     """{format: field that sets it} of all that is quantized, the cache apart."""
     parts = [(scheme.weight, "format.weight"), (scheme.act, "format.act")]
-    for (_, name), own in scheme.overrides.items():
-        parts += [(format, f"format.overrides: {name}.{part}") for part, format in own.items()]
-    found: dict[Format, str] = {}
+    for (_, name), roles in scheme.overrides.items():
+        parts += [(format, f"format.overrides: {name}.{part}") for part, format in roles.items()]
+    fields: dict[Format, str] = {}
     for format, field in parts:
         if format is not None:
-            found.setdefault(format, field)
-    return found
+            fields.setdefault(format, field)
+    return fields
 
 
 def _groups(snapshot: Snapshot) -> list[tuple[tuple[str, Format | None, Format | None], list[str]]]:
@@ -190,10 +215,8 @@ def _groups(snapshot: Snapshot) -> list[tuple[tuple[str, Format | None, Format |
     groups: dict[tuple[Format | None, Format | None], list[str]] = {}
     for name, module in snapshot.adapter.model.named_modules():
         q = snapshot.qtensors.get(name)
-        weight, act = (
-            None if q is None else q.format,
-            module.site.format if isinstance(module, QuantLinear) else None,
-        )
+        weight = None if q is None else weight_format(q)
+        act = module.site.format if isinstance(module, QuantLinear) else None
         if weight is None and act is None:
             continue
         for format in (weight, act):

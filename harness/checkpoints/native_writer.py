@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -25,6 +26,9 @@ from harness.formats import Scheme
 from harness.models.adapter import Adapter
 from harness.store import replacing, write_json
 from harness.transforms import ModelShape, Placement, Transform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Checkpoint(Exporter):
@@ -81,12 +85,12 @@ class Checkpoint(Exporter):
         record = Record(adapter.model.dtype, weights, inputs, snapshot.scheme.kv)
         write_json(folder / RECORD, record.written())
 
-    def load(self, folder: Path, device: torch.device, dtype: torch.dtype):
+    def load(self, folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         model, _ = load(folder, device, dtype)
         model.config.use_cache = False
         return model
 
-    def weight(self, model, name: str) -> Tensor:
+    def weight(self, model: PreTrainedModel, name: str) -> Tensor:
         return weight_at(model, name)
 
 

@@ -118,14 +118,15 @@ def _compressed(folder: Path, dtype: torch.dtype | str, device: torch.device | s
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # its annotation knows the model alone, not the pair that output_loading_info asks for
-    model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+    loaded = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         use_safetensors=True,
         output_loading_info=True,
         local_files_only=True,
     )
+    # its annotation knows the model alone, not the pair that output_loading_info asks for
+    model, report = loaded  # pyright: ignore[reportGeneralTypeIssues]
     if report["missing_keys"]:
         raise DataError(
             f"{folder} lacks the weights {', '.join(sorted(report['missing_keys'])[:4])}."
