@@ -583,11 +583,9 @@ def test_a_static_scale_is_that_of_the_evaluation():
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = activations(dtype)
         seen = STATIC.calibrated(*torch.aminmax(x))
-        entries = layouts.input_entries(STATIC, seen, dtype)
+        stored = entries.input_entries(STATIC, seen, dtype)
         args = QuantizationArgs(**layouts.described(STATIC))
-        served = fake_quantize(
-            x, entries["input_scale"].to(dtype), entries["input_zero_point"], args
-        )
+        served = fake_quantize(x, stored["input_scale"].to(dtype), stored["input_zero_point"], args)
         assert torch.equal(STATIC.fake(x, global_scale=seen), served)
 
 
