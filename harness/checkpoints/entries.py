@@ -130,9 +130,9 @@ def stored_global_scale(q: QTensor) -> Tensor:
     counts = torch.zeros(4096, dtype=torch.int64, device=q.codes.device)
     for pair in pairs:
         counts += torch.bincount(pair.flatten(), minlength=4096)
-    used = counts.nonzero().flatten()
-    codes = (used % 16).to(torch.uint8).view(-1, 1).expand(-1, 16)
-    scale = (used // 16).to(torch.uint8).view(torch.float8_e4m3fn).view(-1, 1)
+    occurring = counts.nonzero().flatten()
+    codes = (occurring % 16).to(torch.uint8).view(-1, 1).expand(-1, 16)
+    scale = (occurring // 16).to(torch.uint8).view(torch.float8_e4m3fn).view(-1, 1)
     evaluated = QTensor(codes, replace(q.scales, scale=scale), format, torch.bfloat16).dequantize()
     elements = format.grid.decode(codes)
     start = format.encode_multiplier(amax).reshape(1)
