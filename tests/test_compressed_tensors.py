@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from test_golden import compressed_tensors_format
 
 from harness.calibration.subject import StreamedModel
-from harness.checkpoints import layouts
+from harness.checkpoints import entries, layouts
 from harness.checkpoints import source as checkpoint_source
 from harness.checkpoints.base import Snapshot, write_checkpoint
 from harness.checkpoints.compressed_tensors import CompressedTensors
@@ -344,8 +344,8 @@ def test_golden_entries(golden_dir, reference):
         else:
             parts = re.fullmatch(r"int(\d)_(sym|asym)_(group|channel)(\d*)", kind).groups()
             format, layout = compressed_tensors_format(*parts), "pack-quantized"
-        entries = layouts.weight_entries(format.quantize(inputs[case.split("/")[0]]), layout)
-        for name, tensor in entries.items():
+        q = format.quantize(inputs[case.split("/")[0]])
+        for name, tensor in entries.weight_entries(q, layout).items():
             wanted = golden[f"{case}/{name}"]
             wanted = (
                 wanted.bfloat16() if tensor.dtype == torch.bfloat16 else wanted.view(tensor.dtype)
@@ -359,9 +359,9 @@ def test_words(bits):
     codes = torch.randint(
         -low, low, (5, 77), generator=torch.Generator().manual_seed(bits), dtype=torch.int8
     )
-    assert torch.equal(layouts.pack_words(codes, bits), pack_to_int32(codes, bits))
+    assert torch.equal(entries.pack_words(codes, bits), pack_to_int32(codes, bits))
     assert torch.equal(
-        layouts.pack_words(codes.T, bits).T, pack_to_int32(codes, bits, packed_dim=0)
+        entries.pack_words(codes.T, bits).T, pack_to_int32(codes, bits, packed_dim=0)
     )
 
 
@@ -372,7 +372,7 @@ def decoded(q: QTensor) -> torch.Tensor:
         targets=["Linear"], weights=layouts.described(q.format), format=kind
     )
     return BaseCompressor.get_value_from_registry(kind).decompress(
-        layouts.weight_entries(q, kind), scheme
+        entries.weight_entries(q, kind), scheme
     )["weight"]
 
 
@@ -548,7 +548,7 @@ def test_activations_are_evaluated_as_they_are_served(chosen, dtype):
     cfg, _ = composed("export=compressed_tensors", *chosen)
     act = build(settings(cfg)["format"]["act"], "format.act", Format)
     layouts.refuse(act, "format.act")
-    if layouts.served(dtype, [act]) != dtype and dtype != torch.float32:
+    if entries.served(dtype, [act]) != dtype and dtype != torch.float32:
         pytest.skip("no model of this format is served in float16")
     x, args = activations(dtype), QuantizationArgs(**layouts.described(act))
     g = act.calibrated(*torch.aminmax(x)) if act.needs_static else None
@@ -583,11 +583,9 @@ def test_a_static_scale_is_that_of_the_evaluation():
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = activations(dtype)
         seen = STATIC.calibrated(*torch.aminmax(x))
-        entries = layouts.input_entries(STATIC, seen, dtype)
+        stored = entries.input_entries(STATIC, seen, dtype)
         args = QuantizationArgs(**layouts.described(STATIC))
-        served = fake_quantize(
-            x, entries["input_scale"].to(dtype), entries["input_zero_point"], args
-        )
+        served = fake_quantize(x, stored["input_scale"].to(dtype), stored["input_zero_point"], args)
         assert torch.equal(STATIC.fake(x, global_scale=seen), served)
 
 

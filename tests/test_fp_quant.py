@@ -16,7 +16,8 @@ from composed import small
 from safetensors.torch import load_file
 
 from harness.checkpoints.base import Snapshot, write_checkpoint
-from harness.checkpoints.fp_quant import FPQuant, decoded
+from harness.checkpoints.fp_quant import FPQuant
+from harness.checkpoints.fp_quant_reader import decoded
 from harness.config.errors import ConfigError
 from harness.formats import MX, NVFP4, FourOverSix, Integer, KVCache, Scheme
 from harness.linalg.hadamard import hadamard

@@ -1,1 +1,4 @@
-"""Folders that hold a quantized model: how each layout is written, named, described, and read again."""
+"""Folders that hold a quantized model.
+
+How each layout is written, named, described, and read again.
+"""

@@ -1,4 +1,7 @@
-"""What a checkpoint says of itself in quantization_metadata.json, read as data: words and numbers, or nothing. No torch."""
+"""What a checkpoint says of itself in quantization_metadata.json.
+
+Read as data: words and numbers, or nothing. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,8 @@ from harness.config.errors import DataError
 from harness.models.facts import read_object
 
 ABOUT = "quantization_metadata.json"
-WORD = re.compile(
-    r"[\w.+-]{1,40}", re.ASCII
-)  # what an option or a format may be called in a file of others
+# what an option or a format may be called in a file of others
+WORD = re.compile(r"[\w.+-]{1,40}", re.ASCII)
 
 
 def about(folder: Path) -> dict:
@@ -23,35 +25,40 @@ def about(folder: Path) -> dict:
 
 
 def held(folder: Path) -> dict[str, str | None]:
-    """{"format": `int4-w4a4kv4`, "transform", "solver"} as the file names them; None for what it does not say in one short
-    word."""
-    found = about(folder)
-    method = {name: _word(_at(found, "method", name)) for name in ("transform", "solver")}
-    return {"format": _format(found), **method}
+    """{"format": `int4-w4a4kv4`, "transform", "solver"} as the file names them.
+
+    None for what it does not say in one short word.
+    """
+    metadata = about(folder)
+    method = {name: _word(_at(metadata, "method", name)) for name in ("transform", "solver")}
+    return {"format": _format(metadata), **method}
 
 
-def _format(found: dict) -> str | None:
+def _format(metadata: dict) -> str | None:
     """The formats of its weights, most tensors first, and the bits of all linears."""
-    counts = _at(found, "formats")
-    counts = (
-        counts if isinstance(counts, dict) and all(type(n) is int for n in counts.values()) else {}
-    )
-    names = sorted(counts, key=counts.get, reverse=True) or [
-        _at(found, "bits", "weights", "format")
-    ]
-    bits = [_at(found, "bits", part, "bits") for part in ("weights", "activations", "kv")]
-    if not all(type(n) is int and 1 <= n <= 16 for n in bits) or not all(map(_word, names)):
+    names: list[object] = [_at(metadata, "bits", "weights", "format")]
+    counts = _at(metadata, "formats")
+    if isinstance(counts, dict) and counts and all(type(n) is int for n in counts.values()):
+        names = [name for name, _ in sorted(counts.items(), key=lambda item: -item[1])]
+    words = [word for name in names if (word := _word(name)) is not None]
+    values = [_at(metadata, "bits", part, "bits") for part in ("weights", "activations", "kv")]
+    bits = [n for n in values if type(n) is int and 1 <= n <= 16]
+    # the file may be of anyone: what is not all there in short words is not repeated
+    if len(words) < len(names) or len(bits) < len(values):
         return None
     w, a, kv = bits
     cache = f"kv{kv}" if kv < 16 else ""
-    return _word(f"{'+'.join(names)}-w{w}a{a}{cache}")
+    return _word(f"{'+'.join(words)}-w{w}a{a}{cache}")
 
 
-def _at(value, *keys: str):
+def _at(value: object, *keys: str) -> object:
+    """What lies under these keys, one in the other; None where there is nothing."""
     for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, dict):
+            return None
+        value = value.get(key)
     return value
 
 
-def _word(value) -> str | None:
+def _word(value: object) -> str | None:
     return value if isinstance(value, str) and WORD.fullmatch(value) else None

@@ -1,7 +1,8 @@
 """What leaves the harness: a model exactly as it was evaluated, and the folder it is written to.
 
-An exporter says what it cannot hold, which tensors it writes under which names, and what config.json must say about them. The
-folder is written under another name, loaded back, compared, and only then gets its own: no half checkpoint is ever found there.
+An exporter says what it cannot hold, which tensors it writes under which names, and what
+config.json must say about them. The folder is written under another name, loaded back, compared,
+and only then gets its own: no half checkpoint is ever found there.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.config.errors import ConfigError
-from harness.formats import QTensor, Scheme
+from harness.formats import Format, QTensor, Scheme
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import SiteInput
 from harness.store import replacing, writable, write_json
 from harness.transforms import ModelShape, Placement, Transform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHARD = 4_000_000_000  # bytes of tensors a file
 INDEX = "model.safetensors.index.json"
@@ -32,13 +37,14 @@ INDEX = "model.safetensors.index.json"
 class Snapshot:
     """A model as it was evaluated.
 
-    adapter: placed, its weights solved (dequantized values in QuantLinear), activation quantizers on; tokenizer; scheme: the
-    formats of all parts, overrides resolved; placements in the order in which they were placed; qtensors: {absolute module
-    name: QTensor} of every quantized weight; settings, choices: of the run; metrics: its results so far.
+    adapter: placed, its weights solved (dequantized values in QuantLinear), activation quantizers
+    on; tokenizer; scheme: the formats of all parts, overrides resolved; placements in the order in
+    which they were placed; qtensors: {absolute module name: QTensor} of every quantized weight;
+    settings, choices: of the run; metrics: its results so far.
     """
 
     adapter: Adapter
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     scheme: Scheme
     placements: Sequence[Placement]
     qtensors: Mapping[str, QTensor]
@@ -69,11 +75,16 @@ class Exporter(ABC):
         context: ModelShape,
         dtype: str = "auto",
     ) -> list[str]:
-        """Refuse (ConfigError, naming both fields and a way out) what the layout cannot hold, before any weight is loaded;
-        returns warnings. dtype: of the model, "auto" where only its weights tell."""
+        """Refuse (ConfigError, naming both fields and a way out) what the layout cannot hold,
+        before any weight is loaded; returns warnings. dtype: of the model, "auto" where only its
+        weights tell.
+        """
 
     def stored(self, snapshot: Snapshot) -> torch.dtype | None:
-        """Dtype of weights and biases in the file, and of who computes with them; None: as they were evaluated."""
+        """Dtype of weights and biases in the file, and of who computes with them.
+
+        None: as they were evaluated.
+        """
         return None
 
     @abstractmethod
@@ -85,19 +96,25 @@ class Exporter(ABC):
         """What config.json says beside the model's own fields."""
 
     @abstractmethod
-    def load(self, folder: Path, device: torch.device, dtype: torch.dtype):
-        """The model as a user of the checkpoint gets it who computes in dtype, in evaluation mode, without KV cache."""
+    def load(self, folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+        """The model as a user of the checkpoint gets it who computes in dtype, in evaluation mode,
+        without KV cache.
+        """
 
     @abstractmethod
-    def weight(self, model, name: str) -> Tensor:
+    def weight(self, model: PreTrainedModel, name: str) -> Tensor:
         """The weight [out, in] with which module `name` of a loaded model computes."""
 
-    def extras(self, snapshot: Snapshot, folder: Path) -> None:  # noqa: B027  most layouts have none
+    # most layouts have none
+    def extras(self, snapshot: Snapshot, folder: Path) -> None:  # noqa: B027
         """Write further files of the layout into the folder."""
 
 
 def check_destination(section: Mapping) -> None:
-    """Refuse what would fail only after hours: a folder that is none, a hub that cannot be used. Raises ConfigError."""
+    """Refuse what would fail only after hours: a folder that is none, a hub that cannot be used.
+
+    Raises ConfigError.
+    """
     try:
         folder = isinstance(section["path"], str) and not Path(section["path"]).is_file()
     except OSError as error:
@@ -116,14 +133,15 @@ def check_destination(section: Mapping) -> None:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"export.push_to={section['push_to']}: the hub cannot be used ({reason}); set HF_TOKEN, or "
-            "export.push_to=null."
+            f"export.push_to={section['push_to']}: the hub cannot be used ({reason}); set "
+            "HF_TOKEN, or export.push_to=null."
         ) from None
 
 
 def write_checkpoint(exporter: Exporter, snapshot: Snapshot, folder: Path) -> None:
-    """Write weights (sharded, with an index where there are several files), config.json, generation_config.json, tokenizer and
-    the layout's own files into an empty folder."""
+    """Write weights (sharded, with an index where there are several files), config.json,
+    generation_config.json, tokenizer and the layout's own files into an empty folder.
+    """
     folder.mkdir(parents=True)
     shards = _save(exporter.tensors(snapshot), folder)
     if len(shards) > 1:
@@ -131,11 +149,10 @@ def write_checkpoint(exporter: Exporter, snapshot: Snapshot, folder: Path) -> No
         names = {tensor: file for tensor, (file, _) in shards.items()}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
     model = snapshot.adapter.model
-    own = model.config.to_dict() | exporter.config(snapshot)
-    write_json(
-        folder / "config.json",
-        {key: value for key, value in own.items() if not key.startswith("_")},
-    )
+    config = model.config.to_dict() | exporter.config(snapshot)
+    # what begins with _ is of this process: where the model came from, for one
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
+    write_json(folder / "config.json", public)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     snapshot.tokenizer.save_pretrained(folder)
@@ -143,17 +160,18 @@ def write_checkpoint(exporter: Exporter, snapshot: Snapshot, folder: Path) -> No
 
 
 def modules(adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of the whole model, blocks in memory while they are visited; without the inputs of sites, and without a
-    head that is one matrix with the embedding."""
+    """(name, module) of the whole model, blocks in memory while they are visited.
+
+    Without the inputs of sites, and without a head that is one matrix with the embedding.
+    """
     inside = f"{adapter.family.blocks}."
     tied = adapter.head.weight is adapter.model.get_submodule(adapter.family.embedding).weight
 
     def layer(named: tuple[str, nn.Module]) -> int | None:
-        return (
-            int(named[0].removeprefix(inside).partition(".")[0])
-            if named[0].startswith(inside)
-            else None
-        )
+        name, _ = named
+        if not name.startswith(inside):
+            return None
+        return int(name.removeprefix(inside).partition(".")[0])
 
     for index, named in groupby(adapter.model.named_modules(), layer):
         with adapter.open(index):
@@ -162,10 +180,26 @@ def modules(adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
                     yield name, module
 
 
+def weight_format(quantized: QTensor) -> Format:
+    """The format of a weight with all its settings, of which a QTensor itself asks few."""
+    assert isinstance(quantized.format, Format), "weights are quantized by a Format"
+    return quantized.format
+
+
+def weight_at(model: nn.Module, name: str) -> Tensor:
+    """The weight [out, in] of module `name`."""
+    weight = model.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 @torch.no_grad()
 def cast(model: nn.Module, old: torch.dtype, new: torch.dtype) -> None:
-    """Give a model's tensors of dtype `old` another, in place; what has a dtype of its own (the rotary
-    table, global scales) keeps it. transformers refuses to cast what it loaded quantized."""
+    """Give a model's tensors of dtype `old` another, in place.
+
+    What has a dtype of its own (the rotary table, global scales) keeps it. transformers refuses to
+    cast what it loaded quantized.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dtype == old:
             tensor.data = tensor.data.to(new)
@@ -173,12 +207,12 @@ def cast(model: nn.Module, old: torch.dtype, new: torch.dtype) -> None:
 
 def digests(folder: Path) -> dict[str, str]:
     """{file: sha256} of everything in a folder, except the record of the digests itself."""
-    found = {}
+    hashes = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != "digests.json":
             with open(path, "rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def _save(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> dict[str, tuple[str, int]]:
@@ -194,17 +228,16 @@ def _save(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> dict[str, tupl
 
     for name, tensor in tensors:
         tensor = tensor.detach().cpu().contiguous()
-        if part and sum(kept.nbytes for kept in part.values()) + tensor.nbytes > SHARD:
+        if part and sum(other.nbytes for other in part.values()) + tensor.nbytes > SHARD:
             close()
         part[name] = tensor
     close()
-    placed = {}
+    # a file's name says of how many it is one, which is known only now
+    files = {}
     for index, sizes in enumerate(shards):
-        file = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        )
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{index}.part").rename(folder / file)
-        placed |= {name: (file, size) for name, size in sizes.items()}
-    return placed
+        files |= {name: (file, size) for name, size in sizes.items()}
+    return files

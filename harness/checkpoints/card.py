@@ -27,7 +27,10 @@ SPECIAL = re.compile(r"([\\`*_\[\]<>|~&#$])")
 
 
 def card(metadata: Mapping, exporter: Exporter) -> str:
-    """Markdown with YAML front matter. exporter: what wrote the files, of which it asks who loads them."""
+    """Markdown with YAML front matter.
+
+    exporter: what wrote the files, of which it asks who loads them.
+    """
     sections = [
         _front(metadata, exporter),
         f"# {_plain(metadata['name'])}",
@@ -49,30 +52,19 @@ def card(metadata: Mapping, exporter: Exporter) -> str:
 
 def _front(metadata: Mapping, exporter: Exporter) -> str:
     """Every value as JSON, which YAML reads: nothing in it can be taken for syntax."""
-    tags = list(
-        dict.fromkeys(
-            [
-                "quantized",
-                *metadata["formats"],
-                *_methods(metadata),
-                exporter.name.replace("_", "-"),
-            ]
-        )
-    )
-    base = (
-        {"base_model": metadata["base_model"], "base_model_relation": "quantized"}
-        if metadata["base_model"]
-        else {}
-    )
-    licence = {"license": metadata["license"]} if metadata["license"] else {}
-    fields = (
-        base
-        | licence
-        | {"library_name": exporter.library, "pipeline_tag": "text-generation", "tags": tags}
-    )
-    return "\n".join(
-        ["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items()), "---"]
-    )
+    layout = exporter.name.replace("_", "-")
+    tags = ["quantized", *metadata["formats"], *_methods(metadata), layout]
+    fields: dict[str, object] = {}
+    if metadata["base_model"]:
+        fields["base_model"] = metadata["base_model"]
+        fields["base_model_relation"] = "quantized"
+    if metadata["license"]:
+        fields["license"] = metadata["license"]
+    fields["library_name"] = exporter.library
+    fields["pipeline_tag"] = "text-generation"
+    fields["tags"] = list(dict.fromkeys(tags))
+    lines = [f"{key}: {json.dumps(value)}" for key, value in fields.items()]
+    return "\n".join(["---", *lines, "---"])
 
 
 def _methods(metadata: Mapping) -> list[str]:
@@ -86,20 +78,22 @@ def _methods(metadata: Mapping) -> list[str]:
 
 def _sentence(metadata: Mapping) -> str:
     parts = [
-        f"{PARTS[part]} in {own['format']}{_group(own)}"
-        for part, own in metadata["bits"].items()
-        if own["bits"] != 16
+        f"{PARTS[part]} in {format['format']}{_group(format)}"
+        for part, format in metadata["bits"].items()
+        if format["bits"] != 16
     ]
-    by = f" by {' and '.join(_methods(metadata))}" if _methods(metadata) else ""
+    methods = _methods(metadata)
+    by = f" by {' and '.join(methods)}" if methods else ""
     revision = f" (revision {_plain(metadata['revision'])})" if metadata["revision"] else ""
     quantized = f"{metadata['quantized']} linear layers quantized"
-    return f"{_plain(metadata['base_model'] or metadata['model'])}{revision}{by}: {_plain('; '.join([*parts, quantized]))}."
+    model = _plain(metadata["base_model"] or metadata["model"])
+    return f"{model}{revision}{by}: {_plain('; '.join([*parts, quantized]))}."
 
 
 def _figures(metadata: Mapping) -> str:
     """One row a figure, one column a stage, letters of the honesty marks beside the numbers."""
     stages = figures({**metadata, "stages": metadata["evaluation"]})
-    marked = letters(metadata["marks"])
+    marks = letters(metadata["marks"])
     rows = []
     for column in columns(stages.values()):
         source = column.record.source
@@ -107,7 +101,8 @@ def _figures(metadata: Mapping) -> str:
         row = [f"{column.display.title or column.display.label}{percent}, {source}"]
         for stage in stages.values():
             text = stage[column.column].named if column.column in stage else ""
-            row.append(f"{text} {marked.get(source, '')}".strip() if text else "")
+            # a mark belongs to a number: where there is none, the cell stays empty
+            row.append(f"{text} {marks.get(source, '')}".strip() if text else "")
         rows.append(row)
     head = ["", *(STAGES.get(stage, stage) for stage in stages)]
     return _table(head, rows) if rows else "Nothing was measured."
@@ -115,25 +110,23 @@ def _figures(metadata: Mapping) -> str:
 
 def _marks(metadata: Mapping) -> str:
     """What must be said beside the numbers."""
-    told, marked = (
-        {name: own for name, own in metadata["marks"].items() if own},
-        letters(metadata["marks"]),
-    )
+    marks = letters(metadata["marks"])
     lines = [
-        f"- {_plain(name)} ({marked[name]}): {_plain(', '.join(own))}" for name, own in told.items()
+        f"- {_plain(name)} ({marks[name]}): {_plain(', '.join(reasons))}"
+        for name, reasons in metadata["marks"].items()
+        if reasons
     ]
-    return (
-        "\n".join([f"Letters beside a number: {legend(marked.values())}.", "", *lines])
-        if lines
-        else ""
-    )
+    if not lines:
+        return ""
+    return "\n".join([f"Letters beside a number: {legend(marks.values())}.", "", *lines])
 
 
 def _origin(metadata: Mapping) -> str:
     text = metadata["calibration"]
     return (
-        f"Run {_plain(metadata['run_id'])}, seed {metadata['seed']}, harness {metadata['harness']}. Calibrated on "
-        f"{_plain(text['corpus'])}: {text['windows']} windows of {text['length']} tokens, order {_plain(text['order'])}."
+        f"Run {_plain(metadata['run_id'])}, seed {metadata['seed']}, harness "
+        f"{metadata['harness']}. Calibrated on {_plain(text['corpus'])}: {text['windows']} windows "
+        f"of {text['length']} tokens, order {_plain(text['order'])}."
     )
 
 
@@ -158,30 +151,29 @@ def _loading(name: str, exporter: Exporter) -> list[str]:
 
 def _bits(metadata: Mapping) -> str:
     rows = []
-    for part, own in metadata["bits"].items():
+    for part, format in metadata["bits"].items():
         counts = metadata["formats"] if part == "weights" else {}
-        format = (
-            ", ".join(f"{name} ({count})" for name, count in counts.items())
-            if len(counts) > 1
-            else own["format"]
-        )
-        rows.append([PARTS[part], format, str(own["bits"]), _group(own).removeprefix(" ") or "-"])
+        name = format["format"]
+        if len(counts) > 1:
+            name = ", ".join(f"{word} ({count})" for word, count in counts.items())
+        scales = _group(format).removeprefix(" ") or "-"
+        rows.append([PARTS[part], name, str(format["bits"]), scales])
     return _table(["", "format", "bits", "scales"], rows)
 
 
-def _group(own: Mapping) -> str:
+def _group(format: Mapping) -> str:
     """` in groups of 64`, ` per token`; nothing where nothing is scaled."""
-    if own["granularity"] is None:
+    granularity = format["granularity"]
+    if granularity is None:
         return ""
     return (
-        f" in groups of {own['group_size']}"
-        if own["granularity"] == "group"
-        else f" per {own['granularity']}"
+        f" in groups of {format['group_size']}" if granularity == "group" else f" per {granularity}"
     )
 
 
 def _sizes(metadata: Mapping) -> str:
-    size, cache = metadata["sizes"], metadata["kv_cache"]
+    size = metadata["sizes"]
+    cache = metadata["kv_cache"]
     rows = [
         ["weight files, MB", number(size["before"] / 1e6, 2), number(size["after"] / 1e6, 2)],
         ["KV cache a token, bytes", number(cache["fp16"], 0), number(cache["quantized"], 0)],
@@ -195,8 +187,8 @@ def _sizes(metadata: Mapping) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    shown = [[_plain(cell) for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, *shown])
+    cells = [[_plain(cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, *cells])
 
 
 def _plain(text: str) -> str:

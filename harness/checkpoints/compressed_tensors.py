@@ -1,14 +1,17 @@
-"""compressed_tensors: the checkpoint that transformers and vLLM load, for what needs no code of ours at run time.
+"""compressed_tensors: the checkpoint that transformers and vLLM load.
 
-Held: the formats of `layouts`, mixed over linears as one likes, the head too; integer keys and values (`kv_cache_scheme`, which
-transformers applies); all that is merged into weights. Refused: what stays online. compressed-tensors has a `transform_config`,
-but transformers (5.23) drops it on loading, so a file that counted on it would compute something else without a word.
+For what needs no code of ours at run time.
+
+Held: the formats of `layouts`, mixed over linears as one likes, the head too; integer keys and
+values (`kv_cache_scheme`, which transformers applies); all that is merged into weights. Refused:
+what stays online. compressed-tensors has a `transform_config`, but transformers (5.23) drops it on
+loading, so a file that counted on it would compute something else without a word.
 
 The file is served in bfloat16; of a float16 model of integers in float16 (NVFP4 and MX weights are
 unpacked to bfloat16 even then, on which float16 inputs fail). A loaded weight is the decoded one,
 rounded once to that dtype. Floats (norms, embeddings, biases, a head that is not quantized) are
-stored in it; scales of integers are, too, since transformers casts them to the checkpoint's dtype on
-loading and decodes in that: codes and zero points are exact in it and (q - z) s is rounded once.
+stored in it; scales of integers are, too, since transformers casts them to the checkpoint's dtype
+on loading and decodes in that: codes and zero points are exact in it and (q - z) s is rounded once.
 NVFP4 is decoded in float32, MX exactly.
 
 Activations, keys and values are quantized at run time by the rules of `export.serves`, which the
@@ -19,19 +22,30 @@ served, bit for bit; one in float32 does not: rounding flips some codes, and the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoints import layouts
-from harness.checkpoints.base import Exporter, Snapshot, cast, modules
+from harness.checkpoints import entries, layouts
+from harness.checkpoints.base import (
+    Exporter,
+    Snapshot,
+    cast,
+    modules,
+    weight_at,
+    weight_format,
+)
 from harness.config.errors import ConfigError
 from harness.formats import Format, FourOverSix, Scheme
 from harness.models.adapter import FAMILIES, head_dim
 from harness.models.quant_linear import QuantLinear
 from harness.transforms import ModelShape, Transform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class CompressedTensors(Exporter):
@@ -42,7 +56,7 @@ class CompressedTensors(Exporter):
     tolerance = 0.005
 
     def stored(self, snapshot: Snapshot) -> torch.dtype:
-        return layouts.served(snapshot.adapter.model.dtype, _formats(snapshot.scheme))
+        return entries.served(snapshot.adapter.model.dtype, _formats(snapshot.scheme))
 
     def check(
         self,
@@ -55,19 +69,24 @@ class CompressedTensors(Exporter):
             left = transform.leaves(context)
             if left:
                 raise ConfigError(
-                    f"transform={transform.name} with export=compressed_tensors: {', '.join(left)} would have "
-                    "to run online, and whoever loads the file would not run it; use export=harness."
+                    f"transform={transform.name} with export=compressed_tensors: {', '.join(left)} "
+                    "would have to run online, and whoever loads the file would not run it; use "
+                    "export=harness."
                 )
         layouts.cache_scheme(scheme.kv, context.head_dim)
         for layer, name in scheme.overrides:
             if layer is None and any(name == family.embedding for family in FAMILIES.values()):
                 raise ConfigError(
-                    f"format.overrides: {name} with export=compressed_tensors: transformers does not load a "
-                    "packed embedding; drop it there, or use export=harness."
+                    f"format.overrides: {name} with export=compressed_tensors: transformers does "
+                    "not load a packed embedding; drop it there, or use export=harness."
                 )
         formats = _formats(scheme)
         for format, field in formats.items():
             layouts.refuse(format, field)
+        return self._warnings(scheme, formats, dtype)
+
+    def _warnings(self, scheme: Scheme, formats: Iterable[Format], dtype: str) -> list[str]:
+        """What is held, and yet not everywhere computed as it was evaluated."""
         warnings = []
         if scheme.kv is not None:
             warnings.append(
@@ -75,30 +94,32 @@ class CompressedTensors(Exporter):
             )
         if any(isinstance(format, FourOverSix) for format in formats):
             warnings.append(
-                "FourOverSix with export=compressed_tensors: of a bfloat16 model, a weight whose values the file "
-                "cannot give back is refused when it is written"
+                "FourOverSix with export=compressed_tensors: of a bfloat16 model, a weight whose "
+                "values the file cannot give back is refused when it is written"
             )
         evaluated = getattr(torch, dtype, None)
-        served = layouts.served(evaluated, formats)
+        served = entries.served(evaluated, formats)
         if (scheme.any("act") or scheme.kv is not None) and served != evaluated:
             name = str(served).removeprefix("torch.")
-            own = "the dtype of its weights" if evaluated is None else dtype
+            other = "the dtype of its weights" if evaluated is None else dtype
             warnings.append(
-                f"export=compressed_tensors: the file is served in {name} and evaluated in {own}, where rounding "
-                f"gives some activations another code; model.dtype={name} evaluates what is served"
+                f"export=compressed_tensors: the file is served in {name} and evaluated in "
+                f"{other}, where rounding gives some activations another code; model.dtype={name} "
+                "evaluates what is served"
             )
         return warnings
 
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
         kinds = {name: kind for (kind, *_), names in _groups(snapshot) for name in names}
-        evaluated, served = snapshot.adapter.model.dtype, self.stored(snapshot)
+        evaluated = snapshot.adapter.model.dtype
+        served = self.stored(snapshot)
         for name, module in modules(snapshot.adapter):
             q = snapshot.qtensors.get(name)
             if q is not None:
-                for entry, tensor in layouts.weight_entries(q, kinds[name], served).items():
+                for entry, tensor in entries.weight_entries(q, kinds[name], served).items():
                     yield f"{name}.{entry}", tensor
             if isinstance(module, QuantLinear):
-                for entry, tensor in layouts.input_entries(
+                for entry, tensor in entries.input_entries(
                     module.site.format, module.site.global_scale, evaluated
                 ).items():
                     yield f"{name}.{entry}", tensor
@@ -107,7 +128,8 @@ class CompressedTensors(Exporter):
                     yield f"{name}.{entry}", tensor.detach().to(served, copy=True)
 
     def config(self, snapshot: Snapshot) -> dict:
-        model, groups = snapshot.adapter.model, _groups(snapshot)
+        model = snapshot.adapter.model
+        groups = _groups(snapshot)
         quantized = {name for _, names in groups for name in names}
         linears = [
             name
@@ -125,9 +147,12 @@ class CompressedTensors(Exporter):
             for index, ((kind, weight, act), names) in enumerate(groups)
         }
         kinds = {kind for (kind, *_), _ in groups}
+        common = "mixed-precision"
+        if len(kinds) < 2:
+            common = kinds.pop() if kinds else "dense"
         quantization = {
             "quant_method": "compressed-tensors",
-            "format": kinds.pop() if len(kinds) == 1 else "mixed-precision" if kinds else "dense",
+            "format": common,
             "quantization_status": "compressed",
             "config_groups": described,
             "ignore": [name for name in linears if name not in quantized],
@@ -137,57 +162,61 @@ class CompressedTensors(Exporter):
             "global_compression_ratio": None,
         }
         if any(
-            kind == "pack-quantized" and not weight.symmetric for (kind, weight, _), _ in groups
+            kind == "pack-quantized" and weight is not None and not weight.symmetric
+            for (kind, weight, _), _ in groups
         ):
             quantization["dequantize"] = True  # see layouts.layout
         served = str(self.stored(snapshot)).removeprefix("torch.")
-        own = {"architectures": [type(model).__name__], "dtype": served, "use_cache": True}
-        return own | {"quantization_config": quantization}
+        return {
+            "architectures": [type(model).__name__],
+            "dtype": served,
+            "use_cache": True,
+            "quantization_config": quantization,
+        }
 
-    def load(self, folder: Path, device: torch.device, dtype: torch.dtype):
+    def load(self, folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        # its annotation, of a wrapped function, binds no self
+        model = model.to(device).eval()  # pyright: ignore[reportArgumentType]
         model.config.use_cache = False
-        with torch.no_grad():
-            model(
-                torch.zeros(1, 1, dtype=torch.long, device=device)
-            )  # the first forward unpacks the weights
+        with torch.no_grad():  # the first forward unpacks the weights
+            model(torch.zeros(1, 1, dtype=torch.long, device=device))
         cast(model, model.dtype, dtype)
         return model
 
-    def weight(self, model, name: str) -> Tensor:
-        return model.get_submodule(name).weight.to(model.config.dtype)  # what it was loaded as
+    def weight(self, model: PreTrainedModel, name: str) -> Tensor:
+        return weight_at(model, name).to(model.config.dtype)  # what it was loaded as
 
 
 def _formats(scheme: Scheme) -> dict[Format, str]:
     """{format: field that sets it} of all that is quantized, the cache apart."""
     parts = [(scheme.weight, "format.weight"), (scheme.act, "format.act")]
-    for (_, name), own in scheme.overrides.items():
-        parts += [(format, f"format.overrides: {name}.{part}") for part, format in own.items()]
-    found: dict[Format, str] = {}
+    for (_, name), roles in scheme.overrides.items():
+        parts += [(format, f"format.overrides: {name}.{part}") for part, format in roles.items()]
+    fields: dict[Format, str] = {}
     for format, field in parts:
         if format is not None:
-            found.setdefault(format, field)
-    return found
+            fields.setdefault(format, field)
+    return fields
 
 
 def _groups(snapshot: Snapshot) -> list[tuple[tuple[str, Format | None, Format | None], list[str]]]:
-    """[((layout, weight format, activation format), names)] of every quantized linear, in the order of the model. Raises
-    ConfigError for what the file cannot hold."""
+    """[((layout, weight format, activation format), names)] of every quantized linear, in the order
+    of the model. Raises ConfigError for what the file cannot hold.
+    """
     for placement in snapshot.placements:
         if placement.online or placement.query_key is not None:
             raise ConfigError(
-                "a transform that stays online with export=compressed_tensors: whoever loads the file would not "
-                "run it; use export=harness."
+                "a transform that stays online with export=compressed_tensors: whoever loads the "
+                "file would not run it; use export=harness."
             )
     groups: dict[tuple[Format | None, Format | None], list[str]] = {}
     for name, module in snapshot.adapter.model.named_modules():
         q = snapshot.qtensors.get(name)
-        weight, act = (
-            None if q is None else q.format,
-            module.site.format if isinstance(module, QuantLinear) else None,
-        )
+        weight = None if q is None else weight_format(q)
+        act = module.site.format if isinstance(module, QuantLinear) else None
         if weight is None and act is None:
             continue
         for format in (weight, act):

@@ -1,11 +1,12 @@
 """Encodings: every quantized weight's ranges and steps as plain JSON, one file a block.
 
-    [{"name", "bits", "symmetric", "axis", "group_size", "scale": [...], "offset": [...], "min": [...], "max": [...]}, ..]
+    [{"name", "bits", "symmetric", "axis", "group_size",
+      "scale": [...], "offset": [...], "min": [...], "max": [...]}, ..]
 
-x = scale (q + offset), q from 0 to 2^bits - 1 (one less for int_range=narrow), so min = scale offset and max the same with the
-greatest q. Values are listed
-channel after channel (axis 0; group after group inside a channel; axis null: one for the tensor). Integer formats only; a
-static activation range is not among them. Source: the fields of AIMET's encodings files.
+x = scale (q + offset), q from 0 to 2^bits - 1 (one less for int_range=narrow), so min = scale
+offset and max the same with the greatest q. Values are listed channel after channel (axis 0; group
+after group inside a channel; axis null: one for the tensor). Integer formats only; a static
+activation range is not among them. Source: the fields of AIMET's encodings files.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from harness.store import write_json
 
 def encoding(name: str, tensor: QTensor) -> dict:
     """The encoding of one integer QTensor."""
-    format: Integer = tensor.format
+    format = tensor.format
+    assert isinstance(format, Integer)
     scale = tensor.scales.scale.float()
-    zero = -float(format.qmin) if tensor.scales.zero is None else tensor.scales.zero - format.qmin
+    stored = tensor.scales.zero
+    zero = -float(format.qmin) if stored is None else stored - format.qmin
     offset = -zero + 0 * scale
     if format.zp == "float_offset":
-        offset = tensor.scales.zero / scale
-    low, high = scale * offset, scale * (format.qmax - format.qmin + offset)
+        assert stored is not None, "such a zero point is stored with every group"
+        offset = stored / scale
+    low = scale * offset
+    high = scale * (format.qmax - format.qmin + offset)
     values = {"scale": scale, "offset": offset, "min": low, "max": high}
     return {
         "name": name,
@@ -37,7 +42,10 @@ def encoding(name: str, tensor: QTensor) -> dict:
 
 
 def save_encodings(folder: Path, index: int, qtensors: dict[str, QTensor]) -> None:
-    """Write the encodings of one block's integer weights {name: QTensor} to folder/NNNN.json; nothing where there are none."""
-    found = [encoding(name, q) for name, q in qtensors.items() if isinstance(q.format, Integer)]
-    if found:
-        write_json(folder / f"{index:04d}.json", found)
+    """Write the encodings of one block's integer weights {name: QTensor} to folder/NNNN.json.
+
+    Nothing where there are none.
+    """
+    encodings = [encoding(name, q) for name, q in qtensors.items() if isinstance(q.format, Integer)]
+    if encodings:
+        write_json(folder / f"{index:04d}.json", encodings)

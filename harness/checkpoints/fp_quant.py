@@ -1,64 +1,68 @@
-"""fp_quant: FP-Quant's checkpoint, weights and inputs both NVFP4 or both MXFP4, one block matrix in front of every linear.
+"""fp_quant: FP-Quant's checkpoint.
 
-| entry                                              | tensor                                                                  |
-|----------------------------------------------------|-------------------------------------------------------------------------|
-| qweight                                            | uint8 [out, in / 2], even codes in the low nibbles                      |
-| scales                                             | uint8 [out, in / group], E4M3 or E8M0 bits, row-major, not padded       |
-| dqweight                                           | bfloat16 [out, in], instead of both where export.pseudo=true            |
-| weight_global_scale, act_global_scale              | bfloat16 [1], g: a value is q s / g; 3 for MX scales of 2^k / 3, else 1 |
-| forward_hadamard_matrix, backward_hadamard_matrix  | bfloat16 [b, b], H: inputs are read as x H                              |
+Weights and inputs are both NVFP4 or both MXFP4, with one block matrix in front of every linear.
 
-H stands in the file and is read from there, so signs and any order of columns are held. Refused: a format alone, mixed ones,
-global scales that bfloat16 rounds (transformers loads them so), inputs scaled by other rules than those of the kernels. Floats
-are bfloat16, which transformers takes for this layout; 1 / sqrt(b) is exact in it for b = 16 and 64 only.
+| entry                    | tensor                                                            |
+|--------------------------|-------------------------------------------------------------------|
+| qweight                  | uint8 [out, in / 2], even codes in the low nibbles                |
+| scales                   | uint8 [out, in / group], E4M3 or E8M0 bits, row-major, not padded |
+| dqweight                 | bfloat16 [out, in], instead of both where export.pseudo=true      |
+| weight_global_scale      | bfloat16 [1], g: a value is q s / g                               |
+| act_global_scale         | bfloat16 [1], g of the input                                      |
+| forward_hadamard_matrix  | bfloat16 [b, b], H: inputs are read as x H                        |
+| backward_hadamard_matrix | bfloat16 [b, b], the same                                         |
 
-export.pseudo=true: transformers 5.23 loads it only with ignore_mismatched_sizes=True (it takes the absent scales to be of a
-wrong size), and fp_quant 0.3.2 adds a bias twice, so models with one are refused.
+g of MX is 3 for scales of 2^k / 3, else 1.
 
-Verified against both on a CPU: entries, dtypes and shapes as FPQuantLinear takes them from the file; H; the emulating kernels,
-in Triton's interpreter and float32: MXFP4 to the evaluated logits, NVFP4 on tensors. Not verified, for lack of a Blackwell GPU:
-the real kernels (qutlass), whose nibbles and scales are read here as its tests read them, and vLLM. transformers wants a GPU
-for any of it, so `load` decodes the file by the table above, into linears with H and a quantizer in front.
+H stands in the file and is read from there, so signs and any order of columns are held. Refused: a
+format alone, mixed ones, global scales that bfloat16 rounds (transformers loads them so), inputs
+scaled by other rules than those of the kernels. Floats are bfloat16, which transformers takes for
+this layout; 1 / sqrt(b) is exact in it for b = 16 and 64 only.
+
+export.pseudo=true: transformers 5.23 loads it only with ignore_mismatched_sizes=True (it takes the
+absent scales to be of a wrong size), and fp_quant 0.3.2 adds a bias twice, so models with one are
+refused.
+
+Verified against both on a CPU: entries, dtypes and shapes as FPQuantLinear takes them from the
+file; H; the emulating kernels, in Triton's interpreter and float32: MXFP4 to the evaluated logits,
+NVFP4 on tensors. Not verified, for lack of a Blackwell GPU: the real kernels (qutlass), whose
+nibbles and scales are read here as its tests read them, and vLLM. fp_quant_reader.py loads the file
+back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from harness.checkpoints.base import Exporter, Snapshot, modules
+from harness.checkpoints.base import Exporter, Snapshot, modules, weight_at, weight_format
+from harness.checkpoints.fp_quant_reader import MATRIX, read
 from harness.codecs.codec import Blocks, Rotation
 from harness.config.checks import boolean
 from harness.config.errors import ConfigError
 from harness.formats import MX, NVFP4, Format, QTensor, Scheme, pack_nibbles
-from harness.models.offload import assign
-from harness.models.quant_linear import QuantLinear, SiteInput
-from harness.models.weights import weight_files
+from harness.models.quant_linear import QuantLinear
 from harness.transforms import Codec, ModelShape, Transform
 from harness.transforms.block_diagonal import common_blocks
 from harness.transforms.gsr import SequencyBlocks
 from harness.transforms.hadamard import HadamardBlocks
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 KINDS = {NVFP4: "nvfp4", MX: "mxfp4"}
 ORDERS = {NVFP4: (16, 32, 64, 128), MX: (32, 64, 128)}  # hadamard_group_size
-MATRIX = "forward_hadamard_matrix"
-ENTRIES = (
-    "qweight",
-    "scales",
-    "dqweight",
-    "weight_global_scale",
-    "act_global_scale",
-    MATRIX,
-    "bias",
-)  # what is read
 
 
 class FPQuant(Exporter):
-    """The FP-Quant layout. pseudo: dequantized weights and emulated inputs, for GPUs without FP4 arithmetic."""
+    """The FP-Quant layout.
+
+    pseudo: dequantized weights and emulated inputs, for GPUs without FP4 arithmetic.
+    """
 
     name = "fp_quant"
     package = "fp-quant"
@@ -85,22 +89,13 @@ class FPQuant(Exporter):
                 "set format.kv.bits=16",
             )
         for part, format in (("weight", scheme.weight), ("act", scheme.act)):
-            if (
-                type(format) not in KINDS
-                or format.bits != 4
-                or type(format) is not type(scheme.weight)
-            ):
-                field, value = (
-                    (f"format.{part}.bits", 16)
-                    if format is None
-                    else (f"format.{part}", type(format).__name__)
-                )
-                refuse(
-                    field,
-                    value,
-                    "weights and activations are both NVFP4 or both MXFP4",
-                    "use format=nvfp4, format=mxfp4",
-                )
+            both = "weights and activations are both NVFP4 or both MXFP4"
+            way_out = "use format=nvfp4, format=mxfp4"
+            if format is None:
+                refuse(f"format.{part}.bits", 16, both, way_out)
+            held = type(format) in KINDS and format.bits == 4
+            if not held or type(format) is not type(scheme.weight):
+                refuse(f"format.{part}", type(format).__name__, both, way_out)
             for key, legal, why in self._knobs(format):
                 if getattr(format, key) not in legal:
                     refuse(
@@ -110,38 +105,23 @@ class FPQuant(Exporter):
                         f"set format.{part}.{key}={legal[0]}",
                     )
         online = [transform for transform in transforms if transform.leaves(context)]
-        for (layer, name), own in scheme.overrides.items():
-            formats, legal = (
-                [scheme.part(part, layer, name) for part in ("weight", "act")],
-                [[None, None]],
-            )
-            if layer is not None:
-                legal = (
-                    [[scheme.weight, scheme.act]]
-                    if online
-                    else [[scheme.weight, scheme.act], *legal]
-                )
-            if formats not in legal:
-                refuse(
-                    "format.overrides",
-                    f"{name}: {', '.join(own)}",
-                    "a linear of the blocks has the one format, or none "
-                    "where no matrix runs in front of it",
-                    "drop it there",
-                )
+        _check_overrides(scheme, bool(online))
+        assert scheme.weight is not None  # refused above
         order = _order(online, context, type(scheme.weight))
         warnings = [
-            "export=fp_quant: loaded back by its documented layout; the kernels themselves need a GPU"
+            "export=fp_quant: loaded back by its documented layout; the kernels themselves need a "
+            "GPU"
         ]
         if order in (32, 128):
             warnings.append(
-                f"transform.block_size={order} with export=fp_quant: 1/sqrt({order}) is rounded to bfloat16, so "
-                "inputs come out 1e-4 smaller; blocks of 16 and 64 are exact"
+                f"transform.block_size={order} with export=fp_quant: 1/sqrt({order}) is rounded to "
+                "bfloat16, so inputs come out 1e-4 smaller; blocks of 16 and 64 are exact"
             )
         if self.pseudo:
             warnings.append(
-                "export.pseudo=true: transformers loads it only with ignore_mismatched_sizes=True; quantized "
-                "linears with biases, which fp_quant 0.3.2 adds twice, are refused when they are written"
+                "export.pseudo=true: transformers loads it only with ignore_mismatched_sizes=True; "
+                "quantized linears with biases, which fp_quant 0.3.2 adds twice, are refused when "
+                "they are written"
             )
         return warnings
 
@@ -149,6 +129,7 @@ class FPQuant(Exporter):
         for name, module in modules(snapshot.adapter):
             q = snapshot.qtensors.get(name)
             if q is not None:
+                assert isinstance(module, QuantLinear), "only linears are quantized in this layout"
                 for entry, tensor in self._entries(name, module, q).items():
                     yield f"{name}.{entry}", tensor
             for entry, tensor in module.state_dict(keep_vars=True).items():
@@ -162,64 +143,42 @@ class FPQuant(Exporter):
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear | QuantLinear)
         }
-        module, q = next((linears[name], q) for name, q in snapshot.qtensors.items())
+        # all are alike, so the first tells
+        name, q = next(iter(snapshot.qtensors.items()))
+        module = linears[name]
+        assert isinstance(module, QuantLinear)
+        format = weight_format(q)
         codec = module.site.codec
-        # the file's matrix is what a loader uses; its name is for who quantizes anew
-        kind = "identity" if codec is None else "gsr" if isinstance(codec, Blocks) else "hadamard"
         quantization = {
             "quant_method": "fp_quant",
-            "forward_dtype": KINDS[type(q.format)],
+            "forward_dtype": KINDS[type(format)],
             "forward_method": "abs_max",
             "backward_dtype": "bf16",
             "store_master_weights": False,
-            "hadamard_group_size": len(_matrix(codec, q.format)),
+            "hadamard_group_size": len(_matrix(codec, format)),
             "pseudoquantization": self.pseudo,
-            "transform_init": kind,
+            "transform_init": _kind(codec),
             "modules_to_not_convert": [name for name in linears if name not in snapshot.qtensors],
         }
-        own = {"architectures": [type(model).__name__], "dtype": "bfloat16", "use_cache": True}
-        return own | {"quantization_config": quantization}
-
-    @torch.no_grad()
-    def load(self, folder: Path, device: torch.device, dtype: torch.dtype):
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config = AutoConfig.from_pretrained(folder)
-        about = config.quantization_config
-        del config.quantization_config
-        tensors = {
-            name: tensor
-            for path in weight_files(folder)
-            for name, tensor in load_file(path).items()
+        return {
+            "architectures": [type(model).__name__],
+            "dtype": "bfloat16",
+            "use_cache": True,
+            "quantization_config": quantization,
         }
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        for name, module in list(model.named_modules()):
-            if f"{name}.{MATRIX}" in tensors:
-                own = {
-                    entry: tensors[f"{name}.{entry}"].to(device)
-                    for entry in ENTRIES
-                    if f"{name}.{entry}" in tensors
-                }
-                model.set_submodule(name, _linear(own, about, dtype))
-            elif any(
-                buffer.is_meta for buffer in module.buffers(recurse=False)
-            ):  # the rotary table, which is in no file
-                model.set_submodule(name, type(module)(config=config).to(device))
-        for name, _ in list(model.named_parameters()):
-            assign(model, name, tensors[name].to(device, dtype, copy=True))
-        if config.tie_word_embeddings:
-            model.tie_weights()
-        model.config.use_cache = False
-        return model.eval()
 
-    def weight(self, model, name: str) -> Tensor:
-        return model.get_submodule(
-            name
-        ).weight.bfloat16()  # as `load` rounds it, and the gate what it compares with
+    def load(self, folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+        return read(folder, device, dtype)
+
+    def weight(self, model: PreTrainedModel, name: str) -> Tensor:
+        # as `load` rounds it, and the gate what it compares with
+        return weight_at(model, name).bfloat16()
 
     def _knobs(self, format: Format) -> Iterable[tuple[str, tuple, str]]:
-        """(key, what it may be, why). A weight's codes and scales stand in the file; an activation's the kernels find."""
+        """(key, what it may be, why).
+
+        A weight's codes and scales stand in the file; an activation's the kernels find.
+        """
         weight = format.role == "weight"
         yield "pad", ("error",), "groups divide the width"
         if isinstance(format, NVFP4) and not (weight and self.pseudo):
@@ -248,7 +207,10 @@ class FPQuant(Exporter):
                 yield "mx_scale", ("fpquant",), "scales at run time are of that kind"
 
     def _entries(self, name: str, module: QuantLinear, q: QTensor) -> dict[str, Tensor]:
-        """{entry: tensor} of one quantized linear, its bias apart. Raises ConfigError for a bias that would be added twice."""
+        """{entry: tensor} of one quantized linear, its bias apart.
+
+        Raises ConfigError for a bias that would be added twice.
+        """
         if self.pseudo and module.bias is not None:
             refuse(
                 "export.pseudo",
@@ -256,29 +218,60 @@ class FPQuant(Exporter):
                 f"{name} has a bias, which fp_quant 0.3.2 adds twice",
                 "set export.pseudo=false",
             )
-        matrix = _matrix(module.site.codec, q.format).to(torch.bfloat16)
-        values = (
-            {"dqweight": q.format.decode(q.codes, q.scales).to(torch.bfloat16)}
-            if self.pseudo
-            else {"qweight": pack_nibbles(q.codes), "scales": q.scales.scale.view(torch.uint8)}
-        )
+        format = weight_format(q)
+        act = module.site.format
+        assert act is not None, "whatever has a weight in this layout has its input in it, too"
+        matrix = _matrix(module.site.codec, format).to(torch.bfloat16)
+        if self.pseudo:
+            values = {"dqweight": format.decode(q.codes, q.scales).to(torch.bfloat16)}
+        else:
+            values = {"qweight": pack_nibbles(q.codes), "scales": q.scales.scale.view(torch.uint8)}
         return values | {
-            "weight_global_scale": _stored(q.format, q.scales.global_scale),
-            "act_global_scale": _stored(module.site.format, None),
+            "weight_global_scale": _stored(format, q.scales.global_scale),
+            "act_global_scale": _stored(act, None),
             MATRIX: matrix,
             "backward_hadamard_matrix": matrix.clone(),
         }
 
 
-def refuse(field: str, value: object, why: str, way_out: str) -> None:
+def refuse(field: str, value: object, why: str, way_out: str) -> NoReturn:
     """Raise a ConfigError that names both fields and the way out."""
     raise ConfigError(
         f"{field}={value} with export=fp_quant: {why}; {way_out}, or use export=harness."
     )
 
 
+def _check_overrides(scheme: Scheme, online: bool) -> None:
+    """Refuse single linears of another format. online: whether a matrix runs in front of them."""
+    common = (scheme.weight, scheme.act)
+    unquantized = (None, None)
+    for (layer, name), parts in scheme.overrides.items():
+        legal = [common] if online else [common, unquantized]
+        if layer is None:
+            legal = [unquantized]
+        formats = (scheme.part("weight", layer, name), scheme.part("act", layer, name))
+        if formats not in legal:
+            refuse(
+                "format.overrides",
+                f"{name}: {', '.join(parts)}",
+                "a linear of the blocks has the one format, or none "
+                "where no matrix runs in front of it",
+                "drop it there",
+            )
+
+
+def _kind(codec: Codec | None) -> str:
+    """FP-Quant's name of the matrix: a loader reads the file's, who quantizes anew needs a word."""
+    if codec is None:
+        return "identity"
+    return "gsr" if isinstance(codec, Blocks) else "hadamard"
+
+
 def _order(online: Sequence[Transform], context: ModelShape, kind: type[Format]) -> int | None:
-    """The order of the blocks at run time, None where there are none. Raises ConfigError for what is no such block."""
+    """The order of the blocks at run time, None where there are none.
+
+    Raises ConfigError for what is no such block.
+    """
     for transform in online:
         if len(online) > 1 or not isinstance(transform, HadamardBlocks | SequencyBlocks):
             refuse(
@@ -291,13 +284,14 @@ def _order(online: Sequence[Transform], context: ModelShape, kind: type[Format])
         orders = set(transform.orders(context.widths).values())
         if len(orders) > 1 or not orders <= set(ORDERS[kind]):
             fitting = [order for order in common_blocks(context.widths) if order in ORDERS[kind]]
+            way_out = "none divides every site; use transform=identity"
+            if fitting:
+                way_out = f"set transform.block_size={fitting[0]}"
             refuse(
                 "transform.block_size",
                 transform.block_size,
                 f"all sites have one of the blocks {ORDERS[kind]}",
-                f"set transform.block_size={fitting[0]}"
-                if fitting
-                else "none divides every site; use transform=identity",
+                way_out,
             )
         return orders.pop()
     return None
@@ -306,6 +300,7 @@ def _order(online: Sequence[Transform], context: ModelShape, kind: type[Format])
 def _matrix(codec: Codec | None, format: Format) -> Tensor:
     """H [b, b] of a site, float32; without a codec the identity of the format's group."""
     if codec is None:
+        assert format.group_size is not None, "a block format has one"
         return torch.eye(format.group_size)
     if (
         isinstance(codec, Blocks)
@@ -317,7 +312,8 @@ def _matrix(codec: Codec | None, format: Format) -> Tensor:
     if isinstance(codec, Rotation):
         return codec.matrix.dense(torch.float32)
     raise ConfigError(
-        f"{type(codec).__name__} with export=fp_quant: the layout has one block matrix; use export=harness."
+        f"{type(codec).__name__} with export=fp_quant: the layout has one block matrix; use "
+        "export=harness."
     )
 
 
@@ -325,42 +321,6 @@ def _stored(format: Format, global_scale: Tensor | None) -> Tensor:
     """g, bfloat16 [1]."""
     if isinstance(format, MX):
         return torch.full((1,), 3.0 if format.mx_scale == "fpquant" else 1.0, dtype=torch.bfloat16)
-    return (
-        (format.global_from_amax(torch.zeros(1)) if global_scale is None else global_scale)
-        .bfloat16()
-        .reshape(1)
-    )
-
-
-# reading
-
-
-def decoded(qweight: Tensor, scales: Tensor, g: Tensor) -> Tensor:
-    """The weight [out, in], float32, of packed codes, scales' bits and the global scale."""
-    codes = torch.stack([qweight & 15, qweight >> 4], dim=-1).flatten(-2).long()
-    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=codes.device)
-    elements = torch.cat([grid, -grid])[codes].unflatten(-1, (scales.shape[-1], -1))
-    kind = torch.float8_e4m3fn if elements.shape[-1] == 16 else torch.float8_e8m0fnu
-    return (elements * (scales.view(kind).float() / g.float()).unsqueeze(-1)).flatten(-2)
-
-
-def _linear(own: Mapping[str, Tensor], about: Mapping, dtype: torch.dtype) -> QuantLinear:
-    """A linear with its matrix and its quantizer in front, from the file's tensors and its quantization_config."""
-    pseudo = about["pseudoquantization"]
-    weight = (
-        own["dqweight"]
-        if pseudo
-        else decoded(own["qweight"], own["scales"], own["weight_global_scale"])
-    )
-    knobs = {"role": "activation", "fp4_ties": "zero" if pseudo else "even"}
-    site = SiteInput(1)
-    site.codec = Blocks(own[MATRIX].float())
-    if about["forward_dtype"] == "nvfp4":
-        site.format, site.global_scale = (
-            NVFP4(scope="static", **knobs),
-            own["act_global_scale"].float(),
-        )
-    else:
-        site.format = MX(mx_scale="fpquant", **knobs)
-    bias = own["bias"].to(dtype) if "bias" in own else None
-    return QuantLinear(weight.bfloat16().to(dtype), bias, site)
+    g = format.global_from_amax(torch.zeros(1)) if global_scale is None else global_scale
+    assert g is not None, "NVFP4 always has one"
+    return g.bfloat16().reshape(1)

@@ -1,43 +1,16 @@
-"""How one quantized weight lies in a compressed-tensors file, and what the file says of it and of its input.
+"""What a compressed-tensors file can hold, and what its config.json says of it.
 
-| layout               | weight                                        | weight_scale               | besides                |
-|----------------------|-----------------------------------------------|----------------------------|------------------------|
-| nvfp4-pack-quantized | weight_packed uint8 [out, in / 2]             | float8_e4m3fn [out, in/16] | weight_global_scale    |
-| mxfp4-pack-quantized | weight_packed uint8 [out, in / 2]             | uint8 [out, in / 32]       |                        |
-| mxfp6-pack-quantized | weight_packed uint8 [out, in 3 / 4]           | uint8 [out, in / 32]       |                        |
-| mxfp8-quantized      | weight float8_e4m3fn [out, in]                | uint8 [out, in / 32]       |                        |
-| pack-quantized       | weight_packed int32 [out, ceil(in bits / 32)] | D [out, groups]            | weight_shape int64 [2] |
-| int-quantized        | weight int8 [out, in]                         | D [out, groups]            |                        |
-| dense                | weight D [out, in]                            |                            |                        |
-
-D is the dtype in which the file is served, bfloat16 or float16. weight_global_scale is g, float32
-[1]; a scale in uint8 is an E8M0 code. Asymmetric integers have a weight_zero_point, int8 [out,
-groups], in pack-quantized packed along the rows: int32 [ceil(out bits / 32), groups]. dense: only
-inputs are quantized.
-
-Codes stand in a stream of bits, the first lowest: code i of a row in bits i b .. i b + b - 1, integers as q + 2^(b - 1). Static
-inputs add input_global_scale (NVFP4) or input_scale and input_zero_point (integers). Checked against compressed-tensors 0.20.
+Refused, with the setting to change, is whatever those who load the file would compute otherwise:
+a weight's codes and scales stand in the file, so only their kinds matter; an activation's, and
+those of keys and values, are found at run time by few rules. entries.py has the tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
-import torch
-from torch import Tensor
-
-from harness.config.errors import ConfigError, DataError
-from harness.formats import (
-    MX,
-    NVFP4,
-    Format,
-    FourOverSix,
-    Integer,
-    KVCache,
-    QTensor,
-    pack_nibbles,
-)
+from harness.config.errors import ConfigError
+from harness.formats import MX, NVFP4, Format, FourOverSix, Integer, KVCache
 from harness.libraries.compressed_tensors import cache_refusal
 
 WAY_OUT = "or use export=harness"
@@ -45,19 +18,17 @@ HELD = {"weight": (NVFP4, FourOverSix, MX, Integer), "activation": (NVFP4, MX, I
 ELEMENTS = {4: ("e2m1",), 6: ("e2m3",), 8: ("e4m3",)}  # of MX, by bits
 
 
-# what the layout holds
-
-
 def refuse(format: Format, field: str) -> None:
-    """Raise ConfigError, with the setting to change, where a weight's or an activation's format cannot stand in a file exactly
-    as it is evaluated. field: where the format is in the settings."""
+    """Raise ConfigError, with the setting to change, where a weight's or an activation's format
+    cannot stand in a file exactly as it is evaluated. field: where the format is in the settings.
+    """
     weight = format.role == "weight"
     if type(format) not in HELD[format.role]:
         kind = type(format).__name__
         kinds = ", ".join(each.__name__ for each in HELD[format.role])
         raise ConfigError(
-            f"{field}={kind} with export=compressed_tensors: the layout knows no such {format.role}; "
-            f"take one of {kinds}, {WAY_OUT}."
+            f"{field}={kind} with export=compressed_tensors: the layout knows no such "
+            f"{format.role}; take one of {kinds}, {WAY_OUT}."
         )
     for key, legal, why in (_weight if weight else _input)(format):
         if getattr(format, key) not in legal:
@@ -68,7 +39,9 @@ def refuse(format: Format, field: str) -> None:
 
 
 def _weight(format: Format) -> Iterable[tuple[str, tuple, str]]:
-    """(key, what it may be, why) of a weight, whose codes and scales stand in the file: only their kinds matter."""
+    """(key, what it may be, why) of a weight, whose codes and scales stand in the file: only their
+    kinds matter.
+    """
     yield "pad", ("error",), "groups divide the width"
     if isinstance(format, MX):
         yield "element", ELEMENTS[format.bits], "the layout has no such element"
@@ -133,21 +106,22 @@ def _input(format: Format) -> Iterable[tuple[str, tuple, str]]:
         yield "compute_dtype", ("input",), "scales at run time are computed in the model's dtype"
 
 
-# what config.json says
-
-
 def layout(weight: Format | None, act: Format | None, alone: bool) -> str:
-    """The layout of a linear's weight. alone: all linears have this format, and nothing else is quantized. Packed zero points
-    are read by transformers (5.23) only where it may decode weights as it loads them, for which there must be nothing else;
-    other asymmetric codes take a byte each."""
+    """The layout of a linear's weight.
+
+    alone: all linears have this format, and nothing else is quantized. Packed zero points are read
+    by transformers (5.23) only where it may decode weights as it loads them, for which there must
+    be nothing else; other asymmetric codes take a byte each.
+    """
     if weight is None:
         return "dense"
     if isinstance(weight, NVFP4):
         return "nvfp4-pack-quantized"
     if isinstance(weight, MX):
         return "mxfp8-quantized" if weight.bits == 8 else f"mxfp{weight.bits}-pack-quantized"
-    plain = (weight.bits == 8 and isinstance(act, Integer)) or not (weight.symmetric or alone)
-    return "int-quantized" if plain else "pack-quantized"
+    if weight.bits == 8 and isinstance(act, Integer):
+        return "int-quantized"
+    return "pack-quantized" if weight.symmetric or alone else "int-quantized"
 
 
 def described(format: Format | None) -> dict | None:
@@ -158,137 +132,27 @@ def described(format: Format | None) -> dict | None:
         "num_bits": format.bits,
         "type": "int" if isinstance(format, Integer) else "float",
         "symmetric": format.symmetric,
-    }
-    about |= {
         "strategy": format.granularity,
         "group_size": format.group_size,
         "dynamic": format.role == "activation",
     }
     if isinstance(format, NVFP4):
         scale = {"scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"}
-        local = (
-            {"dynamic": "local", "observer": "static_minmax"} if format.role == "activation" else {}
-        )
-        return about | {"strategy": "tensor_group"} | local | scale
+        about["strategy"] = "tensor_group"
+        if format.role == "activation":
+            about |= {"dynamic": "local", "observer": "static_minmax"}
+        return about | scale
     if isinstance(format, MX):
         return about | {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
-    return about | (
-        {"dynamic": False, "observer": "static_minmax"} if format.range == "static" else {}
-    )
-
-
-# tensors
-
-
-def served(dtype: torch.dtype, formats: Iterable[Format]) -> torch.dtype:
-    """The dtype in which whoever loads the file computes, given that of the evaluated model and all
-    formats: float16 for a float16 model of integers. transformers unpacks NVFP4 and MX weights to
-    bfloat16 whatever config.json says, and float16 inputs fail on those."""
-    half = dtype == torch.float16 and all(isinstance(format, Integer) for format in formats)
-    return torch.float16 if half else torch.bfloat16
-
-
-def weight_entries(q: QTensor, kind: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """{entry: tensor} of a quantized weight [out, in] in layout `kind`; dtype: that of scales of integers."""
-    scale, zero = q.scales.scale, q.scales.zero
-    if isinstance(q.format, NVFP4):
-        g = stored_global_scale(q) if isinstance(q.format, FourOverSix) else q.scales.global_scale
-        return {
-            "weight_packed": pack_nibbles(q.codes),
-            "weight_scale": scale,
-            "weight_global_scale": g,
-        }
-    if isinstance(q.format, MX):
-        if kind == "mxfp8-quantized":
-            return {"weight": q.codes.view(torch.float8_e4m3fn), "weight_scale": scale}
-        return {"weight_packed": pack_bits(q.codes, q.format.bits), "weight_scale": scale}
-    offset = 0 if q.format.signed else 2 ** (q.format.bits - 1)
-    codes = (q.codes.to(torch.int16) - offset).to(torch.int8)
-    zero = None if zero is None else (zero - offset).to(torch.int8)
-    if q.format.granularity == "tensor":
-        scale, zero = scale.reshape(1), None if zero is None else zero.reshape(1)
-    entries = {"weight": codes, "weight_scale": scale.to(dtype)}
-    if kind == "pack-quantized":
-        entries |= {
-            "weight_packed": pack_words(codes, q.format.bits),
-            "weight_shape": torch.tensor(q.shape),
-        }
-        del entries["weight"]
-        if zero is not None and zero.ndim == 2:
-            zero = pack_words(zero.T, q.format.bits).T
-    return entries if zero is None else entries | {"weight_zero_point": zero}
-
-
-def input_entries(
-    format: Format | None, seen: Tensor | None, evaluated: torch.dtype
-) -> dict[str, Tensor]:
-    """{entry: tensor} of what is static of a linear's input. seen: SiteInput.global_scale;
-    evaluated: dtype of the activations, in which a scale is computed."""
-    if isinstance(format, NVFP4):
-        return {
-            "input_global_scale": format.global_from_amax(torch.zeros(1))
-            if seen is None
-            else seen.reshape(1).clone()
-        }
-    if not isinstance(format, Integer) or format.range != "static":
-        return {}
-    scales = format.scales(seen.new_zeros(1, 1, dtype=evaluated), seen)
-    entries = {"input_scale": scales.scale.reshape(1)}
-    if scales.zero is not None:
-        offset = 0 if format.signed else 2 ** (format.bits - 1)
-        entries["input_zero_point"] = (scales.zero - offset).to(torch.int8).reshape(1)
-    return entries
-
-
-def stored_global_scale(q: QTensor) -> Tensor:
-    """g, float32 [1], with which bf16(q (s / g)) is the evaluated bf16(((q s) amax) / 1536) of every code q and block scale s
-    there is: 1536 / amax, or a float32 number within a few steps of it. Raises DataError if none is."""
-    rows = zip(q.scales.scale.view(torch.uint8).split(1024), q.codes.split(1024))
-    pairs = (scale.int().repeat_interleave(16, -1) * 16 + codes for scale, codes in rows)
-    used = sum(torch.bincount(pair.flatten(), minlength=4096) for pair in pairs).nonzero().flatten()
-    codes = (used % 16).to(torch.uint8).view(-1, 1).expand(-1, 16)
-    scale = (used // 16).to(torch.uint8).view(torch.float8_e4m3fn).view(-1, 1)
-    wanted = QTensor(codes, replace(q.scales, scale=scale), q.format, torch.bfloat16).dequantize()
-    elements = q.format.grid.decode(codes)
-    start = FourOverSix.encode_multiplier(q.scales.global_scale).reshape(1)
-    for step in sorted(range(-8, 9), key=abs):
-        g = (start.view(torch.int32) + step).view(torch.float32)
-        if torch.equal((elements * (scale.float() / g)).bfloat16(), wanted):
-            return g
-    raise DataError(
-        f"no global scale near {start.item()} gives back the FourOverSix values of this weight in bfloat16; use "
-        "export=harness"
-    )
-
-
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """codes [rows, n], the low `bits` of each used, as a stream of bits: uint8 [rows, ceil(n bits / 8)]."""
-    if bits == 4:
-        return pack_nibbles(codes)
-    stream = (
-        codes.view(torch.uint8).unsqueeze(-1)
-        >> torch.arange(bits, device=codes.device, dtype=torch.uint8)
-    ) & 1
-    stream = stream.flatten(-2)
-    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (stream << torch.arange(8, device=codes.device, dtype=torch.uint8)).sum(
-        -1, dtype=torch.uint8
-    )
-
-
-def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """Signed codes [rows, n] as q + 2^(bits - 1): int32 [rows, ceil(n bits / 32)]."""
-    packed = pack_bits((codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8), bits)
-    packed = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4))
-    return packed.clone(memory_format=torch.contiguous_format).view(torch.int32)
-
-
-# the KV cache
+    if isinstance(format, Integer) and format.range == "static":
+        about |= {"dynamic": False, "observer": "static_minmax"}
+    return about
 
 
 def cache_scheme(kv: KVCache | None, head_dim: int) -> dict | None:
-    """`kv_cache_scheme`: integers in dynamic groups of a head's vector, one scale and zero point each. Raises ConfigError for
-    what the layout does not hold."""
+    """`kv_cache_scheme`: integers in dynamic groups of a head's vector, one scale and zero point
+    each. Raises ConfigError for what the layout does not hold.
+    """
     if kv is None:
         return None
     for key, legal, why in (
@@ -307,17 +171,18 @@ def cache_scheme(kv: KVCache | None, head_dim: int) -> dict | None:
         if getattr(kv, key) not in legal:
             raise ConfigError(
                 f"format.kv.bits={kv.bits} and format.kv.{key}={getattr(kv, key)} with "
-                f"export=compressed_tensors: {why}; set format.kv.{key}={str(legal[0]).lower()}, {WAY_OUT}."
+                f"export=compressed_tensors: {why}; set format.kv.{key}={str(legal[0]).lower()}, "
+                f"{WAY_OUT}."
             )
     if kv.group_size == -1:
         raise ConfigError(
-            f"format.kv.bits={kv.bits} and format.kv.group_size=-1 with export=compressed_tensors: a group "
-            f"lies inside one head; set format.kv.group_size=null, {WAY_OUT}."
+            f"format.kv.bits={kv.bits} and format.kv.group_size=-1 with export=compressed_tensors: "
+            f"a group lies inside one head; set format.kv.group_size=null, {WAY_OUT}."
         )
     if (why := cache_refusal()) is not None:
         raise ConfigError(
-            f"format.kv.bits={kv.bits} with export=compressed_tensors: {why}; install releases that "
-            f"agree (those of requirements.lock do), {WAY_OUT}."
+            f"format.kv.bits={kv.bits} with export=compressed_tensors: {why}; install releases "
+            f"that agree (those of requirements.lock do), {WAY_OUT}."
         )
     group = kv.group_size or head_dim
     return {

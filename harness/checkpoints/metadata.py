@@ -1,18 +1,26 @@
-"""What a checkpoint is, as plain values: quantization_metadata.json, from which the model card is written too.
+"""What a checkpoint is, as plain values: quantization_metadata.json.
 
-    {"name", "model", "base_model", "revision", "license", "method": {"transform", "solver"}, "seed",
+The model card is written from it too.
+
+    {"name", "model", "base_model", "revision", "license", "seed",
+     "method": {"transform", "solver"},
      "calibration": {"corpus", "windows", "length", "order"},
-     "bits": {"weights", "activations", "kv", "head": {"format", "bits", "group_size", "granularity", "symmetric"}},
-     "quantized": "210/211", "formats": {format: tensors}, "layers": [{"name", "format", "bits", "group_size", "shape",
-     "weights", "stored_bits"}], "sizes": {..}, "kv_cache": {..}, "evaluation": {stage: {"ppl", "divergence", "zeroshot",
-     "tokens"}}, "records", "displays", "marks", "run_id", "command", "harness"}
+     "bits": {"weights", "activations", "kv", "head":
+              {"format", "bits", "group_size", "granularity", "symmetric"}},
+     "quantized": "210/211",
+     "formats": {format: tensors},
+     "layers": [{"name", "format", "bits", "group_size", "shape", "weights", "stored_bits"}],
+     "sizes": {..},
+     "kv_cache": {..},
+     "evaluation": {stage: {"ppl", "divergence", "zeroshot", "tokens"}},
+     "records", "displays", "marks", "run_id", "command", "harness"}
 
-model is the untouched model's name, base_model its hub id (null: it came from no hub). `bits` is what
-holds for all linears, `layers` what each one has. sizes, in bytes: "before" are all parameters of the
-untouched model at 2 bytes, tied ones once; "after" are the safetensors written; "files" is everything
-in the folder but this record, the card and the hashes; "weights" are codes, scales and zero points of
-what is quantized. kv_cache, in bytes a token: at "fp16", and "quantized" as a packed cache would take,
-scales and zero points included.
+model is the untouched model's name, base_model its hub id (null: it came from no hub). `bits` is
+what holds for all linears, `layers` what each one has. sizes, in bytes: "before" are all parameters
+of the untouched model at 2 bytes, tied ones once; "after" are the safetensors written; "files" is
+everything in the folder but this record, the card and the hashes; "weights" are codes, scales and
+zero points of what is quantized. kv_cache, in bytes a token: at "fp16", and "quantized" as a packed
+cache would take, scales and zero points included.
 """
 
 from __future__ import annotations
@@ -24,10 +32,10 @@ from pathlib import Path
 
 import torch
 
-from harness.checkpoints.base import Snapshot
+from harness.checkpoints.base import Snapshot, weight_format
 from harness.checkpoints.names import base_of, hub_id, word
 from harness.config.build import build
-from harness.formats import Format, KVCache
+from harness.formats import Format, KVCache, QTensor
 from harness.models.adapter import Adapter, head_dim
 from harness.models.quant_linear import QuantLinear
 from harness.models.source import ModelSource
@@ -37,27 +45,18 @@ FIGURES = ("ppl", "divergence", "zeroshot", "tokens")
 
 
 def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
-    """What the checkpoint `name`, whose tensors lie in `folder`, is. Reads every quantized tensor once."""
-    settings, choices, scheme, metrics = (
-        snapshot.settings,
-        snapshot.choices,
-        snapshot.scheme,
-        snapshot.metrics,
-    )
-    adapter, section = snapshot.adapter, settings["model"]
+    """What the checkpoint `name`, whose tensors lie in `folder`, is.
+
+    Reads every quantized tensor once.
+    """
+    settings = snapshot.settings
+    choices = snapshot.choices
+    scheme = snapshot.scheme
+    metrics = snapshot.metrics
+    adapter = snapshot.adapter
+    section = settings["model"]
     remote = hub_id(section)
-    layers = [
-        {
-            "name": module,
-            "format": _spelled(q.format),
-            "bits": q.format.bits,
-            "group_size": q.format.group_size,
-            "shape": list(q.shape),
-            "weights": q.codes.numel(),
-            "stored_bits": q.bits(),
-        }
-        for module, q in snapshot.qtensors.items()
-    ]
+    layers = [_layer(module, q) for module, q in snapshot.qtensors.items()]
     linears = {module for module, role in adapter.roles.items() if role.kind == "linear"}
     return {
         "name": name,
@@ -96,8 +95,25 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
     }
 
 
+def _layer(name: str, q: QTensor) -> dict:
+    """What is said of one quantized weight."""
+    format = weight_format(q)
+    return {
+        "name": name,
+        "format": _spelled(format),
+        "bits": format.bits,
+        "group_size": format.group_size,
+        "shape": list(q.shape),
+        "weights": q.codes.numel(),
+        "stored_bits": q.bits(),
+    }
+
+
 def _public(command: str | None) -> str | None:
-    """The command without the folders of whoever ran it, which are nobody's business; the run's own record has it whole."""
+    """The command without the folders of whoever ran it, which are nobody's business.
+
+    The run's own record has it whole.
+    """
     if command is None:
         return None
     words = []
@@ -108,8 +124,8 @@ def _public(command: str | None) -> str | None:
 
 
 def _spelled(format: Format) -> str:
-    found = word(format)
-    return f"int{found}" if isinstance(found, int) else found
+    spelling = word(format)
+    return f"int{spelling}" if isinstance(spelling, int) else spelling
 
 
 def _part(format: Format | None) -> dict:
@@ -145,23 +161,28 @@ def _cache(kv: KVCache | None) -> dict:
     }
 
 
-def _calibration(data: Mapping, option: str, used: Mapping) -> dict:
-    """Of a text of one's own the file's name only: where it lies is nobody's business. used: the windows there were."""
-    chosen = data["calibration"]
-    corpus = (
-        Path(chosen["path"]).name
-        if chosen["path"]
-        else data["name"] or Path(data.get("path") or option).name
-    )
-    return {
-        "corpus": corpus,
-        **{key: chosen[key] for key in ("windows", "length", "order")},
-        **used,
-    }
+def _calibration(data: Mapping, option: str | None, used: Mapping) -> dict:
+    """Of a text of one's own the file's name only: where it lies is nobody's business.
+
+    used: the windows there were.
+    """
+    section = data["calibration"]
+    windows = {key: section[key] for key in ("windows", "length", "order")}
+    corpus = data["name"]
+    if section["path"]:
+        corpus = Path(section["path"]).name
+    elif not corpus:
+        source = data.get("path") or option
+        assert source is not None, "a corpus is a name, a file or an option"
+        corpus = Path(source).name
+    return {"corpus": corpus, **windows, **used}
 
 
 def _sizes(adapter: Adapter, tied: bool, stored_bits: int, folder: Path) -> dict:
-    """tied: whether head and embedding of the untouched model are one tensor; a transform separates them."""
+    """tied: whether head and embedding of the untouched model are one tensor.
+
+    A transform separates them.
+    """
     model = adapter.model
     parameters = list(model.parameters())
     for module in model.modules():
@@ -170,7 +191,8 @@ def _sizes(adapter: Adapter, tied: bool, stored_bits: int, folder: Path) -> dict
     count = sum(tensor.numel() for tensor in parameters)
     if tied and adapter.head.weight is not model.get_input_embeddings().weight:
         count -= adapter.head.weight.numel()
-    before, after = 2 * count, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    before = 2 * count
+    after = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     files = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {
         "before": before,
@@ -188,11 +210,13 @@ def _tied(section: Mapping) -> bool:
 
 def _kv_bytes(kv: KVCache | None, facts: Mapping) -> dict:
     """Bytes of keys and values a token, from one token's vectors of one layer quantized."""
-    heads, width = facts.get("num_key_value_heads") or facts["num_attention_heads"], head_dim(facts)
+    heads = facts.get("num_key_value_heads") or facts["num_attention_heads"]
+    width = head_dim(facts)
     layers = facts["num_hidden_layers"]
     plain = 2 * layers * heads * width * 2
     if kv is None:
         return {"fp16": plain, "quantized": plain, "reduction_percent": 0.0}
+    # a group of -1 goes over all heads of a token
     token = torch.zeros(1, heads * width) if kv.group_size == -1 else torch.zeros(heads, width)
     packed = layers * sum(kv.part(name).quantize(token).bits() for name in ("key", "value")) / 8
     return {"fp16": plain, "quantized": packed, "reduction_percent": 100 * (1 - packed / plain)}

@@ -3,15 +3,17 @@
     Qwen3-0.6B-openmath_SFT_LoRa256_QuaRot_w4_g64_a4_kv4_headfp16
     Qwen3-0.6B-QuaRot.GPTQ_wnvfp4_g16_anvfp4_kv16_headfp16
 
-The last hyphen ends the base, for no part behind it has one: a base may hold hyphens, dots and underscores, a dataset called
-open-math must be written otherwise (in a foreign name it would be read as part of the base). Everything behind is read from
-the right: the tag, then the method, then what came before quantization, which is told apart by its words (TRAININGS, PEFT).
+The last hyphen ends the base, for no part behind it has one: a base may hold hyphens, dots and
+underscores, a dataset called open-math must be written otherwise (in a foreign name it would be
+read as part of the base). Everything behind is read from the right: the tag, then the method, then
+what came before quantization, which is told apart by its words (TRAININGS, PEFT).
 
-The tag is w<weights>_g<group>_a<activations>_kv<cache>_head<output head>. Integers are their bits, 16 is not quantized (fp16
-for the head), a floating format is its word: nvfp4, fouroversix, fp4, mxfp4, mxfp6, mxfp8 (mxfp6.e3m2, mxfp8.e5m2). mixed4:
-single linears differ from 4; auto4.5: allocated under 4.5 bits a weight. No g means one scale a channel, as in names written
-elsewhere, so that one model has one spelling; gtensor is one scale a tensor. Foreign names may leave out a and kv, which
-means 8 there, and the head, which means fp16; headw4 is read as head4.
+The tag is w<weights>_g<group>_a<activations>_kv<cache>_head<output head>. Integers are their bits,
+16 is not quantized (fp16 for the head), a floating format is its word: nvfp4, fouroversix, fp4,
+mxfp4, mxfp6, mxfp8 (mxfp6.e3m2, mxfp8.e5m2). mixed4: single linears differ from 4; auto4.5:
+allocated under 4.5 bits a weight. No g means one scale a channel, as in names written elsewhere, so
+that one model has one spelling; gtensor is one scale a tensor. Foreign names may leave out a and
+kv, which means 8 there, and the head, which means fp16; headw4 is read as head4.
 """
 
 from __future__ import annotations
@@ -69,8 +71,12 @@ SPELLING = {
 
 @dataclass(frozen=True)
 class Name:
-    """The parts of a name. weight, act, kv, head: bits of an integer format or the word of another; group: elements a scale,
-    "tensor", or None (channel). Raises ValueError for a part that would not be read back as it is."""
+    """The parts of a name.
+
+    weight, act, kv, head: bits of an integer format or the word of another; group: elements a
+    scale, "tensor", or None (channel). Raises ValueError for a part that would not be read back as
+    it is.
+    """
 
     base: str
     dataset: str | None = None
@@ -94,18 +100,20 @@ class Name:
                 continue
             if not WORD.fullmatch(word):
                 raise ValueError(
-                    f"{part}={word}: needs letters, digits and dots; hyphens and underscores stand between parts"
+                    f"{part}={word}: needs letters, digits and dots; hyphens and underscores stand "
+                    "between parts"
                 )
             kind = _kind(word)
             if kind != ("dataset" if part == "method" else part):
-                known = {
+                hint = {
                     "training": f"; known: {', '.join(TRAININGS)}",
                     "peft": ", which is one such as LoRa256",
                 }.get(part, "")
-                raise ValueError(f"{part}={word}: would not be read as the {part}{known}")
+                raise ValueError(f"{part}={word}: would not be read as the {part}{hint}")
         if self.dataset and not (self.training or self.peft or self.method):
             raise ValueError(
-                f"dataset={self.dataset}: alone it would be read as the method; name the training, too"
+                f"dataset={self.dataset}: alone it would be read as the method; name the training, "
+                "too"
             )
         for part, pattern in TAG.items():
             value = getattr(self, part)
@@ -119,7 +127,8 @@ class Name:
             for part, letters in LETTERS.items()
             if getattr(self, part) is not None
         ]
-        return f"{self.base}-{'_'.join([*filter(None, (self.dataset, self.training, self.peft, self.method)), *tag])}"
+        parts = filter(None, (self.dataset, self.training, self.peft, self.method))
+        return f"{self.base}-{'_'.join([*parts, *tag])}"
 
     @classmethod
     def parse(cls, text: str) -> Name:
@@ -127,29 +136,44 @@ class Name:
         base, hyphen, rest = text.rpartition("-")
         if not hyphen:
             raise ValueError(f"{text}: no hyphen ends the base")
-        pieces, found = rest.split("_"), {"act": 8, "kv": 8}
+        pieces = rest.split("_")
+        tag: dict[str, int | str] = {}
         for part, pattern in TAG.items():
             match = pattern.fullmatch(pieces[-1]) if pieces else None
             if match:
-                found[part] = _value(match[1])
+                tag[part] = _value(match[1])
                 pieces.pop()
-        if "weight" not in found:
+        if "weight" not in tag:
             last = f"'{pieces[-1]}'" if pieces else "nothing"
             raise ValueError(
-                f"{text}: {last} stands where the tag is, w4_g64_a4_kv4_headfp16 or wnvfp4_g16_anvfp4 .."
+                f"{text}: {last} stands where the tag is, w4_g64_a4_kv4_headfp16 or "
+                "wnvfp4_g16_anvfp4 .."
             )
+        words: dict[str, str] = {}
         if pieces and _kind(pieces[-1]) == "dataset":
-            found["method"] = pieces.pop()
+            words["method"] = pieces.pop()
         for piece in pieces:
             part = _kind(piece)
-            behind = next((other for other in WORDS[WORDS.index(part) :] if other in found), None)
+            behind = next((other for other in WORDS[WORDS.index(part) :] if other in words), None)
             if behind:
                 raise ValueError(
                     f"{text}: '{piece}' is read as the {part} and stands behind the {behind}"
                 )
-            found[part] = piece
+            words[part] = piece
         try:
-            return cls(base, **found)
+            return cls(
+                base,
+                dataset=words.get("dataset"),
+                training=words.get("training"),
+                peft=words.get("peft"),
+                method=words.get("method"),
+                weight=tag["weight"],
+                group=tag.get("group"),
+                # names written elsewhere leave these out, and then mean 8
+                act=tag.get("act", 8),
+                kv=int(tag.get("kv", 8)),
+                head=tag.get("head", "fp16"),
+            )
         except ValueError as error:
             raise ValueError(f"{text}: {error}") from None
 
@@ -157,29 +181,37 @@ class Name:
     def of(
         cls, settings: Mapping, choices: Mapping[str, str | None], scheme: Scheme, head: str
     ) -> Name:
-        """The name of a run's checkpoint, before or after the run. head: the output head's module. The method is transform and
-        solver, QuaRot.GPTQ, or the one of them that there is. Raises ConfigError naming the field of `export`."""
-        section, transform = settings["export"], choices["transform"]
+        """The name of a run's checkpoint, before or after the run.
+
+        head: the output head's module. The method is transform and solver, QuaRot.GPTQ, or the one
+        of them that there is. Raises ConfigError naming the field of `export`.
+        """
+        section = settings["export"]
+        transform = choices["transform"]
         if transform == "identity" and settings["transform"].get("smooth"):
             transform = "smoothquant"
-        absent = {None, "identity", "none"}
-        method = ".".join(
-            spelled(option) for option in (transform, choices["solver"]) if option not in absent
-        )
-        top, weights = scheme.part("weight", None, head), scheme.weight
+        words = {part: str(section[part]) for part in WORDS if section[part] is not None}
+        methods = [
+            spelled(option)
+            for option in (transform, choices["solver"])
+            if option is not None and option not in ("identity", "none")
+        ]
+        weight = _mixed(scheme, "weight")
+        group = _group(scheme.weight)
         auto = settings["format"]["auto"]
-        tensor = weights is not None and weights.granularity == "tensor"
+        if auto:  # the candidates need not have one group
+            weight = f"auto{auto['bits_per_weight']:g}"
+            group = None
+        top = scheme.part("weight", None, head)
         try:
             name = cls(
                 str(section["base"] or base_of(settings["model"])),
-                *(None if section[part] is None else str(section[part]) for part in WORDS),
-                method or None,
-                weight=f"auto{auto['bits_per_weight']:g}" if auto else _mixed(scheme, "weight"),
-                group=None
-                if auto or weights is None
-                else "tensor"
-                if tensor
-                else weights.group_size,
+                dataset=words.get("dataset"),
+                training=words.get("training"),
+                peft=words.get("peft"),
+                method=".".join(methods) or None,
+                weight=weight,
+                group=group,
                 act=_mixed(scheme, "act"),
                 kv=16 if scheme.kv is None else scheme.kv.bits,
                 head="fp16" if top is None else word(top),
@@ -189,8 +221,9 @@ class Name:
         if len(str(name)) > LONGEST:
             part = max(("base", *WORDS), key=lambda part: len(getattr(name, part) or ""))
             raise ConfigError(
-                f"export.{part}={getattr(name, part)}: the checkpoint's name has {len(str(name))} letters "
-                f"with it, and a folder's at most {LONGEST}; set export.{part} to a shorter one."
+                f"export.{part}={getattr(name, part)}: the checkpoint's name has {len(str(name))} "
+                f"letters with it, and a folder's at most {LONGEST}; set export.{part} to a "
+                "shorter one."
             )
         return name
 
@@ -202,19 +235,24 @@ def name_of(snapshot: Snapshot) -> Name:
     )
 
 
-def base_of(model: Mapping) -> str:
-    """What names of a model begin with: the last part of its hub id or folder, else the model's own name."""
-    if hub_id(model) is not None:
-        return Path(hub_id(model)).name
-    return (
-        Path(model["path"]).expanduser().resolve().name
-        if model.get("path")
-        else build(model, "model", ModelSource).name
-    )
+def base_of(model: Mapping) -> str | None:
+    """What names of a model begin with.
+
+    The last part of its hub id or folder, else the model's own name, if its source gives it one.
+    """
+    remote = hub_id(model)
+    if remote is not None:
+        return Path(remote).name
+    if model.get("path"):
+        return Path(model["path"]).expanduser().resolve().name
+    return build(model, "model", ModelSource).name
 
 
 def hub_id(model: Mapping) -> str | None:
-    """The hub repository (owner/name) of a `model` section; None where it is a folder, or comes from elsewhere."""
+    """The hub repository (owner/name) of a `model` section.
+
+    None where it is a folder, or comes from elsewhere.
+    """
     path = model.get("path")
     return None if path is None or Path(path).expanduser().exists() else path
 
@@ -228,28 +266,43 @@ def word(format: Format | None) -> int | str:
     """The bits of an integer format, the word of another, 16 for none."""
     if format is None:
         return 16
-    kind = type(format).__name__.lower()
-    if kind == "integer":
+    from harness.formats import MX, Integer  # torch, which a name can be parsed without
+
+    if type(format) is Integer:
         return format.bits
-    if kind == "mx":
+    if type(format) is MX:
         return ELEMENTS.get(format.element) or f"mxfp{format.bits}.{format.element}"
+    kind = type(format).__name__.lower()
     return kind if kind == "fouroversix" or kind[-1].isdigit() else f"{kind}{format.bits}"
 
 
+def _group(format: Format | None) -> int | str | None:
+    """Elements a scale of the weights; None is one a channel."""
+    if format is not None and format.granularity == "tensor":
+        return "tensor"
+    return None if format is None else format.group_size
+
+
 def _mixed(scheme: Scheme, part: str) -> int | str:
-    """The word of all linears' format; where single linears of the blocks have another one, it says so."""
-    own = [
+    """The word of all linears' format.
+
+    Where single linears of the blocks have another one, it says so.
+    """
+    formats = [
         parts[part]
         for (layer, _), parts in scheme.overrides.items()
         if layer is not None and part in parts
     ]
     common = getattr(scheme, part)
-    return word(common) if all(format == common for format in own) else f"mixed{word(common)}"
+    same = all(format == common for format in formats)
+    return word(common) if same else f"mixed{word(common)}"
 
 
 def _kind(piece: str) -> str:
     """dataset | training | peft, by the word alone."""
-    return "training" if piece in TRAININGS else "peft" if PEFT.fullmatch(piece) else "dataset"
+    if piece in TRAININGS:
+        return "training"
+    return "peft" if PEFT.fullmatch(piece) else "dataset"
 
 
 def _value(text: str) -> int | str:

@@ -1,20 +1,25 @@
-"""The project's own checkpoint: a folder that loads as the very model that was evaluated. native_writer.py writes it.
+"""The project's own checkpoint: a folder that loads as the very model that was evaluated.
 
-    model*.safetensors      {module}.codes, .scale, .zero, .global_scale of every quantized weight, every other parameter and
-                            buffer as it is, {block}.{site}.global_scale of activations with a calibrated scale
+native_writer.py writes it.
+
+    model*.safetensors      {module}.codes, .scale, .zero, .global_scale of every quantized weight;
+                            every other parameter and buffer as it is; {block}.{site}.global_scale
+                            of activations with a calibrated scale
     placement.safetensors   the matrices that stay online, all placements in order
-    harness.json            version, dtype, and the format of every weight, activation, and of the KV cache
+    harness.json            version, dtype, and the format of every weight, of every activation, and
+                            of the KV cache
     digests.json            {file: sha256} of everything else
     config.json, generation_config.json, tokenizer files: as transformers has them
 
-Nothing in it is code and nothing is unpickled. A file that is not as it was written is refused before it is used.
+Nothing in it is code and nothing is unpickled. A file that is not as it was written is refused
+before it is used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -26,7 +31,7 @@ from torch import Tensor, nn
 from harness.checkpoints.native_files import DIGESTS, RECORD, recorded
 from harness.checkpoints.record import Record
 from harness.codecs.packing import unpack
-from harness.codecs.placement import HEAD_SITE
+from harness.codecs.placement import HEAD_SITE, Placement
 from harness.config.errors import DataError
 from harness.formats import Format, QTensor, Scales
 from harness.libraries.transformers import empty_plain_cache
@@ -43,29 +48,28 @@ PARTS = ("codes", *(field.name for field in fields(Scales)))  # of a quantized w
 
 
 class PackedLinear(QuantLinear):
-    """A QuantLinear that keeps codes and scales and makes its weight [out, in] whenever it is used: little memory, slow."""
+    """A QuantLinear that keeps codes and scales and makes its weight [out, in] whenever it is used:
+    little memory, slow.
+    """
 
     def __init__(self, linear: QuantLinear, quantized: QTensor, dtype: torch.dtype):
         nn.Module.__init__(self)
         for name, tensor in quantized.state().items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", linear.bias)
-        self.site, self.decoder, self.encoder = linear.site, linear.decoder, linear.encoder
-        self.format, self.shape, self.stored, self.dtype = (
-            quantized.format,
-            quantized.shape,
-            quantized.dtype,
-            dtype,
-        )
+        self.site = linear.site
+        self.decoder = linear.decoder
+        self.encoder = linear.encoder
+        self.format = quantized.format
+        self.shape = quantized.shape
+        self.stored = quantized.dtype
+        self.dtype = dtype
 
     @property
     def weight(self) -> Tensor:
         state = {name: getattr(self, name) for name in PARTS if name in self._buffers}
-        return (
-            QTensor.from_state(self.format, state, self.shape, self.stored)
-            .dequantize()
-            .to(self.dtype)
-        )
+        quantized = QTensor.from_state(self.format, state, self.shape, self.stored)
+        return quantized.dequantize().to(self.dtype)
 
     @property
     def in_features(self) -> int:
@@ -77,11 +81,19 @@ class PackedLinear(QuantLinear):
 
 
 @torch.no_grad()
-def load(path, device="cpu", dtype: torch.dtype | None = None, packed: bool = False):
-    """(model, tokenizer) of a checkpoint, as evaluated: quantized weights, online matrices, activation and KV quantizers.
+def load(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
+):
+    """(model, tokenizer) of a checkpoint, as evaluated.
 
-    dtype: None = as it was quantized in, where the logits are those of the evaluated model in every bit. packed: linears keep
-    their codes, and are dequantized when they are used. Raises DataError, naming the file, where one is not as it was written.
+    With quantized weights, online matrices, activation and KV quantizers.
+
+    dtype: None = as it was quantized in, where the logits are those of the evaluated model in every
+    bit. packed: linears keep their codes, and are dequantized when they are used. Raises DataError,
+    naming the file, where one is not as it was written.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -97,19 +109,16 @@ def load(path, device="cpu", dtype: torch.dtype | None = None, packed: bool = Fa
     adapter = Adapter(model)
     placements = _placements(folder)
     swap(adapter)
-    read = {*record.activations, *record.weights}
-    if read & {HEAD_SITE, adapter.family.head} or any(
-        p.encoder(None, HEAD_SITE) for p in placements
-    ):
+    quantized = {*record.activations, *record.weights}
+    encoded = any(placement.encoder(None, HEAD_SITE) for placement in placements)
+    if encoded or quantized & {HEAD_SITE, adapter.family.head}:
         swap_head(adapter)
     with ExitStack() as stack:
-        take = _tensors(folder, stack, torch.device(device))
-        _fill(model, record.weights, take, original, dtype, packed)
+        tensors = _Tensors(folder, stack, torch.device(device))
+        _fill(model, record.weights, tensors, original, dtype, packed)
         for name, site in sites(adapter):
-            site.format, site.global_scale = (
-                record.activations.get(name),
-                take(f"{name}.global_scale", optional=True),
-            )
+            site.format = record.activations.get(name)
+            site.global_scale = tensors.find(f"{name}.global_scale")
     if config.tie_word_embeddings:
         model.tie_weights()
     for placement in placements:
@@ -123,35 +132,43 @@ def load(path, device="cpu", dtype: torch.dtype | None = None, packed: bool = Fa
 
 
 def verified(folder: Path) -> Record:
-    """What harness.json says, once every file but the text for people is found to be as it was written. Raises DataError."""
+    """What harness.json says, once every file but the text for people is found to be as it was
+    written. Raises DataError.
+    """
     recorded(folder)
     listed = read_object(folder / DIGESTS)
     for name, digest in listed.items():
         if Path(name).name != name or not isinstance(digest, str):
             raise DataError(
-                f"{folder / DIGESTS}: {name}: needs the hash of a file of this folder; export it again."
+                f"{folder / DIGESTS}: {name}: needs the hash of a file of this folder; export it "
+                "again."
             )
-    wanted = {name: digest for name, digest in listed.items() if not name.endswith(".md")}
+    # a card may be edited: nothing is loaded from it
+    digests = {name: digest for name, digest in listed.items() if not name.endswith(".md")}
     needed = {"config.json", RECORD, PLACEMENT}
-    for name in (*wanted, *needed):
+    for name in (*digests, *needed):
         if not (folder / name).is_file():
             raise DataError(f"{folder} lacks {name}; copy the checkpoint again.")
-    for name, digest in wanted.items():
+    for name, digest in digests.items():
         with open(folder / name, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                 raise DataError(
-                    f"{folder / name} is damaged or changed: its hash is not that in {DIGESTS}; copy it again."
+                    f"{folder / name} is damaged or changed: its hash is not that in {DIGESTS}; "
+                    "copy it again."
                 )
     needed |= {file.name for file in weight_files(folder)}
-    if needed - set(wanted):
+    unlisted = sorted(needed - set(digests))
+    if unlisted:
         raise DataError(
-            f"{folder / DIGESTS} says nothing of {', '.join(sorted(needed - set(wanted)))}; export it again."
+            f"{folder / DIGESTS} says nothing of {', '.join(unlisted)}; export it again."
         )
     return Record.read(folder)
 
 
 def sites(adapter: Adapter) -> Iterator[tuple[str, SiteInput]]:
-    """(absolute name, what is read there) of every site of a swapped model: model.layers.0.attn_in, .., head_in."""
+    """(absolute name, what is read there) of every site of a swapped model: model.layers.0.attn_in,
+    .., head_in.
+    """
     for index, block in enumerate(adapter.blocks):
         for site in adapter.family.sites:
             yield adapter.name(index, site.name), block.get_submodule(site.linears[0]).site
@@ -159,7 +176,7 @@ def sites(adapter: Adapter) -> Iterator[tuple[str, SiteInput]]:
         yield HEAD_SITE, adapter.head.site
 
 
-def _placements(folder: Path) -> list:
+def _placements(folder: Path) -> list[Placement]:
     with safe_open(folder / PLACEMENT, "pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         try:
@@ -171,37 +188,58 @@ def _placements(folder: Path) -> list:
     return [unpack(spec, tensors) for spec in specs]
 
 
-def _tensors(folder: Path, stack: ExitStack, device: torch.device) -> Callable[..., Tensor | None]:
-    """take(name, optional=False): that tensor in memory of its own, so that no file stays mapped."""
-    files = tensor_files(folder)
-    opened = {path: stack.enter_context(safe_open(path, "pt")) for path in set(files.values())}
+class _Tensors:
+    """The tensors of a folder by name, on a device, while the stack is open.
 
-    def take(name: str, optional: bool = False) -> Tensor | None:
-        if name in files:
-            return opened[files[name]].get_tensor(name).to(device, copy=True)
-        if not optional:
-            raise DataError(f"{folder}: its files lack the tensor {name}; export it again.")
-        return None
+    Each comes in memory of its own, so that no file stays mapped.
+    """
 
-    return take
+    def __init__(self, folder: Path, stack: ExitStack, device: torch.device):
+        self.folder = folder
+        self.device = device
+        self.files = tensor_files(folder)
+        self.opened = {
+            path: stack.enter_context(safe_open(path, "pt")) for path in set(self.files.values())
+        }
+
+    def find(self, name: str) -> Tensor | None:
+        """The tensor, None where the files have no such."""
+        if name not in self.files:
+            return None
+        return self.opened[self.files[name]].get_tensor(name).to(self.device, copy=True)
+
+    def take(self, name: str) -> Tensor:
+        """The tensor. Raises DataError where the files have no such."""
+        tensor = self.find(name)
+        if tensor is None:
+            raise DataError(f"{self.folder}: its files lack the tensor {name}; export it again.")
+        return tensor
 
 
 def _fill(
     model: nn.Module,
     weights: Mapping[str, Format],
-    take: Callable[..., Tensor | None],
+    tensors: _Tensors,
     original: torch.dtype,
     dtype: torch.dtype | None,
     packed: bool,
 ) -> None:
-    """Give a swapped model without storage its tensors; dtype: of parameters, weights and biases, None as they are."""
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    """Give a swapped model without storage its tensors.
+
+    dtype: of parameters, weights and biases, None as they are.
+    """
+    parameters = dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
     for name, empty in (parameters | buffers).items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if leaf == "weight" and owner in weights:
-            state = {part: take(f"{owner}.{part}", optional=part != "codes") for part in PARTS}
-            state = {part: tensor for part, tensor in state.items() if tensor is not None}
+            # which scales there are is the format's matter; codes there are always
+            state = {"codes": tensors.take(f"{owner}.codes")}
+            for part in PARTS[1:]:
+                scale = tensors.find(f"{owner}.{part}")
+                if scale is not None:
+                    state[part] = scale
             _refuse_other_state(owner, weights[owner], state, empty.shape)
             quantized = QTensor.from_state(weights[owner], state, empty.shape, original)
             if packed and isinstance(module, QuantLinear):
@@ -209,35 +247,38 @@ def _fill(
                 continue
             tensor = quantized.dequantize()
         else:
-            tensor = take(name)
-        computed = name in buffers and not isinstance(
-            module, QuantLinear
-        )  # the rotary table, which has a dtype of its own
+            tensor = tensors.take(name)
+        # the rotary table, which has a dtype of its own
+        computed = name in buffers and not isinstance(module, QuantLinear)
         assign(model, name, tensor if dtype is None or computed else tensor.to(dtype))
 
 
 def _refuse_other_state(
     name: str, format: Format, state: Mapping[str, Tensor], shape: torch.Size
 ) -> None:
-    """Raise DataError where codes and scales are not those of a weight of that shape in that format, as one row tells."""
-    row, rows = format.quantize(torch.zeros(1, shape[-1])).state(), shape[0]
+    """Raise DataError where codes and scales are not those of a weight of that shape in that
+    format, as one row tells.
+    """
+    row = format.quantize(torch.zeros(1, shape[-1])).state()
+    rows = shape[0]
     for part in sorted({*row, *state}):
         if part in row and part in state:
             shared = part == "global_scale" or (format.granularity == "tensor" and part != "codes")
             whole = row[part].numel() * (1 if shared else rows)
-            if state[part].numel() == whole and (
-                part != "codes" or state[part].dtype == row[part].dtype
-            ):
+            same = part != "codes" or state[part].dtype == row[part].dtype
+            if same and state[part].numel() == whole:
                 continue
         raise DataError(
-            f"{RECORD} gives {name} the format {type(format).__name__}, and {part} in the file is not one's; "
-            "export it again."
+            f"{RECORD} gives {name} the format {type(format).__name__}, and {part} in the file is "
+            "not one's; export it again."
         )
 
 
 class _QuantizedCache:
-    """Has the plain cache with which a generation begins store keys rotated and quantized: each token once, not at every step.
-    Any other cache is right too, but its keys and values are quantized again whenever they are read."""
+    """Has the plain cache with which a generation begins store keys rotated and quantized: each
+    token once, not at every step. Any other cache is right too, but its keys and values are
+    quantized again whenever they are read.
+    """
 
     def __init__(self, adapter: Adapter):
         self.adapter = adapter

@@ -1,19 +1,23 @@
-"""Writes the project's own checkpoint, which holds every transform x format x KV cache; native.py says how.
+"""Writes the project's own checkpoint, which holds every transform x format x KV cache.
 
-Nothing is computed anew: codes and scales are those that were solved, all else is taken from the model as it was evaluated.
+native.py says how.
+
+Nothing is computed anew: codes and scales are those that were solved, all else is taken from the
+model as it was evaluated.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness.checkpoints.base import Exporter, Snapshot, modules
+from harness.checkpoints.base import Exporter, Snapshot, modules, weight_at, weight_format
 from harness.checkpoints.native import PLACEMENT, load, sites
 from harness.checkpoints.native_files import RECORD
 from harness.checkpoints.record import Record
@@ -21,11 +25,17 @@ from harness.codecs.packing import pack
 from harness.formats import Scheme
 from harness.models.adapter import Adapter
 from harness.store import replacing, write_json
-from harness.transforms import Codec, ModelShape, Placement, Transform
+from harness.transforms import ModelShape, Placement, Transform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Checkpoint(Exporter):
-    """Codes, online matrices and formats of the evaluated model; its logits come back in every bit."""
+    """Codes, online matrices and formats of the evaluated model.
+
+    Its logits come back in every bit.
+    """
 
     name = "harness"
     library = "harness"
@@ -40,16 +50,14 @@ class Checkpoint(Exporter):
         return []
 
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
-        adapter, quantized = snapshot.adapter, snapshot.qtensors
+        adapter = snapshot.adapter
+        quantized = snapshot.qtensors
         for name, module in modules(adapter):
-            own = dict(module.named_parameters(recurse=False)) | dict(
-                module.named_buffers(recurse=False)
-            )
-            for part, tensor in own.items():
+            parameters = dict(module.named_parameters(recurse=False))
+            for part, tensor in (parameters | dict(module.named_buffers(recurse=False))).items():
                 if part == "weight" and name in quantized:
-                    yield from (
-                        (f"{name}.{key}", value) for key, value in quantized[name].state().items()
-                    )
+                    for key, value in quantized[name].state().items():
+                        yield f"{name}.{key}", value
                 else:
                     yield f"{name}.{part}", tensor
         for name, site in sites(adapter):
@@ -61,25 +69,29 @@ class Checkpoint(Exporter):
         return {"use_cache": True, "dtype": _dtype(snapshot.adapter)}
 
     def extras(self, snapshot: Snapshot, folder: Path) -> None:
-        """The online matrices and the formats. The digests are the caller's, who knows when the folder is complete."""
+        """The online matrices and the formats.
+
+        The digests are the caller's, who knows when the folder is complete.
+        """
         adapter = snapshot.adapter
-        specs, tensors = [], {}
+        specs = []
+        tensors: dict[str, Tensor] = {}
         for index, placement in enumerate(snapshot.placements):
             specs.append(pack(_online(placement, adapter), tensors, f"{index}."))
         with replacing(folder / PLACEMENT) as temporary:
             save_file(tensors, temporary, metadata={"placements": json.dumps(specs)})
         inputs = {name: site.format for name, site in sites(adapter) if site.format is not None}
-        weights = {name: quantized.format for name, quantized in snapshot.qtensors.items()}
+        weights = {name: weight_format(q) for name, q in snapshot.qtensors.items()}
         record = Record(adapter.model.dtype, weights, inputs, snapshot.scheme.kv)
         write_json(folder / RECORD, record.written())
 
-    def load(self, folder: Path, device: torch.device, dtype: torch.dtype):
+    def load(self, folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         model, _ = load(folder, device, dtype)
         model.config.use_cache = False
         return model
 
-    def weight(self, model, name: str) -> Tensor:
-        return model.get_submodule(name).weight
+    def weight(self, model: PreTrainedModel, name: str) -> Tensor:
+        return weight_at(model, name)
 
 
 def _dtype(adapter: Adapter) -> str:
@@ -87,11 +99,13 @@ def _dtype(adapter: Adapter) -> str:
 
 
 def _online(placement: Placement, adapter: Adapter) -> Placement:
-    """What of a placement stays online, in the dtype it is computed in; the rest is merged into the weights."""
+    """What of a placement stays online, in the dtype it is computed in.
+
+    The rest is merged into the weights.
+    """
     dtype = torch.promote_types(adapter.model.dtype, torch.float32)
 
-    def ready(codec: Codec | None) -> Codec | None:
-        return None if codec is None else codec.to(torch.device("cpu"), dtype)
-
-    codecs: Mapping = {where: ready(codec) for where, codec in placement.online.items()}
-    return Placement(online=codecs, query_key=ready(placement.query_key))
+    cpu = torch.device("cpu")
+    online = {where: codec.to(cpu, dtype) for where, codec in placement.online.items()}
+    rotation = placement.query_key
+    return Placement(online=online, query_key=None if rotation is None else rotation.to(cpu, dtype))

@@ -1,11 +1,14 @@
-"""What the files of a checkpoint say, as data: every field is checked, nothing is built or imported because a file names it.
+"""What the files of a checkpoint say, as data.
 
-    harness.json                  version, dtype, {"format", "names"} of weights and activations, "kv"     -> Record
-    digests.json                  {file: sha256}
-    quantization_metadata.json    what the checkpoint is, for people and tools
+Every field is checked; nothing is built or imported because a file names it.
 
-A format stands there by the name of its class and its fields. The name is looked up among the formats of this project, the
-fields are plain values and the class itself judges them.
+    harness.json                version, dtype, {"format", "names"} of weights and activations,
+                                "kv"; read as a Record
+    digests.json                {file: sha256}
+    quantization_metadata.json  what the checkpoint is, for people and tools
+
+A format stands there by the name of its class and its fields. The name is looked up among the
+formats of this project, the fields are plain values and the class itself judges them.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import TypeVar
 
 import torch
 
@@ -25,11 +29,15 @@ from harness.formats import Format, KVCache
 
 SPELLED = "harness.formats."  # in front of a class's name in the file
 FLOATS = ("float32", "bfloat16", "float16")
+F = TypeVar("F", Format, KVCache)
 
 
 @dataclass(frozen=True)
 class Record:
-    """harness.json. dtype: of the evaluated model; weights, activations: {module or site: format}; kv: of the cache."""
+    """harness.json.
+
+    dtype: of the evaluated model; weights, activations: {module or site: format}; kv: of the cache.
+    """
 
     dtype: torch.dtype
     weights: Mapping[str, Format]
@@ -38,17 +46,20 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> Record:
-        """From the file in a checkpoint's folder. Raises DataError naming the field that is missing or wrong."""
-        found, where = recorded(folder), folder / RECORD
-        if found.get("dtype") not in FLOATS:
-            raise DataError(
-                f"{where}: dtype={found.get('dtype')}: needs one of {', '.join(FLOATS)}."
-            )
-        kv = found.get("kv")
+        """From the file in a checkpoint's folder.
+
+        Raises DataError naming the field that is missing or wrong.
+        """
+        values = recorded(folder)
+        where = folder / RECORD
+        dtype = values.get("dtype")
+        if dtype not in FLOATS:
+            raise DataError(f"{where}: dtype={dtype}: needs one of {', '.join(FLOATS)}.")
+        kv = values.get("kv")
         return cls(
-            dtype=getattr(torch, found["dtype"]),
-            weights=_formats(found.get("weights"), f"{where}: weights", "weight"),
-            activations=_formats(found.get("activations"), f"{where}: activations", "activation"),
+            dtype=getattr(torch, dtype),
+            weights=_formats(values.get("weights"), f"{where}: weights", "weight"),
+            activations=_formats(values.get("activations"), f"{where}: activations", "activation"),
             kv=None if kv is None else format_of(kv, f"{where}: kv", KVCache),
         )
 
@@ -68,45 +79,51 @@ def spec(format: Format | KVCache) -> dict:
     return {"_target_": SPELLED + type(format).__name__, **asdict(format)}
 
 
-def format_of(found, where: str, base: type) -> Format | KVCache:
-    """Inverse of `spec`, for the formats of this project of that base. Raises DataError, beginning with `where`."""
-    if not isinstance(found, Mapping):
-        raise DataError(f"{where}={found}: needs a format, its class and its fields.")
-    name = str(found.get("_target_"))
-    known = classes(base).get(name.removeprefix(SPELLED)) if name.startswith(SPELLED) else None
-    if known is None:
+def format_of(entry: object, where: str, base: type[F]) -> F:
+    """Inverse of `spec`, for the formats of this project of that base.
+
+    Raises DataError, beginning with `where`.
+    """
+    if not isinstance(entry, Mapping):
+        raise DataError(f"{where}={entry}: needs a format, its class and its fields.")
+    name = str(entry.get("_target_"))
+    kind = classes(base).get(name.removeprefix(SPELLED)) if name.startswith(SPELLED) else None
+    if kind is None:
         raise DataError(f"{where}._target_={name}: is no {base.__name__.lower()} of this project.")
-    values = {key: value for key, value in found.items() if key != "_target_"}
-    legal = {field.name for field in fields(known)}
+    values = {key: value for key, value in entry.items() if key != "_target_"}
+    legal = {field.name for field in fields(kind)}
     for key, value in values.items():
         nested = value.values() if key == "mse" and isinstance(value, Mapping) else [value]
         if key not in legal or not all(_plain(each) for each in nested):
-            raise DataError(f"{where}.{key}={value}: {known.__name__} has no such field or value.")
+            raise DataError(f"{where}.{key}={value}: {kind.__name__} has no such field or value.")
     try:
-        return known(**values)
+        return kind(**values)
     except (ConfigError, TypeError, ValueError) as error:
         raise DataError(f"{where}: {error}") from None
 
 
-def classes(base: type) -> dict[str, type]:
-    """{name: class} of every class of that base in the files of harness/formats, and in no others."""
+def classes(base: type[F]) -> dict[str, type[F]]:
+    """{name: class} of every class of that base in the files of harness/formats.
+
+    In no other files.
+    """
     names = [f"{formats.__name__}.{module.name}" for module in iter_modules(formats.__path__)]
-    found = [each for name in names for each in vars(import_module(name)).values()]
+    members = [each for name in names for each in vars(import_module(name)).values()]
     return {
-        each.__name__: each for each in found if isinstance(each, type) and issubclass(each, base)
+        each.__name__: each for each in members if isinstance(each, type) and issubclass(each, base)
     }
 
 
-def _plain(value) -> bool:
+def _plain(value: object) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _formats(found, where: str, role: str) -> dict[str, Format]:
+def _formats(groups: object, where: str, role: str) -> dict[str, Format]:
     """{name: format} of [{"format", "names"}]."""
-    if not isinstance(found, list):
-        raise DataError(f"{where}={found}: needs a list of formats and the names that have them.")
+    if not isinstance(groups, list):
+        raise DataError(f"{where}={groups}: needs a list of formats and the names that have them.")
     named = {}
-    for index, group in enumerate(found):
+    for index, group in enumerate(groups):
         names = group.get("names") if isinstance(group, Mapping) else None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise DataError(f"{where}[{index}]: needs a format and the names that have it.")
@@ -121,4 +138,4 @@ def _grouped(named: Mapping[str, Format]) -> list[dict]:
     names: dict[Format, list[str]] = {}
     for name, format in named.items():
         names.setdefault(format, []).append(name)
-    return [{"format": spec(format), "names": own} for format, own in names.items()]
+    return [{"format": spec(format), "names": group} for format, group in names.items()]

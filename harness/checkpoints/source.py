@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness.checkpoints.native_files import DIGESTS, RECORD
 from harness.config.errors import ConfigError, DataError
@@ -15,11 +16,17 @@ from harness.models.facts import config_of, facts_of
 from harness.models.source import ModelSource
 from harness.models.weights import stored, weight_files
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass(kw_only=True)
 class CheckpointModel(ModelSource):
-    """A checkpoint of this project, or a folder in the compressed-tensors layout. It is measured as it is, with what it
-    quantizes of activations, keys and values: format=none transform=identity solver=none."""
+    """A checkpoint of this project, or a folder in the compressed-tensors layout.
+
+    It is measured as it is, with what it quantizes of activations, keys and values: format=none
+    transform=identity solver=none.
+    """
 
     quantized = True
     path: str | None = None
@@ -34,18 +41,20 @@ class CheckpointModel(ModelSource):
         self.name = self.name or self._folder.name
 
     def check(self) -> None:
-        folder, where = self._there(), f"model.path={self.path}"
+        folder = self._there()
+        where = f"model.path={self.path}"
         if self._own:
             from harness.checkpoints.record import Record
 
             Record.read(folder)
             return
         quantization = self.facts().get("quantization_config")
-        quantization = quantization if isinstance(quantization, Mapping) else {}
+        if not isinstance(quantization, Mapping):
+            quantization = {}
         if quantization.get("quant_method") != "compressed-tensors":
             raise DataError(
-                f"{where} has neither a {RECORD} nor a compressed-tensors config; for a model that is not "
-                f"quantized use model=hf model.path={self.path}."
+                f"{where} has neither a {RECORD} nor a compressed-tensors config; for a model that "
+                f"is not quantized use model=hf model.path={self.path}."
             )
         if find_spec("compressed_tensors") is None:
             raise DataError(
@@ -54,8 +63,8 @@ class CheckpointModel(ModelSource):
         stored(weight_files(folder))
         if quantization.get("kv_cache_scheme") and (why := cache_refusal()) is not None:
             raise DataError(
-                f"{where} has a kv_cache_scheme: {why}; install releases that agree (those of requirements.lock "
-                "do)."
+                f"{where} has a kv_cache_scheme: {why}; install releases that agree (those of "
+                "requirements.lock do)."
             )
 
     def facts(self) -> dict:
@@ -87,13 +96,15 @@ class CheckpointModel(ModelSource):
 
     @property
     def _folder(self) -> Path:
+        assert self.path is not None  # refused when it was built
         return Path(self.path).expanduser()
 
     def _there(self) -> Path:
         """The folder. Raises DataError where there is none with a config."""
         if not (self._folder / "config.json").is_file():
             raise DataError(
-                f"model.path={self.path}: no such folder with a config.json; give that of an exported checkpoint."
+                f"model.path={self.path}: no such folder with a config.json; give that of an "
+                "exported checkpoint."
             )
         return self._folder
 
@@ -102,25 +113,25 @@ class CheckpointModel(ModelSource):
         return (self._folder / RECORD).is_file()
 
 
-def _compressed(folder: Path, dtype, device):
+def _compressed(folder: Path, dtype: torch.dtype | str, device: torch.device | str):
     """(model, tokenizer) of a compressed-tensors folder, as transformers runs it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         use_safetensors=True,
         output_loading_info=True,
         local_files_only=True,
     )
+    # its annotation knows the model alone, not the pair that output_loading_info asks for
+    model, report = loaded  # pyright: ignore[reportGeneralTypeIssues]
     if report["missing_keys"]:
         raise DataError(
             f"{folder} lacks the weights {', '.join(sorted(report['missing_keys'])[:4])}."
         )
     model = model.to(device)
-    with torch.no_grad():
-        model(
-            torch.zeros(1, 1, dtype=torch.long, device=device)
-        )  # the first forward unpacks the weights
+    with torch.no_grad():  # the first forward unpacks the weights
+        model(torch.zeros(1, 1, dtype=torch.long, device=device))
     return model, AutoTokenizer.from_pretrained(folder)
