@@ -134,6 +134,7 @@ class AWQ(Solver):
             scale = self.scale(loud, heavy, ratio)
             scaled = {name: weight * scale.to(weight) for name, weight in weights.items()}
             qtensors = RTN().solve(Problem(scaled, formats)).qtensors
+            # divided again: the activation that `parent` reads has its own size
             rounded = {name: q.dequantize() / scale.to(q.dtype) for name, q in qtensors.items()}
             output = block.parent(site, rounded, scale if self.with_act else None)
             error = float((output.float() - target.float()).square().mean())
@@ -188,6 +189,7 @@ def clipped(weight: Tensor, format: Format, scales: Scales, hessian: Tensor) -> 
     grid = hessian.view(groups, width, groups, width)
     within = grid.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [groups, g, g]
     peak = blocks.abs().amax(-1, keepdim=True)
+    # the extremes of what was clamped are the range: nothing is left to search
     plain = replace(format, observer="minmax")
 
     def errors(candidate: Scales) -> Tensor:

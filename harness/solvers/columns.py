@@ -167,4 +167,4 @@ class Columns:
             if k:  # all that the columns before it in this block have left, at once
                 column.addmv_(errors[:, :k], coefficients[k, :k], alpha=-1)
             self.lattice.snap(lo + k, column, output)
-            column -= output
+            column -= output  # d, which the columns after it take over

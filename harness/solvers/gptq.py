@@ -112,6 +112,7 @@ class GPTQ(Solver):
 
         order = torch.arange(len(hessian), device=hessian.device)
         if self.order == "activation":
+            # stable: equal diagonals keep their order, whatever machine sorts them
             order = hessian.diagonal().argsort(descending=True, stable=True)
         factor = self._factor(hessian, dead, order)
         report = {

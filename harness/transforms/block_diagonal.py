@@ -96,6 +96,7 @@ class BlockDiagonal(Transform):
                     "give a number."
                 )
             return dict.fromkeys(widths, blocks[0])
+        # a truth value is an int to Python, too
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ConfigError(f"transform.block_size={size}: needs auto, full, or a whole number.")
         return dict.fromkeys(widths, size)

@@ -78,6 +78,7 @@ def _spinquant(tensors: Mapping[str, Tensor], field: str) -> Placement:
         match = R2_NAME.fullmatch(name)
         if match is not None:
             r2[int(match[1])] = codec
+    # layers by number: as text, 10 comes before 2
     merged: dict[Where, Codec] = {(layer, "o_in"): r2[layer] for layer in sorted(r2)}
     return Placement(blocks["R1"], merged)
 

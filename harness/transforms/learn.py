@@ -125,6 +125,7 @@ class Best:
 
     def projected(self) -> dict[str, Tensor]:
         """The best matrices on the group exactly, float64 on the CPU."""
+        # steps in float32 leave the group by their rounding, and what is folded is float64
         return {name: project(matrix.double()).cpu() for name, matrix in self.matrices.items()}
 
 

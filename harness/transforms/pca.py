@@ -145,7 +145,7 @@ def principal_axes(covariance: Tensor) -> Tensor:
     Each has its largest entry positive.
     """
     _, vectors = torch.linalg.eigh(covariance)
-    vectors = vectors.flip(-1)
+    vectors = vectors.flip(-1)  # eigh sorts them by increasing eigenvalue
     # an eigenvector's sign is the library's choice, and would differ between machines
     largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
     return vectors * largest.sign()

@@ -100,5 +100,6 @@ class QuaRot(Rotations):
         placement = super().placement(shape, r1, r2, notes)
         if not self.online_heads:
             return placement
+        # across heads alone: the factor within a head is R2, which v has absorbed
         across = Kronecker(hadamard(shape.heads), torch.eye(shape.head_dim, dtype=torch.float64))
         return replace(placement, online={**placement.online, (None, "o_in"): across})

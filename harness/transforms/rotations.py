@@ -63,6 +63,7 @@ class Rotations(Transform):
             r3 = self.draw(shape, shape.head_dim, "R3")
         online: dict[Where, Codec] = {}
         if self.wants_r4(shape):
+            # None: one for all layers
             online[None, "down_in"] = self.draw(shape, shape.widths["down_in"], "R4")
         places = {"R1": r1, "R2": r2, "R3": r3, "R4": online}
         return Placement(

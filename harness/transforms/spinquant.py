@@ -84,6 +84,7 @@ class SpinQuant(QuaRot):
     def matrices(
         self, shape: ModelShape, model: CalibrationModel
     ) -> tuple[Codec | None, Mapping[int, Codec], dict]:
+        # weights stay float: their error is the solver's to make up for, afterwards
         scheme = shape.scheme.seen("act", "kv")
         build = partial(self.build, shape, model)
         start = self.start(shape, model)

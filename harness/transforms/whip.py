@@ -232,6 +232,7 @@ class Whip(Rotations):
         random = generator(shape.seed, "whip R1")
         steps = self.for_r1.steps(int(self.share * tokens))
         title = f"whip R1, {self.schedule}"
+        # one r through all pieces: greedy goes on from where the last layer left it
         r = start
         with _progress(model, title, steps * len(pieces), "r1/whip", terms) as report:
             for piece, first in pieces:
