@@ -44,9 +44,10 @@ lock:   ## write requirements.lock anew (ARGS="transformers==5.23.0" holds one b
 	.venv-lock/bin/python -m pip list --format=freeze --exclude harness --exclude pip | sed 's/+.*//' >> requirements.lock
 	rm -rf .venv-lock
 
-lint: .venv/installed   ## style
+lint: .venv/installed   ## style and types
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(PY) -m pyright --pythonpath $(PY)
 
 bench: .venv/installed   ## speed and memory, as ratios measured in one run
 	$(KEEP) $(PY) tests/bench.py $(ARGS)

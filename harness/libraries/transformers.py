@@ -48,7 +48,7 @@ def attention_name(config: PreTrainedConfig) -> str | None:
     return config._attn_implementation
 
 
-def use_attention(config: PreTrainedConfig, name: str) -> None:
+def use_attention(config: PreTrainedConfig, name: str | None) -> None:
     """Have a model of this config call the attention function of that name."""
     config._attn_implementation = name
 

@@ -1,1 +1,1 @@
-"""Models: where a model comes from, how its family is built, and the modules that replace its linears and attention."""
+"""Models: their sources, their families, and the modules swapped into them."""

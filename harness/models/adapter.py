@@ -1,8 +1,9 @@
-"""Model families as data: where the blocks are, which linears read one activation, and what feeds them.
+"""Model families as data: blocks, the linears that read one activation, and what feeds them.
 
-A *site* is one activation tensor with the linears that read it. A decoder block is a chain of residual *branches*
-`h <- h + module(norm(h))`; each branch has an entry site (read right after the norm) and an exit site (read by the last
-linear of the branch). Nothing else of the project knows a module name.
+A *site* is one activation tensor with the linears that read it. A decoder block is a chain of
+residual *branches* `h <- h + module(norm(h))`; each branch has an entry site (read right after the
+norm) and an exit site (read by the last linear of the branch). Nothing else of the project knows a
+module name.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from harness.transforms import ModelShape, Role
 
 @dataclass(frozen=True)
 class Site:
-    """One activation tensor: `linears` are block-relative module names that read it, `features` what its width follows from
-    (hidden, heads = heads * head_dim, intermediate), `fed_by` the linears whose outputs make it by a linear path (v feeds o;
-    up feeds down), `norm` the norm right before it (None inside a branch)."""
+    """One activation tensor: `linears` are block-relative module names that read it, `features`
+    what its width follows from (hidden, heads = heads * head_dim, intermediate), `fed_by` the
+    linears whose outputs make it by a linear path (v feeds o; up feeds down), `norm` the norm right
+    before it (None inside a branch).
+    """
 
     name: str
     linears: tuple[str, ...]
@@ -34,7 +37,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Branch:
-    """`h <- h + module(norm(h))`; `context` says whether the module takes the positional arguments of attention."""
+    """`h <- h + module(norm(h))`.
+
+    `context` says whether the module takes the positional arguments of attention.
+    """
 
     module: str
     entry: Site
@@ -44,7 +50,9 @@ class Branch:
 
 @dataclass(frozen=True)
 class Family:
-    """A decoder architecture: block-relative branches and the absolute names of what stands outside the blocks."""
+    """A decoder architecture: block-relative branches and the absolute names of what stands outside
+    the blocks.
+    """
 
     name: str
     branches: tuple[Branch, ...]
@@ -59,7 +67,10 @@ class Family:
         return tuple(site for branch in self.branches for site in (branch.entry, branch.exit))
 
     def widths(self, facts: Mapping) -> dict[str, int]:
-        """{site: features} from the facts of a config.json. heads * head_dim need not be hidden_size (Qwen3)."""
+        """{site: features} from the facts of a config.json.
+
+        Heads * head_dim need not be hidden_size (Qwen3).
+        """
         sizes = {
             "hidden": facts["hidden_size"],
             "heads": facts["num_attention_heads"] * head_dim(facts),
@@ -68,13 +79,17 @@ class Family:
         return {site.name: sizes[site.features] for site in self.sites}
 
     def roles(self, facts: Mapping) -> dict[str, Role]:
-        """{absolute module name: Role} of every embedding, norm and linear that a codec may be merged into."""
+        """{absolute module name: Role} of every embedding, norm and linear that a codec may be
+        merged into.
+        """
         kv_heads = facts.get("num_key_value_heads") or facts["num_attention_heads"]
         heads = (kv_heads, facts["num_attention_heads"] // kv_heads)
         roles = {self.embedding: Role(None, self.embedding, "embedding", writes="residual")}
         for layer in range(facts["num_hidden_layers"]):
             for branch in self.branches:
-                into, out = branch.entry, branch.exit
+                into = branch.entry
+                out = branch.exit
+                assert into.norm is not None, "an entry is read right after a norm"
                 within = [Role(layer, into.norm, "norm", writes=into.name)]
                 for name in into.linears:
                     feeds = out.name if name in out.fed_by else None
@@ -100,8 +115,11 @@ def head_dim(facts: Mapping) -> int:
 def shape_of(
     facts: Mapping, scheme: Scheme, seed: int = 0, solver: str | None = None
 ) -> ModelShape:
-    """What a transform may know of a model before its weights are loaded, from the facts of its config.json."""
-    heads, family = facts["num_attention_heads"], family_of(facts.get("model_type"))
+    """What a transform may know of a model before its weights are loaded, from the facts of its
+    config.json.
+    """
+    heads = facts["num_attention_heads"]
+    family = family_of(facts.get("model_type"))
     return ModelShape(
         widths=family.widths(facts),
         layers=facts["num_hidden_layers"],
@@ -153,10 +171,14 @@ FAMILIES = {
 
 
 def family_of(kind: str | None) -> Family:
-    """The family of a `model_type`. Raises ConfigError with the known ones when the architecture is not declared."""
+    """The family of a `model_type`.
+
+    Raises ConfigError with the known ones when the architecture is not declared.
+    """
     if kind not in FAMILIES:
         raise ConfigError(
-            f"model: architecture '{kind}' is not declared.{nearest(kind, FAMILIES)} Known: {', '.join(FAMILIES)}. "
+            f"model: architecture '{kind}' is not declared.{nearest(kind, FAMILIES)} Known: "
+            f"{', '.join(FAMILIES)}. "
             "A new one is a Family in harness/models/adapter.py."
         )
     return FAMILIES[kind]
@@ -166,8 +188,12 @@ class Adapter:
     """A loaded model seen through its family: blocks, branches, sites and the linears at them."""
 
     def __init__(self, model, offloaded=None):
-        """offloaded: where the blocks are while they are not in use (models/offload.py); None: all are in memory."""
-        self.model, self.offloaded = model, offloaded
+        """offloaded: where the blocks are while they are not in use (models/offload.py).
+
+        None: all are in memory.
+        """
+        self.model = model
+        self.offloaded = offloaded
         self.family = family_of(model.config.model_type)
         self.roles = self.family.roles(model.config.to_dict())
 
@@ -192,12 +218,13 @@ class Adapter:
         return self.model.get_submodule(self.family.head)
 
     def open(self, layer: int | None, write: bool = False) -> AbstractContextManager:
-        """Within it the weights of block `layer` are in memory; write: changes to them last. None is outside the blocks."""
-        return (
-            nullcontext()
-            if self.offloaded is None or layer is None
-            else self.offloaded.open(layer, write)
-        )
+        """Within it the weights of block `layer` are in memory; write: changes to them last.
+
+        None is outside the blocks.
+        """
+        if self.offloaded is None or layer is None:
+            return nullcontext()
+        return self.offloaded.open(layer, write)
 
     def name(self, index: int, linear: str) -> str:
         """The absolute name of a block-relative module."""
@@ -209,5 +236,7 @@ class Adapter:
         return {name: block.get_submodule(name) for name in site.linears}
 
     def width(self, site: Site, index: int = 0) -> int:
-        """Features of the site's activation, from the module that reads it (never from hidden_size)."""
+        """Features of the site's activation, from the module that reads it (never from
+        hidden_size).
+        """
         return self.blocks[index].get_submodule(site.linears[0]).in_features

@@ -1,11 +1,13 @@
-"""What happens to queries, keys and values between RoPE and the scores: the R3 rotation and the quantized KV cache.
+"""Queries, keys and values between RoPE and scores: rotation R3, quantized KV cache.
 
     scores = (q R3) Q(k R3)^T,     output = softmax(scores) Q(v)
 
-transformers calls an attention function by the name in the model's config; ours does the above and hands over to its SDPA.
-The name is set on one model's config, what it does hangs on that model's own modules, and `detach` removes both. Every token
-is quantized by itself, so a forward over a whole text sees the same keys and values as decoding with a cache; `cache` gives
-one that stores them quantized, each token once. Source: QuaRot (arXiv 2404.00456) section 4; keys are taken after RoPE.
+transformers calls an attention function by the name in the model's config; ours does the above and
+hands over to its SDPA. The name is set on one model's config, what it does hangs on that model's
+own modules, and `detach` removes both. Every token is quantized by itself, so a forward over a
+whole text sees the same keys and values as decoding with a cache; `cache` gives one that stores
+them quantized, each token once. Source: QuaRot (arXiv 2404.00456) section 4; keys are taken after
+RoPE.
 """
 
 from __future__ import annotations
@@ -30,12 +32,16 @@ NAME = "harness_kv"
 
 
 class HeadsInput(nn.Module):
-    """R3 and the KV formats of one attention module; queries, keys and values are [B, heads, T, head_dim]."""
+    """R3 and the KV formats of one attention module.
+
+    Queries, keys and values are [B, heads, T, head_dim].
+    """
 
     def __init__(self):
         super().__init__()
         self.codec: Codec | None = None
         self.format: KVCache | None = None
+        self.before: str | None = None  # the attention function to be called again once detached
         self._cached: Tensor | None = None
 
     def rotate(self, x: Tensor) -> Tensor:
@@ -62,7 +68,9 @@ class HeadsInput(nn.Module):
 
 
 class QuantizedLayer(DynamicLayer):
-    """One layer's part of the cache: a token is rotated and quantized when it enters, and never again."""
+    """One layer's part of the cache: a token is rotated and quantized when it enters, and never
+    again.
+    """
 
     def __init__(self, heads: HeadsInput):
         super().__init__()
@@ -77,24 +85,31 @@ class QuantizedLayer(DynamicLayer):
 
 
 def attach(adapter: Adapter) -> list[HeadsInput]:
-    """Put a HeadsInput into every attention module (found again when it is there already); returns them in block order."""
+    """Put a HeadsInput into every attention module (found again when it is there already).
+
+    Returns them in block order.
+    """
     name_attention(NAME, _attention)
-    modules = _modules(adapter)
-    for module in modules:
-        if not hasattr(module, "heads_input"):
-            module.heads_input = HeadsInput()
+    attached = []
+    for module in _modules(adapter):
+        heads = getattr(module, "heads_input", None)
+        if not isinstance(heads, HeadsInput):
+            heads = HeadsInput()
+            module.heads_input = heads
+        attached.append(heads)
     config = adapter.model.config
     if attention_name(config) != NAME:
-        modules[0].heads_input.before = attention_name(config)
+        attached[0].before = attention_name(config)
         use_attention(config, NAME)
-    return [module.heads_input for module in modules]
+    return attached
 
 
 def detach(adapter: Adapter) -> None:
     """Leave the model as `attach` found it."""
     modules = _modules(adapter)
-    if hasattr(modules[0], "heads_input"):
-        use_attention(adapter.model.config, modules[0].heads_input.before)
+    heads = getattr(modules[0], "heads_input", None)
+    if isinstance(heads, HeadsInput):
+        use_attention(adapter.model.config, heads.before)
         for module in modules:
             del module.heads_input
 
@@ -110,6 +125,5 @@ def _modules(adapter: Adapter) -> list[nn.Module]:
 
 
 def _attention(module, query, key, value, attention_mask, **kwargs):
-    return sdpa_attention_forward(
-        module, *module.heads_input(query, key, value), attention_mask, **kwargs
-    )
+    query, key, value = module.heads_input(query, key, value)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

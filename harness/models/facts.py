@@ -1,7 +1,8 @@
-"""The facts of a model: the fields of its config as transformers fills them in, checked where this project computes with them.
+"""The facts of a model: its config as transformers fills it in, its sizes checked.
 
-A config.json leaves to transformers what has a default (Qwen3's head_dim, the kinds of layers of an older file), so that the
-raw file would say something else than the model does. Reads no weights and imports no torch of its own.
+A config.json leaves to transformers what has a default (Qwen3's head_dim, the kinds of layers of an
+older file), so that the raw file would say something else than the model does. Reads no weights and
+imports no torch of its own.
 """
 
 from __future__ import annotations
@@ -23,15 +24,19 @@ OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 def config_of(folder: Path, **origin):
-    """transformers' config of a folder with a config.json. origin: further arguments of from_pretrained. Raises DataError that
-    names the file, and the key where one is at fault."""
+    """transformers' config of a folder with a config.json.
+
+    origin: further arguments of from_pretrained. Raises DataError that names the file, and the key
+    where one is at fault.
+    """
     from transformers import AutoConfig
 
     path = folder / "config.json"
     raw = read_object(path)
     if not isinstance(raw.get("model_type"), str):
         raise DataError(
-            f"{path}: model_type={raw.get('model_type')}: names no architecture; give a folder saved by "
+            f"{path}: model_type={raw.get('model_type')}: names no architecture; give a folder "
+            "saved by "
             "save_pretrained."
         )
     refuse_sizes(str(path), raw)
@@ -44,14 +49,19 @@ def config_of(folder: Path, **origin):
 
 
 def facts_of(config, where: str) -> dict:
-    """A transformers config as plain values. Raises DataError, beginning with `where`, for a size that is none."""
+    """A transformers config as plain values.
+
+    Raises DataError, beginning with `where`, for a size that is none.
+    """
     facts = config.to_dict()
     refuse_sizes(where, facts)
     return facts
 
 
 def refuse_sizes(where: str, facts: Mapping) -> None:
-    """Raise DataError for a size that is there and no positive whole number, and for heads that do not divide."""
+    """Raise DataError for a size that is there and no positive whole number, and for heads that do
+    not divide.
+    """
     for key in (*SIZES, *OPTIONAL_SIZES):
         value = facts.get(key)
         if (
@@ -68,12 +78,15 @@ def refuse_sizes(where: str, facts: Mapping) -> None:
 
 
 def read_object(path: Path) -> dict:
-    """The JSON object in a file. Raises DataError naming it where it is missing or holds something else."""
+    """The JSON object in a file. Raises DataError naming it where it is missing or holds something
+    else.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
-            f"{path.parent} lacks {path.name}; copy it again, or give a folder saved by save_pretrained."
+            f"{path.parent} lacks {path.name}; copy it again, or give a folder saved by "
+            "save_pretrained."
         ) from None
     except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{path} is damaged, not JSON ({reason(error)}); copy it again.") from None

@@ -1,7 +1,7 @@
 """Hub repositories, and local folders in the same layout.
 
-Only safetensors are read, for unpickling runs code. A gated model is opened by HF_TOKEN in the environment, which the hub's own
-client reads; it is neither kept nor shown here.
+Only safetensors are read, for unpickling runs code. A gated model is opened by HF_TOKEN in the
+environment, which the hub's own client reads; it is neither kept nor shown here.
 """
 
 import hashlib
@@ -20,10 +20,11 @@ HUB_TIMEOUT = 2.0  # seconds `check` waits for a hub that does not answer
 
 @dataclass(kw_only=True)
 class Hub(ModelSource):
-    """A hub repository or a local folder in the same layout (config.json, tokenizer files, *.safetensors).
+    """A hub repository or a local folder in the same layout (config.json, tokenizer files,
+    *.safetensors).
 
-    A repository that is already in the local cache is used from there, without asking the hub. weights: memory, or disk = each
-    block is read when it is used and dropped again.
+    A repository that is already in the local cache is used from there, without asking the hub.
+    weights: memory, or disk = each block is read when it is used and dropped again.
     """
 
     path: str | None = None
@@ -93,7 +94,7 @@ class Hub(ModelSource):
                 return config_of(self._folder)
             offline = self._cached()
             path = hf_hub_download(
-                self.path, "config.json", revision=self.revision, local_files_only=offline
+                self._address, "config.json", revision=self.revision, local_files_only=offline
             )
             return config_of(Path(path).parent, trust_remote_code=self.trust_remote_code)
 
@@ -111,7 +112,8 @@ class Hub(ModelSource):
             tokenizer = AutoTokenizer.from_pretrained(**self._origin())
         if not tokenizer("text")["input_ids"]:  # made of nothing where there are no files
             raise DataError(
-                f"model.path={self.path} needs a tokenizer beside its weights; save it there with save_pretrained"
+                f"model.path={self.path} needs a tokenizer beside its weights; save it there with "
+                "save_pretrained"
             )
         return tokenizer
 
@@ -121,10 +123,14 @@ class Hub(ModelSource):
 
         if self._folder is not None:
             return self._folder
-        wanted, here = ["model*.safetensors", INDEX], self._cached()
+        patterns = ["model*.safetensors", INDEX]
+        here = self._cached()
         return Path(
             snapshot_download(
-                self.path, revision=self.revision, allow_patterns=wanted, local_files_only=here
+                self._address,
+                revision=self.revision,
+                allow_patterns=patterns,
+                local_files_only=here,
             )
         )
 
@@ -142,10 +148,15 @@ class Hub(ModelSource):
         return f"{self._folder.resolve().name}:{digest.hexdigest()[:16]}"
 
     @property
-    def _folder(self) -> Path | None:
+    def _address(self) -> str:
+        """`path`, which has no default that would do."""
         if not isinstance(self.path, str) or not self.path:
             raise ConfigError("model=hf needs model.path: a hub id (owner/name) or a local folder")
-        folder = Path(self.path).expanduser()
+        return self.path
+
+    @property
+    def _folder(self) -> Path | None:
+        folder = Path(self._address).expanduser()
         return folder if folder.is_dir() else None
 
     def _origin(self) -> dict:
@@ -161,7 +172,7 @@ class Hub(ModelSource):
         from huggingface_hub import try_to_load_from_cache
 
         def local(file: str) -> str | None:
-            found = try_to_load_from_cache(self.path, file, revision=self.revision)
+            found = try_to_load_from_cache(self._address, file, revision=self.revision)
             return found if isinstance(found, str) else None
 
         index = None if local(SINGLE) else local(INDEX)
@@ -172,9 +183,9 @@ class Hub(ModelSource):
         from huggingface_hub import HfApi
 
         with self._explained():
-            info = HfApi().model_info(self.path, revision=self.revision, timeout=HUB_TIMEOUT)
+            info = HfApi().model_info(self._address, revision=self.revision, timeout=HUB_TIMEOUT)
             if info.gated:
-                HfApi().auth_check(self.path)
+                HfApi().auth_check(self._address)
         files = [sibling.rfilename for sibling in info.siblings or []]
         if not any(file.endswith(".safetensors") for file in files):
             raise self._no_safetensors(files)
@@ -185,12 +196,16 @@ class Hub(ModelSource):
             f"only {pickles[0]}, and pickled weights are not opened" if pickles else "no weights"
         )
         return DataError(
-            f"model.path={self.path}: no *.safetensors but {found}; save it again with save_pretrained"
+            f"model.path={self.path}: no *.safetensors but {found}; save it again with "
+            "save_pretrained"
         )
 
     @contextmanager
     def _explained(self, needs: str = ""):
-        """Turn what the hub's client and transformers raise into one sentence with a way out; needs: what was asked for."""
+        """Turn what the hub's client and transformers raise into one sentence with a way out.
+
+        needs: what was asked for.
+        """
         from huggingface_hub.errors import (
             GatedRepoError,
             HFValidationError,
@@ -207,7 +222,7 @@ class Hub(ModelSource):
             raise (
                 error if str(error).startswith(field) else DataError(f"{field}: {error}")
             ) from None
-        except Exception as error:  # the client's HTTP library, and with it its error classes, has changed over time
+        except Exception as error:  # the client's error classes have changed over time
             causes = [error, error.__cause__, error.__context__]
             if any(isinstance(cause, GatedRepoError) for cause in causes):
                 problem = "is gated: accept its licence on its hub page and set HF_TOKEN"

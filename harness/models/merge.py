@@ -1,11 +1,12 @@
-"""Matrices into a model: swapped linears, an untied head, norms without weights, and the merge itself.
+"""Matrices into a model: swapped linears, an untied head, bare norms, and the merge.
 
     RMSNorm(x) = x / rms(x) * gamma          W <- W diag(gamma) for every reader,   gamma <- 1
 
-rms(x R) = rms(x), but diag(gamma) does not commute with R, so gamma moves into the linears that read the norm: q, k, v from
-the input norm, gate and up from the second one, the head from the final one. Biases stay. Query and key norms of Qwen3 act
-per head after the projections and are left alone. The embedding mean is *not* subtracted: RMSNorm, unlike LayerNorm, sees it.
-Source: QuaRot (arXiv 2404.00456) section 4, without its LayerNorm leftover.
+rms(x R) = rms(x), but diag(gamma) does not commute with R, so gamma moves into the linears that
+read the norm: q, k, v from the input norm, gate and up from the second one, the head from the final
+one. Biases stay. Query and key norms of Qwen3 act per head after the projections and are left
+alone. The embedding mean is *not* subtracted: RMSNorm, unlike LayerNorm, sees it. Source: QuaRot
+(arXiv 2404.00456) section 4, without its LayerNorm leftover.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from harness.transforms import Chain, Codec, Placement, Role
 
 
 def swap(adapter: Adapter) -> None:
-    """Put a QuantLinear with the same weight in place of every linear of the blocks; nothing is computed differently. What is
-    swapped already, in a model from a checkpoint, stays as it is."""
+    """Put a QuantLinear with the same weight in place of every linear of the blocks.
+
+    Nothing is computed differently. What is swapped already, in a model from a checkpoint, stays as
+    it is.
+    """
     for index, block in enumerate(adapter.blocks):
         for site in adapter.family.sites:
             linears = {
@@ -72,7 +76,9 @@ def fuse_norms(adapter: Adapter) -> dict[tuple[int | None, str], Tensor]:
 
 @torch.no_grad()
 def place(adapter: Adapter, placement: Placement) -> None:
-    """Merge a placement into a swapped model's weights, in float64 and parameter by parameter, and attach what stays online."""
+    """Merge a placement into a swapped model's weights, in float64 and parameter by parameter, and
+    attach what stays online.
+    """
     head = placement.encoder(None, HEAD_SITE)
     if placement.residual is not None or head is not None:
         untie(adapter.model)
@@ -95,8 +101,10 @@ def place(adapter: Adapter, placement: Placement) -> None:
 
 
 def attach_online(adapter: Adapter, placement: Placement) -> None:
-    """Attach what of a placement stays online: behind what is there at its site, before the activation quantizer; R3 on queries
-    and keys. What reads it is swapped, and its weights are as they are merged."""
+    """Attach what of a placement stays online: behind what is there at its site, before the
+    activation quantizer; R3 on queries and keys. What reads it is swapped, and its weights are as
+    they are merged.
+    """
     attached = set()
     for name, role in adapter.roles.items():
         module = adapter.model.get_submodule(name)

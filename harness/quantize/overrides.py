@@ -5,12 +5,13 @@
       embed_tokens: 8                           # weights only, to nearest
       decoder: {act: 16}                        # every linear of every block
       down_proj: {weight: 8, act: int8}         # this linear of every block
-      first_2: mxfp8                            # blocks 0 and 1;  last_1: the last one;  blocks_4_7: blocks 4 to 7
+      first_2: mxfp8                            # blocks 0 and 1;  last_1: the last one
       blocks_4_7: {down_proj: 8}                # this linear of these blocks
 
-A value is a number of bits (of the weight; 16 leaves it float), an option of conf/format (its weight and act), or a mapping of
-weight and act to bits, an option, or settings that replace those of `format.weight` and `format.act`. What is named more
-closely wins: decoder < linear < blocks < linear of blocks; two ranges of blocks that meet are refused.
+A value is a number of bits (of the weight; 16 leaves it float), an option of conf/format (its
+weight and act), or a mapping of weight and act to bits, an option, or settings that replace those
+of `format.weight` and `format.act`. What is named more closely wins: decoder < linear < blocks <
+linear of blocks; two ranges of blocks that meet are refused.
 """
 
 from __future__ import annotations
@@ -25,64 +26,75 @@ from harness.formats import Format
 from harness.models.adapter import Family
 
 PARTS = ("weight", "act")
+Place = tuple[int | None, str]  # (block, linear); None: outside the blocks
 RANGE = re.compile(r"(?:first|last)_(\d+)|blocks_(\d+)(?:_(\d+))?")
 
 
 def resolve(
     chosen: Mapping, family: Family, layers: int, serves: Mapping[str, Mapping] | None = None
-) -> dict[tuple[int | None, str], dict]:
-    """{(block, linear): {part: Format or None}} from a `format` section. serves: `export.serves`, by
-    which options named here are changed as the format itself is. Raises ConfigError naming the
-    field."""
+) -> dict[Place, dict]:
+    """{(block, linear): {part: Format or None}} from a `format` section.
+
+    serves: `export.serves`, by which options named here are changed as the format itself is. Raises
+    ConfigError naming the field.
+    """
     chosen = {**chosen, "serves": serves or {}}
-    linears = {name.rpartition(".")[2]: name for site in family.sites for name in site.linears}
-    outside = {name.rpartition(".")[2]: name for name in (family.embedding, family.head)}
-    ranked: dict[tuple[int | None, str], dict[int, tuple[str, dict]]] = {}
-
-    def put(field: str, rank: int, where: tuple[int | None, str], parts: dict) -> None:
-        other = ranked.setdefault(where, {}).get(rank)
-        if other is not None:
-            raise ConfigError(
-                f"{field} and {other[0]} both name block {where[0]}; let the ranges not meet."
-            )
-        ranked[where][rank] = (field, parts)
-
-    overrides = {} if chosen["overrides"] is None else chosen["overrides"]
+    ranked: dict[Place, dict[int, tuple[str, dict]]] = {}
+    overrides = chosen["overrides"]
+    if overrides is None:
+        overrides = {}
     if not isinstance(overrides, Mapping):
         raise ConfigError(
-            f"format.overrides={overrides}: needs a mapping such as {{down_proj: 8, lm_head: 8}}, or null."
+            f"format.overrides={overrides}: needs a mapping such as {{down_proj: 8, lm_head: 8}}, "
+            "or null."
         )
     for key, value in overrides.items():
-        field = f"format.overrides.{key}"
-        if key in outside:
-            put(
-                field,
-                1,
-                (None, outside[key]),
-                _outside(field, value, chosen, key == family.embedding.rpartition(".")[2]),
-            )
-        elif key in linears or key == "decoder":
-            parts = _parts(field, value, chosen)
-            for layer in range(layers):
-                for name in linears.values() if key == "decoder" else [linears[key]]:
-                    put(field, 0 if key == "decoder" else 1, (layer, name), parts)
-        elif RANGE.fullmatch(str(key)):
-            for layer in _blocks(field, key, layers):
-                for rank, name, own, parts in _within(field, value, chosen, linears):
-                    put(own, rank, (layer, name), parts)
-        else:
-            legal = (*linears, *outside, "decoder", "first_N", "last_N", "blocks_N", "blocks_N_M")
-            raise ConfigError(
-                f"{field}: names nothing to quantize.{nearest(key, legal)} Legal: {', '.join(legal)}."
-            )
+        for field, rank, place, parts in _entries(key, value, chosen, family, layers):
+            others = ranked.setdefault(place, {})
+            if rank in others:
+                raise ConfigError(
+                    f"{field} and {others[rank][0]} both name block {place[0]}; let the ranges "
+                    "not meet."
+                )
+            others[rank] = (field, parts)
     resolved = {}
-    for where, found in ranked.items():
+    for place, entries in ranked.items():
         merged: dict = {}
-        for rank in sorted(found):
-            merged |= found[rank][1]
-        resolved[where] = merged
+        # what is named more closely has the higher rank, and replaces what is there
+        for rank in sorted(entries):
+            merged |= entries[rank][1]
+        resolved[place] = merged
     _one_activation(resolved, chosen, family, layers)
     return resolved
+
+
+def _entries(
+    key: str, value, chosen: Mapping, family: Family, layers: int
+) -> Iterator[tuple[str, int, Place, dict]]:
+    """(field, rank, place, parts) of all that one key of `format.overrides` names."""
+    field = f"format.overrides.{key}"
+    linears = {name.rpartition(".")[2]: name for site in family.sites for name in site.linears}
+    outside = {name.rpartition(".")[2]: name for name in (family.embedding, family.head)}
+    if key in outside:
+        embedding = outside[key] == family.embedding
+        yield field, 1, (None, outside[key]), _outside(field, value, chosen, embedding)
+    elif key == "decoder":
+        parts = _parts(field, value, chosen)
+        yield from (
+            (field, 0, (i, name), parts) for i in range(layers) for name in linears.values()
+        )
+    elif key in linears:
+        parts = _parts(field, value, chosen)
+        yield from ((field, 1, (i, linears[key]), parts) for i in range(layers))
+    elif RANGE.fullmatch(str(key)):
+        for layer in _blocks(field, key, layers):
+            for rank, name, source, parts in _within(field, value, chosen, linears):
+                yield source, rank, (layer, name), parts
+    else:
+        legal = (*linears, *outside, "decoder", "first_N", "last_N", "blocks_N", "blocks_N_M")
+        raise ConfigError(
+            f"{field}: names nothing to quantize.{nearest(key, legal)} Legal: {', '.join(legal)}."
+        )
 
 
 def _within(
@@ -93,7 +105,8 @@ def _within(
         for key, own in value.items():
             if key not in linears:
                 raise ConfigError(
-                    f"{field}.{key}: no such linear.{nearest(key, linears)} Legal: {', '.join(linears)}, weight, "
+                    f"{field}.{key}: no such linear.{nearest(key, linears)} Legal: "
+                    f"{', '.join(linears)}, weight, "
                     "act."
                 )
             yield 3, linears[key], f"{field}.{key}", _parts(f"{field}.{key}", own, chosen)
@@ -103,7 +116,9 @@ def _within(
 
 
 def _blocks(field: str, key: str, layers: int) -> range:
-    end, low, high = RANGE.fullmatch(key).groups()
+    match = RANGE.fullmatch(key)
+    assert match is not None
+    end, low, high = match.groups()
     if end is not None:
         count = int(end)
         found = range(count) if key.startswith("first") else range(layers - count, layers)
@@ -115,15 +130,16 @@ def _blocks(field: str, key: str, layers: int) -> range:
 
 
 def _outside(field: str, value, chosen: Mapping, embedding: bool) -> dict:
-    """Parts of the embedding or the head; a quantized head reads its activation like the other linears unless said
-    otherwise."""
+    """Parts of the embedding or the head.
+
+    A quantized head reads its activation like the other linears unless said otherwise.
+    """
     parts = _parts(field, value, chosen)
     if not embedding:
-        quantized = parts.get("weight") is not None
-        return {
-            "weight": None,
-            "act": build(chosen["act"], "format.act", Format) if quantized else None,
-        } | parts
+        act = None
+        if parts.get("weight") is not None:
+            act = build(chosen["act"], "format.act", Format)
+        return {"weight": None, "act": act} | parts
     if isinstance(value, Mapping) and "act" in value:
         raise ConfigError(
             f"{field}.act: tokens are looked up there, no activation is read; set weight only."
@@ -144,7 +160,8 @@ def _parts(field: str, value, chosen: Mapping) -> dict:
     unknown = [key for key in value if key not in PARTS]
     if unknown or not value:
         raise ConfigError(
-            f"{field}: {', '.join(map(str, unknown)) or 'nothing'} is not a part; choose weight or act."
+            f"{field}: {', '.join(map(str, unknown)) or 'nothing'} is not a part; choose weight or "
+            "act."
         )
     return {part: _part(f"{field}.{part}", part, own, chosen) for part, own in value.items()}
 
@@ -165,7 +182,8 @@ def _part(field: str, part: str, value, chosen: Mapping):
     changed = dict(value) if "_target_" in value else {**base, **value}
     if changed.get("_target_") is None and changed.get("bits") != 16:
         raise ConfigError(
-            f"{field}={dict(value)}: format.{part} is off, so there is nothing to change; give an option of "
+            f"{field}={dict(value)}: format.{part} is off, so there is nothing to change; give an "
+            "option of "
             "format such as int8."
         )
     try:
@@ -177,18 +195,18 @@ def _part(field: str, part: str, value, chosen: Mapping):
 
 
 def as_served(settings: Mapping, serves: Mapping | None) -> dict:
-    """The settings of one format, with the values by which an exported file is computed where it has
-    such settings. serves: a part of `export.serves`."""
+    """The settings of one format, with the values by which an exported file is computed where it
+    has such settings. serves: a part of `export.serves`.
+    """
     return {key: (serves or {}).get(key, value) for key, value in settings.items()}
 
 
 def _option(field: str, name: str) -> dict:
     """An option of conf/format with what it inherits."""
     try:
-        found = option("format", name)
+        return option("format", name)
     except ConfigError as error:
         raise ConfigError(f"{field}: {error}") from None
-    return found
 
 
 def _one_activation(resolved: Mapping, chosen: Mapping, family: Family, layers: int) -> None:
@@ -200,6 +218,7 @@ def _one_activation(resolved: Mapping, chosen: Mapping, family: Family, layers: 
             if any(act != acts[0] for act in acts):
                 readers = ", ".join(name.rpartition(".")[2] for name in site.linears)
                 raise ConfigError(
-                    f"format.overrides: {readers} of block {layer} read one activation but would quantize it "
+                    f"format.overrides: {readers} of block {layer} read one activation but would "
+                    "quantize it "
                     "differently; give all of them the same act."
                 )

@@ -23,32 +23,36 @@ def swap_in(
     global_scale: Tensor | None,
     counts: bool,
 ) -> dict[str, dict]:
-    """Load the dequantized weights of one site; returns {linear: report} with the relative output error on the sample.
+    """Load the dequantized weights of one site.
+
+    Returns {linear: report} with the relative output error on the sample.
 
     counts: report bits and weights of linears that stay float too.
     """
-    sample, reports = statistics.sample, {}
+    sample = statistics.sample
+    reports = {}
     read = sample if act is None else act.fake(sample, global_scale=global_scale)
     for name, linear in linears.items():
         report = reports[name] = {"name": names[name], "sqnr_db": None}
-        wanted = sample @ linear.weight.float().T
+        reference = sample @ linear.weight.float().T
         if name in qtensors:
             values = qtensors[name].dequantize()
             report["sqnr_db"] = decibel(relative(values, linear.weight))
             linear.load(values)
         if counts:
-            stored = (
-                qtensors[name].bits()
-                if name in qtensors
-                else 8 * linear.weight.element_size() * linear.weight.numel()
-            )
-            report |= {"bits": stored, "weights": linear.weight.numel()}
-        report["rel_error"] = relative(read @ linear.weight.float().T, wanted)
+            if name in qtensors:
+                bits = qtensors[name].bits()
+            else:
+                bits = 8 * linear.weight.element_size() * linear.weight.numel()
+            report |= {"bits": bits, "weights": linear.weight.numel()}
+        report["rel_error"] = relative(read @ linear.weight.float().T, reference)
     return reports
 
 
 def stored(tensors: Mapping[str, Tensor], name: str, format: Format, weight: Tensor) -> QTensor:
-    """The QTensor of one weight among a block's tensors, where the weight is (on the CPU while that is not in memory)."""
+    """The QTensor of one weight among a block's tensors, where the weight is (on the CPU while that
+    is not in memory).
+    """
     prefix = f"{name}."
     state = {
         key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
@@ -58,10 +62,12 @@ def stored(tensors: Mapping[str, Tensor], name: str, format: Format, weight: Ten
     )
 
 
-def relative(got: Tensor, wanted: Tensor) -> float:
-    """|got - wanted|^2 / |wanted|^2, a plain ratio."""
-    wanted = wanted.float()
-    return float((got.float() - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30))
+def relative(values: Tensor, reference: Tensor) -> float:
+    """|v - r|^2 / |r|^2 of values v and a reference r, a plain ratio."""
+    reference = reference.float()
+    noise = (values.float() - reference).square().sum()
+    # a reference of zeros has a finite error too
+    return float(noise / reference.square().sum().clamp_min(1e-30))
 
 
 def decibel(noise: float) -> float | None:
@@ -70,7 +76,9 @@ def decibel(noise: float) -> float | None:
 
 
 class Solved(Mapping):
-    """{absolute name: QTensor} of all quantized weights of a run, read block by block as they are asked for."""
+    """{absolute name: QTensor} of all quantized weights of a run, read block by block as they are
+    asked for.
+    """
 
     def __init__(self, adapter: Adapter, scheme: Scheme, run: Run):
         self._block = lambda index: solved(adapter, scheme, run, index)
@@ -79,13 +87,13 @@ class Solved(Mapping):
             for index in range(len(adapter.blocks) + scheme.outside)
             for name in self._block(index)
         }
-        self._kept: tuple[int, dict[str, QTensor]] = (-1, {})
+        self._latest: tuple[int, dict[str, QTensor]] = (-1, {})
 
     def __getitem__(self, name: str) -> QTensor:
         index = self._where[name]
-        if self._kept[0] != index:
-            self._kept = (index, self._block(index))
-        return self._kept[1][name]
+        if self._latest[0] != index:
+            self._latest = (index, self._block(index))
+        return self._latest[1][name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -95,21 +103,24 @@ class Solved(Mapping):
 
 
 def solved(adapter: Adapter, scheme: Scheme, run: Run, index: int) -> dict[str, QTensor]:
-    """{absolute name: QTensor} of a solved block, or, one after the last, of what stands outside the blocks."""
-    found = run.load_block(index)
-    count, family = len(adapter.blocks), adapter.family
-    if found is None:
+    """{absolute name: QTensor} of a solved block, or, one after the last, of what stands outside
+    the blocks.
+    """
+    record = run.load_block(index)
+    family = adapter.family
+    if record is None:
         return {}
-    layer = index if index < count else None
-    names = (
-        [n for site in family.sites for n in site.linears]
-        if layer is not None
-        else [family.embedding, family.head]
-    )
+    tensors, _ = record
+    if index < len(adapter.blocks):
+        layer = index
+        names = [name for site in family.sites for name in site.linears]
+    else:
+        layer = None
+        names = [family.embedding, family.head]
     qtensors = {}
     for name, format in scheme.weights(layer, names).items():
         absolute = name if layer is None else adapter.name(index, name)
-        if any(key.startswith(f"{name}.codes") for key in found[0]):
+        if any(key.startswith(f"{name}.codes") for key in tensors):
             weight = adapter.model.get_submodule(absolute).weight
-            qtensors[absolute] = stored(found[0], name, format, weight)
+            qtensors[absolute] = stored(tensors, name, format, weight)
     return qtensors

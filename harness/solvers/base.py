@@ -43,13 +43,19 @@ class Block(Protocol):
     hidden states is [B, L, hidden]; `quantized[i]` came through the solved blocks, `original[i]` through untouched ones."""
 
     index: int  # of the block in the model
-    weights: Mapping[str, Tensor]  # {name: [out, in]} of all linears, model dtype
     formats: Mapping[str, Format]  # {name: weight format} of those to be quantized
     sites: Mapping[str, tuple[str, ...]]  # {site: its linears} in the order of the forward
-    quantized: Sequence[Tensor]
     original: Sequence[Tensor]
     targets: Sequence[Tensor]  # what the untouched block makes of `original`
     generator: torch.Generator  # for draws, seeded by the run and the block
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """{name: [out, in]} of all linears, model dtype."""
+        ...
+
+    @property
+    def quantized(self) -> Sequence[Tensor]: ...
 
     def forward(self, index: int, hidden: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """The block's output for the hidden states of micro-batch `index`, with some weights replaced; differentiable."""

@@ -74,8 +74,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a name to write to, which then becomes `path` in one step.
 
     Readers see the old file or the new one, and a kill leaves either. Its mode is that of any new
-    file, whatever the writer makes of it: safetensors puts a private one (0600) in its place. Raises
-    OSError naming `path`.
+    file, whatever the writer makes of it: safetensors puts a private one (0600) in its place.
+    Raises OSError naming `path`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with naming(path):

@@ -30,7 +30,8 @@ class Run:
     """One run directory. say: told in one line, and once, of each record that is damaged."""
 
     def __init__(self, path: Path, say: Callable[[str], None] = tell):
-        self.path, self._say = path, say
+        self.path = path
+        self._say = say
         # Of the learned matrices and the allocation under which this run's blocks are solved.
         self.placement = ""
         self._damaged: dict[Path, str] = {}
@@ -80,8 +81,9 @@ class Run:
 
     def set_environment(self, **fields) -> None:
         """Merge fields into environment.json."""
-        known = read_json(self.path / "environment.json") or {}
-        write_json(self.path / "environment.json", {**known, **fields})
+        record = read_json(self.path / "environment.json")
+        before: dict = record if isinstance(record, dict) else {}
+        write_json(self.path / "environment.json", {**before, **fields})
 
     def save(self, name: str, value) -> None:
         """Replace the JSON file `name` of the run."""
@@ -108,7 +110,7 @@ class Run:
 
     def event(self, name: str, **fields) -> None:
         """Append one line to events.jsonl."""
-        line = json.dumps({"time": now(), "event": name, **finite(fields)})
+        line = json.dumps(finite({"time": now(), "event": name, **fields}))
         append(self.path / "events.jsonl", line)
 
     def damaged(self, path: Path, why: str) -> None:

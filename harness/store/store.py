@@ -16,7 +16,8 @@ class Store:
     """All runs below one root. say: told in one line what is damaged and what is waited for."""
 
     def __init__(self, root: str | Path, say: Callable[[str], None] = tell):
-        self.root, self._say = Path(root), say
+        self.root = Path(root)
+        self._say = say
 
     def check(self) -> None:
         """Raises ConfigError when nothing can be written below the root. Leaves nothing behind."""

@@ -46,10 +46,12 @@ def save_tensors(path: Path, tensors: Mapping, metadata: Mapping[str, str] | Non
     import torch
 
     header: dict = {"__metadata__": dict(metadata or {})}
-    data, end = [], 0
+    data = []
+    end = 0
     for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
         tensor = tensors[name].detach().cpu().contiguous()
-        begin, end = end, end + tensor.nbytes
+        begin = end
+        end += tensor.nbytes
         dtype = DTYPES[str(tensor.dtype).removeprefix("torch.")]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
         data.append(tensor.reshape(-1).view(torch.uint8).numpy())

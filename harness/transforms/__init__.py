@@ -1,4 +1,7 @@
-"""Transforms learn or draw matrices; harness/codecs/fold.py merges them. A new one is one file here and one in conf/transform."""
+"""Transforms learn or draw matrices; harness/codecs/fold.py merges them.
+
+A new one is one file here and one in conf/transform.
+"""
 
 from harness.codecs.codec import Blocks, Chain, Codec, Diagonal, Kronecker, Repeated, Rotation
 from harness.codecs.fold import fold, merge

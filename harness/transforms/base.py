@@ -1,5 +1,7 @@
-"""The words every transform speaks: ModelShape (what is known before weights are loaded), CalibrationModel (the loaded model under
-study), Transform. A transform only *produces* a Placement of codecs; merging them is one act for all (codecs/fold.py).
+"""The words every transform speaks: ModelShape, CalibrationModel, Transform.
+
+ModelShape is what is known before weights are loaded, CalibrationModel the loaded model under study.
+A transform only *produces* a Placement of codecs; merging them is one act for all (codecs/fold.py).
 """
 
 from __future__ import annotations

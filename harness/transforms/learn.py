@@ -1,8 +1,9 @@
 """Learning orthogonal matrices end to end: a loss of the whole model (losses.py), activations quantized, weights frozen.
 
-The live forward (transforms.CalibrationModel.unmerged) applies the codecs to activations with straight-through quantizers, so no gradient of
-a weight is ever taken. The matrices of the iterate with the least loss on held-out windows are returned, the start being one
-of the candidates: the loss returned is never above the one begun with.
+The live forward (transforms.CalibrationModel.unmerged) applies the codecs to activations with
+straight-through quantizers, so no gradient of a weight is ever taken. The matrices of the iterate
+with the least loss on held-out windows are returned, the start being one of the candidates: the
+loss returned is never above the one begun with.
 """
 
 from __future__ import annotations
