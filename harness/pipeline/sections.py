@@ -52,7 +52,9 @@ def check_export(section: Mapping) -> None:
         common = {key: value for key, value in section.items() if key in EXPORT}
         typed("export.", common, EXPORT, needed=EXPORT.keys() - {"serves"})
     else:
-        typed("export.", section, {"name": str}, needed=("name",))
+        # Formats compute by `serves` whether or not anything is exported.
+        known = {name: EXPORT[name] for name in ("name", "serves")}
+        typed("export.", section, known, needed=("name",))
 
 
 def check_serves(section: Mapping) -> None:
