@@ -16,6 +16,7 @@ from types import UnionType
 from typing import Protocol, TypeVar, get_type_hints, overload
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError
 
 from harness.config.checks import integer, known_keys, nearest, one_of, typed
 from harness.config.errors import ConfigError
@@ -163,8 +164,19 @@ def option(group: str, name: str) -> dict:
 
 
 def _plain(config: object) -> dict:
-    """A composed mapping as plain values, references resolved."""
-    values = OmegaConf.to_container(config, resolve=True)
+    """A composed mapping as plain values, references resolved.
+
+    Raises ConfigError naming the setting whose reference leads nowhere.
+    """
+    try:
+        values = OmegaConf.to_container(config, resolve=True)
+    except InterpolationKeyError:
+        raise  # hints.py says which setting there is not
+    except InterpolationResolutionError as error:
+        why = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{error.full_key}: what it is taken from has another form ({why}); set one of the two."
+        ) from None
     assert isinstance(values, dict)
     return values
 
