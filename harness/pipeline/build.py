@@ -84,7 +84,7 @@ def components(plan: Plan) -> Components:
             for each in _possible(scheme, auto)
             for warning in exporter.check(each, transforms, context, dtype)
         ]
-        warnings += dict.fromkeys(doubts)
+        warnings += dict.fromkeys(doubts)  # each once
     built = {
         "format.weight": scheme.weight,
         "format.act": scheme.act,
@@ -131,7 +131,7 @@ def transforms_of(section: Mapping) -> list[Transform]:
         if key not in ("name", "smooth", "save", "load")
     }
     transform = build(own, "transform", Transform)
-    transform.name = section["name"]
+    transform.name = section["name"]  # of the option, for a class may serve several
     smooth = section.get("smooth")
     if smooth is None:
         return [transform]
@@ -181,6 +181,7 @@ def _exporter(plan: Plan, scheme: Scheme, family: Family) -> Exporter | None:
             "choose a format, or export=none."
         )
     exporter = build(exporter_fields(section), "export", Exporter)
+    # What would fail only after the run.
     check_destination(section)
     # Refuses what no folder can be called.
     Name.of(plan.settings, plan.choices, scheme, family.head)

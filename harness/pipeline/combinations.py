@@ -51,7 +51,9 @@ def check_parts(
 def check_lengths(plan: Plan, facts: Mapping) -> None:
     """Refuse windows that the model's positions cannot hold."""
     longest = facts.get("max_position_embeddings")
-    cut = {"data.calibration": plan.calibration} if plan.calibrates else {}
+    cut = {}
+    if plan.calibrates:
+        cut["data.calibration"] = plan.calibration
     cut["eval.perplexity"] = plan.evaluation
     for field, windows in cut.items():
         if longest and windows.length > longest:
@@ -73,6 +75,7 @@ def check_widths(scheme: Scheme, auto: Auto | None, family: Family, facts: Mappi
                 format.check(width, f"format.{field}.group_size", site)
     sites = {name: site.name for site in family.sites for name in site.linears}
     for (layer, name), parts in scheme.overrides.items():
+        # Embedding and head are of no block, and as wide as the residual stream.
         width = facts["hidden_size"] if layer is None else widths[sites[name]]
         for role, format in parts.items():
             if format is not None:
@@ -88,6 +91,7 @@ def check_budget(auto: Auto, scheme: Scheme, family: Family, facts: Mapping) -> 
             f"{least} bits; raise it, or add a smaller candidate."
         )
     linears = sum(len(site.linears) for site in family.sites) * facts["num_hidden_layers"]
+    # Those outside the blocks are never allocated.
     decided = sum(
         layer is not None and "weight" in parts for (layer, _), parts in scheme.overrides.items()
     )
@@ -110,6 +114,7 @@ def check_solver(
 
     name: what the option of solver is called.
     """
+    # Each once: linears that share a format would repeat its warnings.
     formats = list(dict.fromkeys(_weight_formats(scheme, auto)))
     doubts = [warning for format in formats for warning in solver.check(format)]
     warnings = list(dict.fromkeys(doubts))
@@ -155,14 +160,17 @@ def _scalable(
     """{site: free | shared | fixed} of the sites whose linears are quantized
     (solvers.Block.scalable)."""
     encoded = {site for transform in transforms for site in transform.encodes(context)}
-    # Several query heads read one value head, and so share its scales.
-    shared = {"o_in"} if context.heads > context.kv_heads else set()
     kinds = {}
     for site, linears in context.readers.items():
-        if any(scheme.weights(layer, linears) for layer in range(context.layers)):
-            kinds[site] = "shared" if site in shared else "free"
-            if site in encoded:
-                kinds[site] = "fixed"
+        if not any(scheme.weights(layer, linears) for layer in range(context.layers)):
+            continue
+        kinds[site] = "free"
+        # Several query heads read one value head, and so share its scales.
+        if site == "o_in" and context.heads > context.kv_heads:
+            kinds[site] = "shared"
+        # An encoder stands between the site and what would take its scale.
+        if site in encoded:
+            kinds[site] = "fixed"
     return kinds
 
 
@@ -189,8 +197,10 @@ def check_placement_files(plan: Plan, transforms: Sequence[Transform], context: 
     if save is not None:
         if not isinstance(save, str) or Path(save).is_dir():
             raise ConfigError(f"transform.save={save}: needs the name of a file.")
+        # Now, and not after the hours that learning may take.
         writable("transform.save", Path(save).parent)
     if section.get("load") is not None:
+        # One at most learns: SmoothQuant, which may stand beside it, does not.
         file.check(section["load"], learned[0], context, placement_facts(plan, learned[0]))
 
 

@@ -36,6 +36,8 @@ def compute(start: Job, device: torch.device) -> None:
     changed = False
     if not plan.model.quantized:  # what is quantized already is measured as it is
         changed = stages.transform(job, adapter, calibration, probe)
+    # What is exact need not be evaluated, for the gate has found the same logits; unless the run
+    # quantizes nothing, and the transformed model is its result.
     inexact = not all(transform.exact for transform in job.parts.transforms)
     if inexact or (changed and not plan.quantizes):
         measure.evaluate(job, "transformed", adapter)
@@ -44,6 +46,7 @@ def compute(start: Job, device: torch.device) -> None:
         measure.evaluate(job, "quantized", adapter)
     if job.parts.exporter is not None:
         export.export(job, adapter, job.parts.exporter)
+    # A float model's weights have the bits of their dtype; a checkpoint's are not known here.
     if job.metrics["bits_per_weight"] is None and not plan.model.quantized:
         job.metrics["bits_per_weight"] = float(torch.finfo(adapter.model.dtype).bits)
 
@@ -84,6 +87,7 @@ def _read_texts(job: LoadedJob, adapter: Adapter) -> Tensor:
         ids = measure.tokens(job, plan.calibration_corpus, "calibration")
         texts = evaluated | {"calibration": ids}
         calibration = _calibration(job, ids)
+    # A tokenizer of another model gives ids that would end in an error deep inside torch.
     for name, ids in texts.items():
         refuse_unknown_ids(name, ids, adapter.model.get_input_embeddings().num_embeddings)
     job.metrics["marks"] = _marks(job, evaluated)
@@ -123,6 +127,7 @@ def _quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
     """Quantize weights, activations, keys and values, whichever the run does."""
     auto = job.parts.auto
     if auto is not None:
+        # Here, and not when the parts are built: it takes gradients of the transformed model.
         scheme = stages.allocation(job, adapter, calibration, auto)
         job.parts = replace(job.parts, scheme=scheme)
     scheme = job.parts.scheme

@@ -64,4 +64,5 @@ def free(folder: Path, names: Sequence[str]) -> Iterator[int]:
                 continue
             yield index
             return
+        # Whichever, but not the same one for all.
         yield os.getpid() % len(names)

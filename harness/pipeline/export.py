@@ -61,6 +61,7 @@ def export(job: LoadedJob, adapter: Adapter, exporter: Exporter) -> None:
             write_checkpoint(exporter, snapshot, beside)
             write_json(beside / "digests.json", digests(beside))
             compared = _gate(job, exporter, snapshot, beside)
+            # Runs that differ in what a name does not say may end at the same time.
             with locked(folder / f".{name}.lock", wait=True):
                 final = _free(folder, name, run_id)
                 description = metadata(snapshot, final.name, beside)
@@ -94,7 +95,9 @@ def _free(folder: Path, name: str, run_id: str) -> Path:
         aside.rename(folder / name)
     shutil.rmtree(aside, ignore_errors=True)
     taken = (folder / name).exists() and about(folder / name).get("run_id") != run_id
-    return folder / (f"{name}.{run_id[-10:]}" if taken else name)
+    if taken:
+        return folder / f"{name}.{run_id[-10:]}"
+    return folder / name
 
 
 def _aside(final: Path) -> Path:
@@ -106,6 +109,7 @@ def _gate(job: LoadedJob, exporter: Exporter, snapshot: Snapshot, folder: Path) 
     dtype = snapshot.adapter.model.dtype
     stored = exporter.stored(snapshot)
     model = exporter.load(folder, snapshot.adapter.device, stored or dtype)
+    # Before the loaded model is cast to the dtype of the evaluation.
     for name, qtensor in snapshot.qtensors.items():
         weight = exporter.weight(model, name)
         if not torch.equal(weight, _decoded(qtensor, weight.dtype).to(weight.device)):
@@ -142,8 +146,11 @@ def _tolerance(exporter: Exporter, evaluated: float) -> float:
 
 
 def _decoded(q: QTensor, dtype: torch.dtype) -> Tensor:
-    """The evaluated weight in the dtype in which a file is served, rounded once."""
-    return q.dequantize() if dtype == q.dtype else q.format.decode(q.codes, q.scales).to(dtype)
+    """The evaluated weight in the dtype in which a file is served."""
+    if dtype == q.dtype:
+        return q.dequantize()
+    # From float32, for a value that was rounded to the model's dtype would be rounded twice.
+    return q.format.decode(q.codes, q.scales).to(dtype)
 
 
 @torch.no_grad()

@@ -76,6 +76,7 @@ def execute(
     from harness.pipeline.build import components
 
     parts = components(plan)
+    # A person is told at once who computes this; a job of a sweep may wait for another one.
     with records.locked(run.path / "lock", wait=sweep is not None, say=reporter.say):
         metrics = _result(plan, run)  # by who held the lock
         if metrics is not None:
@@ -124,6 +125,7 @@ class Attempt(Job):
         """One that has not begun. command: see `execute`."""
         if plan.settings["force"]:
             run.forget()
+        # All fields from the start: readers of a run that failed early find each of them.
         metrics = {
             "run_id": plan.run_id,
             "quant_id": plan.quant_id,
@@ -162,10 +164,11 @@ class Attempt(Job):
         try:
             self._compute()
             self.metrics["status"] = "done"
-        except BaseException as failure:
+        except BaseException as failure:  # interrupts too: the store must not say `running`
             error = f"{type(failure).__name__}: {failure}"
             self.metrics["status"] = "failed"
             self.run.set_status(error=error, traceback=traceback.format_exc())
+            # An input that is wrong is refused as if it had been found before the start.
             begun = bool(self.metrics["stages"])
             refused = isinstance(failure, ConfigError | DataError) and not begun
             if refused or not isinstance(failure, Exception):

@@ -65,11 +65,13 @@ class Plan:
             self.model.amp,
         ]
         tested += fingerprints(self.evaluations)
+        # What makes the quantized model, and so which runs share solved blocks.
         made = [model, self._format(), self._transform(), settings["solver"], settings["seed"]]
-        if self.quantizes:
+        if self.quantizes:  # errors of layers are kept with the blocks
             made.append(settings["eval"]["layer_windows"])
         if self.calibrates:
             made += self._calibration()
+        # For people who look into the store; the digits behind them tell runs apart.
         labels = "-".join(
             str(self.choices.get(group) or group)
             for group in ("model", "format", "transform", "solver")
@@ -132,6 +134,7 @@ class Plan:
         solver never changes it."""
         section = self.settings["format"]
         formats = [section[name] for name in sees]
+        # Overrides may be of any part that is seen.
         if sees and section["overrides"]:
             formats += [section["overrides"], self._format().get("named")]
         transform = {key: value for key, value in self._transform().items() if key != "name"}
@@ -177,6 +180,7 @@ class Plan:
         if not named:
             return section
         if self.settings["export"].get("serves"):
+            # What it changes in the section itself stands there already.
             named["serves"] = self.settings["export"]["serves"]
         return {**section, "named": named}
 
@@ -186,6 +190,7 @@ class Plan:
         section = {key: x for key, x in self.settings["transform"].items() if key != "save"}
         path = section.get("load")
         if isinstance(path, str) and Path(path).is_file():
+            # A file may be moved, or written again under its name.
             section["load"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
         return section
 
@@ -205,6 +210,7 @@ class Plan:
             check_length(
                 "data.calibration", self.calibration, self.calibration_corpus.text("calibration")
             )
+        # By what it says: a file may hold what an evaluated corpus has under another name.
         tested = {corpus.fingerprint("evaluation") for corpus in self.corpora}
         if self.calibrates and self.calibration_corpus.fingerprint("calibration") in tested:
             raise ConfigError(

@@ -51,9 +51,11 @@ def transform(job: LoadedJob, adapter: Adapter, calibration: Tensor, probe: Tens
             exact = exact_logits(adapter, probe)
         merge.swap(adapter)
         untouched = profiles(adapter, calibration) if job.plan.calibrates else {}
+        # Only a rotated residual stream needs the norms' weights out of its way.
         gains = None
         if any(transform.residual for transform in transforms):
             gains = merge.fuse_norms(adapter)
+        # What a transform learns are its own matrices.
         for parameter in adapter.model.parameters():
             parameter.requires_grad_(False)
         subject = StreamedModel(adapter, calibration, job.reporter.stage, gains, job.tracker.log)
@@ -160,6 +162,7 @@ def allocation(job: LoadedJob, adapter: Adapter, calibration: Tensor, auto: Auto
                 record = {"rows": sensitivities(adapter, auto, calibration, advance)}
             records.write_record(path, record)
     overrides = {where: dict(parts) for where, parts in scheme.overrides.items()}
+    # The record has every linear, for other runs with other overrides.
     undecided = [
         row
         for row in record["rows"]
@@ -196,6 +199,7 @@ def quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
     scheme = job.parts.scheme
     solver = job.parts.solver
     if not _reads(job.parts):
+        # Fewer windows give the same weights, and errors near those of all.
         calibration = calibration[: settings["eval"]["layer_windows"]]
     count = len(adapter.blocks)
     present = 0 if settings["force"] else job.store.adopt_blocks(job.run, job.plan.quant_id)
@@ -218,6 +222,7 @@ def quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
             log=job.tracker.log,
         )
         if solver is not None and solver.encodings is not None:
+            # From the files of the blocks, for some may be of an earlier attempt.
             for index in range(total):
                 qtensors = solved(adapter, scheme, job.run, index)
                 save_encodings(job.run.path / solver.encodings, index, qtensors)
@@ -227,7 +232,8 @@ def quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
         job.metrics["warnings"] += solver.idle(layers)
     weights = sum(layer.get("weights", 0) for layer in layers)
     bits = sum(layer.get("bits", 0) for layer in layers)
-    job.metrics["bits_per_weight"] = bits / weights if weights else None
+    if weights:  # without a solver none are counted
+        job.metrics["bits_per_weight"] = bits / weights
 
 
 def _told(

@@ -54,7 +54,7 @@ def evaluated(names: Sequence[str], data: Corpus) -> tuple[Corpus, ...]:
                 f"eval.perplexity.corpora: two different texts are called {corpus.name}; "
                 "set data.name to another."
             )
-        corpora.setdefault(mark, corpus)
+        corpora.setdefault(mark, corpus)  # under the first of its names
     return tuple(corpora.values())
 
 
@@ -63,6 +63,7 @@ def check_length(field: str, windows: Windows, text: str | list[str]) -> None:
     comes later."""
     parts = [text] if isinstance(text, str) else text
     available = sum(len(part.encode()) for part in parts)
+    # A token takes a byte of the text at least.
     needed = windows.length * (windows.count or 1)
     if available < needed:
         raise DataError(
@@ -76,7 +77,7 @@ def _other(field: str, name: str) -> Corpus:
     """An evaluation corpus by the name of a data option, or by its folder."""
     try:
         corpus = TextFolder(name) if "/" in name else corpus_of(option("data", name))
-        corpus.fingerprint("evaluation")
+        corpus.fingerprint("evaluation")  # raises where there is no such text
         return corpus
     except (ConfigError, DataError) as error:
         raise type(error)(f"{field}={name}: {error}") from None
