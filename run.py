@@ -1,7 +1,8 @@
-"""The command line: compose the configuration, hand it over, turn the outcome into a table and an exit status.
+"""The command line: compose the configuration, hand it over, show what came of it.
 
-Exit status: 0 done (failures recorded under on_error=record too), 1 a run failed, 2 the configuration or an input is wrong,
-130 interrupted, 143 terminated. Imports no torch: help, completion and stored results answer at once.
+Exit status: 0 done (failures recorded under on_error=record too), 1 a run failed, 2 the
+configuration or an input is wrong, 130 interrupted, 143 terminated. Imports no torch: help,
+completion and stored results answer at once.
 """
 
 import os
@@ -11,13 +12,14 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 ROOT = Path(__file__).resolve().parent
@@ -37,66 +39,98 @@ MULTIRUN = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def job(cfg) -> None:
-    """One run, or one job of a sweep; neither raises what is no bug: Hydra would announce it, and other jobs would not run."""
+def job(cfg: DictConfig) -> None:
+    """One run, or one job of a sweep.
+
+    Neither raises what is no bug: Hydra would announce it, and other jobs would not run.
+    """
+    config = HydraConfig.instance().cfg
+    assert isinstance(config, DictConfig)  # Hydra sets it before it calls this
+    # Unresolved: what a word refers to is no part of the command.
+    words = OmegaConf.to_container(config.hydra.overrides.task)
+    assert isinstance(words, list)
+    given = [str(word) for word in words]
+    choices = {group: config.hydra.runtime.choices.get(group) for group in GROUPS}
+    if config.hydra.mode == RunMode.MULTIRUN:
+        job_of_sweep(cfg, config.hydra, choices, given)
+        return
+    refusal = through(cfg, config, choices, given)
+    if refusal is not None:
+        sys.exit(refuse(refusal))
+    single_run(cfg, choices, given)
+
+
+def single_run(cfg: DictConfig, choices: Mapping[str, str | None], given: list[str]) -> None:
+    """Run, show the result, and leave by the exit status where that is not 0."""
     from harness.pipeline.job import execute
-    from harness.report.sweep import record, reporter, swept
-    from harness.report.sweep_table import summary
     from harness.report.table import run_table
 
-    config = HydraConfig.instance().cfg
-    hydra_cfg, given = config.hydra, OmegaConf.to_container(config.hydra.overrides.task)
-    choices = {group: hydra_cfg.runtime.choices.get(group) for group in GROUPS}
-    command = shlex.join(["python", "run.py", *given])
-    if hydra_cfg.mode != RunMode.MULTIRUN:
-        left = [
-            key
-            for key in swept(config, given)
-            if key in GROUPS or OmegaConf.select(cfg, key, default=...) is not ...
-        ]
-        if left:
-            name = next(
-                f"{group}={choices[group]}" for group in ("sweeps", "experiment") if choices[group]
-            )
-            sys.exit(
-                refuse(
-                    f"{name} goes through {', '.join(left)}: python run.py -m {shlex.join(given)}"
-                )
-            )
-        try:
-            outcome = execute(cfg, choices, command=command, overrides=given)
-        except Exception as error:
-            sys.exit(failed(error, given))
-        if outcome.stored:
-            print("stored result (force=true computes again)", file=sys.stderr)
-        run_table(outcome.metrics, outcome.run.path)
-        if outcome.status == "failed":
-            print(
-                f"{outcome.error}\nThe traceback is in {outcome.run.path / 'status.json'}.",
-                file=sys.stderr,
-            )
-            sys.exit(1 if cfg.on_error == "raise" else 0)
-        return
-    sweep, row = Path(hydra_cfg.sweep.dir), {"overrides": given}
     try:
-        outcome = execute(
-            cfg, choices, sweep.name, reporter(sweep, hydra_cfg.job.num), command, given
+        outcome = execute(cfg, choices, command=line(given), overrides=given)
+    except Exception as error:
+        sys.exit(failed(error, given))
+    if outcome.stored:
+        print("stored result (force=true computes again)", file=sys.stderr)
+    run_table(outcome.metrics, outcome.run.path)
+    if outcome.status == "failed":
+        print(
+            f"{outcome.error}\nThe traceback is in {outcome.run.path / 'status.json'}.",
+            file=sys.stderr,
         )
+        sys.exit(1 if cfg.on_error == "raise" else 0)
+
+
+def job_of_sweep(
+    cfg: DictConfig, setup: DictConfig, choices: Mapping[str, str | None], given: list[str]
+) -> None:
+    """Run, and leave a record of it for the sweep's table. setup: Hydra's own configuration."""
+    from harness.pipeline.job import execute
+    from harness.report.sweep import record, reporter
+    from harness.report.sweep_table import summary
+
+    sweep = Path(setup.sweep.dir)
+    number = setup.job.num
+    row: dict[str, object] = {"overrides": given}
+    try:
+        outcome = execute(cfg, choices, sweep.name, reporter(sweep, number), line(given), given)
         row |= summary(outcome.metrics) | {
             "stored": outcome.stored,
             "run_id": outcome.run.path.name,
             "error": outcome.error,
         }
     except Exception as error:
-        row |= {
-            "status": "failed",
-            "error": reason(error, given) or f"{type(error).__name__}: {error}",
-        }
-    record(sweep, hydra_cfg.job.num, row)
+        row["status"] = "failed"
+        row["error"] = reason(error, given) or f"{type(error).__name__}: {error}"
+    record(sweep, number, row)
+
+
+def through(
+    cfg: DictConfig, config: DictConfig, choices: Mapping[str, str | None], given: list[str]
+) -> str | None:
+    """Why this is no single run: an option that goes through several values. None: it is one."""
+    from harness.report.sweep import swept
+
+    settings = [
+        key
+        for key in swept(config, given)
+        if key in GROUPS or OmegaConf.select(cfg, key, default=...) is not ...
+    ]
+    if not settings:
+        return None
+    option = next(
+        f"{group}={choices[group]}" for group in ("sweeps", "experiment") if choices[group]
+    )
+    return f"{option} goes through {', '.join(settings)}: python run.py -m {shlex.join(given)}"
+
+
+def line(given: list[str]) -> str:
+    """The command that runs it again."""
+    return shlex.join(["python", "run.py", *given])
 
 
 def reason(error: Exception, words: list[str]) -> str | None:
-    """What to say of an error of the configuration, an input or the system; None for any other, which is a bug."""
+    """What to say of an error of the configuration, an input or the system; None for any other,
+    which is a bug."""
     from harness.config.errors import ConfigError, DataError
     from harness.store import RunLocked
 
@@ -115,11 +149,11 @@ def failed(error: Exception, words: list[str]) -> int:
     """Say why a command ended early; the exit status for that."""
     from harness.store import RunLocked
 
-    told = reason(error, words)
-    if told is None:
+    message = reason(error, words)
+    if message is None:
         traceback.print_exception(error)
         return 1
-    return refuse(told, 1 if isinstance(error, RunLocked) else 2)
+    return refuse(message, 1 if isinstance(error, RunLocked) else 2)
 
 
 def refuse(message: str, status: int = 2) -> int:
@@ -129,7 +163,8 @@ def refuse(message: str, status: int = 2) -> int:
 
 
 def arranged(words: list[str]) -> list[str]:
-    """Flags before overrides, as Hydra's parser wants them; a ~ that begins a value is the home folder, as shells have it."""
+    """Flags before overrides, as Hydra's parser wants them; a ~ that begins a value is the home
+    folder, as shells have it."""
     words = [re.sub(r"(?<=[=,\[])~(?=/|$)", lambda _: str(Path.home()), word) for word in words]
     return sorted(
         words, key=lambda word: not word.startswith("-") and ("=" in word or word.startswith("~"))
@@ -144,13 +179,11 @@ def terminated(*_) -> None:
 def main() -> int:
     """The exit status of a command line."""
     os.environ["HARNESS_ROOT"] = str(ROOT)
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
-    )  # for jobs' processes
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # for the processes of a sweep's jobs
     os.environ.setdefault("HARNESS_SWEEP", f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-    os.environ["HYDRA_FULL_ERROR"] = (
-        "1"  # Hydra then raises instead of printing, and the message below is ours
-    )
+    # Hydra then raises instead of printing, and the message below is ours.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     signal.signal(signal.SIGTERM, terminated)
     words = arranged(sys.argv[1:])
     overrides = [word for word in words if word not in MULTIRUN]
@@ -159,11 +192,9 @@ def main() -> int:
             from harness.report.sweep import sweep
 
             flags = [word for word in overrides if word.startswith("-")]
-            return (
-                refuse(f"{flags[0]}: not together with -m; leave one of them out")
-                if flags
-                else sweep(job, overrides)
-            )
+            if flags:
+                return refuse(f"{flags[0]}: not together with -m; leave one of them out")
+            return sweep(job, overrides)
         sys.argv[1:] = words
         job()
     except KeyboardInterrupt as end:

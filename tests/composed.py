@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
 from harness.calibration.shipped import Pydoc
+from harness.formats import Format, KVCache
 
 ROOT = Path(__file__).parent.parent
 GROUPS = (
@@ -21,6 +22,7 @@ GROUPS = (
     "experiment",
     "sweeps",
 )
+PARTS = {"weight": Format, "act": Format, "kv": KVCache}  # of a format section
 SMALL = [
     "model=tiny",
     "tracking=local",

@@ -4,14 +4,14 @@ import re
 from collections.abc import Mapping
 
 import pytest
-from composed import ROOT, composed
+from composed import PARTS, ROOT, composed
 from omegaconf import OmegaConf
 
 from harness.config.build import build, fingerprint
 from harness.config.checks import typed
 from harness.config.errors import ConfigError
 from harness.formats import Format
-from harness.pipeline.build import PARTS, transforms_of
+from harness.pipeline.build import transforms_of
 from harness.solvers import Solver
 
 OPTIONS = [

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import yaml
-from composed import composed
+from composed import PARTS, composed
 
 from harness.checkpoints.base import Snapshot
 from harness.checkpoints.card import card
@@ -21,7 +21,6 @@ from harness.models import merge
 from harness.models.adapter import FAMILIES, Adapter
 from harness.models.source import untie
 from harness.models.tiny import Tiny
-from harness.pipeline.build import PARTS
 from harness.quantize.overrides import resolve
 
 EXAMPLE = "Qwen3-0.6B-openmath_SFT_LoRa256_QuaRot_w4_g64_a4_kv4_headfp16"

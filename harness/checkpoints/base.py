@@ -59,7 +59,7 @@ class Exporter(ABC):
     name: as `export=` calls it. tolerance: relative perplexity difference that loading back may
     show, None where it must be the same. library: who loads it, by the hub's word; package: what
     transformers needs besides to read it. A field of the option that is none of the common ones
-    (plan.EXPORT) is an argument of the class.
+    (sections.EXPORT) is an argument of the class.
     """
 
     name: str

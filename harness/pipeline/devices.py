@@ -1,4 +1,7 @@
-"""Where a run computes. Runs of one machine that leave the choice open (device=auto) each take a GPU that no other holds."""
+"""Where a run computes.
+
+Runs of one machine that leave the choice open (device=auto) each take a GPU that no other holds.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,21 @@ from harness.store import RunLocked, locked
 
 
 @contextmanager
-def device(chosen: str, folder: Path) -> Iterator[torch.device]:
-    """The device that a setting (auto | cpu | cuda | cuda:N) means, until the run ends; folder: where runs' locks lie."""
-    if chosen != "auto":
-        yield torch.device(chosen)
+def device(name: str, folder: Path) -> Iterator[torch.device]:
+    """The device that a setting (auto | cpu | cuda | cuda:N) means, until the run ends.
+
+    folder: where the locks of runs lie.
+    """
+    if name != "auto":
+        yield torch.device(name)
     elif not torch.cuda.is_available():
         yield torch.device("cpu")
     else:
+        # By the machine's names, for processes may be shown different ones of its GPUs.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        names = (
-            visible.split(",")
-            if visible
-            else [str(index) for index in range(torch.cuda.device_count())]
-        )
+        names = [str(index) for index in range(torch.cuda.device_count())]
+        if visible:
+            names = visible.split(",")
         with free(folder, names) as index:
             yield torch.device("cuda", index)
 
@@ -47,7 +52,10 @@ def described(device: torch.device) -> dict:
 
 @contextmanager
 def free(folder: Path, names: Sequence[str]) -> Iterator[int]:
-    """The index of the first of this machine's GPUs `names` that nobody holds; with all of them held, one is shared."""
+    """The index of the first of this machine's GPUs `names` that nobody holds.
+
+    With all of them held, one is shared.
+    """
     with ExitStack() as held:
         for index, name in enumerate(names):
             try:
@@ -56,4 +64,5 @@ def free(folder: Path, names: Sequence[str]) -> Iterator[int]:
                 continue
             yield index
             return
+        # Whichever, but not the same one for all.
         yield os.getpid() % len(names)

@@ -1,16 +1,30 @@
-"""Settings that a command line gives and that nothing reads: known and of the right kind, so no error, but a warning in the
-result. A part that is switched off reads none of its own; a class says in `unread` which of its fields its other values mute.
+"""Settings that a command line gives and that nothing reads: known and of the right kind, so no
+error, but a warning in the result.
+
+A part that is switched off reads none of its own; a class says in `unread` which of its fields its
+other values mute. Imports no torch: a stored result has these warnings, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from harness.pipeline.plan import Plan
 
+if TYPE_CHECKING:
+    from harness.formats import Format, KVCache
+    from harness.solvers import Solver
+    from harness.transforms import Transform
 
-def unread(plan: Plan, built: Mapping[str, object] | None = None) -> list[str]:
-    """One sentence for each. built: {section: what was made from it}, once that is known; None where a section is off."""
+    Part = Format | KVCache | Solver | Transform | None
+
+
+def unread(plan: Plan, built: Mapping[str, Part] | None = None) -> list[str]:
+    """One sentence for each.
+
+    built: {section: what was made from it}, once that is known; None where a section is off.
+    """
     return [
         f"{key} has no effect with {why}"
         for key in plan.given
@@ -19,35 +33,33 @@ def unread(plan: Plan, built: Mapping[str, object] | None = None) -> list[str]:
     ]
 
 
-def _muted(plan: Plan, built: Mapping[str, object]) -> Iterator[tuple[str, str, str]]:
+def _muted(plan: Plan, built: Mapping[str, Part]) -> Iterator[tuple[str, str, str]]:
     """(a section or setting without effect, the setting that makes it so, the reason)."""
-    format, tracking, export = (
-        plan.settings[section] for section in ("format", "tracking", "export")
-    )
-    shared = (
-        format["overrides"] or format["auto"]
-    )  # which take what they do not say from weight and act
-    parts = ["kv"] if shared else ["weight", "act", "kv"]
-    for part in parts:
-        if format[part].get("bits") == 16:
+    section = plan.settings["format"]
+    # Overrides and candidates take what they do not say from weight and act.
+    shared = section["overrides"] or section["auto"]
+    for part in ["kv"] if shared else ["weight", "act", "kv"]:
+        if section[part].get("bits") == 16:
             yield f"format.{part}", f"format.{part}.bits", f"format.{part}.bits=16"
     if not plan.calibrates:
         yield "data.calibration", "", "nothing to calibrate"
-    if tracking.get("wandb") is False:
+    if plan.settings["tracking"].get("wandb") is False:
         yield "tracking", "tracking.wandb", "tracking.wandb=false"
-    for part, rules in (export.get("serves") or {}).items():
+    yield from _unserved(plan, bool(shared))
+    for name, part in built.items():
+        if part is not None and not (shared and name in ("format.weight", "format.act")):
+            for field in part.unread:
+                yield f"{name}.{field}", "", f"{type(part).__name__} as it is set"
+
+
+def _unserved(plan: Plan, shared: bool) -> Iterator[tuple[str, str, str]]:
+    """The same of `export.serves`. shared: whether other formats read it, too."""
+    section = plan.settings["format"]
+    serves = plan.settings["export"].get("serves") or {}
+    for part, rules in serves.items():
         for key in rules:
-            if key not in format[part] and not shared:
-                yield (
-                    f"export.serves.{part}.{key}",
-                    "",
-                    f"format={format['name']}, which has no such choice",
-                )
+            name = f"export.serves.{part}.{key}"
+            if key not in section[part] and not shared:
+                yield name, "", f"format={section['name']}, which has no such choice"
             if f"format.{part}.{key}" in plan.given:
-                yield f"export.serves.{part}.{key}", "", f"format.{part}.{key}"
-    for section, part in built.items():
-        if part is not None and not (shared and section in ("format.weight", "format.act")):
-            yield from (
-                (f"{section}.{name}", "", f"{type(part).__name__} as it is set")
-                for name in part.unread
-            )
+                yield name, "", f"format.{part}.{key}"

@@ -1,0 +1,213 @@
+"""Which parts of a run go together, checked against the model's config before weights are loaded.
+
+Every refusal is a ConfigError that names the fields that do not go together and a way out; what is
+doubtful but legal becomes a warning, which stands in the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from harness.config.errors import ConfigError
+from harness.formats import Format, Scheme
+from harness.models.adapter import Family
+from harness.pipeline.plan import Plan
+from harness.quantize.allocation import Auto
+from harness.solvers import Solver
+from harness.store import writable
+from harness.transforms import ModelShape, Transform, file
+from harness.transforms.identity import Identity
+from harness.transforms.smoothquant import SmoothQuant
+
+
+def check_parts(
+    plan: Plan, scheme: Scheme, solver: Solver | None, transforms: Sequence[Transform]
+) -> None:
+    """Refuse formats that nothing solves for, a solver without formats, and either of a checkpoint
+    that is quantized already."""
+    changed = len(transforms) > 1 or not isinstance(transforms[-1], Identity)
+    if plan.model.quantized and (plan.quantizes or changed):
+        raise ConfigError(
+            f"model={plan.choices['model']} with a format or a transform: a checkpoint is measured "
+            "as it is; set format=none transform=identity solver=none."
+        )
+    if solver is None and scheme.any("weight"):
+        bits = "format.overrides"
+        if scheme.weight is not None:
+            bits = f"format.weight.bits={scheme.weight.bits}"
+        raise ConfigError(
+            f"{bits} with solver=none: nothing would quantize the weights; use solver=rtn or gptq, "
+            "or format.weight.bits=16."
+        )
+    if solver is not None and not scheme.any("weight"):
+        name = plan.choices.get("solver", "solver")
+        raise ConfigError(
+            f"format.weight.bits=16 with solver={name}: no weight is quantized; "
+            "set solver=none or a format."
+        )
+
+
+def check_lengths(plan: Plan, facts: Mapping) -> None:
+    """Refuse windows that the model's positions cannot hold."""
+    longest = facts.get("max_position_embeddings")
+    cut = {}
+    if plan.calibrates:
+        cut["data.calibration"] = plan.calibration
+    cut["eval.perplexity"] = plan.evaluation
+    for field, windows in cut.items():
+        if longest and windows.length > longest:
+            raise ConfigError(
+                f"{field}.length={windows.length} is more than the model's {longest} positions; "
+                "lower it."
+            )
+
+
+def check_widths(scheme: Scheme, auto: Auto | None, family: Family, facts: Mapping) -> None:
+    """Refuse a group that does not divide the width of what it is for."""
+    widths = family.widths(facts)
+    formats = {"weight": scheme.weight, "act": scheme.act}
+    if auto is not None:
+        formats |= {f"auto.candidates.{name}": format for name, format in auto.candidates.items()}
+    for field, format in formats.items():
+        for site, width in widths.items():
+            if format is not None:
+                format.check(width, f"format.{field}.group_size", site)
+    sites = {name: site.name for site in family.sites for name in site.linears}
+    for (layer, name), parts in scheme.overrides.items():
+        # Embedding and head are of no block, and as wide as the residual stream.
+        width = facts["hidden_size"] if layer is None else widths[sites[name]]
+        for role, format in parts.items():
+            if format is not None:
+                format.check(width, f"format.overrides: {role}.group_size", name)
+
+
+def check_budget(auto: Auto, scheme: Scheme, family: Family, facts: Mapping) -> None:
+    """Refuse a budget below every candidate, and an allocation of nothing."""
+    least = min(format.bits for format in auto.candidates.values())
+    if least > auto.bits_per_weight:
+        raise ConfigError(
+            f"format.auto.bits_per_weight={auto.bits_per_weight}: the smallest candidate has "
+            f"{least} bits; raise it, or add a smaller candidate."
+        )
+    linears = sum(len(site.linears) for site in family.sites) * facts["num_hidden_layers"]
+    # Those outside the blocks are never allocated.
+    decided = sum(
+        layer is not None and "weight" in parts for (layer, _), parts in scheme.overrides.items()
+    )
+    if decided == linears:
+        raise ConfigError(
+            "format.auto with format.overrides of every linear: nothing is left to allocate; "
+            "drop one of them."
+        )
+
+
+def check_solver(
+    solver: Solver,
+    name: str | None,
+    scheme: Scheme,
+    auto: Auto | None,
+    transforms: Sequence[Transform],
+    context: ModelShape,
+) -> list[str]:
+    """Refuse what the solver cannot do with these formats and transforms; returns warnings.
+
+    name: what the option of solver is called.
+    """
+    # Each once: linears that share a format would repeat its warnings.
+    formats = list(dict.fromkeys(_weight_formats(scheme, auto)))
+    doubts = [warning for format in formats for warning in solver.check(format)]
+    warnings = list(dict.fromkeys(doubts))
+    warnings += solver.check_together(formats, _scalable(scheme, transforms, context))
+    if solver.prepares and any(isinstance(transform, SmoothQuant) for transform in transforms):
+        raise ConfigError(
+            f"solver={name} with smoothquant (transform or transform.smooth): both scale the same "
+            "channels; use one of them."
+        )
+    if solver.hessian_input == "quantized" and not _reads_quantized(solver, scheme):
+        bits = 16 if scheme.act is None else scheme.act.bits
+        raise ConfigError(
+            f"solver.hessian_input=quantized with solver={name} and format.act.bits={bits}: "
+            "there is no Hessian of quantized activations; set solver.hessian_input=fp."
+        )
+    return warnings
+
+
+def hessian_input(solver: Solver, scheme: Scheme, transforms: Sequence[Transform]) -> str:
+    """What solver.hessian_input=auto means here."""
+    if _reads_quantized(solver, scheme) and any(t.free_decoder for t in transforms):
+        return "quantized"
+    return "fp"
+
+
+def _reads_quantized(solver: Solver, scheme: Scheme) -> bool:
+    """Whether there is a Hessian of quantized activations."""
+    return scheme.any("act") and "hessian" in solver.needs
+
+
+def _weight_formats(scheme: Scheme, auto: Auto | None) -> Iterator[Format]:
+    """The formats that a weight may take."""
+    formats = [scheme.weight]
+    if auto is not None:
+        formats += auto.candidates.values()
+    formats += [parts.get("weight") for parts in scheme.overrides.values()]
+    yield from (format for format in formats if format is not None)
+
+
+def _scalable(
+    scheme: Scheme, transforms: Sequence[Transform], context: ModelShape
+) -> dict[str, str]:
+    """{site: free | shared | fixed} of the sites whose linears are quantized
+    (solvers.Block.scalable)."""
+    encoded = {site for transform in transforms for site in transform.encodes(context)}
+    kinds = {}
+    for site, linears in context.readers.items():
+        if not any(scheme.weights(layer, linears) for layer in range(context.layers)):
+            continue
+        kinds[site] = "free"
+        # Several query heads read one value head, and so share its scales.
+        if site == "o_in" and context.heads > context.kv_heads:
+            kinds[site] = "shared"
+        # An encoder stands between the site and what would take its scale.
+        if site in encoded:
+            kinds[site] = "fixed"
+    return kinds
+
+
+def placement_facts(plan: Plan, transform: Transform) -> dict:
+    """What a stored placement must agree with to be used in this run."""
+    return {
+        "model": plan.model.fingerprint(),
+        "transform": type(transform).__name__,
+        **transform.structure,
+    }
+
+
+def check_placement_files(plan: Plan, transforms: Sequence[Transform], context: ModelShape) -> None:
+    """Refuse files to keep or take matrices that cannot be written or do not fit."""
+    section = plan.settings["transform"]
+    learned = [transform for transform in transforms if transform.learned]
+    for key in ("save", "load"):
+        if section.get(key) is not None and not learned:
+            raise ConfigError(
+                f"transform.{key}={section[key]} with transform={section['name']}: "
+                "it learns nothing to keep."
+            )
+    save = section.get("save")
+    if save is not None:
+        if not isinstance(save, str) or Path(save).is_dir():
+            raise ConfigError(f"transform.save={save}: needs the name of a file.")
+        # Now, and not after the hours that learning may take.
+        writable("transform.save", Path(save).parent)
+    if section.get("load") is not None:
+        # One at most learns: SmoothQuant, which may stand beside it, does not.
+        file.check(section["load"], learned[0], context, placement_facts(plan, learned[0]))
+
+
+def learning_warnings(plan: Plan, transforms: Sequence[Transform]) -> list[str]:
+    """What is to be said of transforms that learn from the whole model's output."""
+    whole = any(transform.learned and "act" in transform.sees for transform in transforms)
+    if not whole or plan.settings["model"].get("weights") != "disk":
+        return []
+    name = plan.settings["transform"]["name"]
+    return [f"transform={name} with model.weights=disk: learning end to end holds the whole model"]

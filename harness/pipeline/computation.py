@@ -1,0 +1,140 @@
+"""What a run computes, stage after stage; stages.py says what each does to the model.
+
+load -> baseline -> transform, fold, gate -> blocks: statistics, solve, swap, save
+     -> evaluate -> export
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from harness.calibration.windows import refuse_unknown_ids, windows
+from harness.evaluation.caveats import marks
+from harness.models.adapter import Adapter
+from harness.models.attention import attach
+from harness.models.source import assert_finite
+from harness.pipeline import export, measure, stages
+from harness.pipeline.state import Job, LoadedJob
+
+PROBE_WINDOWS = 2  # on which the gate compares logits
+PROBE_LENGTH = 128
+
+
+def compute(start: Job, device: torch.device) -> None:
+    """Fill the metrics of a run, and its store. Raises what goes wrong."""
+    plan = start.plan
+    with start.stage("load"):
+        job, adapter = _load(start, device)
+        calibration = _read_texts(job, adapter)
+    measure.baseline(job, adapter)
+
+    probe = calibration[:PROBE_WINDOWS, :PROBE_LENGTH].to(device)
+    changed = False
+    if not plan.model.quantized:  # what is quantized already is measured as it is
+        changed = stages.transform(job, adapter, calibration, probe)
+    # What is exact need not be evaluated, for the gate has found the same logits; unless the run
+    # quantizes nothing, and the transformed model is its result.
+    inexact = not all(transform.exact for transform in job.parts.transforms)
+    if inexact or (changed and not plan.quantizes):
+        measure.evaluate(job, "transformed", adapter)
+    if plan.quantizes:
+        _quantize(job, adapter, calibration)
+        measure.evaluate(job, "quantized", adapter)
+    if job.parts.exporter is not None:
+        export.export(job, adapter, job.parts.exporter)
+    # A float model's weights have the bits of their dtype; a checkpoint's are not known here.
+    if job.metrics["bits_per_weight"] is None and not plan.model.quantized:
+        job.metrics["bits_per_weight"] = float(torch.finfo(adapter.model.dtype).bits)
+
+
+def _load(start: Job, device: torch.device) -> tuple[LoadedJob, Adapter]:
+    """The run with its model, which is finite."""
+    plan = start.plan
+    model, tokenizer = plan.model.load(device)
+    start.metrics["warnings"] += plan.model.warnings
+    assert_finite(model)
+    job = LoadedJob(
+        plan=plan,
+        parts=start.parts,
+        store=start.store,
+        run=start.run,
+        reporter=start.reporter,
+        tracker=start.tracker,
+        metrics=start.metrics,
+        scratch=start.scratch,
+        tokenizer=tokenizer,
+        amp=None if plan.model.amp is None else getattr(torch, plan.model.amp),
+        offloaded=plan.model.offloaded(model, start.scratch),
+    )
+    return job, Adapter(model, job.offloaded)
+
+
+def _read_texts(job: LoadedJob, adapter: Adapter) -> Tensor:
+    """Tokenize and cut the texts of the run: job.texts, and the windows that calibrate [N, L]."""
+    plan = job.plan
+    evaluated = {c.name: measure.tokens(job, c, "evaluation") for c in plan.corpora}
+    cut = plan.evaluation
+    for name, ids in evaluated.items():
+        job.texts[name] = windows(ids, cut.length, cut.count, field="eval.perplexity")
+    # Of a run that calibrates nothing: for the gate to probe with.
+    calibration = next(iter(job.texts.values()))
+    texts = evaluated
+    if plan.calibrates:
+        ids = measure.tokens(job, plan.calibration_corpus, "calibration")
+        texts = evaluated | {"calibration": ids}
+        calibration = _calibration(job, ids)
+    # A tokenizer of another model gives ids that would end in an error deep inside torch.
+    for name, ids in texts.items():
+        refuse_unknown_ids(name, ids, adapter.model.get_input_embeddings().num_embeddings)
+    job.metrics["marks"] = _marks(job, evaluated)
+    return calibration
+
+
+def _calibration(job: LoadedJob, ids: Tensor) -> Tensor:
+    """The calibration windows [N, L] of a text's token ids."""
+    cut = job.plan.calibration.within(len(ids))
+    calibration = windows(ids, cut.length, cut.count, cut.order, job.plan.settings["seed"])
+    count, length = calibration.shape
+    job.metrics["calibration"] = {"windows": count, "length": length}
+    if cut.count is None:
+        job.metrics["notes"]["calibration"] = f"{count} x {length} tokens"
+    return calibration
+
+
+def _marks(job: LoadedJob, evaluated: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """What must be said beside the numbers. evaluated: the token ids of each text, whole."""
+    plan = job.plan
+    length = plan.evaluation.length
+    limits: dict[str, int | None] = {}
+    for evaluation in plan.evaluations.values():
+        limits |= evaluation.limits()
+    return marks(
+        plan.calibrated,
+        learned=any(transform.learned for transform in job.parts.transforms),
+        loaded=plan.settings["transform"].get("load") is not None,
+        measured={
+            name: (len(job.texts[name]), len(ids) // length) for name, ids in evaluated.items()
+        },
+        tasks=limits,
+    )
+
+
+def _quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
+    """Quantize weights, activations, keys and values, whichever the run does."""
+    auto = job.parts.auto
+    if auto is not None:
+        # Here, and not when the parts are built: it takes gradients of the transformed model.
+        scheme = stages.allocation(job, adapter, calibration, auto)
+        job.parts = replace(job.parts, scheme=scheme)
+    scheme = job.parts.scheme
+    if scheme.any("weight") or scheme.any("act"):
+        # Several evaluations of one quantized model solve it once.
+        with job.store.holding(job.store.shared("solving", job.plan.quant_id)):
+            stages.quantize(job, adapter, calibration)
+    if scheme.kv is not None:
+        for heads in attach(adapter):
+            heads.format = scheme.kv

@@ -1,0 +1,89 @@
+"""The texts of a run as its settings name them: corpora, and the windows that are cut of them.
+
+Imports no torch; calibration/windows.py cuts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from harness.calibration.corpus import Corpus, TextFolder
+from harness.config.build import build, option
+from harness.config.checks import integer, one_of
+from harness.config.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Windows:
+    """`count` windows of `length` tokens (count None: all of the text), in this `order`."""
+
+    count: int | None
+    length: int
+    order: str = "first"
+
+    def within(self, tokens: int) -> Windows:
+        """Those of a text of so many tokens: where all of it is taken, it may be one shorter window
+        (of two tokens at least, so that there is one to predict)."""
+        if self.count is not None:
+            return self
+        return replace(self, length=max(2, min(self.length, tokens)))
+
+
+def windows_of(field: str, section: Mapping) -> Windows:
+    """From the settings under `field`. Raises ConfigError."""
+    count = integer(f"{field}.windows", section["windows"], optional=True)
+    length = integer(f"{field}.length", section["length"], low=2)
+    assert length is not None  # only what is optional may be
+    order = one_of(f"{field}.order", section.get("order", "first"), ("first", "random"))
+    return Windows(count, length, order)
+
+
+def evaluated(names: Sequence[str], data: Corpus) -> tuple[Corpus, ...]:
+    """The corpora of these names, each text once; data: the run's own, called `data` there."""
+    if not names:
+        raise ConfigError(
+            "eval.perplexity.corpora=[]: needs at least one corpus, e.g. [data, pydoc]."
+        )
+    corpora: dict[str, Corpus] = {}
+    for name in names:
+        corpus = data if name == "data" else _other("eval.perplexity.corpora", name)
+        mark = corpus.fingerprint("evaluation")
+        if any(other.name == corpus.name and key != mark for key, other in corpora.items()):
+            raise ConfigError(
+                f"eval.perplexity.corpora: two different texts are called {corpus.name}; "
+                "set data.name to another."
+            )
+        corpora.setdefault(mark, corpus)  # under the first of its names
+    return tuple(corpora.values())
+
+
+def check_length(field: str, windows: Windows, text: str | list[str]) -> None:
+    """Refuse a text with fewer bytes than tokens asked for; the exact count needs the tokenizer and
+    comes later."""
+    parts = [text] if isinstance(text, str) else text
+    available = sum(len(part.encode()) for part in parts)
+    # A token takes a byte of the text at least.
+    needed = windows.length * (windows.count or 1)
+    if available < needed:
+        raise DataError(
+            f"{field}.windows={windows.count} of {field}.length={windows.length} tokens need "
+            f"{needed} tokens, the text has {available} bytes; "
+            "lower one of them, or give a longer text."
+        )
+
+
+def _other(field: str, name: str) -> Corpus:
+    """An evaluation corpus by the name of a data option, or by its folder."""
+    try:
+        corpus = TextFolder(name) if "/" in name else corpus_of(option("data", name))
+        corpus.fingerprint("evaluation")  # raises where there is no such text
+        return corpus
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"{field}={name}: {error}") from None
+
+
+def corpus_of(data: Mapping) -> Corpus:
+    """From the section `data`. Raises ConfigError."""
+    section = {key: x for key, x in data.items() if key not in ("calibration", "beside")}
+    return build(section, "data", Corpus)
