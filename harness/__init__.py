@@ -4,5 +4,5 @@ from importlib import import_module
 
 
 def load(path, device="cpu", dtype=None, packed=False):
-    """(model, tokenizer) of a checkpoint that `export=harness` wrote: see harness/checkpoints/native.py."""
+    """(model, tokenizer) of a checkpoint of `export=harness`: see harness/checkpoints/native.py."""
     return import_module("harness.checkpoints.native").load(path, device, dtype, packed)

@@ -1,7 +1,8 @@
 """The import graph of the package, read from its text: `python tests/imports.py` counts it.
 
-A room is a folder of `harness/`, or a loose file beside them. An arrow: one room imports from another. Floors: how many
-rooms lie on the longest chain of arrows. Imports inside functions count like any other.
+A room is a folder of `harness/`, or a loose file beside them. An arrow: one room imports from
+another. Floors: how many rooms lie on the longest chain of arrows. Imports inside functions count
+like any other.
 """
 
 from __future__ import annotations
@@ -76,14 +77,15 @@ def loose(package: Path = PACKAGE) -> list[str]:
     return sorted(path.name for path in package.glob("*.py") if path.name != "__init__.py")
 
 
+def told(graph: Graph) -> str:
+    """How many nodes and arrows a graph has, and one circle if there is any."""
+    arrows = sum(map(len, graph.values()))
+    return f"{len(graph)}, {arrows} arrows, {' -> '.join(circle(graph)) or 'no circle'}"
+
+
 if __name__ == "__main__":
     files = by_file()
     rooms = by_room(files)
-    through = circle(rooms)
-    print(
-        f"{len(files)} files, {sum(map(len, files.values()))} arrows; {' -> '.join(circle(files)) or 'no circle'}"
-    )
-    print(
-        f"{len(rooms)} rooms, {sum(map(len, rooms.values()))} arrows; {' -> '.join(through) or 'no circle'}"
-    )
-    print(f"floors: {'endless' if through else floors(rooms)}; loose files: {len(loose())}")
+    print(f"files: {told(files)}")
+    print(f"rooms: {told(rooms)}")
+    print(f"floors: {'endless' if circle(rooms) else floors(rooms)}; loose files: {len(loose())}")

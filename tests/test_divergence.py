@@ -142,3 +142,13 @@ def test_marks_say_what_a_number_is():
     assert marks("wiki", True, True, {"wiki": (1, 1), "b": (1, 1)}, {})["b"] == [
         "learned elsewhere"
     ]
+
+
+def test_an_evaluation_that_reads_part_of_a_corpus_leaves_its_marks():
+    texts = {"wiki": (8, 145), "pydoc": (58, 58)}
+    found = marks("wiki", False, False, texts, {"wiki": 20})
+    assert found["wiki"] == [
+        "same corpus as calibration",
+        "first 8 of 145 windows",
+        "first 20 documents",
+    ]

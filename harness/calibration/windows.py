@@ -1,7 +1,7 @@
 """Windows: a text tokenized once, then cut into pieces of equal length.
 
-Tokenizing once and cutting afterwards is the convention of the perplexity literature (methods.md
-section 7): a BOS stands at most once, at the very start, and none where a window begins.
+Tokenizing once and cutting afterwards is the convention of the perplexity literature:
+a BOS stands at most once, at the very start, and none where a window begins.
 """
 
 from __future__ import annotations

@@ -103,14 +103,13 @@ def format_of(entry: object, where: str, base: type[F]) -> F:
 
 
 def classes(base: type[F]) -> dict[str, type[F]]:
-    """{name: class} of every class of that base in the files of harness/formats.
-
-    In no other files.
-    """
+    """{name: class} of every class of that base that a file of harness/formats itself defines."""
     names = [f"{formats.__name__}.{module.name}" for module in iter_modules(formats.__path__)]
     members = [each for name in names for each in vars(import_module(name)).values()]
     return {
-        each.__name__: each for each in members if isinstance(each, type) and issubclass(each, base)
+        each.__name__: each
+        for each in members
+        if isinstance(each, type) and issubclass(each, base) and each.__module__ in names
     }
 
 

@@ -70,7 +70,7 @@ class CheckpointModel(ModelSource):
     def facts(self) -> dict:
         return facts_of(config_of(self._folder), f"model.path={self.path}")
 
-    def load(self, device="cpu"):
+    def load(self, device: str | torch.device = "cpu"):
         import torch
 
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)

@@ -40,5 +40,7 @@ def marks(
         if len(measured) == 1:
             told[corpus].append("only corpus")
     for task, limit in tasks.items():
-        told[task] = [] if limit is None else [f"first {limit} documents"]
+        told.setdefault(task, [])  # an evaluation may read of a corpus, too
+        if limit is not None:
+            told[task].append(f"first {limit} documents")
     return told

@@ -4,16 +4,22 @@ Only safetensors are read, for unpickling runs code. A gated model is opened by 
 environment, which the hub's own client reads; it is neither kept nor shown here.
 """
 
+from __future__ import annotations
+
 import hashlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness.config.errors import ConfigError, DataError
 from harness.models.facts import config_of, facts_of, reason
 from harness.models.source import BlockStorage, ModelSource
 from harness.models.weights import INDEX, SINGLE, Weights, shard_names, weights_of
+
+if TYPE_CHECKING:
+    import torch
 
 HUB_TIMEOUT = 2.0  # seconds `check` waits for a hub that does not answer
 
@@ -56,7 +62,7 @@ class Hub(ModelSource):
     def warnings(self) -> list[str]:
         return list(self._weights.warnings)
 
-    def load(self, device="cpu"):
+    def load(self, device: str | torch.device = "cpu"):
         import torch
         from transformers import AutoModelForCausalLM
 

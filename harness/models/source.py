@@ -7,17 +7,22 @@ A source answers
     load(device)    (model, tokenizer): evaluation mode, no KV cache, in the dtype asked for
     fingerprint()   which weights these are, without importing torch or transformers
 
-`untie` separates the output head from the embedding (methods.md section 2), `assert_finite` names a
+`untie` separates the output head from the embedding, `assert_finite` names a
 tensor that holds NaN. Hub repositories and folders are in hub.py, the model in a Python package in
 wheel.py, the random ones in tiny.py.
 """
 
+from __future__ import annotations
+
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from harness.config.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("float32", "bfloat16", "auto")
 AMPS = (None, "bfloat16")
@@ -78,7 +83,7 @@ class ModelSource:
         """What is doubtful of the files a loaded model came from; it stands in the result."""
         return []
 
-    def load(self, device="cpu"):
+    def load(self, device: str | torch.device = "cpu"):
         """(model, tokenizer): in evaluation mode, without cache, in its dtype, on `device`."""
         raise NotImplementedError
 

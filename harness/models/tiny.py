@@ -5,10 +5,16 @@ bias, a norm weight or a query/key norm changes the logits and is caught. For Qw
 = 288 differs from the hidden size 192.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from harness.config.errors import ConfigError
 from harness.models.source import ModelSource
+
+if TYPE_CHECKING:
+    import torch
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
@@ -61,7 +67,7 @@ class Tiny(ModelSource):
             fields["head_dim"] = 48
         return fields
 
-    def load(self, device="cpu"):
+    def load(self, device: str | torch.device = "cpu"):
         """Weights N(0, 0.05^2), biases N(0, 0.1^2), norm weights 1 + N(0, 0.2^2).
 
         They are drawn in float32 in order of their names.

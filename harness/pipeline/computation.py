@@ -14,6 +14,7 @@ from torch import Tensor
 
 from harness.calibration.windows import refuse_unknown_ids, windows
 from harness.evaluation.caveats import marks
+from harness.evaluation.divergence import Reference
 from harness.models.adapter import Adapter
 from harness.models.attention import attach
 from harness.models.source import assert_finite
@@ -57,6 +58,8 @@ def _load(start: Job, device: torch.device) -> tuple[LoadedJob, Adapter]:
     model, tokenizer = plan.model.load(device)
     start.metrics["warnings"] += plan.model.warnings
     assert_finite(model)
+    offloaded = plan.model.offloaded(model, start.scratch)
+    adapter = Adapter(model, offloaded)
     job = LoadedJob(
         plan=plan,
         parts=start.parts,
@@ -68,9 +71,11 @@ def _load(start: Job, device: torch.device) -> tuple[LoadedJob, Adapter]:
         scratch=start.scratch,
         tokenizer=tokenizer,
         amp=None if plan.model.amp is None else getattr(torch, plan.model.amp),
-        offloaded=plan.model.offloaded(model, start.scratch),
+        offloaded=offloaded,
+        # Now: whatever changes the model later would change what it is compared with.
+        reference=Reference(adapter),
     )
-    return job, Adapter(model, job.offloaded)
+    return job, adapter
 
 
 def _read_texts(job: LoadedJob, adapter: Adapter) -> Tensor:

@@ -1,7 +1,4 @@
-"""What is measured of a model at each stage, by the evaluations of the plan.
-
-Each function takes the job (pipeline.Job): its plan, store, run, reporter, metrics.
-"""
+"""What is measured of a model at each stage, by the evaluations of the plan."""
 
 from __future__ import annotations
 
@@ -15,14 +12,14 @@ from harness import store as records
 from harness.calibration.corpus import Corpus
 from harness.calibration.windows import tokenize
 from harness.config.build import fingerprint
-from harness.evaluation.base import Evaluation, Subject, Watch
-from harness.evaluation.divergence import Reference
+from harness.evaluation.base import Evaluation, Figures, Subject, Watch
 from harness.evaluation.perplexity import steps, window_losses
 from harness.evaluation.records import plain
 from harness.models.adapter import Adapter
+from harness.pipeline.state import LoadedJob
 
 
-def tokens(job, corpus: Corpus, part: str) -> Tensor:
+def tokens(job: LoadedJob, corpus: Corpus, part: str) -> Tensor:
     """Token ids [N] of a text, tokenized once for all runs of the same model."""
     key = fingerprint(job.plan.model.fingerprint(), corpus.fingerprint(part))
     path = job.store.shared("tokens", key).with_suffix(".safetensors")
@@ -35,11 +32,9 @@ def tokens(job, corpus: Corpus, part: str) -> Tensor:
         return ids
 
 
-def baseline(job, adapter: Adapter) -> None:
+def baseline(job: LoadedJob, adapter: Adapter) -> None:
     """The untouched model's figures, measured once for all runs of the same model and texts."""
     path = job.store.shared("baselines", job.plan.baseline_id)
-    # Now: whatever changes the model later would change what it is compared with.
-    job.reference = Reference(adapter)
     with job.store.holding(path):
         known = None if job.plan.settings["force"] else _known(job, path)
         job.run.event("baseline", source="computed" if known is None else "store")
@@ -58,7 +53,7 @@ def baseline(job, adapter: Adapter) -> None:
     job.metrics |= plain(job.plan.evaluations, job.metrics["stages"])
 
 
-def _known(job, path: Path) -> dict | None:
+def _known(job: LoadedJob, path: Path) -> dict | None:
     """The stored baseline, where its figures, hidden states and answers are all whole."""
     known = records.read_record(path, job.run.damaged)
     hidden = records.intact(path.with_suffix(".safetensors"), job.run.damaged)
@@ -71,7 +66,7 @@ def _known(job, path: Path) -> dict | None:
     return known
 
 
-def evaluate(job, stage: str, adapter: Adapter) -> None:
+def evaluate(job: LoadedJob, stage: str, adapter: Adapter) -> None:
     """All figures of the model as it is now, into job.metrics. Raises FloatingPointError where an
     evaluation says that the model is lost."""
     shared = job.store.shared("baselines", job.plan.baseline_id)
@@ -90,19 +85,20 @@ def evaluate(job, stage: str, adapter: Adapter) -> None:
     streaming = job.plan.settings["eval"]["streaming"] or job.offloaded is not None
     total = sum(steps(adapter, text, streaming) for text in job.texts.values())
     result: dict[str, object] = {}
+    measured: dict[str, Figures] = {}
     with job.stage(stage), job.reporter.stage(f"evaluate {stage}", total) as advance:
         watches = _pass(job.plan.evaluations, subject, streaming, advance)
         for name, evaluation in job.plan.evaluations.items():
             own = replace(subject, watches=watches[name], details={})
-            figures = evaluation.measure(own)
-            if figures:
-                result[name] = figures
+            measured[name] = evaluation.measure(own)
+            if measured[name]:
+                result[name] = measured[name]
             result |= own.details
     # Kept before anything is refused: a lost model's figures say how it was lost.
     job.metrics["stages"][stage] = result
     job.metrics |= plain(job.plan.evaluations, job.metrics["stages"])
     for name, evaluation in job.plan.evaluations.items():
-        evaluation.verify(stage, result.get(name, {}))
+        evaluation.verify(stage, measured[name])
 
 
 def _pass(

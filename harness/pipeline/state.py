@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from harness.evaluation.divergence import Reference
-    from harness.models.offload import OffloadedBlocks
+    from harness.models.source import BlockStorage
     from harness.pipeline.build import Components
     from harness.transforms import Placement
 
@@ -66,13 +66,13 @@ class LoadedJob(Job):
 
     amp: autocast dtype of forwards. offloaded: where the blocks are while they are not in use;
     None: in memory. texts: token ids {corpus: [W, L]} that are evaluated. placements: of the
-    transforms that are placed, in their order. reference: the untouched model, taken with the
-    baseline, before anything changes the model.
+    transforms that are placed, in their order. reference: the untouched model, taken before
+    anything changes it.
     """
 
     tokenizer: PreTrainedTokenizerBase
     amp: torch.dtype | None
-    offloaded: OffloadedBlocks | None
+    offloaded: BlockStorage | None
+    reference: Reference
     texts: dict[str, Tensor] = field(default_factory=dict)
     placements: list[Placement] = field(default_factory=list)
-    reference: Reference = field(init=False)
