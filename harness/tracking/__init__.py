@@ -10,8 +10,8 @@ __all__ = ["Local", "RunInfo", "Several", "Tracker", "Trackers", "Wandb"]
 
 
 class Trackers(Several):
-    """The trackers of a run, from the fields of `conf/tracking/`: local files, and W&B where
-    `wandb` says so.
+    """What runs beside the local files, from the fields of `conf/tracking/`: W&B where `wandb` says
+    so.
 
     Raises ConfigError for a value that cannot work.
     """
