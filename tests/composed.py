@@ -1,4 +1,4 @@
-"""Composing the real configuration inside a test."""
+"""Composing the real configuration inside a test. Imports no torch."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
 from harness.calibration.shipped import Pydoc
-from harness.formats import Format, KVCache
 
 ROOT = Path(__file__).parent.parent
 GROUPS = (
@@ -22,7 +21,6 @@ GROUPS = (
     "experiment",
     "sweeps",
 )
-PARTS = {"weight": Format, "act": Format, "kv": KVCache}  # of a format section
 SMALL = [
     "model=tiny",
     "tracking=local",

@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping
 
 import pytest
-from composed import PARTS, ROOT, composed
+from composed import ROOT, composed
+from format_parts import PARTS
 from omegaconf import OmegaConf
 
 from harness.config.build import build, fingerprint

@@ -6,7 +6,8 @@ import json
 
 import pytest
 import yaml
-from composed import PARTS, composed
+from composed import composed
+from format_parts import PARTS
 
 from harness.checkpoints.base import Snapshot
 from harness.checkpoints.card import card
