@@ -52,7 +52,7 @@ def subject_of(model, ids) -> tuple[StreamedModel, ModelShape]:
     fuse_norms(adapter)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    context = shape_of(model.config.to_dict(), Scheme(act=nvfp4().act))
+    context = shape_of(Adapter(model).structure, Scheme(act=nvfp4().act))
     return StreamedModel(adapter, ids), context
 
 

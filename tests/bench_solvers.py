@@ -40,7 +40,7 @@ def gptq() -> None:
     calibration = windows(tokens["calibration"], CALIBRATION[1], CALIBRATION[0])
     adapter = Adapter(model)
     parts = {"forwards": _forwards(adapter, calibration)}
-    for site in adapter.family.sites:
+    for site in adapter.sites(0):
         rows = sum(linear.out_features for linear in adapter.linears(0, site).values())
         for name, seconds in _site(adapter.width(site), rows, len(calibration) // 4).items():
             so_far = parts.get(name, (0.0, 0.0))
@@ -148,7 +148,7 @@ def adascale() -> None:
         )
         target = block(hidden, **context)
     linears = {
-        name: block.get_submodule(name) for site in adapter.family.sites for name in site.linears
+        name: block.get_submodule(name) for site in adapter.sites(0) for name in site.linears
     }
     plain = {name: torch.nn.Parameter(linear.weight.clone()) for name, linear in linears.items()}
     format = minmax(Integer(bits=4, granularity="channel"))
@@ -227,7 +227,7 @@ def _peak(folder: str) -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     block = sum(p.numel() * p.element_size() for p in adapter.blocks[0].parameters()) / 2**20
     activations = calibration.numel() * model.config.hidden_size * 4 / 2**20
-    hessians = 3 * max(adapter.width(s) for s in adapter.family.sites) ** 2 * 4 / 2**20
+    hessians = 3 * max(adapter.width(s) for s in adapter.sites(0)) ** 2 * 4 / 2**20
     Path("/proc/self/clear_refs").write_text(
         "5"
     )  # loading is not what is measured: forget its peak

@@ -5,7 +5,7 @@ import inspect
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, LlamaForCausalLM
 
 from harness.formats import Scheme
 from harness.models import adapter as architecture
@@ -50,7 +50,13 @@ def token_ids(count: int = 2, length: int = 40, seed: int = 1) -> torch.Tensor:
 def shape_of(
     adapter: Adapter, scheme: Scheme | None = None, seed: int = 0, solver: str | None = "rtn"
 ) -> ModelShape:
-    return architecture.shape_of(adapter.model.config.to_dict(), scheme or Scheme(), seed, solver)
+    return architecture.shape_of(adapter.structure, scheme or Scheme(), seed, solver)
+
+
+def tiny_shape(scheme: Scheme) -> ModelShape:
+    """What is known of the tiny Llama before it is loaded."""
+    config = AutoConfig.for_model(**Tiny().facts())
+    return architecture.shape_of(architecture.structure_of(config), scheme)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from preserved import tiny_shape
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_golden import compressed_tensors_format
@@ -42,7 +43,7 @@ from harness.formats import (
     Scheme,
 )
 from harness.libraries.compressed_tensors import cache_refusal
-from harness.models.adapter import Adapter, shape_of
+from harness.models.adapter import Adapter, shape_of, structure_of
 from harness.models.attention import attach
 from harness.models.merge import fuse_norms, place, swap
 from harness.models.tiny import Tiny
@@ -204,7 +205,7 @@ def make(folder, family: str, scheme: Scheme, rotate: bool, dtype=torch.float32)
     for parameter in model.parameters():  # the rotary table stays float32
         parameter.data = parameter.data.to(dtype)
     adapter, placements = Adapter(model), []
-    context = shape_of(model.config.to_dict(), scheme)
+    context = shape_of(structure_of(model.config), scheme)
     transform = QuaRot(r3="off", r4="off") if rotate else Identity()
     CompressedTensors().check(scheme, [transform], context)
     swap(adapter)
@@ -448,7 +449,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("field", REFUSED)
 def test_formats_that_the_layout_cannot_hold(field):
-    context = shape_of(Tiny().facts(), REFUSED[field])
+    context = tiny_shape(REFUSED[field])
     with pytest.raises(
         ConfigError,
         match=f"^{re.escape(field)}.* with export=compressed_tensors: .* use export=harness",
@@ -470,12 +471,12 @@ def test_what_stays_online_is_refused(transform, left):
         ConfigError,
         match=f"transform=.* with export=compressed_tensors: .*{left}.* use export=harness",
     ):
-        CompressedTensors().check(scheme, [Identity(), transform], shape_of(Tiny().facts(), scheme))
+        CompressedTensors().check(scheme, [Identity(), transform], tiny_shape(scheme))
 
 
 def test_what_is_served_otherwise_is_warned_of():
     scheme = Scheme(weight=FourOverSix(), act=NV_ACT, kv=KV4 if CACHED else None)
-    context = shape_of(Tiny().facts(), scheme)
+    context = tiny_shape(scheme)
     words = [*["kv"][:CACHED], "FourOverSix", "served in bfloat16 and evaluated in"]
     for dtype in ("float32", "float16", "auto", "bfloat16"):
         warned = CompressedTensors().check(scheme, [], context, dtype)
@@ -493,7 +494,7 @@ def test_a_cache_that_nothing_would_quantize_is_refused(tmp_path, monkeypatch):
     with pytest.raises(
         ConfigError, match=r"format\.kv\.bits=4 with export=compressed_tensors: one does not find"
     ):
-        CompressedTensors().check(scheme, [], shape_of(Tiny().facts(), scheme))
+        CompressedTensors().check(scheme, [], tiny_shape(scheme))
     monkeypatch.setattr(
         checkpoint_source, "cache_refusal", lambda: "one does not find the cache of the other"
     )
@@ -504,12 +505,7 @@ def test_a_cache_that_nothing_would_quantize_is_refused(tmp_path, monkeypatch):
     save_file({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(DataError, match=r"kv_cache_scheme: one does not find"):
         CheckpointModel(path=str(tmp_path)).check()
-    assert (
-        CompressedTensors().check(
-            Scheme(weight=NV), [], shape_of(Tiny().facts(), Scheme(weight=NV))
-        )
-        == []
-    )
+    assert CompressedTensors().check(Scheme(weight=NV), [], tiny_shape(Scheme(weight=NV))) == []
 
 
 def activations(dtype: torch.dtype) -> torch.Tensor:
@@ -630,9 +626,7 @@ def test_small_scales_of_a_float16_model_are_held_by_both_dtypes():
 
 def test_a_placement_that_stays_online_is_not_written(checkpoints):
     made, _ = checkpoints["nvfp4", True]
-    codec = QuaRot().draw(
-        shape_of(made.snapshot.adapter.model.config.to_dict(), Scheme()), 384, "R4"
-    )
+    codec = QuaRot().draw(shape_of(made.snapshot.adapter.structure, Scheme()), 384, "R4")
     late = replace(
         made.snapshot,
         placements=[*made.snapshot.placements, Placement(online={(None, "down_in"): codec})],

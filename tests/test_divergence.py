@@ -73,7 +73,7 @@ def test_outliers_of_what_is_known(adapter, windows):
     place(adapter, Placement(online={(0, "attn_in"): Blocks(rotation)}))
     found = outliers(before, profiles(adapter, windows))
     assert set(found["sites"]) == {"attn_in", "o_in", "mlp_in", "down_in"}
-    for site, width in (("attn_in", 192), ("down_in", adapter.width(adapter.family.sites[3]))):
+    for site, width in (("attn_in", 192), ("down_in", adapter.width(adapter.sites(0)[3]))):
         for counts in found["sites"][site].values():
             assert sum(counts) == len(adapter.blocks) * windows.numel() * width
     first, other = found["rows"][0], found["rows"][2]

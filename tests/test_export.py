@@ -471,7 +471,7 @@ def test_what_a_transform_says_stays_online_is_what_does(settings):
     (transform,) = transforms_of(option("transform", name) | settings | {"name": name})
     gains = fuse_norms(adapter) if transform.residual else None
     tokens = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(0))
-    context = shape_of(adapter.model.config.to_dict(), Scheme(act=NVFP4(role="activation")))
+    context = shape_of(adapter.structure, Scheme(act=NVFP4(role="activation")))
     placement = transform.fit(context, StreamedModel(adapter, tokens, gains=gains))
     assert bool(transform.leaves(context)) == bool(placement.online or placement.query_key)
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from composed import composed
 from format_parts import PARTS
+from transformers import AutoConfig
 
 from harness.checkpoints.base import Snapshot
 from harness.checkpoints.card import card
@@ -19,13 +20,16 @@ from harness.config.build import build, settings
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Format, KVCache, Scheme
 from harness.models import merge
-from harness.models.adapter import FAMILIES, Adapter
+from harness.models.adapter import Adapter, structure_of
 from harness.models.source import untie
 from harness.models.tiny import Tiny
 from harness.quantize.overrides import resolve
 
 EXAMPLE = "Qwen3-0.6B-openmath_SFT_LoRa256_QuaRot_w4_g64_a4_kv4_headfp16"
 COMMAND = "python run.py format=w4a4kv4 'data.path=a|b'"
+
+
+STRUCTURE = structure_of(AutoConfig.for_model(**Tiny().facts()))
 
 
 def run_name(*overrides: str, **export) -> Name:
@@ -36,7 +40,7 @@ def run_name(*overrides: str, **export) -> Name:
     parts = {
         part: build(plain["format"][part], f"format.{part}", base) for part, base in PARTS.items()
     }
-    scheme = Scheme(**parts, overrides=resolve(plain["format"], FAMILIES["llama"], 2))
+    scheme = Scheme(**parts, overrides=resolve(plain["format"], STRUCTURE))
     return Name.of(plain, choices, scheme, "lm_head")
 
 

@@ -17,11 +17,11 @@ from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Format, Integer, KVCache, Scheme
 from harness.linalg.hadamard import Hadamard, hadamard
 from harness.linalg.stiefel import deviation, project, qr_orth, random_orthogonal
-from harness.models.adapter import FAMILIES, Adapter
+from harness.models.adapter import Adapter
 from harness.models.attention import attach
 from harness.models.merge import fuse_norms, place, swap
 from harness.models.quant_linear import SiteInput
-from harness.models.tiny import Tiny
+from harness.models.tiny import FAMILIES, Tiny
 from harness.models.unmerged import unmerged
 from harness.transforms import (
     Blocks,
@@ -136,7 +136,7 @@ def transform(name, **settings):
 def test_norm_fusion_keeps_logits_and_leaves_unit_norms(family, tie):
     adapter, before = prepared(family, tie)
     assert moved(adapter, before) < 1e-10
-    assert adapter.head.weight is not part(adapter, adapter.family.embedding).weight
+    assert adapter.head.weight is not part(adapter, adapter.structure.embedding).weight
     assert all(
         (part(adapter, n).weight == 1).all()
         for n, role in adapter.roles.items()
@@ -246,12 +246,12 @@ def test_one_tensor_for_head_and_embedding_breaks_the_model(family, mistake):
     """Fused: the final norm's weight reaches the embedding. Rotated: what is shared turns once for
     each of its roles."""
     adapter, before = prepared(family)
-    embedding = part(adapter, adapter.family.embedding)
+    embedding = part(adapter, adapter.structure.embedding)
     if mistake == "fused":
         embedding.weight = adapter.head.weight
     else:
         placement = put(adapter, QuaRot(**{**OFF, "r1": "random"}))
-        head = merge(embedding.weight.data, placement, adapter.roles[adapter.family.head])
+        head = merge(embedding.weight.data, placement, adapter.roles[adapter.structure.head])
         adapter.head.weight.data, embedding.weight.data = head, head
     assert moved(adapter, before) > 0.1
 
@@ -309,7 +309,7 @@ def test_heads_tiled_instead_of_repeated_break_the_model(family):
 @every_family
 def test_subtracting_the_embedding_mean_changes_the_model(family):
     adapter, before = prepared(family)
-    table = part(adapter, adapter.family.embedding).weight.data
+    table = part(adapter, adapter.structure.embedding).weight.data
     table -= table.mean(-1, keepdim=True)
     assert moved(adapter, before) > 0.1
 

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from composed import small
+from preserved import tiny_shape
 from safetensors.torch import load_file
 
 from harness.checkpoints.base import Snapshot, write_checkpoint
@@ -21,7 +22,7 @@ from harness.checkpoints.fp_quant_reader import decoded
 from harness.config.errors import ConfigError
 from harness.formats import MX, NVFP4, FourOverSix, Integer, KVCache, Scheme
 from harness.linalg.hadamard import hadamard
-from harness.models.adapter import Adapter, shape_of
+from harness.models.adapter import Adapter, shape_of, structure_of
 from harness.models.merge import place, swap
 from harness.models.tiny import Tiny
 from harness.pipeline.job import execute
@@ -116,7 +117,7 @@ def make(folder, family: str, scheme: Scheme, transform, pseudo: bool) -> Made:
     adapter, exporter, context = (
         Adapter(model),
         FPQuant(pseudo),
-        shape_of(model.config.to_dict(), scheme),
+        shape_of(structure_of(model.config), scheme),
     )
     exporter.check(scheme, [transform], context)
     swap(adapter)
@@ -287,7 +288,7 @@ def test_what_the_layout_cannot_hold_is_refused(field):
     with pytest.raises(
         ConfigError, match=f"^{re.escape(field)}.* with export=fp_quant: .* use export=harness"
     ):
-        FPQuant(pseudo).check(scheme, [transform], shape_of(Tiny().facts(), scheme))
+        FPQuant(pseudo).check(scheme, [transform], tiny_shape(scheme))
 
 
 def test_a_bias_that_would_be_added_twice_is_refused(tmp_path):
@@ -299,10 +300,7 @@ def test_a_bias_that_would_be_added_twice_is_refused(tmp_path):
 
 def test_a_rounded_matrix_is_warned_of():
     scheme = Scheme(weight=MX4, act=MX_ACT)
-    told = {
-        n: FPQuant().check(scheme, [HadamardBlocks(n)], shape_of(Tiny().facts(), scheme))
-        for n in (32, 64)
-    }
+    told = {n: FPQuant().check(scheme, [HadamardBlocks(n)], tiny_shape(scheme)) for n in (32, 64)}
     assert len(told[64]) == 1
     assert "block_size=32" in told[32][1]
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import pytest
 from composed import small
+from preserved import tiny_shape
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint import snapshots  # noqa: F401  a fixture
@@ -18,8 +19,6 @@ from harness.checkpoints.source import CheckpointModel
 from harness.config.build import option
 from harness.config.errors import ConfigError, DataError
 from harness.formats import Scheme
-from harness.models.adapter import shape_of
-from harness.models.tiny import Tiny
 from harness.pipeline.build import transforms_of
 from harness.pipeline.job import execute
 from harness.report.__main__ import main as report
@@ -132,7 +131,7 @@ def test_a_placement_file_of_a_run(tmp_path, target):
     with safe_open(saved, "pt") as opened:
         spec = json.loads(opened.metadata()["placement"])
     transform, facts = transforms_of(option("transform", "jointquant"))[0], spec["facts"]
-    context = shape_of(Tiny().facts(), Scheme())
+    context = tiny_shape(Scheme())
     for place in places(spec):
         save_file(
             tensors,

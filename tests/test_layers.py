@@ -7,7 +7,7 @@ from imports import by_file, circle, floors, loose
 FLOORS = [
     {"config", "libraries"},
     {"store", "formats", "linalg"},
-    {"codecs", "solvers", "tracking"},
+    {"codecs", "solvers", "tracking", "structure"},
     {"transforms"},
     {"models"},
     {"calibration"},

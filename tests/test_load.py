@@ -53,9 +53,7 @@ def test_tiny_has_the_stated_shape_and_runs(family):
         and attention.k_proj.out_features == 2 * head_dim
     )
     adapter = Adapter(model)
-    assert adapter.family.widths(source.facts()) == {
-        site.name: adapter.width(site) for site in adapter.family.sites
-    }
+    assert adapter.structure.widths == {site.name: adapter.width(site) for site in adapter.sites(0)}
     out = logits(model)
     assert out.isfinite().all() and out.std() > 0.1
     assert logits(model).std(dim=-1).min() > 0.05  # no position is a constant

@@ -7,22 +7,25 @@ import pytest
 import torch
 from composed import small
 from safetensors import safe_open
+from transformers import AutoConfig
 
 from harness.checkpoints.encodings import encoding
 from harness.config.build import build, option, settings
 from harness.config.errors import ConfigError
 from harness.formats import MX, Format, Integer
-from harness.models.adapter import FAMILIES
+from harness.models.adapter import structure_of
+from harness.models.tiny import Tiny
 from harness.pipeline.job import execute
 from harness.pipeline.plan import make_plan
 from harness.quantize.overrides import resolve
 
-FAMILY, LAYERS = FAMILIES["llama"], 6
+LAYERS = 6
+STRUCTURE = structure_of(AutoConfig.for_model(**Tiny().facts() | {"num_hidden_layers": LAYERS}))
 DOWN, UP, Q = "mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"
 
 
 def resolved(overrides, format="int4"):
-    return resolve(option("format", format) | {"overrides": overrides}, FAMILY, LAYERS)
+    return resolve(option("format", format) | {"overrides": overrides}, STRUCTURE)
 
 
 def test_the_closer_name_wins():

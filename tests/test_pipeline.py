@@ -333,7 +333,7 @@ def test_static_scale_is_that_of_the_solved_model(tmp_path):
         scheme = Scheme(weight=NVFP4())
         blocks.quantize(adapter, scheme, GPTQ(), cut, outcome.run, lambda *_: None)
         seen = {}
-        for site in adapter.family.sites:
+        for site in adapter.sites(0):
             reader = adapter.blocks[1].get_submodule(site.linears[0])
 
             def keep(_, args, name=site.name, seen=seen):
@@ -379,9 +379,9 @@ def test_a_walk_goes_through_the_sites_and_on_with_what_their_linears_become():
         wanted = model(ids, output_hidden_states=True).hidden_states[1]
         block.mlp.down_proj.weight.div_(3)
         before = model(ids, output_hidden_states=True).hidden_states[1]
-    assert list(seen) == [site.name for site in adapter.family.sites]
+    assert list(seen) == [site.name for site in adapter.sites(0)]
     assert [x.shape[-1] for x in seen.values()] == [
-        adapter.width(site) for site in adapter.family.sites
+        adapter.width(site) for site in adapter.sites(0)
     ]
     assert torch.allclose(torch.cat(stream.hidden), wanted, atol=1e-5)
     assert not torch.allclose(before, wanted, atol=1e-3)

@@ -283,9 +283,7 @@ def test_what_a_config_leaves_out_is_what_transformers_fills_in(tmp_path):
     assert facts["head_dim"] == 128
     assert facts["layer_types"] == ["full_attention"] * 2
     adapter = Adapter(source.load()[0])
-    assert adapter.family.widths(facts) == {
-        site.name: adapter.width(site) for site in adapter.family.sites
-    }
+    assert adapter.structure.widths == {site.name: adapter.width(site) for site in adapter.sites(0)}
 
 
 def test_the_tiny_models_state_what_transformers_would_fill_in():

@@ -6,6 +6,7 @@ BlockView      its forward with other weights, what its sites read, the modules 
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -13,12 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from harness.calibration.stream import Stream, arguments_at
+from harness.calibration.passage import arguments_at
+from harness.calibration.stream import Stream
 from harness.calibration.subject import Log, Stage, quiet, unlogged
 from harness.formats import Format, Scheme
-from harness.models.adapter import Adapter, Branch, Site
+from harness.models.adapter import Adapter
 from harness.models.merge import place
 from harness.models.quant_linear import SiteInput
+from harness.structure.structure import Site
+from harness.structure.tape import tensors_of
 from harness.transforms import Diagonal, Placement
 
 PROBE = 4096  # tokens on which `inputs` and `parent` work
@@ -48,7 +52,7 @@ class BlockScales:
 
     def scalable(self, site: str) -> str:
         """free | shared | fixed; see solvers.Block."""
-        if self._input(self._find(site)[1]).codec is not None:
+        if self._input(self._find(site)).codec is not None:
             return "fixed"
         heads = self._heads(site)
         return "free" if heads is None or heads[1] == 1 else "shared"
@@ -63,16 +67,12 @@ class BlockScales:
 
     def _heads(self, site: str) -> tuple[int, int] | None:
         """(key/value heads, query heads on each) where the site holds the heads' values."""
-        _, end = self._find(site)
-        return self.adapter.roles[self.adapter.name(self.index, end.linears[0])].heads
+        reader = self._find(site).linears[0]
+        return self.adapter.roles[self.adapter.name(self.index, reader)].heads
 
-    def _find(self, name: str) -> tuple[Branch, Site]:
-        """The site of that name, and the branch at one of whose ends it is."""
-        for branch in self.adapter.family.branches:
-            for site in (branch.entry, branch.exit):
-                if site.name == name:
-                    return branch, site
-        raise KeyError(name)
+    def _find(self, name: str) -> Site:
+        """The site of that name."""
+        return next(site for site in self.adapter.sites(self.index) if site.name == name)
 
     def _input(self, site: Site) -> SiteInput:
         """What all linears of a site read through."""
@@ -104,12 +104,12 @@ class BlockView(BlockScales):
         self._stage = stage
         self._log = log
         self.sites: Mapping[str, tuple[str, ...]] = {
-            site.name: site.linears for site in adapter.family.sites
+            site.name: site.linears for site in adapter.sites(index)
         }
         self.formats: Mapping[str, Format] = scheme.weights(index, self._linears())
         self.original: Sequence[Tensor] = ()
         self.targets: Sequence[Tensor] = ()
-        self._cached: tuple[str, list[tuple[int, Tensor]]] = ("", [])
+        self._cached: tuple[str, list[tuple[tuple, dict]]] = ("", [])
 
     def _linears(self) -> list[str]:
         """The block-relative names of all linears, in the order of the forward."""
@@ -135,11 +135,12 @@ class BlockView(BlockScales):
         """The block's output for micro-batch `index`, with some weights replaced."""
         replaced = {f"{name}.weight": weight for name, weight in weights.items()}
         context = self.stream.block_kwargs[self.block][index]
-        return functional_call(self.block, replaced, (hidden,), context)
+        return tensors_of(functional_call(self.block, replaced, (hidden,), context))[0]
 
     def inputs(self, site: str) -> Tensor:
         """What a site reads of the first micro-batches, [tokens, n], in the unquantized block."""
-        return torch.cat([x.flatten(0, -2) for _, x in self._read(site)])
+        reader = self._find(site).linears[0]
+        return torch.cat([args[0].flatten(0, -2) for args, _ in self._arriving(reader)])
 
     def parent(
         self, site: str, weights: Mapping[str, Tensor], scale: Tensor | None = None
@@ -148,21 +149,17 @@ class BlockView(BlockScales):
 
         With a scale s [n], the site's activation is read as Q_a(x / s) s.
         """
-        branch, end = self._find(site)
-        entry = end is branch.entry
-        around = branch.module if entry else end.linears[0]
+        end = self._find(site)
+        around = _around(end.linears)
         module = self.block.get_submodule(around)
         replaced = {
             f"{name}.weight".removeprefix(f"{around}."): weight for name, weight in weights.items()
         }
         outputs = []
         with self._reading(end, scale):
-            for index, x in self._read(site):
-                context = {}
-                if entry and branch.context:
-                    context = self.stream.block_kwargs[self.block][index]
-                output = functional_call(module, replaced, (x,), context)
-                outputs.append(output[0] if isinstance(output, tuple) else output)
+            for args, kwargs in self._calls(around):
+                output = tensors_of(functional_call(module, replaced, args, kwargs))[0]
+                outputs.append(output)
         return torch.cat([y.flatten(0, -2) for y in outputs])
 
     def merge(self, site: str, scale: Tensor) -> None:
@@ -170,19 +167,18 @@ class BlockView(BlockScales):
         super().merge(site, scale)
         self._cached = ("", [])
 
-    def _read(self, site: str) -> list[tuple[int, Tensor]]:
-        """(micro-batch, what the site reads before any encoder) of the unquantized block.
+    def _calls(self, name: str) -> list[tuple[tuple, dict]]:
+        """What a module of the unquantized block is called with, PROBE tokens in all.
 
-        PROBE tokens in all. The last site's are kept, for a search asks again and again.
+        The last one's are kept, for a search asks again and again.
         """
-        if self._cached[0] != site:
-            self._cached = (site, list(self._arriving(site)))
+        if self._cached[0] != name:
+            self._cached = (name, list(self._arriving(name)))
         return self._cached[1]
 
-    def _arriving(self, site: str) -> Iterator[tuple[int, Tensor]]:
-        """What `_read` keeps, as the block runs up to the site."""
-        _, end = self._find(site)
-        reader = self.block.get_submodule(end.linears[0])
+    def _arriving(self, name: str) -> Iterator[tuple[tuple, dict]]:
+        """What `_calls` keeps, as the block runs up to the module."""
+        module = self.block.get_submodule(name)
         remaining = PROBE
         for index, hidden in enumerate(self.stream.hidden):
             if remaining <= 0:
@@ -191,9 +187,8 @@ class BlockView(BlockScales):
             def run(index=index, hidden=hidden):
                 return self.block(hidden, **self.stream.block_kwargs[self.block][index])
 
-            args, _ = arguments_at(reader, run)
+            yield arguments_at(module, run)
             remaining -= hidden.shape[0] * hidden.shape[1]
-            yield index, args[0]
 
     @contextmanager
     def _reading(self, site: Site, scale: Tensor | None) -> Iterator[None]:
@@ -214,6 +209,13 @@ class BlockView(BlockScales):
             yield
         finally:
             shared.codec, shared.format, shared.decoder = before
+
+
+def _around(linears: Sequence[str]) -> str:
+    """The innermost module around linears, by their block-relative names; one is its own."""
+    if len(linears) == 1:
+        return linears[0]
+    return os.path.commonpath([name.replace(".", "/") for name in linears]).replace("/", ".")
 
 
 def _per_head(values: Tensor, heads: tuple[int, int]) -> Tensor:

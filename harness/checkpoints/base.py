@@ -164,8 +164,8 @@ def modules(adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
 
     Without the inputs of sites, and without a head that is one matrix with the embedding.
     """
-    inside = f"{adapter.family.blocks}."
-    tied = adapter.head.weight is adapter.model.get_submodule(adapter.family.embedding).weight
+    inside = f"{adapter.structure.blocks}."
+    tied = adapter.head.weight is adapter.model.get_submodule(adapter.structure.embedding).weight
 
     def layer(named: tuple[str, nn.Module]) -> int | None:
         name, _ = named

@@ -40,7 +40,6 @@ from harness.checkpoints.base import (
 )
 from harness.config.errors import ConfigError
 from harness.formats import Format, FourOverSix, Scheme
-from harness.models.adapter import FAMILIES, head_dim
 from harness.models.quant_linear import QuantLinear
 from harness.transforms import ModelShape, Transform
 
@@ -75,7 +74,7 @@ class CompressedTensors(Exporter):
                 )
         layouts.cache_scheme(scheme.kv, context.head_dim)
         for layer, name in scheme.overrides:
-            if layer is None and any(name == family.embedding for family in FAMILIES.values()):
+            if layer is None and name == context.embedding:
                 raise ConfigError(
                     f"format.overrides: {name} with export=compressed_tensors: transformers does "
                     "not load a packed embedding; drop it there, or use export=harness."
@@ -157,7 +156,7 @@ class CompressedTensors(Exporter):
             "config_groups": described,
             "ignore": [name for name in linears if name not in quantized],
             "kv_cache_scheme": layouts.cache_scheme(
-                snapshot.scheme.kv, head_dim(model.config.to_dict())
+                snapshot.scheme.kv, snapshot.adapter.structure.head_dim
             ),
             "global_compression_ratio": None,
         }

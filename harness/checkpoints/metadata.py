@@ -36,10 +36,11 @@ from harness.checkpoints.base import Snapshot, weight_format
 from harness.checkpoints.names import base_of, hub_id, word
 from harness.config.build import build
 from harness.formats import Format, KVCache, QTensor
-from harness.models.adapter import Adapter, head_dim
+from harness.models.adapter import Adapter
 from harness.models.quant_linear import QuantLinear
 from harness.models.source import ModelSource
 from harness.store import version
+from harness.structure.structure import Structure
 
 FIGURES = ("ppl", "divergence", "zeroshot", "tokens")
 
@@ -73,7 +74,7 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
             "weights": _part(scheme.weight),
             "activations": _part(scheme.act),
             "kv": _cache(scheme.kv),
-            "head": _part(scheme.part("weight", None, adapter.family.head)),
+            "head": _part(scheme.part("weight", None, adapter.structure.head)),
         },
         "quantized": f"{sum(layer['name'] in linears for layer in layers)}/{len(linears)}",
         "formats": dict(Counter(layer["format"] for layer in layers)),
@@ -81,7 +82,7 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
         "sizes": _sizes(
             adapter, _tied(section), sum(layer["stored_bits"] for layer in layers), folder
         ),
-        "kv_cache": _kv_bytes(scheme.kv, adapter.model.config.to_dict()),
+        "kv_cache": _kv_bytes(scheme.kv, adapter.structure),
         "evaluation": {
             stage: {key: figures[key] for key in FIGURES if key in figures}
             for stage, figures in metrics.get("stages", {}).items()
@@ -208,13 +209,13 @@ def _tied(section: Mapping) -> bool:
     return bool(build(section, "model", ModelSource).facts().get("tie_word_embeddings"))
 
 
-def _kv_bytes(kv: KVCache | None, facts: Mapping) -> dict:
+def _kv_bytes(kv: KVCache | None, structure: Structure) -> dict:
     """Bytes of keys and values a token, from one token's vectors of one layer quantized."""
-    heads = facts.get("num_key_value_heads") or facts["num_attention_heads"]
-    width = head_dim(facts)
-    layers = facts["num_hidden_layers"]
+    width = structure.head_dim
+    layers = len(structure.attention)
+    heads = max((each.kv_heads for each in structure.attention.values()), default=0)
     plain = 2 * layers * heads * width * 2
-    if kv is None:
+    if kv is None or not plain:
         return {"fp16": plain, "quantized": plain, "reduction_percent": 0.0}
     # a group of -1 goes over all heads of a token
     token = torch.zeros(1, heads * width) if kv.group_size == -1 else torch.zeros(heads, width)

@@ -231,7 +231,7 @@ class Name:
 def name_of(snapshot: Snapshot) -> Name:
     """The name under which a snapshot is written."""
     return Name.of(
-        snapshot.settings, snapshot.choices, snapshot.scheme, snapshot.adapter.family.head
+        snapshot.settings, snapshot.choices, snapshot.scheme, snapshot.adapter.structure.head
     )
 
 

@@ -111,7 +111,7 @@ def load(
     swap(adapter)
     quantized = {*record.activations, *record.weights}
     encoded = any(placement.encoder(None, HEAD_SITE) for placement in placements)
-    if encoded or quantized & {HEAD_SITE, adapter.family.head}:
+    if encoded or quantized & {HEAD_SITE, adapter.structure.head}:
         swap_head(adapter)
     with ExitStack() as stack:
         tensors = _Tensors(folder, stack, torch.device(device))
@@ -170,7 +170,7 @@ def sites(adapter: Adapter) -> Iterator[tuple[str, SiteInput]]:
     .., head_in.
     """
     for index, block in enumerate(adapter.blocks):
-        for site in adapter.family.sites:
+        for site in adapter.sites(index):
             yield adapter.name(index, site.name), block.get_submodule(site.linears[0]).site
     if isinstance(adapter.head, QuantLinear):
         yield HEAD_SITE, adapter.head.site

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from harness.calibration.stream import Stream, arriving
 from harness.models.adapter import Adapter
+from harness.structure.tape import tensors_of
 
 FLOAT_MAX = 1e-4  # float32: max |delta| against max |logit|
 FLOAT_MEAN = 1e-4  # float32: mean |delta|
@@ -65,9 +66,11 @@ def exact_logits(adapter: Adapter, ids: Tensor) -> Tensor:
     for layer, (block, context) in enumerate(zip(adapter.blocks, contexts)):
         with adapter.open(layer):
             exact = {name: _float(value) for name, value in context.items()}
-            hidden = copy.deepcopy(block).float()(hidden, **exact)
-    norm = copy.deepcopy(adapter.model.get_submodule(adapter.family.final_norm)).float()
-    return copy.deepcopy(adapter.head).float()(norm(hidden))
+            hidden = tensors_of(copy.deepcopy(block).float()(hidden, **exact))[0]
+    norm = adapter.structure.final_norm
+    if norm is not None:
+        hidden = copy.deepcopy(adapter.model.get_submodule(norm.module)).float()(hidden)
+    return copy.deepcopy(adapter.head).float()(hidden)
 
 
 @torch.no_grad()
@@ -85,9 +88,9 @@ def stream_gate(adapter: Adapter, window: Tensor) -> float:
     off = float((walked - forward).norm() / forward.norm())
     if not off <= STREAM.get(adapter.model.dtype, STREAM_HALF):
         raise RuntimeError(
-            f"model: the calibration stream is {off:.1%} off the model's forward: a block of a "
-            f"{adapter.family.name} is not h + module(norm(h)), branch by branch, as its Family in "
-            "harness/models/adapter.py says; declare another one."
+            f"model: the calibration stream is {off:.1%} off the model's forward: blocks of "
+            f"{adapter.structure.architecture} get more than their hidden states from one another, "
+            "so that they cannot be walked one by one."
         )
     return off
 

@@ -1,236 +1,130 @@
-"""Model families as data: blocks, the linears that read one activation, and what feeds them.
+"""A loaded model seen through its structure: blocks, sites, and the linears that read them.
 
-A *site* is one activation tensor with the linears that read it. A decoder block is a chain of
-residual *branches* `h <- h + module(norm(h))`; each branch has an entry site (read right after the
-norm) and an exit site (read by the last linear of the branch). Nothing else of the project knows a
-module name.
+Nothing here knows a module's name: all of them come from harness/structure, which derives them from
+a recorded forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 
 from harness.codecs.placement import HEAD_SITE
-from harness.config.checks import nearest
-from harness.config.errors import ConfigError
 from harness.formats import Scheme
 from harness.models.source import BlockStorage
+from harness.structure.derive import derive
+from harness.structure.skeleton import skeleton
+from harness.structure.structure import Norm, Site, Structure
 from harness.transforms import ModelShape, Role
 
 
-@dataclass(frozen=True)
-class Site:
-    """One activation tensor.
+def roles_of(structure: Structure) -> dict[str, Role]:
+    """{absolute module name: Role} of all that a codec may be merged into.
 
-    linears: block-relative names of the modules that read it.
-    features: what its width follows from: hidden, heads (heads * head_dim) or intermediate.
-    norm: the norm right before it; None inside a branch.
-    fed_by: the linears whose outputs make it by a linear path (v feeds o; up feeds down).
+    That is the embedding, the norms and the matrices, in the order of the forward.
     """
-
-    name: str
-    linears: tuple[str, ...]
-    features: str
-    norm: str | None = None
-    fed_by: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Branch:
-    """`h <- h + module(norm(h))`.
-
-    `context` says whether the module takes the positional arguments of attention.
-    """
-
-    module: str
-    entry: Site
-    exit: Site
-    context: bool = False
-
-    def roles(self, layer: int, heads: tuple[int, int]) -> list[Role]:
-        """The norm and the linears of one block's branch, by block-relative names.
-
-        heads: (key/value heads, query heads on each).
-        """
-        into = self.entry
-        out = self.exit
-        assert into.norm is not None, "an entry is read right after a norm"
-        roles = [Role(layer, into.norm, "norm", writes=into.name)]
-        for name in into.linears:
-            # up feeds down and v feeds o; behind gate, q and k stands a nonlinearity
-            feeds = out.name if name in out.fed_by else None
-            roles.append(Role(layer, name, "linear", into.name, reads_residual=True, writes=feeds))
-        # query heads on one key/value head read the same values, and share a codec
-        repeated = heads if out.features == "heads" else None
-        for name in out.linears:
-            roles.append(Role(layer, name, "linear", out.name, writes="residual", heads=repeated))
-        return roles
+    embedding = structure.embedding
+    roles = {embedding: Role(None, embedding, "embedding", writes="residual")}
+    for layer, sites in enumerate(structure.sites):
+        start = f"{structure.blocks}.{layer}."
+        fed = {site.feed.matrix: site for site in sites if site.feed is not None}
+        for site in sites:
+            if site.norm is not None:
+                roles.setdefault(site.norm.module, _norm(layer, start, site.norm, site.name))
+            for matrix in site.matrices:
+                feeds = fed.get(matrix.parameter)
+                roles[start + matrix.name] = Role(
+                    layer,
+                    matrix.name,
+                    "linear",
+                    site.name,
+                    reads_residual=site.residual,
+                    writes=_written(structure, matrix.parameter, feeds),
+                    heads=None if site.feed is None else site.feed.grouped,
+                )
+    if structure.final_norm is not None:
+        norm = structure.final_norm
+        roles[norm.module] = Role(None, norm.module, "norm", writes=HEAD_SITE)
+    head = structure.head
+    roles[head] = Role(None, head, "linear", HEAD_SITE, reads_residual=True)
+    return roles
 
 
-@dataclass(frozen=True)
-class Family:
-    """A decoder architecture.
-
-    Names of modules are block-relative in the branches and absolute outside of the blocks.
-    """
-
-    name: str
-    branches: tuple[Branch, ...]
-    blocks: str = "model.layers"
-    embedding: str = "model.embed_tokens"
-    final_norm: str = "model.norm"
-    head: str = "lm_head"
-
-    @cached_property
-    def sites(self) -> tuple[Site, ...]:
-        """The sites of a block in the order in which the forward reaches them."""
-        return tuple(site for branch in self.branches for site in (branch.entry, branch.exit))
-
-    def widths(self, config: Mapping) -> dict[str, int]:
-        """{site: features} from the fields of a config.json.
-
-        Heads * head_dim need not be hidden_size (Qwen3).
-        """
-        sizes = {
-            "hidden": config["hidden_size"],
-            "heads": config["num_attention_heads"] * head_dim(config),
-            "intermediate": config["intermediate_size"],
-        }
-        return {site.name: sizes[site.features] for site in self.sites}
-
-    def roles(self, config: Mapping) -> dict[str, Role]:
-        """{absolute module name: Role} of all that a codec may be merged into.
-
-        That is the embedding, the norms and the linears.
-        """
-        kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-        heads = (kv_heads, config["num_attention_heads"] // kv_heads)
-        roles = {self.embedding: Role(None, self.embedding, "embedding", writes="residual")}
-        for layer in range(config["num_hidden_layers"]):
-            for branch in self.branches:
-                for role in branch.roles(layer, heads):
-                    roles[f"{self.blocks}.{layer}.{role.name}"] = role
-        roles[self.final_norm] = Role(None, self.final_norm, "norm", writes=HEAD_SITE)
-        roles[self.head] = Role(None, self.head, "linear", HEAD_SITE, reads_residual=True)
-        return roles
+def _norm(layer: int, start: str, norm: Norm, site: str) -> Role:
+    """The role of the norm before a site."""
+    return Role(layer, norm.module.removeprefix(start), "norm", writes=site)
 
 
-def head_dim(config: Mapping) -> int:
-    """Features of one attention head."""
-    # Qwen2's config has no such key
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+def _written(structure: Structure, parameter: str, fed: Site | None) -> str | None:
+    """What a matrix writes: the residual stream, the site it feeds, or nothing by a linear path."""
+    if parameter in structure.residual.writers:
+        return "residual"
+    return None if fed is None else fed.name
+
+
+def structure_of(config) -> Structure:
+    """The structure of the models of a transformers config, without weights."""
+    return derive(skeleton(config))
 
 
 def shape_of(
-    config: Mapping, scheme: Scheme, seed: int = 0, solver: str | None = None
+    structure: Structure, scheme: Scheme, seed: int = 0, solver: str | None = None
 ) -> ModelShape:
-    """What a transform may know of a model before its weights are loaded.
-
-    config: the fields of its config.json.
-    """
-    heads = config["num_attention_heads"]
-    family = family_of(config.get("model_type"))
+    """What a transform may know of a model before its weights are loaded."""
+    heads = next(iter(structure.attention.values()), None)
     return ModelShape(
-        widths=family.widths(config),
-        layers=config["num_hidden_layers"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=head_dim(config),
+        widths=structure.widths,
+        layers=structure.layers,
+        heads=0 if heads is None else heads.heads,
+        kv_heads=0 if heads is None else heads.kv_heads,
+        head_dim=structure.head_dim,
         scheme=scheme,
         seed=seed,
         solver=solver,
-        readers={site.name: site.linears for site in family.sites},
+        readers=structure.linears,
+        embedding=structure.embedding,
     )
-
-
-_LLAMA = Family(
-    "llama",
-    branches=(
-        Branch(
-            "self_attn",
-            entry=Site(
-                "attn_in",
-                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                "hidden",
-                norm="input_layernorm",
-            ),
-            exit=Site("o_in", ("self_attn.o_proj",), "heads", fed_by=("self_attn.v_proj",)),
-            context=True,
-        ),
-        Branch(
-            "mlp",
-            entry=Site(
-                "mlp_in",
-                ("mlp.gate_proj", "mlp.up_proj"),
-                "hidden",
-                norm="post_attention_layernorm",
-            ),
-            exit=Site("down_in", ("mlp.down_proj",), "intermediate", fed_by=("mlp.up_proj",)),
-        ),
-    ),
-)
-FAMILIES = {
-    family.name: family
-    for family in (
-        _LLAMA,
-        replace(_LLAMA, name="mistral"),
-        replace(_LLAMA, name="qwen2"),
-        replace(_LLAMA, name="qwen3"),
-    )
-}
-
-
-def family_of(kind: str | None) -> Family:
-    """The family of a `model_type`.
-
-    Raises ConfigError with the known ones when the architecture is not declared.
-    """
-    if kind not in FAMILIES:
-        raise ConfigError(
-            f"model: architecture '{kind}' is not declared.{nearest(kind, FAMILIES)} "
-            f"Known: {', '.join(FAMILIES)}. A new one is a Family in harness/models/adapter.py."
-        )
-    return FAMILIES[kind]
 
 
 class Adapter:
-    """A loaded model seen through its family: blocks, branches, sites and the linears at them."""
+    """A loaded model seen through its structure: blocks, sites and the linears at them."""
 
-    def __init__(self, model, offloaded: BlockStorage | None = None):
-        """model: transformers' causal language model of a declared family.
+    def __init__(
+        self,
+        model,
+        offloaded: BlockStorage | None = None,
+        structure: Structure | None = None,
+    ):
+        """model: transformers' causal language model.
 
         offloaded: where the blocks are while they are not in use (models/offload.py); None: all are
-        in memory.
+        in memory. structure: as derived before; None: from the model's config.
         """
         self.model = model
         self.offloaded = offloaded
-        self.family = family_of(model.config.model_type)
-        self.roles = self.family.roles(model.config.to_dict())
+        self.structure = structure or structure_of(model.config)
+        self.roles = roles_of(self.structure)
 
     @property
     def blocks(self):
         """The decoder blocks, in order."""
-        return self.model.get_submodule(self.family.blocks)
+        return self.model.get_submodule(self.structure.blocks)
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.model.get_submodule(self.family.embedding).weight.device
+        return self.model.get_submodule(self.structure.embedding).weight.device
 
     @property
     def backbone(self):
         """The model without its head: tokens [B, L] -> hidden states [B, L, hidden]."""
-        return self.model.get_submodule(self.family.blocks.rpartition(".")[0])
+        return self.model.get_submodule(self.structure.blocks.rpartition(".")[0])
 
     @property
     def head(self):
         """The output projection: hidden states -> logits."""
-        return self.model.get_submodule(self.family.head)
+        return self.model.get_submodule(self.structure.head)
 
     def open(self, layer: int | None, write: bool = False) -> AbstractContextManager:
         """Within it the weights of block `layer` are in memory; write: changes to them last.
@@ -241,9 +135,13 @@ class Adapter:
             return nullcontext()
         return self.offloaded.open(layer, write)
 
+    def sites(self, index: int) -> tuple[Site, ...]:
+        """The sites of block `index` at which something is quantized, in their order."""
+        return tuple(site for site in self.structure.sites[index] if site.linears)
+
     def name(self, index: int, linear: str) -> str:
         """The absolute name of a block-relative module."""
-        return f"{self.family.blocks}.{index}.{linear}"
+        return f"{self.structure.blocks}.{index}.{linear}"
 
     def linears(self, index: int, site: Site) -> dict:
         """Block-relative name -> module for the linears that read `site` in block `index`."""
@@ -252,5 +150,4 @@ class Adapter:
 
     def width(self, site: Site, index: int = 0) -> int:
         """Features of the site's activation, from the module that reads it."""
-        # never from hidden_size: o reads heads * head_dim, which may be another number
         return self.blocks[index].get_submodule(site.linears[0]).in_features

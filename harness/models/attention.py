@@ -122,8 +122,12 @@ def cache(adapter: Adapter) -> Cache:
 
 
 def _modules(adapter: Adapter) -> list[nn.Module]:
-    name = next(branch.module for branch in adapter.family.branches if branch.context)
-    return [block.get_submodule(name) for block in adapter.blocks]
+    modules = []
+    for index, block in enumerate(adapter.blocks):
+        for site in adapter.structure.sites[index]:
+            if site.name == "o_in":  # what an attention gives is read inside of its module
+                modules.append(block.get_submodule(site.linears[0].rpartition(".")[0]))
+    return modules
 
 
 def _attention(module, query, key, value, attention_mask, **kwargs):

@@ -90,7 +90,7 @@ class Hub(ModelSource):
         adapter = Adapter(model)
         return OffloadedBlocks(
             adapter.blocks,
-            adapter.family.blocks,
+            adapter.structure.blocks,
             self._weights.files,
             scratch,
             model.dtype,

@@ -32,7 +32,7 @@ def swap(adapter: Adapter) -> None:
     it is.
     """
     for index, block in enumerate(adapter.blocks):
-        for site in adapter.family.sites:
+        for site in adapter.sites(index):
             linears = {
                 name: linear
                 for name, linear in adapter.linears(index, site).items()
@@ -48,7 +48,9 @@ def swap_head(adapter: Adapter) -> QuantLinear:
     """The same for the output head, untied first; found in place it is only returned."""
     untie(adapter.model)
     if not isinstance(adapter.head, QuantLinear):
-        adapter.model.set_submodule(adapter.family.head, _quant_linear(adapter.head, SiteInput(1)))
+        adapter.model.set_submodule(
+            adapter.structure.head, _quant_linear(adapter.head, SiteInput(1))
+        )
     return adapter.head
 
 

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.libraries.transformers import tied_names
-from harness.models.adapter import family_of
 from harness.models.source import refuse_nonfinite
+from harness.structure.derive import blocks_of
 
 
 def read(names: Mapping[str, Path], dtype: torch.dtype, device) -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ def skeleton(config, files: Mapping[str, Path], dtype: torch.dtype, device) -> n
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    blocks = f"{family_of(config.model_type).blocks}."
+    blocks = f"{blocks_of(model)}."
     # what is computed from the config, not stored: the rotary table
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):

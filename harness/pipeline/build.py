@@ -9,14 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from harness.checkpoints.base import Exporter, check_destination
 from harness.checkpoints.names import Name
 from harness.config.build import build
-from harness.config.checks import one_of, typed
+from harness.config.checks import nearest, one_of, typed
 from harness.config.errors import ConfigError
 from harness.formats import Format, KVCache, Scheme
-from harness.models.adapter import Family, family_of, shape_of
+from harness.models.adapter import shape_of, structure_of
+from harness.models.facts import reason
 from harness.pipeline import combinations
 from harness.pipeline.plan import Plan
 from harness.pipeline.sections import exporter_fields, unnamed
@@ -24,6 +26,7 @@ from harness.pipeline.unread import unread
 from harness.quantize.allocation import Auto, auto_of
 from harness.quantize.overrides import resolve
 from harness.solvers import Solver
+from harness.structure.structure import Structure
 from harness.tracking import Tracker
 from harness.transforms import ModelShape, Transform
 from harness.transforms.smoothquant import NORM_SITES, PRODUCT_SITES, SmoothQuant
@@ -33,11 +36,13 @@ from harness.transforms.smoothquant import NORM_SITES, PRODUCT_SITES, SmoothQuan
 class Components:
     """What works on weights, and what its combination warns of.
 
-    scheme: the formats, overrides resolved. auto: how those of the weights are to be allocated, if
-    at all. transforms: to be placed one after the other. solver: None leaves weights as they are.
-    context: what transforms may know of the model. exporter: None where nothing is exported.
+    structure: the model's, from its config. scheme: the formats, overrides resolved. auto: how
+    those of the weights are to be allocated, if at all. transforms: to be placed one after the
+    other. solver: None leaves weights as they are. context: what transforms may know of the model.
+    exporter: None where nothing is exported.
     """
 
+    structure: Structure
     scheme: Scheme
     auto: Auto | None
     transforms: list[Transform]
@@ -54,29 +59,29 @@ def components(plan: Plan) -> Components:
     settings = plan.settings
     _check_device(settings["device"])
     facts = plan.model.facts()
-    family = family_of(facts.get("model_type"))
-    scheme, auto = _formats(settings, family, facts)
+    structure = structure_from(facts)
+    scheme, auto = _formats(settings, structure)
     solver = _solver(settings["solver"])
     transforms = transforms_of(settings["transform"])
     combinations.check_parts(plan, scheme, solver, transforms)
     combinations.check_lengths(plan, facts)
-    combinations.check_widths(scheme, auto, family, facts)
+    combinations.check_widths(scheme, auto, structure)
 
     name = plan.choices.get("solver", "solver")
-    context = shape_of(facts, scheme, settings["seed"], None if solver is None else name)
+    context = shape_of(structure, scheme, settings["seed"], None if solver is None else name)
     if scheme.kv is not None:
         scheme.kv.check(context.head_dim, "format.kv.group_size", "the key/value heads")
     warnings = [warning for transform in transforms for warning in transform.check(context)]
     combinations.check_placement_files(plan, transforms, context)
     if solver is not None:
         if auto is not None:
-            combinations.check_budget(auto, scheme, family, facts)
+            combinations.check_budget(auto, scheme, structure)
         warnings += combinations.check_solver(solver, name, scheme, auto, transforms, context)
         if solver.hessian_input == "auto":
             hessian_input = combinations.hessian_input(solver, scheme, transforms)
             solver = replace(solver, hessian_input=hessian_input)
     warnings += combinations.learning_warnings(plan, transforms)
-    exporter = _exporter(plan, scheme, family)
+    exporter = _exporter(plan, scheme, structure)
     if exporter is not None:
         dtype = _stored_dtype(settings["model"]["dtype"], facts)
         doubts = [
@@ -93,10 +98,32 @@ def components(plan: Plan) -> Components:
         "transform": transforms[-1],
     }
     warnings += unread(plan, built)
-    return Components(scheme, auto, transforms, solver, context, plan.tracker, exporter, warnings)
+    return Components(
+        structure, scheme, auto, transforms, solver, context, plan.tracker, exporter, warnings
+    )
 
 
-def _formats(settings: Mapping, family: Family, facts: Mapping) -> tuple[Scheme, Auto | None]:
+def structure_from(facts: Mapping) -> Structure:
+    """The structure of a model from the fields of its config, before any weight is read.
+
+    Raises ConfigError where transformers has no such architecture, or it cannot be looked through.
+    """
+    kind = facts.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"model: transformers has no architecture '{kind}'.{nearest(kind, CONFIG_MAPPING)} "
+            "A newer release may have it."
+        )
+    try:
+        return structure_of(AutoConfig.for_model(**facts))
+    except Exception as error:  # a model's own code runs on tensors without content
+        raise ConfigError(
+            f"model: a forward of {kind} could not be looked through ({reason(error)}), so that "
+            "its parts are unknown."
+        ) from error
+
+
+def _formats(settings: Mapping, structure: Structure) -> tuple[Scheme, Auto | None]:
     """The formats of all parts, and how those of weights are allocated."""
     section = settings["format"]
     # What loads an exported file computes by its own rules, and formats are to compute by them too.
@@ -105,7 +132,7 @@ def _formats(settings: Mapping, family: Family, facts: Mapping) -> tuple[Scheme,
         weight=build(section["weight"], "format.weight", Format),
         act=build(section["act"], "format.act", Format),
         kv=build(section["kv"], "format.kv", KVCache),
-        overrides=resolve(section, family, facts["num_hidden_layers"], serves),
+        overrides=resolve(section, structure, serves),
     )
     auto = auto_of(section["auto"], section["weight"], serves.get("weight"))
     if auto is not None and scheme.weight is None:
@@ -170,7 +197,7 @@ def _smooth(settings: Mapping, when: str, legal: Sequence[str]) -> SmoothQuant:
     return smooth
 
 
-def _exporter(plan: Plan, scheme: Scheme, family: Family) -> Exporter | None:
+def _exporter(plan: Plan, scheme: Scheme, structure: Structure) -> Exporter | None:
     """What writes the checkpoint, if one is asked for."""
     section = plan.settings["export"]
     if section.get("_target_") is None:
@@ -184,7 +211,7 @@ def _exporter(plan: Plan, scheme: Scheme, family: Family) -> Exporter | None:
     # What would fail only after the run.
     check_destination(section)
     # Refuses what no folder can be called.
-    Name.of(plan.settings, plan.choices, scheme, family.head)
+    Name.of(plan.settings, plan.choices, scheme, structure.head)
     return exporter
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from harness.config.errors import ConfigError
 from harness.formats import Format, Scheme
-from harness.models.adapter import Family
 from harness.pipeline.plan import Plan
 from harness.quantize.allocation import Auto
 from harness.solvers import Solver
 from harness.store import writable
+from harness.structure.structure import Structure
 from harness.transforms import ModelShape, Transform, file
 from harness.transforms.identity import Identity
 from harness.transforms.smoothquant import SmoothQuant
@@ -63,9 +63,9 @@ def check_lengths(plan: Plan, facts: Mapping) -> None:
             )
 
 
-def check_widths(scheme: Scheme, auto: Auto | None, family: Family, facts: Mapping) -> None:
+def check_widths(scheme: Scheme, auto: Auto | None, structure: Structure) -> None:
     """Refuse a group that does not divide the width of what it is for."""
-    widths = family.widths(facts)
+    widths = structure.widths
     formats = {"weight": scheme.weight, "act": scheme.act}
     if auto is not None:
         formats |= {f"auto.candidates.{name}": format for name, format in auto.candidates.items()}
@@ -73,16 +73,16 @@ def check_widths(scheme: Scheme, auto: Auto | None, family: Family, facts: Mappi
         for site, width in widths.items():
             if format is not None:
                 format.check(width, f"format.{field}.group_size", site)
-    sites = {name: site.name for site in family.sites for name in site.linears}
+    sites = {name: site for site, linears in structure.linears.items() for name in linears}
     for (layer, name), parts in scheme.overrides.items():
         # Embedding and head are of no block, and as wide as the residual stream.
-        width = facts["hidden_size"] if layer is None else widths[sites[name]]
+        width = structure.hidden if layer is None else widths[sites[name]]
         for role, format in parts.items():
             if format is not None:
                 format.check(width, f"format.overrides: {role}.group_size", name)
 
 
-def check_budget(auto: Auto, scheme: Scheme, family: Family, facts: Mapping) -> None:
+def check_budget(auto: Auto, scheme: Scheme, structure: Structure) -> None:
     """Refuse a budget below every candidate, and an allocation of nothing."""
     least = min(format.bits for format in auto.candidates.values())
     if least > auto.bits_per_weight:
@@ -90,7 +90,7 @@ def check_budget(auto: Auto, scheme: Scheme, family: Family, facts: Mapping) -> 
             f"format.auto.bits_per_weight={auto.bits_per_weight}: the smallest candidate has "
             f"{least} bits; raise it, or add a smaller candidate."
         )
-    linears = sum(len(site.linears) for site in family.sites) * facts["num_hidden_layers"]
+    linears = sum(len(site.linears) for sites in structure.sites for site in sites)
     # Those outside the blocks are never allocated.
     decided = sum(
         layer is not None and "weight" in parts for (layer, _), parts in scheme.overrides.items()

@@ -59,7 +59,7 @@ def _load(start: Job, device: torch.device) -> tuple[LoadedJob, Adapter]:
     start.metrics["warnings"] += plan.model.warnings
     assert_finite(model)
     offloaded = plan.model.offloaded(model, start.scratch)
-    adapter = Adapter(model, offloaded)
+    adapter = Adapter(model, offloaded, start.parts.structure)
     job = LoadedJob(
         plan=plan,
         parts=start.parts,

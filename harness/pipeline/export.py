@@ -163,7 +163,7 @@ def _round(snapshot: Snapshot, dtype: torch.dtype) -> None:
     """
     adapter = snapshot.adapter
     qtensors = snapshot.qtensors
-    inside = f"{adapter.family.blocks}."
+    inside = f"{adapter.structure.blocks}."
     for layer in (None, *range(len(adapter.blocks))):
         root = adapter.model if layer is None else adapter.blocks[layer]
         with adapter.open(layer, write=True):

@@ -119,7 +119,7 @@ def importance(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], Tenso
     squares = {}
     handles = []
     for layer, block in enumerate(adapter.blocks):
-        for site in adapter.family.sites:
+        for site in adapter.sites(layer):
             for name in site.linears:
                 linear = block.get_submodule(name)
                 squares[layer, name] = torch.zeros(linear.out_features, device=adapter.device)

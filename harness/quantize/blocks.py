@@ -22,13 +22,15 @@ from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
 from harness.calibration.subject import quiet, unlogged
 from harness.formats import QTensor, Scheme
-from harness.models.adapter import Adapter, Site
+from harness.models.adapter import Adapter
 from harness.models.offload import trim
 from harness.models.quant_linear import QuantLinear, SiteInput
 from harness.quantize.embeddings import Embeddings
 from harness.quantize.weights import decibel, relative, stored, swap_in
 from harness.solvers import Problem, Solver
 from harness.store import Run
+from harness.structure.structure import Site
+from harness.structure.tape import tensors_of
 from harness.transforms import generator
 
 
@@ -99,7 +101,7 @@ def quantize(
 
 def _activations(adapter: Adapter, scheme: Scheme, index: int, on: bool) -> None:
     """Switch the activation quantizers of a block on or off."""
-    for site in adapter.family.sites:
+    for site in adapter.sites(index):
         act = scheme.part("act", index, site.linears[0]) if on else None
         _input(adapter, index, site).format = act
 
@@ -134,7 +136,7 @@ class OutputError:
 
     def _forward(self, index: int) -> Tensor:
         block = self.adapter.blocks[index]
-        return block(self._hidden, **self.stream.window(block)[1])
+        return tensors_of(block(self._hidden, **self.stream.window(block)[1]))[0]
 
 
 def _input(adapter: Adapter, index: int, site: Site) -> SiteInput:
@@ -162,10 +164,9 @@ class _Block:
         self.index = index
         self.record = record
         self.block = adapter.blocks[index]
-        self.inputs = {site.name: _input(adapter, index, site) for site in adapter.family.sites}
-        self.acts = {
-            site.name: scheme.part("act", index, site.linears[0]) for site in adapter.family.sites
-        }
+        self.sites = adapter.sites(index)
+        self.inputs = {site.name: _input(adapter, index, site) for site in self.sites}
+        self.acts = {site.name: scheme.part("act", index, site.linears[0]) for site in self.sites}
         self.tensors: dict[str, Tensor] = {}
         self.layers: list[dict] = []
         self.output: dict = {}
@@ -215,11 +216,11 @@ class _Block:
         """
         # before the weights: what is loaded holds these scales, and is not to be scaled again
         scales = BlockScales(self.adapter, self.index)
-        for site in self.adapter.family.sites:
+        for site in self.sites:
             if f"{site.name}.merged" in self.tensors:
                 scale = self.tensors[f"{site.name}.merged"]
                 scales.merge(site.name, scale.to(self.adapter.device))
-        for site in self.adapter.family.sites:
+        for site in self.sites:
             self._calibrate(site, self.tensors[f"{site.name}.range"])
             formats = {} if self.solver is None else self.scheme.weights(self.index, site.linears)
             for name, format in formats.items():
@@ -237,23 +238,21 @@ class _Block:
         assert self.solver is not None
         gathered = self._gather(stream)
         if self.solver.scope == "site":
-            for site in self.adapter.family.sites:
+            for site in self.sites:
                 self._settle(
                     site, gathered[site.name], *self._solved(site, gathered[site.name]), shared
                 )
             return
         solution = self.solver.solve_block(view)
-        for site in self.adapter.family.sites:
+        for site in self.sites:
             qtensors = {name: q for name, q in solution.qtensors.items() if name in site.linears}
             self._settle(site, gathered[site.name], qtensors, solution.report, shared)
 
     def _gather(self, stream: Stream) -> dict[str, Statistics]:
         """Statistics of all sites from one pass of the unquantized block."""
-        statistics = {
-            site.name: self._statistics(site, stream) for site in self.adapter.family.sites
-        }
+        statistics = {site.name: self._statistics(site, stream) for site in self.sites}
         handles = []
-        for site in self.adapter.family.sites:
+        for site in self.sites:
             reader = self.block.get_submodule(site.linears[0])
 
             def observe(_, args, site=site):

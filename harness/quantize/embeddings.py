@@ -30,10 +30,10 @@ class Embeddings:
         self.adapter = adapter
         self.quantizes = scheme.outside
         self.solver = None if solver is None else solver.outside
-        family = adapter.family
-        self.table = None if solver is None else scheme.part("weight", None, family.embedding)
-        self.weight = None if solver is None else scheme.part("weight", None, family.head)
-        self.act = scheme.part("act", None, family.head)
+        structure = adapter.structure
+        self.table = None if solver is None else scheme.part("weight", None, structure.embedding)
+        self.weight = None if solver is None else scheme.part("weight", None, structure.head)
+        self.act = scheme.part("act", None, structure.head)
         self.tensors: dict[str, Tensor] = {}
         self.layers: list[dict] = []
         self.record: tuple[dict, dict] | None = None  # the record of an earlier attempt
@@ -45,7 +45,7 @@ class Embeddings:
         untie(self.adapter.model)
         self.record = run.load_block(len(self.adapter.blocks))
         if self.table is not None:
-            name = self.adapter.family.embedding
+            name = self.adapter.structure.embedding
             weight = self.adapter.model.get_parameter(f"{name}.weight")
             if self.record is not None:
                 quantized = stored(self.record[0], name, self.table, weight)
@@ -85,13 +85,13 @@ class Embeddings:
     def _install(self, linear: QuantLinear, tensors: Mapping[str, Tensor]) -> None:
         """Take the head's weights and its activation scale from a record."""
         if self.weight is not None:
-            name = self.adapter.family.head
+            name = self.adapter.structure.head
             linear.load(stored(tensors, name, self.weight, linear.weight).dequantize())
         self._calibrate(linear, tensors[f"{HEAD_SITE}.range"])
 
     def _solve(self, linear: QuantLinear, stream: Stream) -> None:
         """Solve the head for what leaves the stream, swap it in and report on it."""
-        name = self.adapter.family.head
+        name = self.adapter.structure.head
         solver = self.solver
         needed = self.weight is not None and solver is not None and "hessian" in solver.needs
         statistics = Statistics(linear.in_features, stream.tokens, linear.weight.device, needed)

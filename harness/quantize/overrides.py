@@ -24,7 +24,7 @@ from harness.config.build import build, option
 from harness.config.checks import nearest
 from harness.config.errors import ConfigError
 from harness.formats import Format
-from harness.models.adapter import Family
+from harness.structure.structure import Structure
 
 PARTS = ("weight", "act")
 Place = tuple[int | None, str]  # (block, linear); None: outside the blocks
@@ -48,7 +48,7 @@ class _Base:
 
 
 def resolve(
-    section: Mapping, family: Family, layers: int, serves: Mapping[str, Mapping] | None = None
+    section: Mapping, structure: Structure, serves: Mapping[str, Mapping] | None = None
 ) -> dict[Place, Parts]:
     """{(block, linear): {part: Format or None}} from a `format` section.
 
@@ -66,7 +66,7 @@ def resolve(
             "or null."
         )
     for key, value in overrides.items():
-        for field, rank, place, parts in _entries(key, value, base, family, layers):
+        for field, rank, place, parts in _entries(key, value, base, structure):
             others = ranked.setdefault(place, {})
             if rank in others:
                 raise ConfigError(
@@ -81,19 +81,20 @@ def resolve(
         for rank in sorted(entries):
             merged |= entries[rank][1]
         resolved[place] = merged
-    _one_activation(resolved, base, family, layers)
+    _one_activation(resolved, base, structure)
     return resolved
 
 
 def _entries(
-    key: str, value: object, base: _Base, family: Family, layers: int
+    key: str, value: object, base: _Base, structure: Structure
 ) -> Iterator[tuple[str, int, Place, Parts]]:
     """(field, rank, place, parts) of all that one key of `format.overrides` names."""
     field = f"format.overrides.{key}"
-    linears = {name.rpartition(".")[2]: name for site in family.sites for name in site.linears}
-    outside = {name.rpartition(".")[2]: name for name in (family.embedding, family.head)}
+    layers = structure.layers
+    linears = _linears(structure)
+    outside = {name.rpartition(".")[2]: name for name in (structure.embedding, structure.head)}
     if key in outside:
-        embedding = outside[key] == family.embedding
+        embedding = outside[key] == structure.embedding
         yield field, 1, (None, outside[key]), _outside(field, value, base, embedding)
     elif key == "decoder":
         parts = _parts(field, value, base)
@@ -112,6 +113,13 @@ def _entries(
         raise ConfigError(
             f"{field}: names nothing to quantize.{nearest(key, legal)} Legal: {', '.join(legal)}."
         )
+
+
+def _linears(structure: Structure) -> dict[str, str]:
+    """{last part of its name: block-relative name} of all linears of the blocks."""
+    return {
+        name.rpartition(".")[2]: name for linears in structure.linears.values() for name in linears
+    }
 
 
 def _within(
@@ -228,13 +236,11 @@ def _option(field: str, name: str) -> dict:
         raise ConfigError(f"{field}: {error}") from None
 
 
-def _one_activation(
-    resolved: Mapping[Place, Parts], base: _Base, family: Family, layers: int
-) -> None:
+def _one_activation(resolved: Mapping[Place, Parts], base: _Base, structure: Structure) -> None:
     """Linears that read one activation must agree on its format, for it is quantized once."""
     everywhere = base.act()
-    for layer in range(layers):
-        for site in family.sites:
+    for layer, sites in enumerate(structure.sites):
+        for site in sites:
             acts = [resolved.get((layer, name), {}).get("act", everywhere) for name in site.linears]
             if any(act != acts[0] for act in acts):
                 readers = ", ".join(name.rpartition(".")[2] for name in site.linears)

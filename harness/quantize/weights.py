@@ -109,16 +109,16 @@ def solved(adapter: Adapter, scheme: Scheme, run: Run, index: int) -> dict[str, 
     index: one after the last is what stands outside the blocks.
     """
     record = run.load_block(index)
-    family = adapter.family
+    structure = adapter.structure
     if record is None:
         return {}
     tensors, _ = record
     if index < len(adapter.blocks):
         layer = index
-        names = [name for site in family.sites for name in site.linears]
+        names = [name for site in adapter.sites(index) for name in site.linears]
     else:
         layer = None
-        names = [family.embedding, family.head]
+        names = [structure.embedding, structure.head]
     qtensors = {}
     for name, format in scheme.weights(layer, names).items():
         absolute = name if layer is None else adapter.name(index, name)

@@ -30,7 +30,7 @@ class ModelShape:
 
     widths: {site: features}. layers, heads, kv_heads, head_dim: of the attention blocks. scheme:
     the formats. seed: the run's. solver: its name; None where weights stay float. readers: {site:
-    its linears}.
+    its linears}. embedding: the module's absolute name.
     """
 
     widths: Mapping[str, int]
@@ -42,6 +42,7 @@ class ModelShape:
     seed: int
     solver: str | None = None
     readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    embedding: str | None = None
 
     def reads(self, site: str, layer: int | None) -> Format | None:
         """The format in which the linears of a site read their activation, one tensor for all."""

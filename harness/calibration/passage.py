@@ -1,0 +1,178 @@
+"""One block's forward, of all micro-batches at once, stopped where a site is about to be read.
+
+The forward is recorded once for each shape of micro-batch (harness/structure/tape.py) and run again
+on the others; between sites, the values that later calls need are kept, in one allocation for all
+micro-batches. Where a forward depends on what the tokens are (it reads a tensor's content), no
+recorded line holds for all: the block then runs anew up to each site.
+
+Rejected: holding each micro-batch in a paused thread (frames keep alive what no call needs any
+more), one whole-batch forward (all intermediate activations at once).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from harness.structure.structure import Site
+from harness.structure.tape import Tape, Value, tensors_of
+
+Room = Callable[[Tensor, int], Tensor]  # (like, elements) -> an empty [elements]
+
+
+class Reached(Exception):
+    """Carries the arguments with which a module was about to be called; the module does not run."""
+
+    def __init__(self, args: tuple, kwargs: dict):
+        super().__init__()
+        self.args, self.kwargs = args, kwargs
+
+
+def arguments_at(module: nn.Module, run: Callable[[], object]) -> tuple[tuple, dict]:
+    """Call `run()` up to the moment `module` would be entered.
+
+    Returns the (args, kwargs) of that call. Raises RuntimeError where it never comes.
+    """
+
+    def stop(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        raise Reached(args, kwargs)
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        run()
+    except Reached as reached:
+        return reached.args, reached.kwargs
+    finally:
+        handle.remove()
+    raise RuntimeError(f"the forward never reached {type(module).__name__}")
+
+
+@torch.no_grad()
+def recorded(block: nn.Module, hidden: Tensor, kwargs: dict, leaves: Iterable[nn.Module]) -> Tape:
+    """The tape of a block's forward, with modules whose content may change as leaves."""
+    tape = Tape(tensors_of((hidden, kwargs)))
+    with ExitStack() as hooks:
+        for module in leaves:
+            hooks.enter_context(tape.leaf(module))
+        with tape:
+            result = block(hidden, **kwargs)
+    tape.finish(result)
+    return tape
+
+
+class Passage:
+    """A block on its way through a stream.
+
+    sites: its sites, whose linears may be changed once they are reached. hidden: the stream's
+    views, one a micro-batch, which take the block's output at the end; kwargs: what the block is
+    called with besides, of each. room: where kept values lie.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        sites: Sequence[Site],
+        hidden: Sequence[Tensor],
+        kwargs: Sequence[dict],
+        room: Room,
+    ):
+        self.block = block
+        self.linears = [block.get_submodule(name) for site in sites for name in site.linears]
+        self.hidden = hidden
+        self.kwargs = kwargs
+        self.room = room
+        self._tapes: dict[tuple, Tape] = {}
+        self._values: list[dict[Value, Tensor]] = []
+        self._at = [0] * len(hidden)  # the next call of each micro-batch
+        self._rooms: dict[tuple[int, int], tuple[int, Tensor]] = {}
+
+    def arriving(self, site: Site) -> Iterator[Tensor]:
+        """What the site's linears are about to read, one micro-batch at a time; once."""
+        readers = [self.block.get_submodule(name) for name in site.linears]
+        for index in range(len(self.hidden)):
+            tape = self._tape(index)
+            if tape.reads_content:
+                yield self._stopped(index, readers[0])
+                continue
+            calls = [call for call in tape.calls if call.function in readers]
+            self._run(index, calls[0].position)
+            yield self._values[index][calls[0].inputs[0]]
+        # what lay there was needed up to here
+        live = {_place(value) for value in self._values[0] if value.call is not None}
+        self._rooms = {place: room for place, room in self._rooms.items() if place in live}
+
+    def finish(self) -> None:
+        """Run what is left of the block; its output becomes the stream."""
+        for index, hidden in enumerate(self.hidden):
+            tape = self._tape(index)
+            if tape.reads_content:
+                output = tensors_of(self.block(hidden, **self.kwargs[index]))[0]
+            else:
+                self._run(index, len(tape.calls))
+                output = self._values[index].pop(tape.output[0])
+            hidden.copy_(output)
+        self._rooms.clear()
+
+    def _tape(self, index: int) -> Tape:
+        """The tape for a micro-batch, recorded for its shape; its values so far stand beside it."""
+        given = tensors_of((self.hidden[index], self.kwargs[index]))
+        shape = tuple(tuple(tensor.shape) for tensor in given)
+        if shape not in self._tapes:
+            self._tapes[shape] = recorded(
+                self.block, self.hidden[index], self.kwargs[index], self.linears
+            )
+        tape = self._tapes[shape]
+        if len(self._values) == index:
+            self._values.append(dict(zip(tape.given, given)))
+        return tape
+
+    def _stopped(self, index: int, reader: nn.Module) -> Tensor:
+        """What a linear is about to read, in a forward from the block's beginning."""
+
+        def run() -> object:
+            return self.block(self.hidden[index], **self.kwargs[index])
+
+        args, _ = arguments_at(reader, run)
+        return args[0]
+
+    def _run(self, index: int, stop: int) -> None:
+        """Go on to a call, and keep what is left."""
+        tape = self._tape(index)
+        values = self._values[index]
+        tape.run(values, self._at[index], stop)
+        self._at[index] = stop
+        if stop < len(tape.calls):
+            self._keep(index, tape)
+
+    def _keep(self, index: int, tape: Tape) -> None:
+        """Move what a micro-batch needs later into the rooms of all of them."""
+        values = self._values[index]
+        stream = self.hidden[index]
+        for value, tensor in values.items():
+            if value.call is None:
+                continue
+            place = self._room(value, index, tensor)
+            used = any(other.data_ptr() == stream.data_ptr() for other in values.values())
+            if not used and (tensor.shape, tensor.dtype) == (stream.shape, stream.dtype):
+                # what entered the block is not needed any more: the stream's own place is free
+                place = stream
+            if tensor.data_ptr() not in (place.data_ptr(), stream.data_ptr()):
+                values[value] = place.copy_(tensor)
+
+    def _room(self, value: Value, index: int, like: Tensor) -> Tensor:
+        """A place for one value of one micro-batch."""
+        key = _place(value)
+        if key not in self._rooms:  # the first micro-batch is the largest
+            size = like.numel()
+            self._rooms[key] = (size, self.room(like, size * len(self.hidden)))
+        size, room = self._rooms[key]
+        return room[index * size : index * size + like.numel()].view(like.shape)
+
+
+def _place(value: Value) -> tuple[int, int]:
+    """Where a value stands on its tape, the same on tapes of other shapes."""
+    assert value.call is not None
+    return value.call.position, value.part

@@ -1,0 +1,329 @@
+"""A model -> its Structure, from one recorded forward of a few tokens.
+
+Works on a loaded model and on one without weights (skeleton.py), where both must agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from harness.structure.graph import SCALINGS, Graph, Product, back, positions, root, scales, source
+from harness.structure.naming import Facts, named
+from harness.structure.norms import NormKind, norm_kind
+from harness.structure.residual import Stream
+from harness.structure.sites import (
+    Reading,
+    Scores,
+    attention_feed,
+    attentions,
+    behind,
+    choosing,
+    norm_before,
+    product_feed,
+    readings,
+)
+from harness.structure.structure import Attention, Matrix, Norm, Site, Structure
+from harness.structure.tape import Call, Tape, Value
+
+TOKENS = 12  # no width of a model
+
+
+def derive(model: nn.Module) -> Structure:
+    """The structure of transformers' causal language model, on any device, `meta` included."""
+    return Derivation(model).structure()
+
+
+def blocks_of(model: nn.Module) -> str:
+    """The absolute name of the list of decoder blocks: the one with the most parameters."""
+    sizes = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
+    # lists inside the blocks (experts) are smaller than the list that holds them
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def name_of(model: nn.Module, wanted: nn.Module) -> str:
+    """The absolute name of a submodule."""
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+class Derivation:
+    """One model on its way to a Structure."""
+
+    def __init__(self, model):
+        self.model = model
+        self.blocks = blocks_of(model)
+        self.embedding = name_of(model, model.get_input_embeddings())
+        self.head = name_of(model, model.get_output_embeddings())
+        self.names: dict[int, str] = {}
+        self._tupled = False
+        for name, tensor in model.named_parameters(remove_duplicate=False):
+            self.names.setdefault(id(tensor), name)
+        tape = self._recorded()
+        self.graph = Graph(tape)
+        modules = {id(module): name for name, module in model.named_modules()}
+        self.norms = {
+            call: (modules[id(call.function)], self._kinds[id(call.function)])
+            for call in tape.calls
+            if call.op == "leaf"
+        }
+        self.hidden = model.get_input_embeddings().weight.shape[1]
+        self.reads_head = self._head_product()
+        self.stream = Stream(self.graph, self.norms, self._final(), self.hidden)
+        self.residual = self.stream.residual()
+        self.scores = attentions(self.graph)
+        self.chosen = choosing(self.graph)
+
+    def structure(self) -> Structure:
+        """What was derived."""
+        count = len(self.model.get_submodule(self.blocks))
+        readings_of: list[list[Reading]] = [[] for _ in range(count)]
+        for reading in self._readings():
+            layer = reading.products[0].call.layer
+            if layer is not None:
+                readings_of[layer].append(reading)
+        sites = tuple(tuple(self._sites(layer, found)) for layer, found in enumerate(readings_of))
+        return Structure(
+            self.model.config.model_type,
+            self.blocks,
+            self.embedding,
+            self.head,
+            self._final_norm(),
+            self.hidden,
+            self._tupled,
+            sites,
+            self.residual,
+            dict(self._attention()),
+        )
+
+    def _recorded(self) -> Tape:
+        """A tape of a forward of TOKENS tokens."""
+        device = self.model.get_input_embeddings().weight.device
+        ids = (torch.arange(TOKENS, device=device) % 7 + 3).unsqueeze(0)
+        if not ids.is_meta:
+            return self._record(ids, {})
+        # masks that are made on the way read the tokens, which are not there; models differ in
+        # what they take instead
+        size = (1, 1, TOKENS, TOKENS)
+        mask = torch.zeros(size, device="meta", dtype=self.model.dtype)
+        for given in (mask, None, torch.ones_like(ids)):
+            try:
+                return self._record(ids, {"attention_mask": given})
+            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as refused:
+                error = refused
+        raise error
+
+    def _record(self, ids: Tensor, arguments: dict) -> Tape:
+        """A tape of one forward of token ids [1, TOKENS]."""
+        tape = Tape([ids], self.names)
+        self._kinds: dict[int, NormKind] = {}
+        cache: dict[tuple, NormKind | None] = {}
+
+        def is_norm(module: nn.Module, args: tuple) -> bool:
+            if not args or not isinstance(args[0], Tensor) or not args[0].shape:
+                return False
+            key = (type(module), args[0].shape[-1], *(p.shape for p in module.parameters()))
+            if key not in cache:
+                cache[key] = norm_kind(module, args[0].shape[-1])
+            kind = cache[key]
+            if kind is not None:
+                self._kinds[id(module)] = kind
+            return kind is not None
+
+        with ExitStack() as hooks:
+            for layer, block in enumerate(self.model.get_submodule(self.blocks)):
+                hooks.enter_context(self._within(tape, block, layer))
+            for module in self.model.modules():
+                if not list(module.children()):
+                    hooks.enter_context(tape.leaf(module, is_norm))
+            with torch.no_grad(), tape:
+                output = self.model(ids, use_cache=False, **arguments)
+        tape.finish(output.logits)
+        return tape
+
+    def _head_product(self) -> Product:
+        """The matrix product that gives the logits."""
+        weight = self.names[id(self.model.get_submodule(self.head).weight)]
+        found = [p for p in self.graph.products.values() if p.parameter == weight]
+        return found[-1]
+
+    def _final(self) -> Value:
+        """What enters the final norm, or the head where there is none."""
+        value = source(self.reads_head.x)
+        if value.call in self.norms:
+            return value.call.inputs[0]
+        return value
+
+    def _final_norm(self) -> Norm | None:
+        """The norm before the head."""
+        before = norm_before(self.norms, source(self.reads_head.x))
+        if before is None:
+            return None
+        call, module, kind = before
+        return Norm(module, kind, True, self._alone(call))
+
+    def _readings(self) -> Iterator[Reading]:
+        """The readings of the blocks, those of experts apart from the others of the same tensor."""
+        for reading in readings(self.graph):
+            for experts in (False, True):
+                products = [p for p in reading.products if self._experts(p) == experts]
+                if products:
+                    yield Reading(reading.activation, products)
+
+    def _experts(self, product: Product) -> bool:
+        return len(self._parameter(product.parameter).shape) > 2
+
+    def _parameter(self, name: str) -> Tensor:
+        return self.model.get_parameter(name)
+
+    def _sites(self, layer: int, found: list[Reading]) -> Iterator[Site]:
+        """The sites of one block."""
+        scores = [each for each in self.scores if each.call.layer == layer]
+        attended = min((each.call.position for each in scores), default=None)
+        names: dict[Value, str] = {}
+        taken: list[str] = []
+        for reading in sorted(found, key=lambda one: one.products[0].call.position):
+            site = self._site(layer, reading, scores)
+            first = reading.products[0]
+            facts = Facts(
+                reader=site.matrices[0].name,
+                residual=site.residual,
+                attended=behind(self.graph, reading.activation, scores) is not None,
+                exits=any(self._exits(product.output) for product in reading.products),
+                experts=self._experts(first),
+                early=attended is not None and first.call.position < attended,
+                attends=attended is not None,
+                source=self._source(reading.activation, names),
+            )
+            name = named(facts, taken)
+            taken.append(name)
+            names.setdefault(reading.activation, name)
+            yield Site(name, *list(vars(site).values())[1:])
+
+    def _site(self, layer: int, reading: Reading, scores: list[Scores]) -> Site:
+        """A site without its name."""
+        activation = source(reading.activation)
+        matrices = tuple(
+            dict.fromkeys(self._matrix(layer, product) for product in reading.products)
+        )
+        before = norm_before(self.norms, activation)
+        norm = feed = why = None
+        residual = activation in self.stream.values
+        if before is not None:
+            call, module, kind = before
+            inside = root(call.inputs[0]) in self.stream.values
+            residual = inside or call.inputs[0] in self.stream.values
+            alone = self._alone(call)
+            norm = Norm(module, kind, residual, alone)
+            if kind.gain == "1":
+                why = "the norm before it has no gain"
+            elif not alone:
+                why = "something else reads the norm before it"
+        elif residual:
+            why = "it is the residual stream itself"
+        else:
+            attention = behind(self.graph, activation, scores)
+            result = (
+                product_feed(self.graph, activation)
+                if attention is None
+                else attention_feed(self.graph, attention, activation)
+            )
+            if isinstance(result, str):
+                why = result
+            else:
+                feed = result
+        width = activation.shape[-1]
+        return Site("", layer, matrices, width, norm, feed, residual, why)
+
+    def _matrix(self, layer: int, product: Product) -> Matrix:
+        start = f"{self.blocks}.{layer}."
+        shape = self._parameter(product.parameter).shape
+        return Matrix(
+            product.parameter.removeprefix(start).removesuffix(".weight"),
+            product.parameter,
+            product.reads,
+            product.writes,
+            product.bias,
+            shape[0] if len(shape) > 2 else None,
+            product.output not in self.chosen and not product.from_left,
+        )
+
+    def _alone(self, norm: Call) -> bool:
+        """Whether matrix products are all that reads a norm's output."""
+        pending = self.graph.into(norm.outputs[0])
+        while pending:
+            call = pending.pop()
+            if scales(call):  # by a number, for every reader alike
+                pending += self.graph.into(call.outputs[0])
+            elif call.outputs[0] not in self.graph.products:
+                return False
+        return True
+
+    def _exits(self, value: Value, norms: int = 1) -> bool:
+        """Whether a product's output is added to the residual stream, through a norm or not."""
+        if value in self.stream.values:
+            return True
+        for call in self.graph.into(value):
+            through = call in self.norms and norms > 0
+            if call.op in SCALINGS and self._exits(call.outputs[0], norms):
+                return True
+            if through and self._exits(call.outputs[0], norms - 1):
+                return True
+        return False
+
+    def _source(self, activation: Value, names: dict[Value, str]) -> str | None:
+        """The site of the block that an activation is computed from."""
+        pending = [activation]
+        seen: set[Value] = set()
+        while pending:
+            value = pending.pop(0)
+            if value in seen or value.call is None:
+                continue
+            seen.add(value)
+            product = self.graph.products.get(value)
+            if product is None:
+                pending += value.call.inputs
+            elif root(product.x) in names:
+                return names[root(product.x)]
+        return None
+
+    def _attention(self) -> Iterator[tuple[int, Attention]]:
+        """The attention of each block that has one."""
+        for scores in self.scores:
+            layer = scores.call.layer
+            if layer is None or scores.query is None or scores.key is None:
+                continue
+            heads, _, features = scores.query.shape[-3:]
+            values = scores.value.shape[-1]
+            yield layer, Attention(heads, self._value_heads(scores), (features, values))
+
+    def _value_heads(self, scores: Scores) -> int:
+        """How many heads of values there are, before they are repeated."""
+        start, path = back(scores.value, self.graph.products)
+        heads, tokens, features = scores.value.shape[-3:]
+        try:
+            return len(positions(start, path).unique()) // (tokens * features)
+        except ValueError:
+            return heads
+
+    @contextmanager
+    def _within(self, tape: Tape, block: nn.Module, layer: int) -> Iterator[None]:
+        """Within it, what a block calls is recorded as its own."""
+
+        def enter(*_) -> None:
+            tape.layer = layer
+
+        def leave(_, args: tuple, result: object) -> None:
+            tape.layer = None
+            self._tupled = isinstance(result, tuple)
+
+        with ExitStack() as hooks:
+            hooks.callback(block.register_forward_pre_hook(enter).remove)
+            hooks.callback(block.register_forward_hook(leave).remove)
+            yield

@@ -1,0 +1,177 @@
+"""The sites of a recorded model: what matrix products read, and what they come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from harness.structure.graph import (
+    MOVES,
+    PRODUCTS,
+    SCALINGS,
+    Graph,
+    Product,
+    back,
+    parameter,
+    positions,
+    root,
+)
+from harness.structure.norms import NormKind
+from harness.structure.structure import Feed
+from harness.structure.tape import Call, Value
+
+CHOICES = {"topk", "argmax", "sort"}
+ATTENTION = "scaled_dot_product_attention"
+
+
+@dataclass(eq=False)
+class Scores:
+    """One attention: softmax of scores, times values. query, key: None where they are not seen."""
+
+    call: Call
+    value: Value
+    query: Value | None = None
+    key: Value | None = None
+
+
+@dataclass(eq=False)
+class Reading:
+    """One activation with the products that read it, in the order of the forward."""
+
+    activation: Value
+    products: list[Product] = field(default_factory=list)
+
+
+def readings(graph: Graph) -> list[Reading]:
+    """The activations of a model that matrix products read, in the order of the forward."""
+    found: dict[Value, Reading] = {}
+    for product in graph.products.values():
+        source = root(product.x)
+        found.setdefault(source, Reading(source)).products.append(product)
+    return list(found.values())
+
+
+def choosing(graph: Graph) -> set[Value]:
+    """The outputs of products that only choose: what a top-k sees, and gates of one number."""
+    outputs = {output for output in graph.products if output.shape[-1] == 1}
+    pending = [v for call in graph.tape.calls if call.op in CHOICES for v in call.inputs]
+    seen: set[Value] = set()
+    while pending:
+        value = pending.pop()
+        if value in seen or value.call is None:
+            continue
+        seen.add(value)
+        if value in graph.products:
+            outputs.add(value)
+        elif value.call.op != "leaf":
+            pending += value.call.inputs
+    return outputs
+
+
+def attentions(graph: Graph) -> list[Scores]:
+    """Where a model attends: torch's attention, or a softmax times values."""
+    found = []
+    for call in graph.tape.calls:
+        inputs = call.inputs
+        if call.op == ATTENTION:
+            found.append(Scores(call, inputs[2], inputs[0], inputs[1]))
+        elif call.op in PRODUCTS and len(inputs) == 2 and not any(map(parameter, inputs)):
+            weights = _through_softmax(inputs[0])
+            if weights is not None:
+                query, key = _scored(weights)
+                found.append(Scores(call, inputs[1], query, key))
+    return found
+
+
+def _through_softmax(value: Value) -> Call | None:
+    """The softmax whose output a value is, moved."""
+    end, _ = back(value, set())
+    return end.call if end.call is not None and end.call.op == "softmax" else None
+
+
+def _scored(softmax: Call) -> tuple[Value | None, Value | None]:
+    """(queries, keys) of the scores that a softmax reads."""
+    value = softmax.inputs[0]
+    for _ in range(16):  # scaled, masked, capped; never so often
+        call = value.call
+        if call is None:
+            break
+        if call.op in PRODUCTS and len(call.inputs) >= 2:
+            query, key = call.inputs[-2:]
+            return query, key
+        if not call.inputs:
+            break
+        value = call.inputs[0]
+    return None, None
+
+
+def attention_feed(graph: Graph, scores: Scores, activation: Value) -> Feed | str:
+    """What makes the site behind an attention; a reason where no plain matrix does."""
+    output = scores.call.outputs[0]
+    end, path = back(activation, {output})
+    if end is not output:
+        return "something between attention and its output projection is no move"
+    source, way = back(scores.value, graph.products)
+    if source not in graph.products:
+        name = source.call.op if source.call is not None else "nothing"
+        return f"values come from {name}, not from a matrix"
+    product = graph.products[source]
+    try:
+        # one token: [heads, features of a value] -> rows of the matrix
+        values = positions(source, way) % source.shape[-1]
+        places = positions(output, path).reshape(-1, activation.shape[-1])[0]
+    except (ValueError, RuntimeError, TypeError):
+        return "values are moved by computed positions"
+    heads, tokens, features = output.shape[-3:]
+    head = places // (tokens * features) % heads
+    feature = places % features
+    values = values.reshape(-1, *values.shape[-3:])[0]
+    if values.shape[0] != heads:  # torch's attention may repeat the value heads by itself
+        values = values.repeat_interleave(heads // values.shape[0], dim=0)
+    rows = values[head, 0, feature]
+    return Feed(product.parameter, tuple(rows.tolist()), "heads", heads)
+
+
+def product_feed(graph: Graph, activation: Value) -> Feed | str:
+    """What makes a site that is a product of two activations, elementwise."""
+    call = activation.call
+    if call is None or call.op not in SCALINGS:
+        return f"{'nothing' if call is None else call.op} stands before it"
+    for factor in reversed(call.inputs):
+        if factor.shape != activation.shape:
+            continue
+        source, path = back(factor, graph.products)
+        if source not in graph.products:
+            continue
+        try:
+            places = positions(source, path) % source.shape[-1]
+        except (ValueError, RuntimeError, TypeError):
+            continue
+        rows = places.reshape(-1, activation.shape[-1])[0]
+        product = graph.products[source]
+        return Feed(product.parameter, tuple(rows.tolist()), "product")
+    return "neither factor is a matrix's output"
+
+
+def norm_before(
+    norms: dict[Call, tuple[str, NormKind]], activation: Value
+) -> tuple[Call, str, NormKind] | None:
+    """The norm whose output an activation is."""
+    call = activation.call
+    if call is None or call not in norms:
+        return None
+    module, kind = norms[call]
+    return call, module, kind
+
+
+def behind(graph: Graph, value: Value, scores: list[Scores]) -> Scores | None:
+    """The attention whose output a value is, moved and gated."""
+    outputs = {each.call.outputs[0]: each for each in scores}
+    for _ in range(8):
+        end, _ = back(value, outputs)
+        if end in outputs:
+            return outputs[end]
+        call = end.call
+        if call is None or call.op not in SCALINGS | MOVES:
+            return None
+        value = call.inputs[0]
+    return None

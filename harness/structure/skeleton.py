@@ -1,0 +1,14 @@
+"""A model without weights, from its config alone: enough to derive its structure."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+
+def skeleton(config: PreTrainedConfig) -> nn.Module:
+    """The causal language model of a config, in bfloat16 on the device `meta`, evaluation mode."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model.eval()

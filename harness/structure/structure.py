@@ -1,0 +1,198 @@
+"""The words in which a decoder is described.
+
+A *site* is one activation tensor with the matrices that read it. The *residual stream* is what
+embedding and blocks write by addition, and what sites read behind a norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from harness.structure.norms import NormKind
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight that a matrix product reads.
+
+    name: block-relative name of its module (of the parameter, where a module has several);
+    parameter, bias: absolute names. reads, writes: the parameter's axes that are summed over and
+    that come out; a third axis counts experts. quantize: False where what it gives only chooses
+    (a router, a gate of one number), which stays float.
+    """
+
+    name: str
+    parameter: str
+    reads: int
+    writes: int
+    bias: str | None = None
+    experts: int | None = None
+    quantize: bool = True
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm right before a site.
+
+    module: its absolute name. alone: whether nothing but the site's matrices reads it, so that its
+    gain may be merged into them.
+    """
+
+    module: str
+    kind: NormKind
+    residual: bool
+    alone: bool
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The matrix whose outputs make a site by a linear path.
+
+    rows: which of its outputs each feature of the site is. through: heads (values, weighed by
+    attention: the features of one head may be mixed) | product (multiplied elementwise: each
+    feature for itself).
+    """
+
+    matrix: str
+    rows: tuple[int, ...]
+    through: str
+    heads: int = 1
+
+    @property
+    def grouped(self) -> tuple[int, int] | None:
+        """(value heads, query heads on each) where the features are those heads in order."""
+        if self.through != "heads":
+            return None
+        size = len(self.rows) // self.heads
+        rank = {row: index for index, row in enumerate(self.written)}
+        values = len(rank) // size
+        repeat = self.heads // values
+        plain = [
+            value * size + feature
+            for value in range(values)
+            for _ in range(repeat)
+            for feature in range(size)
+        ]
+        return (values, repeat) if plain == [rank[row] for row in self.rows] else None
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """The matrix's outputs that the site is made of, each once, in the order of features."""
+        return tuple(dict.fromkeys(self.rows))
+
+
+@dataclass(frozen=True)
+class Site:
+    """One activation tensor of a block.
+
+    residual: whether it is the residual stream itself, behind a norm or as it is.
+    why: why no scale can be merged into what comes before it; None where one can.
+    """
+
+    name: str
+    layer: int | None
+    matrices: tuple[Matrix, ...]
+    width: int
+    norm: Norm | None = None
+    feed: Feed | None = None
+    residual: bool = False
+    why: str | None = None
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Block-relative names of what is quantized here."""
+        return tuple(matrix.name for matrix in self.matrices if matrix.quantize)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What may be done to the residual stream.
+
+    group: `O(n)`: any rotation (RMS norms); `fixes 1`: one that leaves the vector of ones alone
+    (LayerNorm); None: none, and why says so. writers, readers: {parameter: its axis} of all that
+    writes or reads the stream. fused: {norm: [(parameter, axis) of what reads it]}.
+    """
+
+    group: str | None
+    why: tuple[str, ...]
+    writers: Mapping[str, int]
+    readers: Mapping[str, int]
+    fused: Mapping[str, tuple[tuple[str, int], ...]]
+    norms: Mapping[str, NormKind]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One block's attention as its scores are computed.
+
+    features: (of a query and key, of a value), one head's.
+    """
+
+    heads: int
+    kv_heads: int
+    features: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A decoder.
+
+    blocks, embedding, head, final_norm: absolute names. hidden: width of the residual stream.
+    tupled: whether a block returns its hidden states in a tuple. sites: of every block, in the
+    order of its forward. attention: {layer: Attention} of those that have one.
+    """
+
+    architecture: str
+    blocks: str
+    embedding: str
+    head: str
+    final_norm: Norm | None
+    hidden: int
+    tupled: bool
+    sites: tuple[tuple[Site, ...], ...]
+    residual: Residual
+    attention: Mapping[int, Attention]
+
+    @property
+    def layers(self) -> int:
+        """How many blocks there are."""
+        return len(self.sites)
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a value in one head of the first block that attends; 0 where none does."""
+        first = next(iter(self.attention.values()), None)
+        return 0 if first is None else first.features[1]
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """{site: features}; of the first block where blocks differ."""
+        widths: dict[str, int] = {}
+        for sites in self.sites:
+            for site in sites:
+                widths.setdefault(site.name, site.width)
+        return widths
+
+    @property
+    def linears(self) -> dict[str, tuple[str, ...]]:
+        """{site: block-relative names of what is quantized there}, of all blocks together."""
+        linears: dict[str, dict[str, None]] = {}
+        for sites in self.sites:
+            for site in sites:
+                linears.setdefault(site.name, {}).update(dict.fromkeys(site.linears))
+        return {name: tuple(found) for name, found in linears.items()}
+
+    @property
+    def kinds(self) -> list[list[int]]:
+        """Layers whose blocks have the same sites, by kind."""
+        kinds: dict[tuple, list[int]] = {}
+        for layer, sites in enumerate(self.sites):
+            kinds.setdefault(tuple(map(_shape, sites)), []).append(layer)
+        return list(kinds.values())
+
+
+def _shape(site: Site) -> tuple:
+    """What makes blocks one kind, of one site."""
+    matrices = tuple((matrix.name, matrix.experts) for matrix in site.matrices)
+    return site.name, site.width, matrices, site.why
