@@ -6,8 +6,8 @@ from imports import by_file, circle, floors, loose
 
 FLOORS = [
     {"config", "libraries"},
-    {"store", "formats", "linalg"},
-    {"codecs", "solvers", "tracking", "structure"},
+    {"store", "formats", "linalg", "structure"},
+    {"codecs", "solvers", "tracking"},
     {"transforms"},
     {"models"},
     {"calibration"},

@@ -29,15 +29,16 @@ def test_an_attention_function_is_found_by_its_name(model):
 
     def attention(module, query, key, value, attention_mask, **kwargs):
         called.append(key.shape[2])
-        return inside.sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        inner = inside.attention_function(module, before)
+        return inner(module, query, key, value, attention_mask, **kwargs)
 
     before = inside.attention_name(model.config)
-    inside.name_attention("test_libraries", attention)
-    inside.use_attention(model.config, "test_libraries")
+    inside.name_attention("test_libraries", attention, before)
+    inside.use_attention(model, "test_libraries")
     try:
         named = model(ids, use_cache=False).logits
     finally:
-        inside.use_attention(model.config, before)
+        inside.use_attention(model, before)
     assert called == [8, 8], says(
         "transformers", "does not call the attention that the config names"
     )

@@ -52,7 +52,7 @@ class BlockScales:
 
     def scalable(self, site: str) -> str:
         """free | shared | fixed; see solvers.Block."""
-        if self._input(self._find(site)).codec is not None:
+        if self._input(self._find(site)).codec is not None or not self._find(site).merges:
             return "fixed"
         heads = self._heads(site)
         return "free" if heads is None or heads[1] == 1 else "shared"

@@ -107,6 +107,7 @@ class Stream:
         self._folder = folder
         self.tokens = windows.numel()
         self._windows = windows
+        self._alone: dict[nn.Module, dict] | None = None
         self._batch = max(1, tokens_at_once // windows.shape[1])
         self.block_kwargs: dict[nn.Module, list[dict]] = {block: [] for block in adapter.blocks}
         for index, batch in enumerate(windows.split(self._batch)):
@@ -133,14 +134,13 @@ class Stream:
         return self._hidden.split(self._batch)
 
     def window(self, block: nn.Module) -> tuple[Tensor, dict]:
-        """The first window's hidden states [1, L, hidden], a view, and the context with them."""
-        # what has a row a window is cut to the first; what all windows share stays
-        rows = self.hidden[0].shape[0]
-        alone = {
-            key: value[:1] if isinstance(value, Tensor) and value.shape[0] == rows else value
-            for key, value in self.block_kwargs[block][0].items()
-        }
-        return self.hidden[0][:1], alone
+        """The first window's hidden states [1, L, hidden], a view, and what the block is called
+        with beside them."""
+        if self._alone is None:
+            # asked of the model, for only it knows what has a row for each window
+            _, contexts = arriving(self.adapter, self._windows[:1].to(self.adapter.device))
+            self._alone = dict(zip(self.adapter.blocks, contexts))
+        return self.hidden[0][:1], self._alone[block]
 
     def walk(self, block: nn.Module) -> Iterator[tuple[Site, Iterator[Tensor]]]:
         """Pass a block site by site, each with what it reads, one micro-batch at a time.

@@ -74,7 +74,7 @@ class CompressedTensors(Exporter):
                 )
         layouts.cache_scheme(scheme.kv, context.head_dim)
         for layer, name in scheme.overrides:
-            if layer is None and name == context.embedding:
+            if layer is None and _embeds(context, name):
                 raise ConfigError(
                     f"format.overrides: {name} with export=compressed_tensors: transformers does "
                     "not load a packed embedding; drop it there, or use export=harness."
@@ -187,6 +187,11 @@ class CompressedTensors(Exporter):
 
     def weight(self, model: PreTrainedModel, name: str) -> Tensor:
         return weight_at(model, name).to(model.config.dtype)  # what it was loaded as
+
+
+def _embeds(shape: ModelShape, name: str) -> bool:
+    """Whether that is the embedding's name."""
+    return shape.structure is not None and name == shape.structure.embedding
 
 
 def _formats(scheme: Scheme) -> dict[Format, str]:

@@ -10,6 +10,7 @@ which a symmetric E would hide). AdaCodec is the codec whose D is free.
     Kronecker   E = L (x) R
     Chain       E = E_1 E_2 ..
     Repeated    one codec for all query heads of a key/value head
+    Rows        a codec of some features, the others left alone
 """
 
 from __future__ import annotations
@@ -187,6 +188,30 @@ class Repeated(Codec):
     def _heads(self, apply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         heads = x.unflatten(-1, (self.kv_heads, self.repeat, -1)).transpose(-3, -2)
         return apply(heads.flatten(-2)).view(heads.shape).transpose(-3, -2).reshape(x.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Codec):
+    """A codec of the features `rows`, in that order; the others stay as they are.
+
+    Of a fused projection only some outputs are values.
+    """
+
+    codec: Codec
+    rows: Sequence[int]
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self._rows(self.codec.encode, x)
+
+    def decode(self, y: Tensor) -> Tensor:
+        return self._rows(self.codec.decode, y)
+
+    def absorb(self, weight: Tensor) -> Tensor:
+        return self._rows(self.codec.absorb, weight)
+
+    def _rows(self, apply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        rows = torch.tensor(self.rows, device=x.device)
+        return x.index_copy(-1, rows, apply(x.index_select(-1, rows)))
 
 
 def _moved(value: object, device: torch.device, dtype: torch.dtype) -> object:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from harness.codecs.codec import Chain, Codec, Repeated
+from harness.codecs.codec import Chain, Codec, Repeated, Rows
 
 Where = tuple[int | None, str]
 HEAD_SITE = "head_in"  # what the output head reads; it stands outside the blocks, under layer None
@@ -71,7 +71,8 @@ class Placement:
         """The codec whose encoder this weight, bias, norm weight or embedding takes over."""
         if role.writes == "residual":
             return self.encoders.get((role.layer, role.name), self.residual)
-        return self._merged(role.layer, role.writes, None)
+        codec = self._merged(role.layer, role.writes, None)
+        return codec if codec is None or role.rows is None else Rows(codec, role.rows)
 
     def _merged(
         self, layer: int | None, site: str | None, heads: tuple[int, int] | None
@@ -88,8 +89,11 @@ class Role:
 
     layer, name: block index and block-relative name (None and the absolute name outside the
     blocks). kind: linear | norm | embedding. reads: the site read (linears). reads_residual:
-    whether that site is a norm's output. writes: "residual", the site it feeds by a linear path, or
-    None. heads: (key/value heads, query heads on each) for what reads the heads' values.
+    whether that is the residual stream, behind a norm or not (of a norm: whether it has a bias,
+    which is turned as the stream is). writes: "residual", the site it feeds
+    by a linear path, or None. heads: (key/value heads, query heads on each) for what reads the
+    heads' values. rows: of its outputs those that feed the site; None: all, in their order. gain:
+    what a norm multiplies by, its weight `w` or `1+w`.
     """
 
     layer: int | None
@@ -99,6 +103,8 @@ class Role:
     reads_residual: bool = False
     writes: str | None = None
     heads: tuple[int, int] | None = None
+    rows: tuple[int, ...] | None = None
+    gain: str = "w"
 
 
 def _at(codecs: Mapping[Where, Codec], layer: int | None, site: str | None) -> Codec | None:

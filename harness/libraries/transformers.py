@@ -1,7 +1,7 @@
 """transformers, its insides: attention by name, a generation's cache, tied weights, GGUF files.
 
-AttentionInterface, sdpa_attention_forward, sdpa_mask
-    the function an attention module calls is found by a name
+AttentionInterface, AttentionMaskInterface, _attn_implementation, eager_attention_forward
+    the function an attention module calls is found by a name; the plain one is of its own file
 DynamicCache, DynamicLayer, Cache
     past keys and values; the argument is `cache` from 5.24 on and `past_key_values` before
 all_tied_weights_keys
@@ -15,7 +15,9 @@ load_gguf_checkpoint
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,30 +29,65 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["Cache", "DynamicCache", "DynamicLayer", "sdpa_attention_forward"]
+__all__ = ["Cache", "DynamicCache", "DynamicLayer"]
+WATCHED = "harness_watched_"  # and the name of what it hands over to
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
-def name_attention(name: str, function: Callable) -> None:
+def name_attention(name: str, function: Callable, before: str) -> None:
     """Make `function` the attention of models whose config asks for `name`.
 
-    Its masks are those of scaled dot products.
+    Its masks are those of the implementation called `before`.
     """
     AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
 
 
-def attention_name(config: PreTrainedConfig) -> str | None:
+def attention_name(config: PreTrainedConfig) -> str:
     """The name by which a model of this config finds its attention function."""
-    return config._attn_implementation
+    return config._attn_implementation or "eager"
 
 
-def use_attention(config: PreTrainedConfig, name: str | None) -> None:
-    """Have a model of this config call the attention function of that name."""
-    config._attn_implementation = name
+def use_attention(model: nn.Module, name: str) -> None:
+    """Have a model call the attention function of that name."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            config._attn_implementation = name
+
+
+def attention_function(module: nn.Module, name: str) -> Callable:
+    """The attention of that name as this module would call it; the plain one is its file's own."""
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[name]
+    return sys.modules[type(module).__module__].__dict__["eager_attention_forward"]
+
+
+@contextmanager
+def watched_attention(model: PreTrainedModel) -> Iterator[list[nn.Module]]:
+    """Within it, the modules of a model that find their attention by its name, as they call it."""
+    called: list[nn.Module] = []
+    before = attention_name(model.config)
+    name = f"{WATCHED}{before}"
+    name_attention(name, _watched, before)
+    for module in model.modules():
+        module.__dict__[WATCHED] = (called, before)
+    use_attention(model, name)
+    try:
+        yield called
+    finally:
+        use_attention(model, before)
+        for module in model.modules():
+            del module.__dict__[WATCHED]
+
+
+def _watched(module: nn.Module, *args, **kwargs):
+    called, before = module.__dict__[WATCHED]
+    called.append(module)
+    return attention_function(module, before)(module, *args, **kwargs)
 
 
 def empty_plain_cache(arguments: Mapping) -> DynamicCache | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 from harness.codecs.placement import HEAD_SITE
 from harness.formats import Scheme
@@ -30,30 +31,38 @@ def roles_of(structure: Structure) -> dict[str, Role]:
         start = f"{structure.blocks}.{layer}."
         fed = {site.feed.matrix: site for site in sites if site.feed is not None}
         for site in sites:
-            if site.norm is not None:
+            if site.norm is not None and site.norm.kind.gain != "1":
                 roles.setdefault(site.norm.module, _norm(layer, start, site.norm, site.name))
             for matrix in site.matrices:
                 feeds = fed.get(matrix.parameter)
+                writes = _written(structure, matrix.parameter, feeds)
                 roles[start + matrix.name] = Role(
                     layer,
                     matrix.name,
                     "linear",
                     site.name,
                     reads_residual=site.residual,
-                    writes=_written(structure, matrix.parameter, feeds),
+                    writes=writes,
                     heads=None if site.feed is None else site.feed.grouped,
+                    rows=_rows(feeds) if writes != "residual" else None,
                 )
-    if structure.final_norm is not None:
-        norm = structure.final_norm
-        roles[norm.module] = Role(None, norm.module, "norm", writes=HEAD_SITE)
+    if structure.final_norm is not None and structure.final_norm.kind.gain != "1":
+        roles[structure.final_norm.module] = _norm(None, "", structure.final_norm, HEAD_SITE)
+    # positions may be looked up in a table too
+    for parameter in structure.residual.writers:
+        table = parameter.removesuffix(".weight")
+        if table not in roles and not parameter.endswith(".bias"):
+            roles[table] = Role(None, table, "embedding", writes="residual")
     head = structure.head
     roles[head] = Role(None, head, "linear", HEAD_SITE, reads_residual=True)
     return roles
 
 
-def _norm(layer: int, start: str, norm: Norm, site: str) -> Role:
+def _norm(layer: int | None, start: str, norm: Norm, site: str) -> Role:
     """The role of the norm before a site."""
-    return Role(layer, norm.module.removeprefix(start), "norm", writes=site)
+    name = norm.module.removeprefix(start)
+    turned = norm.residual and norm.kind.bias
+    return Role(layer, name, "norm", writes=site, reads_residual=turned, gain=norm.kind.gain)
 
 
 def _written(structure: Structure, parameter: str, fed: Site | None) -> str | None:
@@ -61,6 +70,11 @@ def _written(structure: Structure, parameter: str, fed: Site | None) -> str | No
     if parameter in structure.residual.writers:
         return "residual"
     return None if fed is None else fed.name
+
+
+def _rows(fed: Site | None) -> tuple[int, ...] | None:
+    """Which of its outputs a matrix feeds a site with; None: all."""
+    return None if fed is None or fed.feed is None else fed.feed.partial
 
 
 def structure_of(config) -> Structure:
@@ -83,7 +97,7 @@ def shape_of(
         seed=seed,
         solver=solver,
         readers=structure.linears,
-        embedding=structure.embedding,
+        structure=structure,
     )
 
 
@@ -138,6 +152,12 @@ class Adapter:
     def sites(self, index: int) -> tuple[Site, ...]:
         """The sites of block `index` at which something is quantized, in their order."""
         return tuple(site for site in self.structure.sites[index] if site.linears)
+
+    def weight(self, parameter: str) -> Tensor:
+        """A matrix [.., out, in] by its parameter's name, a view of what is there."""
+        tensor = self.model.get_submodule(parameter.rpartition(".")[0])
+        weight = getattr(tensor, parameter.rpartition(".")[2])
+        return weight
 
     def name(self, index: int, linear: str) -> str:
         """The absolute name of a block-relative module."""

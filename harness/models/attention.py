@@ -3,8 +3,9 @@
     scores = (q R3) Q(k R3)^T,     output = softmax(scores) Q(v)
 
 transformers calls an attention function by the name in the model's config; ours does the above and
-hands over to its SDPA. The name is set on one model's config, what it does hangs on that model's
-own modules, and `detach` removes both. Every token is quantized by itself, so a forward over a
+hands over to the one that was there before, whatever that does with sinks, caps and windows. The
+name is set on one model's config, what it does hangs on that model's own modules, and `detach`
+removes both. Every token is quantized by itself, so a forward over a
 whole text sees the same keys and values as decoding with a cache; `cache` gives one that stores
 them quantized, each token once. Source: QuaRot (arXiv 2404.00456) section 4; keys are taken after
 RoPE.
@@ -20,15 +21,15 @@ from harness.formats.base import straight_through
 from harness.libraries.transformers import (
     Cache,
     DynamicLayer,
+    attention_function,
     attention_name,
     name_attention,
-    sdpa_attention_forward,
     use_attention,
 )
 from harness.models.adapter import Adapter
 from harness.transforms import Codec
 
-NAME = "harness_kv"
+NAME = "harness_kv_"  # and the name of what it hands over to
 
 
 class HeadsInput(nn.Module):
@@ -41,7 +42,7 @@ class HeadsInput(nn.Module):
         super().__init__()
         self.codec: Codec | None = None
         self.format: KVCache | None = None
-        self.before: str | None = None  # the attention function to be called again once detached
+        self.before: str = "eager"  # the attention that is handed over to, and comes back
         self._cached: Tensor | None = None
 
     def rotate(self, x: Tensor) -> Tensor:
@@ -90,7 +91,6 @@ def attach(adapter: Adapter) -> list[HeadsInput]:
 
     Returns them in block order.
     """
-    name_attention(NAME, _attention)
     attached = []
     for module in _modules(adapter):
         heads = getattr(module, "heads_input", None)
@@ -98,21 +98,22 @@ def attach(adapter: Adapter) -> list[HeadsInput]:
             heads = HeadsInput()
             module.heads_input = heads
         attached.append(heads)
-    config = adapter.model.config
+    before = attention_name(adapter.model.config)
     # attached twice, what there was before is remembered from the first time
-    if attention_name(config) != NAME:
-        attached[0].before = attention_name(config)
-        use_attention(config, NAME)
+    if not before.startswith(NAME):
+        for heads in attached:
+            heads.before = before
+        name_attention(NAME + before, _attention, before)
+        use_attention(adapter.model, NAME + before)
     return attached
 
 
 def detach(adapter: Adapter) -> None:
     """Leave the model as `attach` found it."""
-    modules = _modules(adapter)
-    heads = getattr(modules[0], "heads_input", None)
-    if isinstance(heads, HeadsInput):
-        use_attention(adapter.model.config, heads.before)
-        for module in modules:
+    for module in _modules(adapter):
+        heads = getattr(module, "heads_input", None)
+        if isinstance(heads, HeadsInput):
+            use_attention(adapter.model, heads.before)
             del module.heads_input
 
 
@@ -122,14 +123,16 @@ def cache(adapter: Adapter) -> Cache:
 
 
 def _modules(adapter: Adapter) -> list[nn.Module]:
-    modules = []
-    for index, block in enumerate(adapter.blocks):
-        for site in adapter.structure.sites[index]:
-            if site.name == "o_in":  # what an attention gives is read inside of its module
-                modules.append(block.get_submodule(site.linears[0].rpartition(".")[0]))
-    return modules
+    """The attention modules that a function can be put in place of, in block order."""
+    return [
+        adapter.blocks[layer].get_submodule(attention.module)
+        for layer, attention in adapter.structure.attention.items()
+        if attention.module is not None
+    ]
 
 
 def _attention(module, query, key, value, attention_mask, **kwargs):
-    query, key, value = module.heads_input(query, key, value)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    heads = module.heads_input
+    query, key, value = heads(query, key, value)
+    inner = attention_function(module, heads.before)
+    return inner(module, query, key, value, attention_mask, **kwargs)

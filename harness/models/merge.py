@@ -1,12 +1,13 @@
 """Matrices into a model: swapped linears, an untied head, bare norms, and the merge.
 
     RMSNorm(x) = x / rms(x) * gamma          W <- W diag(gamma) for every reader,   gamma <- 1
+    LayerNorm(x) = (x - mean x) / std x * gamma + b                                 b <- b / gamma
 
-rms(x R) = rms(x), but diag(gamma) does not commute with R, so gamma moves into the linears that
-read the norm: q, k, v from the input norm, gate and up from the second one, the head from the final
-one. Biases stay. Query and key norms of Qwen3 act per head after the projections and are left
-alone. The embedding mean is *not* subtracted: RMSNorm, unlike LayerNorm, sees it. Source: QuaRot
-(arXiv 2404.00456) section 4, without its LayerNorm leftover.
+rms(x R) = rms(x), but diag(gamma) does not commute with R, so gamma moves into whatever reads a
+norm of the residual stream: q, k, v or a router, gate and up, the head. Their biases stay. Norms
+within a branch, as those of queries and keys, are left alone. The embedding mean is *not*
+subtracted: RMSNorm, unlike LayerNorm, sees it. Source: QuaRot (arXiv 2404.00456) section 4; it
+makes RMSNorms of LayerNorms, where here a rotation under LayerNorm leaves the mean alone.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ def swap(adapter: Adapter) -> None:
             }
             # one for all of them, so that what they read is encoded and quantized once
             shared = SiteInput(len(linears))
+            turned = {matrix.name for matrix in site.matrices if matrix.reads == 0}
             for name, linear in linears.items():
-                block.set_submodule(name, _quant_linear(linear, shared))
+                block.set_submodule(name, _quant_linear(linear, shared, name in turned))
 
 
 def swap_head(adapter: Adapter) -> QuantLinear:
@@ -62,17 +64,20 @@ def fuse_norms(adapter: Adapter) -> dict[tuple[int | None, str], Tensor]:
     """
     untie(adapter.model)
     gains = {}
+    fused = adapter.structure.residual.fused
     for layer, roles in _by_layer(adapter):
         with adapter.open(layer, write=True):
             for name, role in roles.items():
-                if role.kind == "norm":
-                    gamma = adapter.model.get_submodule(name).weight
-                    gains[role.layer, role.writes] = gamma.detach().double().clone()
-                    for reader, other in roles.items():
-                        if other.reads == role.writes:
-                            weight = adapter.model.get_submodule(reader).weight
-                            weight.copy_(weight.double() * gamma.double())
-                    gamma.fill_(1)
+                if role.kind == "norm" and name in fused:
+                    norm = adapter.model.get_submodule(name)
+                    gamma = norm.weight.detach().double() + (role.gain == "1+w")
+                    gains[role.layer, role.writes] = gamma
+                    for parameter, _ in fused[name]:
+                        weight = adapter.weight(parameter)
+                        weight.copy_(weight.double() * gamma)
+                    norm.weight.fill_(role.gain == "w")
+                    if getattr(norm, "bias", None) is not None:
+                        norm.bias.copy_(norm.bias.double() / gamma)
     return gains
 
 
@@ -147,6 +152,10 @@ def _ready(codec: Codec, adapter: Adapter) -> Codec:
     return codec.to(adapter.device, torch.promote_types(adapter.model.dtype, torch.float32))
 
 
-def _quant_linear(linear: nn.Linear, site: SiteInput) -> QuantLinear:
-    bias = None if linear.bias is None else linear.bias.data
-    return QuantLinear(linear.weight.data, bias, site)
+def _quant_linear(linear: nn.Module, site: SiteInput, turned: bool = False) -> QuantLinear:
+    """The same matrix product; turned: its weight stands there as [in, out]."""
+    weight = linear.get_parameter("weight").data
+    if turned:
+        weight = weight.T.contiguous()
+    bias = getattr(linear, "bias", None)
+    return QuantLinear(weight, None if bias is None else bias.data, site)

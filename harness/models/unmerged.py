@@ -63,7 +63,7 @@ def unmerged(
         for heads in attached:
             heads.codec = heads.format = None
         # heads that were there before stay for whoever attached them
-        if attached and before != NAME:
+        if attached and not before.startswith(NAME):
             detach(adapter)
 
 

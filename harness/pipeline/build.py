@@ -70,7 +70,9 @@ def components(plan: Plan) -> Components:
     name = plan.choices.get("solver", "solver")
     context = shape_of(structure, scheme, settings["seed"], None if solver is None else name)
     if scheme.kv is not None:
+        combinations.check_attention(f"format.kv.bits={scheme.kv.bits}", context)
         scheme.kv.check(context.head_dim, "format.kv.group_size", "the key/value heads")
+    combinations.check_residual(transforms, context)
     warnings = [warning for transform in transforms for warning in transform.check(context)]
     combinations.check_placement_files(plan, transforms, context)
     if solver is not None:

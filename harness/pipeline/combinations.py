@@ -168,8 +168,8 @@ def _scalable(
         # Several query heads read one value head, and so share its scales.
         if site == "o_in" and context.heads > context.kv_heads:
             kinds[site] = "shared"
-        # An encoder stands between the site and what would take its scale.
-        if site in encoded:
+        # An encoder stands between the site and what would take its scale, or nothing takes it.
+        if site in encoded or not context.merges(site):
             kinds[site] = "fixed"
     return kinds
 
@@ -202,6 +202,40 @@ def check_placement_files(plan: Plan, transforms: Sequence[Transform], context: 
     if section.get("load") is not None:
         # One at most learns: SmoothQuant, which may stand beside it, does not.
         file.check(section["load"], learned[0], context, placement_facts(plan, learned[0]))
+
+
+def check_residual(transforms: Sequence[Transform], context: ModelShape) -> None:
+    """Refuse a rotation of a residual stream that takes none."""
+    structure = context.structure
+    for transform in transforms:
+        if not transform.residual or structure is None:
+            continue
+        residual = structure.residual
+        if residual.group is None:
+            raise ConfigError(
+                f"transform={transform.name} with a {structure.architecture}: its residual stream "
+                f"cannot be rotated, for {'; '.join(residual.why)}. Use transform=hadamard or "
+                "adacodec, which work site by site."
+            )
+        if residual.group == "fixes 1" and not transform.fixes_ones:
+            raise ConfigError(
+                f"transform={transform.name} with a {structure.architecture}: its norms subtract "
+                "the mean, so that a rotation has to leave the vector of ones alone, and this one "
+                "does not; use transform=quarot."
+            )
+
+
+def check_attention(field: str, context: ModelShape) -> None:
+    """Refuse what belongs between queries, keys and values where nothing can be put there."""
+    if context.structure is None:
+        return
+    attention = context.structure.attention
+    if not attention or any(each.module is None for each in attention.values()):
+        raise ConfigError(
+            f"{field} with a {context.structure.architecture}: "
+            f"{len(attention)} of {context.layers} blocks attend, and not through transformers' "
+            "attention interface, where keys and values are met; leave the cache in 16 bits."
+        )
 
 
 def learning_warnings(plan: Plan, transforms: Sequence[Transform]) -> list[str]:

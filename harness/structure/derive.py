@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from harness.libraries.transformers import watched_attention
 from harness.structure.graph import SCALINGS, Graph, Product, back, positions, root, scales, source
 from harness.structure.naming import Facts, named
 from harness.structure.norms import NormKind, norm_kind
@@ -48,28 +49,24 @@ def blocks_of(model: nn.Module) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
-def name_of(model: nn.Module, wanted: nn.Module) -> str:
-    """The absolute name of a submodule."""
-    return next(name for name, module in model.named_modules() if module is wanted)
-
-
 class Derivation:
     """One model on its way to a Structure."""
 
     def __init__(self, model):
         self.model = model
+        self.modules = {id(module): name for name, module in model.named_modules()}
         self.blocks = blocks_of(model)
-        self.embedding = name_of(model, model.get_input_embeddings())
-        self.head = name_of(model, model.get_output_embeddings())
+        self.embedding = self.modules[id(model.get_input_embeddings())]
+        self.head = self.modules[id(model.get_output_embeddings())]
         self.names: dict[int, str] = {}
         self._tupled = False
+        self._attending: set[str] = set()
         for name, tensor in model.named_parameters(remove_duplicate=False):
             self.names.setdefault(id(tensor), name)
         tape = self._recorded()
         self.graph = Graph(tape)
-        modules = {id(module): name for name, module in model.named_modules()}
         self.norms = {
-            call: (modules[id(call.function)], self._kinds[id(call.function)])
+            call: (self.modules[id(call.function)], self._kinds[id(call.function)])
             for call in tape.calls
             if call.op == "leaf"
         }
@@ -142,8 +139,10 @@ class Derivation:
             for module in self.model.modules():
                 if not list(module.children()):
                     hooks.enter_context(tape.leaf(module, is_norm))
+            called = hooks.enter_context(watched_attention(self.model))
             with torch.no_grad(), tape:
                 output = self.model(ids, use_cache=False, **arguments)
+            self._attending = {self.modules[id(module)] for module in called}
         tape.finish(output.logits)
         return tape
 
@@ -301,7 +300,10 @@ class Derivation:
                 continue
             heads, _, features = scores.query.shape[-3:]
             values = scores.value.shape[-1]
-            yield layer, Attention(heads, self._value_heads(scores), (features, values))
+            start = f"{self.blocks}.{layer}."
+            found = (name for name in self._attending if name.startswith(start))
+            module = next(found, "").removeprefix(start) or None
+            yield layer, Attention(heads, self._value_heads(scores), (features, values), module)
 
     def _value_heads(self, scores: Scores) -> int:
         """How many heads of values there are, before they are repeated."""

@@ -128,7 +128,8 @@ def attention_feed(graph: Graph, scores: Scores, activation: Value) -> Feed | st
     if values.shape[0] != heads:  # torch's attention may repeat the value heads by itself
         values = values.repeat_interleave(heads // values.shape[0], dim=0)
     rows = values[head, 0, feature]
-    return Feed(product.parameter, tuple(rows.tolist()), "heads", heads)
+    outputs = source.shape[-1]
+    return Feed(product.parameter, tuple(rows.tolist()), outputs, "heads", heads)
 
 
 def product_feed(graph: Graph, activation: Value) -> Feed | str:
@@ -148,7 +149,8 @@ def product_feed(graph: Graph, activation: Value) -> Feed | str:
             continue
         rows = places.reshape(-1, activation.shape[-1])[0]
         product = graph.products[source]
-        return Feed(product.parameter, tuple(rows.tolist()), "product")
+        outputs = source.shape[-1]
+        return Feed(product.parameter, tuple(rows.tolist()), outputs, "product")
     return "neither factor is a matrix's output"
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 
 def skeleton(config: PreTrainedConfig) -> nn.Module:
-    """The causal language model of a config, in bfloat16 on the device `meta`, evaluation mode."""
+    """The causal language model of a config, in bfloat16 on the device `meta`, evaluation mode.
+
+    Its head is its own, whatever the config says, for what is done to one may not reach the other.
+    """
+    config = copy.deepcopy(config)
+    config.tie_word_embeddings = False
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return model.eval()

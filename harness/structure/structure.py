@@ -49,13 +49,14 @@ class Norm:
 class Feed:
     """The matrix whose outputs make a site by a linear path.
 
-    rows: which of its outputs each feature of the site is. through: heads (values, weighed by
+    rows: which of its `outputs` each feature of the site is. through: heads (values, weighed by
     attention: the features of one head may be mixed) | product (multiplied elementwise: each
     feature for itself).
     """
 
     matrix: str
     rows: tuple[int, ...]
+    outputs: int
     through: str
     heads: int = 1
 
@@ -75,6 +76,11 @@ class Feed:
             for feature in range(size)
         ]
         return (values, repeat) if plain == [rank[row] for row in self.rows] else None
+
+    @property
+    def partial(self) -> tuple[int, ...] | None:
+        """`written`, or None where that is every output in its order."""
+        return None if self.written == tuple(range(self.outputs)) else self.written
 
     @property
     def written(self) -> tuple[int, ...]:
@@ -98,6 +104,13 @@ class Site:
     feed: Feed | None = None
     residual: bool = False
     why: str | None = None
+
+    @property
+    def merges(self) -> bool:
+        """Whether what stands before it can take a matrix (of heads) or a scale."""
+        if self.feed is not None and self.feed.through == "heads":
+            return self.feed.grouped is not None
+        return self.why is None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -126,12 +139,14 @@ class Residual:
 class Attention:
     """One block's attention as its scores are computed.
 
-    features: (of a query and key, of a value), one head's.
+    features: (of a query and key, of a value), one head's. module: block-relative; None where it
+    does not find its attention by transformers' name for it, so that none can be put in its place.
     """
 
     heads: int
     kv_heads: int
     features: tuple[int, int]
+    module: str | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +173,15 @@ class Structure:
     def layers(self) -> int:
         """How many blocks there are."""
         return len(self.sites)
+
+    def site(self, name: str, layer: int) -> Site | None:
+        """The site of that name in a block."""
+        return next((site for site in self.sites[layer] if site.name == name), None)
+
+    def merges(self, name: str) -> tuple[int, ...]:
+        """The blocks in which what stands before a site can take a matrix or a scale."""
+        sites = ((layer, self.site(name, layer)) for layer in range(self.layers))
+        return tuple(layer for layer, site in sites if site is not None and site.merges)
 
     @property
     def head_dim(self) -> int:

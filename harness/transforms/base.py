@@ -19,6 +19,7 @@ from torch import Tensor
 
 from harness.codecs.placement import Placement, Role, Where
 from harness.formats import Format, Scheme
+from harness.structure.structure import Structure
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -30,7 +31,7 @@ class ModelShape:
 
     widths: {site: features}. layers, heads, kv_heads, head_dim: of the attention blocks. scheme:
     the formats. seed: the run's. solver: its name; None where weights stay float. readers: {site:
-    its linears}. embedding: the module's absolute name.
+    its linears}. structure: where all this comes from.
     """
 
     widths: Mapping[str, int]
@@ -42,7 +43,7 @@ class ModelShape:
     seed: int
     solver: str | None = None
     readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    embedding: str | None = None
+    structure: Structure | None = None
 
     def reads(self, site: str, layer: int | None) -> Format | None:
         """The format in which the linears of a site read their activation, one tensor for all."""
@@ -56,7 +57,18 @@ class ModelShape:
     @property
     def hidden(self) -> int:
         """Width of the residual stream."""
-        return self.widths["attn_in"]
+        return self.widths["attn_in"] if self.structure is None else self.structure.hidden
+
+    def merges(self, site: str) -> tuple[int, ...]:
+        """The blocks in which what stands before a site can take a matrix or a scale."""
+        if self.structure is None:
+            return tuple(range(self.layers))
+        return self.structure.merges(site)
+
+    @property
+    def fixes_ones(self) -> bool:
+        """Whether a rotation of the residual stream has to leave the vector of ones alone."""
+        return self.structure is not None and self.structure.residual.group == "fixes 1"
 
 
 class Collector(Protocol[T_co]):
@@ -142,6 +154,7 @@ class Transform(ABC):
     name: of the option it was built from, for messages.
     exact: the function of the model must not change (the gate holds it to that).
     residual: the residual stream is rotated, so the head is untied and norms are fused first.
+    fixes_ones: it can leave the vector of ones alone, as norms that subtract the mean demand.
     learned: fitting costs so much that its result is stored.
     free_decoder: quantized inputs are not those of the original weights, so a Hessian has to see
         them quantized.
@@ -152,6 +165,7 @@ class Transform(ABC):
     name: str = "transform"
     exact: bool = True
     residual: bool = False
+    fixes_ones: bool = False
     learned: bool = False
     free_decoder: bool = False
     sees: tuple[str, ...] = ("act", "kv")

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from harness.codecs.codec import Blocks, Codec, Kronecker, Rotation
 from harness.codecs.placement import Placement
@@ -29,6 +30,8 @@ from harness.transforms.rotations import Rotations
 class QuaRot(Rotations):
     """r1: hadamard (of full order) | random (Haar) | off | a block size. online_heads: mix whole
     heads, online."""
+
+    fixes_ones = True
 
     def __init__(
         self,
@@ -81,18 +84,23 @@ class QuaRot(Rotations):
             return None
         if self.r1 == "random":
             # Haar: for a hidden size that no Hadamard matrix has
-            return Blocks(random_orthogonal(shape.hidden, generator(shape.seed, "R1")))
-        order = self.r1 if isinstance(self.r1, int) else shape.hidden
-        return self.draw(shape, order, "R1")
+            drawn = Blocks(random_orthogonal(shape.hidden, generator(shape.seed, "R1")))
+        else:
+            order = self.r1 if isinstance(self.r1, int) else shape.hidden
+            drawn = self.draw(shape, order, "R1")
+        if not shape.fixes_ones:
+            return drawn
+        return Blocks(fixing_ones(drawn.encode(torch.eye(shape.hidden, dtype=torch.float64))))
 
     def draw_r2(self, shape: ModelShape) -> dict[int, Rotation]:
         """R2 of each layer; empty where it is off."""
         if not self.r2:
             return {}
+        layers = shape.merges("o_in")
         if self.online_heads:
             # H_heads (x) H_head_dim as published, which has no signs
-            return dict.fromkeys(range(shape.layers), Rotation(Hadamard(shape.head_dim)))
-        return {i: self.draw(shape, shape.head_dim, i, "R2") for i in range(shape.layers)}
+            return dict.fromkeys(layers, Rotation(Hadamard(shape.head_dim)))
+        return {i: self.draw(shape, shape.head_dim, i, "R2") for i in layers}
 
     def placement(
         self, shape: ModelShape, r1: Codec | None, r2: Mapping[int, Codec], notes: Mapping
@@ -103,3 +111,16 @@ class QuaRot(Rotations):
         # across heads alone: the factor within a head is R2, which v has absorbed
         across = Kronecker(hadamard(shape.heads), torch.eye(shape.head_dim, dtype=torch.float64))
         return replace(placement, online={**placement.online, (None, "o_in"): across})
+
+
+def fixing_ones(rotation: Tensor) -> Tensor:
+    """The rotation R [n, n] followed by a reflection, so that 1 R = 1.
+
+    R (I - 2 w w^T) with w along 1 R - 1, which exchanges the two; it is as spread out as R.
+    """
+    ones = torch.ones(len(rotation), dtype=rotation.dtype)
+    w = ones @ rotation - ones
+    if w.norm() < 1e-9:
+        return rotation
+    w = w / w.norm()
+    return rotation - 2 * torch.outer(rotation @ w, w)

@@ -100,7 +100,8 @@ class Rotations(Transform):
 
     def wants_r4(self, shape: ModelShape) -> bool:
         """Whether R4 is placed."""
-        return self.r4 == "on" or (self.r4 == "auto" and shape.quantizes("down_in"))
+        there = "down_in" in shape.widths
+        return self.r4 == "on" or (self.r4 == "auto" and there and shape.quantizes("down_in"))
 
     def draw(self, shape: ModelShape, n: int, *key: object) -> Rotation:
         """A randomized Hadamard matrix of order n, seeded by the run's seed and `key`."""
@@ -113,6 +114,8 @@ class Rotations(Transform):
     def check(self, shape: ModelShape) -> list[str]:
         if self.r2:
             reachable("transform.r2=true", shape.head_dim, "transform.r2=false")
+        if self.r2 or self.wants_r3(shape):
+            self._refuse_heads(shape)
         if self.wants_r3(shape):
             reachable(f"transform.r3={self.r3}", shape.head_dim, "transform.r3=off")
         if self.wants_r4(shape):
@@ -123,6 +126,29 @@ class Rotations(Transform):
                 "a rotation spreads them"
             ]
         return []
+
+    def _refuse_heads(self, shape: ModelShape) -> None:
+        """Refuse R2 and R3 where there are no heads, or no one size of them."""
+        if shape.structure is None:
+            return
+        attention = shape.structure.attention
+        sizes = {each.features for each in attention.values()}
+        if self.r2 and not shape.merges("o_in"):
+            raise ConfigError(
+                "transform.r2=true: no block's values come from a matrix that a rotation could be "
+                "merged into; set transform.r2=false."
+            )
+        apart = not attention or any(each.module is None for each in attention.values())
+        if self.wants_r3(shape) and apart:
+            raise ConfigError(
+                f"transform.r3={self.r3}: this model's attention is not found by its name in "
+                "transformers, so nothing can be put before it; set transform.r3=off."
+            )
+        if len(sizes) > 1:
+            raise ConfigError(
+                f"transform.r2={self.r2}, transform.r3={self.r3}: heads have {len(sizes)} sizes in "
+                "this model; set transform.r2=false transform.r3=off."
+            )
 
     def needs_activations(self, shape: ModelShape) -> None:
         """Refuse to learn what no quantizer can see."""

@@ -53,6 +53,8 @@ class SmoothQuant(Transform):
         peaks = model.observe(lambda layer, site, width: _Peak(), self.sites, "channel maxima")
         merged: dict[Where, Codec] = {}
         for (layer, site), x_max in peaks.items():
+            if layer not in shape.merges(site):  # nothing before it takes a scale
+                continue
             rows = [weight.float().abs().amax(0) for weight in weights_at(model, layer, site)]
             w_max = torch.stack(rows).amax(0)
             if site == "o_in":

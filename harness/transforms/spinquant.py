@@ -35,6 +35,7 @@ class SpinQuant(QuaRot):
     those of quarot."""
 
     learned = True
+    fixes_ones = False
 
     def __init__(
         self,
