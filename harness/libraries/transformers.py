@@ -6,21 +6,28 @@ DynamicCache, DynamicLayer, Cache
     past keys and values; the argument is `cache` from 5.24 on and `past_key_values` before
 all_tied_weights_keys
     which parameters are saved once
+_init_weights, _non_persistent_buffers_set
+    what a model computes from its config, and no file holds
 _keys_to_ignore_on_load_unexpected
     what a file may hold and a model has no use for
 load_gguf_checkpoint
     tensors and config of a GGUF file
+get_model_conversion_mapping, rename_source_key, WeightConverter
+    which tensors of a file become which parameter (experts are stored one by one)
 """
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -29,6 +36,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -114,6 +123,78 @@ def unused(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     """Those names of a file's tensors that a model of this class knows it has no use for."""
     patterns = model._keys_to_ignore_on_load_unexpected or ()
     return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
+
+
+def compute_buffers(model: PreTrainedModel, device) -> None:
+    """Give a model without storage what it computes from its config: rotary tables and scales."""
+    for module in model.modules():
+        computed = [
+            name
+            for name in module._non_persistent_buffers_set
+            if module._buffers[name] is not None and module.get_buffer(name).is_meta
+        ]
+        for name in computed:
+            module._buffers[name] = torch.empty_like(module.get_buffer(name), device=device)
+        if computed:  # its parameters are still without storage, and take nothing
+            model._init_weights(module)
+
+
+class Conversion:
+    """How a file's tensors become the parameters of a model: by other names, or several in one."""
+
+    def __init__(self, model: PreTrainedModel):
+        """model: on any device, `meta` included."""
+        mapping = get_model_conversion_mapping(model)
+        self._model = model
+        self._expected = model.state_dict()
+        self._renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+        self._converters = [each for each in mapping if isinstance(each, WeightConverter)]
+        self._by_pattern = {p: each for each in self._converters for p in each.source_patterns}
+
+    def parameters(self, name: str) -> tuple[str, ...]:
+        """The parameters that a tensor of a file is, or is a part of; its own name where none."""
+        target, pattern = self._renamed(name)
+        if pattern is None:
+            return (target,)
+        first, *rest = self._by_pattern[pattern].target_patterns
+        return (target, *(target.replace(first, other) for other in rest))
+
+    def converts(self, name: str) -> bool:
+        """Whether a tensor of a file is changed on its way, and not only renamed."""
+        return self._renamed(name)[1] is not None
+
+    def converted(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{parameter: tensor} of whole parameters' {name in a file: tensor}."""
+        result: dict[str, Tensor] = {}
+        gathered: dict[str, WeightConverter] = {}
+        # experts in the order of their numbers
+        for name in sorted(tensors, key=_natural):
+            target, pattern = self._renamed(name)
+            if pattern is None:
+                result[target] = tensors[name]
+                continue
+            converter = gathered.setdefault(target, copy.deepcopy(self._by_pattern[pattern]))
+            converter.add_tensor(target, name, pattern, cast(Any, tensors[name]))
+        for target, converter in gathered.items():
+            made = converter.convert(target, model=self._model, config=self._model.config)
+            for key, tensor in made.items():
+                result[key] = tensor[0] if isinstance(tensor, list) else tensor
+        return result
+
+    def _renamed(self, name: str) -> tuple[str, str | None]:
+        """(parameter, the pattern of its converter or None) for a tensor's name."""
+        prefix = self._model.base_model_prefix
+        target, pattern = rename_source_key(
+            name, self._renamings, self._converters, prefix, self._expected
+        )
+        if target not in self._expected and name in self._expected:
+            return name, None
+        return target, pattern
+
+
+def _natural(name: str) -> list[tuple[bool, int | str]]:
+    """A key that sorts numbers in names by their size."""
+    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in name.split(".")]
 
 
 def read_gguf(

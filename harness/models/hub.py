@@ -73,7 +73,7 @@ class Hub(ModelSource):
         dtype = getattr(torch, name)
         if self.weights == "disk":
             with self._explained():
-                model = skeleton(self._config, weights.files, dtype, device)
+                model = skeleton(self._config, weights, dtype, device)
             return self.ready(model), self._tokenizer
         with self._explained():
             model = AutoModelForCausalLM.from_pretrained(
@@ -83,7 +83,7 @@ class Hub(ModelSource):
 
     def offloaded(self, model, scratch: Path) -> BlockStorage | None:
         from harness.models.adapter import Adapter
-        from harness.models.offload import OffloadedBlocks
+        from harness.models.offload import Files, OffloadedBlocks
 
         if self.weights == "memory":
             return None
@@ -91,9 +91,8 @@ class Hub(ModelSource):
         return OffloadedBlocks(
             adapter.blocks,
             adapter.structure.blocks,
-            self._weights.files,
+            Files(self._weights, model),
             scratch,
-            model.dtype,
             adapter.device,
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,44 +18,67 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from harness.libraries.transformers import tied_names
+from harness.libraries.transformers import Conversion, compute_buffers, tied_names
 from harness.models.source import refuse_nonfinite
+from harness.models.weights import Weights
 from harness.structure.derive import blocks_of
 
 
-def read(names: Mapping[str, Path], dtype: torch.dtype, device) -> dict[str, Tensor]:
+def read(names: Mapping[str, Path], device) -> dict[str, Tensor]:
     """Those tensors in memory of their own, so that no file stays mapped."""
     tensors = {}
     for path in dict.fromkeys(names.values()):
         with safe_open(path, "pt") as file:
             for name, where in names.items():
                 if where == path:
-                    mapped = file.get_tensor(name)
-                    tensor = torch.empty(mapped.shape, dtype=dtype, device=device)
-                    tensors[name] = tensor.copy_(mapped)
+                    tensors[name] = file.get_tensor(name).to(device, copy=True)
     return tensors
 
 
-def skeleton(config, files: Mapping[str, Path], dtype: torch.dtype, device) -> nn.Module:
+class Files:
+    """A folder's weights for a model, read a part at a time.
+
+    weights: those that weights.py found to fit. model: without storage, in the dtype asked for.
+    """
+
+    def __init__(self, weights: Weights, model: PreTrainedModel):
+        self.weights = weights
+        self.conversion = Conversion(model)
+        self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+
+    def read(self, wanted: Callable[[str], bool], device) -> dict[str, Tensor]:
+        """{parameter: tensor} of those that are wanted.
+
+        Raises DataError for a tensor that is not finite.
+        """
+        names = {
+            name: file
+            for name, file in self.weights.files.items()
+            if wanted(self.weights.parameters[name][0])
+        }
+        tensors = self.conversion.converted(read(names, device))
+        for name, tensor in tensors.items():
+            refuse_nonfinite(name, tensor)
+        return {name: tensor.to(self.dtypes[name]) for name, tensor in tensors.items()}
+
+
+def skeleton(config, weights: Weights, dtype: torch.dtype, device) -> nn.Module:
     """A model of that config with everything but its blocks' weights read.
 
-    files: those that weights.py found to fit. Raises DataError for a tensor that is not finite.
+    weights: those that weights.py found to fit. Raises DataError for a tensor that is not finite.
     """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    files = Files(weights, model)
     blocks = f"{blocks_of(model)}."
-    # what is computed from the config, not stored: the rotary table
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            model.set_submodule(name, type(module)(config=config).to(device))
+    compute_buffers(model, device)
     tied = tied_names(model) if config.tie_word_embeddings else {}
-    outside = {name: file for name, file in files.items() if not name.startswith(blocks)}
-    tensors = read(outside, dtype, device)
+    tensors = files.read(lambda name: not name.startswith(blocks), device)
     for name, tensor in tensors.items():
-        refuse_nonfinite(name, tensor)
         assign(model, name, tensor)
     # files may hold a head of their own, whatever the config says
     one = all(
@@ -78,7 +101,7 @@ def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 class OffloadedBlocks:
-    """The blocks of a skeleton. files: {absolute name: file}.
+    """The blocks of a skeleton, by the files of its weights.
 
     prefix: of the blocks' names; scratch: folder for changed ones, emptied at once and by `close`.
     """
@@ -87,21 +110,16 @@ class OffloadedBlocks:
         self,
         blocks: nn.ModuleList,
         prefix: str,
-        files: Mapping[str, Path],
+        files: Files,
         scratch: Path,
-        dtype: torch.dtype,
         device: torch.device,
     ):
         self.blocks = blocks
         self.scratch = scratch
-        self.dtype = dtype
         self.device = device
-        self.files = []
-        for index, block in enumerate(blocks):
-            # by the block's names, for a file may hold more, such as old rotary tables
-            names = [f"{prefix}.{index}.{name}" for name in block.state_dict()]
-            self.files.append({name: files[name] for name in names if name in files})
+        self.files = files
         self.prefix = prefix
+        self._names = [list(block.state_dict()) for block in blocks]
         self._users = [0] * len(blocks)  # a forward of an open block opens it once more
         self.close()
         for index, block in enumerate(blocks):
@@ -131,13 +149,13 @@ class OffloadedBlocks:
             return
         start = f"{self.prefix}.{index}."
         changed = self._changed(index)
-        original = not changed.is_file()
-        files = self.files[index]
-        if not original:
-            files = dict.fromkeys(files, changed)
-        for name, tensor in read(files, self.dtype, self.device).items():
-            if original:
-                refuse_nonfinite(name, tensor)
+        if changed.is_file():
+            with safe_open(changed, "pt") as file:
+                names = dict.fromkeys(file.keys(), changed)
+            tensors = read(names, self.device)
+        else:
+            tensors = self.files.read(lambda name: name.startswith(start), self.device)
+        for name, tensor in tensors.items():
             assign(self.blocks[index], name.removeprefix(start), tensor)
 
     def _put_back(self, index: int) -> None:
@@ -156,13 +174,9 @@ class OffloadedBlocks:
         )
 
     def _tensors(self, index: int) -> dict[str, Tensor]:
-        """{block-relative name: tensor} of what the files hold, as it is now."""
-        tensors = {}
-        for absolute in self.files[index]:
-            name = absolute.removeprefix(f"{self.prefix}.{index}.")
-            owner, _, leaf = name.rpartition(".")
-            tensors[name] = getattr(self.blocks[index].get_submodule(owner), leaf).detach()
-        return tensors
+        """{block-relative name: tensor} of what is read, as it is now."""
+        now = self.blocks[index].state_dict()
+        return {name: now[name].detach() for name in self._names[index]}
 
     def _changed(self, index: int) -> Path:
         return self.scratch / f"{index:04d}.safetensors"

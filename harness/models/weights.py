@@ -123,17 +123,19 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 class Weights:
     """A folder's weights, found to fit a model.
 
-    stored: {parameter: where it is}; dtype: torch's name of the model's dtype; warnings: what is in
-    the files and not in the model.
+    stored: {name in the files: where it is} of what the model takes; parameters: {name in the
+    files: the parameters it is, or is a part of}; dtype: torch's name of the model's dtype;
+    warnings: what is in the files and not in the model.
     """
 
     stored: Mapping[str, Stored]
+    parameters: Mapping[str, tuple[str, ...]]
     dtype: str
     warnings: tuple[str, ...] = ()
 
     @property
     def files(self) -> dict[str, Path]:
-        """{parameter: file}."""
+        """{name in the files: file}."""
         return {name: each.file for name, each in self.stored.items()}
 
 
@@ -148,31 +150,43 @@ def weights_of(folder: Path, config) -> Weights:
             f"{folder / 'config.json'}: quantization_config says that the weights are quantized; "
             "measure it with model=checkpoint, or give the unquantized model."
         )
-    from harness.libraries.transformers import tied_names
+    from harness.libraries.transformers import Conversion, tied_names
 
     entries = stored(weight_files(folder))
     _refuse_codes(folder, entries)
     model = _without_storage(config)
     expected = model.state_dict()
     optional = tied_names(model) if config.tie_word_embeddings else {}
-    missing = [name for name in expected if name not in entries and name not in optional]
+    conversion = Conversion(model)
+    parameters = {name: conversion.parameters(name) for name in entries}
+    given = {target for targets in parameters.values() for target in targets}
+    missing = [name for name in expected if name not in given and name not in optional]
     if missing:
         raise DataError(
             f"{folder} lacks the weights {_some(missing)} of its {config.num_hidden_layers} layers."
         )
-    for name, parameter in expected.items():
-        entry = entries.get(name)
-        if entry is not None and entry.shape != tuple(parameter.shape):
+    for name, entry in entries.items():
+        parameter = expected.get(parameters[name][0])
+        # what is made of several tensors has its own shape, which conversion checks
+        if parameter is None or conversion.converts(name):
+            continue
+        if entry.shape != tuple(parameter.shape):
             raise DataError(
                 f"{entry.file}: {name} has shape {list(entry.shape)}, and config.json asks for "
                 f"{list(parameter.shape)}; one of them is of another model."
             )
-    warnings = _left_over(folder, model, [name for name in entries if name not in expected])
+    taken = {name for name, targets in parameters.items() if targets[0] in expected}
+    warnings = _left_over(folder, model, [name for name in entries if name not in taken])
     if config.dtype is not None:
         dtype = str(config.dtype).removeprefix("torch.")
     else:
         dtype = next((FLOATS[each.dtype] for each in entries.values()), "float32")
-    return Weights({name: entries[name] for name in expected if name in entries}, dtype, warnings)
+    return Weights(
+        {name: entries[name] for name in entries if name in taken},
+        {name: parameters[name] for name in entries if name in taken},
+        dtype,
+        warnings,
+    )
 
 
 def _refuse_codes(folder: Path, entries: Mapping[str, Stored]) -> None:
