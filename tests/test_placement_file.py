@@ -21,6 +21,7 @@ from harness.transforms import (
     Placement,
     Repeated,
     Rotation,
+    Rows,
     file,
 )
 from harness.transforms.identity import Identity
@@ -70,6 +71,7 @@ CODECS = {  # each on 192 features
             Chain((Blocks(normal(12, 16, 16)), signed(64))),
         ]
     ),
+    "rows": Rows(signed(32), list(range(64, 96))),
     "repeated": Repeated(signed(32), 2, 3),
     "repeated chain": Repeated(
         Chain([Blocks(normal(2, 32, 32)), Diagonal(normal(64).abs() + 0.1)]), 2, 3

@@ -17,8 +17,11 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from harness.models.experts import inside, routed
 from harness.structure.structure import Site
 from harness.structure.tape import Tape, Value, tensors_of
+
+FEW = 128  # tokens: an expert that the router gave fewer is calibrated on all of its layer's
 
 Room = Callable[[Tensor, int], Tensor]  # (like, elements) -> an empty [elements]
 
@@ -80,7 +83,7 @@ class Passage:
         room: Room,
     ):
         self.block = block
-        self.linears = [block.get_submodule(name) for site in sites for name in site.linears]
+        self._leaves = {name: block.get_submodule(name) for name in _leaf_names(sites)}
         self.hidden = hidden
         self.kwargs = kwargs
         self.room = room
@@ -91,15 +94,31 @@ class Passage:
 
     def arriving(self, site: Site) -> Iterator[Tensor]:
         """What the site's linears are about to read, one micro-batch at a time; once."""
-        readers = [self.block.get_submodule(name) for name in site.linears]
+        if site.expert is None:
+            yield from (args[0] for args in self._reaching(site))
+            return
+        module = self._leaves[leaf(site)]
+        choices = list(self._reaching(site))
+        given = sum(int((index == site.expert).sum()) for _, index, _ in choices)
+        for hidden, index, _ in choices:
+            x = hidden
+            if given >= FEW:
+                x = hidden[routed(index, site.expert)[0]]
+            if len(x):
+                yield x if site.residual else inside(module, site.expert, x)
+
+    def _reaching(self, site: Site) -> Iterator[tuple]:
+        """What the module that reads a site is called with, one micro-batch at a time."""
+        module = self._leaves[leaf(site)]
         for index in range(len(self.hidden)):
             tape = self._tape(index)
             if tape.reads_content:
-                yield self._stopped(index, readers[0])
+                yield self._stopped(index, module)
                 continue
-            calls = [call for call in tape.calls if call.function in readers]
-            self._run(index, calls[0].position)
-            yield self._values[index][calls[0].inputs[0]]
+            call = next(call for call in tape.calls if call.function is module)
+            self._run(index, call.position)
+            values = self._values[index]
+            yield tuple(values[value] for value in call.inputs)
         # what lay there was needed up to here
         live = {_place(value) for value in self._values[0] if value.call is not None}
         self._rooms = {place: room for place, room in self._rooms.items() if place in live}
@@ -122,21 +141,21 @@ class Passage:
         shape = tuple(tuple(tensor.shape) for tensor in given)
         if shape not in self._tapes:
             self._tapes[shape] = recorded(
-                self.block, self.hidden[index], self.kwargs[index], self.linears
+                self.block, self.hidden[index], self.kwargs[index], self._leaves.values()
             )
         tape = self._tapes[shape]
         if len(self._values) == index:
             self._values.append(dict(zip(tape.given, given)))
         return tape
 
-    def _stopped(self, index: int, reader: nn.Module) -> Tensor:
-        """What a linear is about to read, in a forward from the block's beginning."""
+    def _stopped(self, index: int, module: nn.Module) -> tuple:
+        """What a module is about to be called with, in a forward from the block's beginning."""
 
         def run() -> object:
             return self.block(self.hidden[index], **self.kwargs[index])
 
-        args, _ = arguments_at(reader, run)
-        return args[0]
+        args, kwargs = arguments_at(module, run)
+        return (*args, *kwargs.values())
 
     def _run(self, index: int, stop: int) -> None:
         """Go on to a call, and keep what is left."""
@@ -170,6 +189,17 @@ class Passage:
             self._rooms[key] = (size, self.room(like, size * len(self.hidden)))
         size, room = self._rooms[key]
         return room[index * size : index * size + like.numel()].view(like.shape)
+
+
+def leaf(site: Site) -> str:
+    """The block-relative module that reads a site: its first linear, or the experts as a whole."""
+    first = site.linears[0]
+    return first if site.expert is None else first.rpartition(".")[0].rpartition(".")[0]
+
+
+def _leaf_names(sites: Sequence[Site]) -> set[str]:
+    """The block-relative modules whose content may change on the way."""
+    return {name if site.expert is None else leaf(site) for site in sites for name in site.linears}
 
 
 def _place(value: Value) -> tuple[int, int]:

@@ -25,18 +25,19 @@ class _PassedBy(nn.Module):
     """Stands where a block does while a forward passes by.
 
     It keeps what the block would be called with and hands the hidden states on as they are, or
-    `given` ones; `tupled` as the block does. What else is asked of it, the block answers.
+    `given` ones, as the first of the `returned` results of a block. What else is asked of it, the
+    block answers.
     """
 
-    def __init__(self, block: nn.Module, tupled: bool, given: Tensor | None = None):
+    def __init__(self, block: nn.Module, returned: int, given: Tensor | None = None):
         super().__init__()
         # past nn.Module's __setattr__, for the block is no submodule of this
-        self.__dict__ |= {"block": block, "tupled": tupled, "given": given}
+        self.__dict__ |= {"block": block, "returned": returned, "given": given}
 
     def __getattr__(self, name: str):
         return getattr(self.__dict__["block"], name)
 
-    def forward(self, *args, **kwargs) -> Tensor | tuple[Tensor]:
+    def forward(self, *args, **kwargs) -> Tensor | tuple[Tensor | None, ...]:
         held = self.__dict__
         called = inspect.signature(held["block"].forward).bind(*args, **kwargs)
         first, *_ = called.signature.parameters
@@ -48,7 +49,8 @@ class _PassedBy(nn.Module):
         held["kwargs"] = arguments
         held["hidden"] = hidden
         result = hidden if held["given"] is None else held["given"]
-        return (result,) if held["tupled"] else result
+        rest = [None] * (held["returned"] - 1)
+        return (result, *rest) if held["returned"] else result
 
 
 def arriving(adapter: Adapter, ids: Tensor) -> tuple[Tensor, list[dict]]:
@@ -70,9 +72,9 @@ def _pass_by(
     """
     blocks = adapter.blocks
     originals = list(blocks)
-    tupled = adapter.structure.tupled
-    passed = [_PassedBy(block, tupled) for block in originals[:-1]]
-    passed.append(_PassedBy(originals[-1], tupled, leaving))
+    returned = adapter.structure.returned
+    passed = [_PassedBy(block, returned) for block in originals[:-1]]
+    passed.append(_PassedBy(originals[-1], returned, leaving))
     try:
         for index, stand_in in enumerate(passed):
             blocks[index] = stand_in
@@ -152,10 +154,7 @@ class Stream:
         sites = self.adapter.sites(index)
         passage = Passage(block, sites, self.hidden, self.block_kwargs[block], self._room)
         for site in sites:
-            activations = passage.arriving(site)
-            yield site, activations
-            for _ in activations:  # what the caller left; the rest of the block needs all of it
-                pass
+            yield site, passage.arriving(site)
         passage.finish()
 
     def advance(self, block: nn.Module) -> None:

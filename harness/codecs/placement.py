@@ -60,7 +60,7 @@ class Placement:
         chain = [
             self.residual if role.reads_residual else None,
             self._merged(role.layer, role.reads, role.heads),
-            self.encoder(role.layer, role.reads),
+            self.encoder(role.layer, role.reads) if role.swapped else None,
         ]
         codecs = [codec for codec in chain if codec is not None]
         if len(codecs) > 1:
@@ -93,7 +93,8 @@ class Role:
     which is turned as the stream is). writes: "residual", the site it feeds
     by a linear path, or None. heads: (key/value heads, query heads on each) for what reads the
     heads' values. rows: of its outputs those that feed the site; None: all, in their order. gain:
-    what a norm multiplies by, its weight `w` or `1+w`.
+    what a norm multiplies by, its weight `w` or `1+w`. swapped: whether a linear reads what is
+    encoded at its site; a router reads it as it is.
     """
 
     layer: int | None
@@ -105,6 +106,7 @@ class Role:
     heads: tuple[int, int] | None = None
     rows: tuple[int, ...] | None = None
     gain: str = "w"
+    swapped: bool = True
 
 
 def _at(codecs: Mapping[Where, Codec], layer: int | None, site: str | None) -> Codec | None:

@@ -81,7 +81,8 @@ def stream_gate(adapter: Adapter, window: Tensor) -> float:
     stream = Stream(adapter, window)
     for layer, block in enumerate(adapter.blocks):
         with adapter.open(layer):
-            stream.advance(block)
+            for _ in stream.walk(block):
+                pass
     walked = next(stream.leave()).float()
     output = adapter.backbone(input_ids=window.to(adapter.device), use_cache=False)
     forward = output.last_hidden_state.float()

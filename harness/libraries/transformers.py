@@ -2,6 +2,8 @@
 
 AttentionInterface, AttentionMaskInterface, _attn_implementation, eager_attention_forward
     the function an attention module calls is found by a name; the plain one is of its own file
+ExpertsInterface, _experts_implementation_internal, is_transposed, has_gate, _apply_gate
+    the function that runs a layer's experts is found by a name too
 DynamicCache, DynamicLayer, Cache
     past keys and values; the argument is `cache` from 5.24 on and `past_key_values` before
 all_tied_weights_keys
@@ -38,6 +40,7 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -73,6 +76,30 @@ def attention_function(module: nn.Module, name: str) -> Callable:
     if name in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[name]
     return sys.modules[type(module).__module__].__dict__["eager_attention_forward"]
+
+
+def forget_functions(config: PreTrainedConfig) -> None:
+    """Have models of this config find their own attention and experts again."""
+    config._attn_implementation_internal = None
+    config._experts_implementation_internal = None
+
+
+def name_experts(name: str, function: Callable) -> None:
+    """Make `function` what runs the experts of models whose config asks for `name`."""
+    ALL_EXPERTS_FUNCTIONS.register(name, function)
+
+
+def use_experts(model: nn.Module, name: str) -> None:
+    """Have a model run its experts by the function of that name."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            config._experts_implementation_internal = name
+
+
+def runs_experts(module: nn.Module) -> bool:
+    """Whether a module of experts finds what runs them by its name."""
+    return all(hasattr(module, name) for name in ("is_transposed", "has_gate", "_apply_gate"))
 
 
 @contextmanager

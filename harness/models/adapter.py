@@ -7,12 +7,14 @@ a recorded forward.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.codecs.placement import HEAD_SITE
 from harness.formats import Scheme
+from harness.models.quant_linear import QuantLinear
 from harness.models.source import BlockStorage
 from harness.structure.derive import derive
 from harness.structure.skeleton import skeleton
@@ -36,16 +38,19 @@ def roles_of(structure: Structure) -> dict[str, Role]:
             for matrix in site.matrices:
                 feeds = fed.get(matrix.parameter)
                 writes = _written(structure, matrix.parameter, feeds)
-                roles[start + matrix.name] = Role(
+                role = Role(
                     layer,
                     matrix.name,
                     "linear",
-                    site.name,
+                    site.activation,
                     reads_residual=site.residual,
                     writes=writes,
                     heads=None if site.feed is None else site.feed.grouped,
                     rows=_rows(feeds) if writes != "residual" else None,
+                    swapped=matrix.quantize,
                 )
+                for name in site.names(matrix):
+                    roles[start + name] = replace(role, name=name)
     if structure.final_norm is not None and structure.final_norm.kind.gain != "1":
         roles[structure.final_norm.module] = _norm(None, "", structure.final_norm, HEAD_SITE)
     # positions may be looked up in a table too
@@ -119,6 +124,7 @@ class Adapter:
         self.offloaded = offloaded
         self.structure = structure or structure_of(model.config)
         self.roles = roles_of(self.structure)
+        self._sites = [self.structure.expanded(layer) for layer in range(self.structure.layers)]
 
     @property
     def blocks(self):
@@ -151,13 +157,19 @@ class Adapter:
 
     def sites(self, index: int) -> tuple[Site, ...]:
         """The sites of block `index` at which something is quantized, in their order."""
-        return tuple(site for site in self.structure.sites[index] if site.linears)
+        return self._sites[index]
 
-    def weight(self, parameter: str) -> Tensor:
-        """A matrix [.., out, in] by its parameter's name, a view of what is there."""
-        tensor = self.model.get_submodule(parameter.rpartition(".")[0])
-        weight = getattr(tensor, parameter.rpartition(".")[2])
-        return weight
+    def weights(self, parameter: str, axis: int) -> list[Tensor]:
+        """The matrices [out, in] that a parameter is by now, by the axis it was read along.
+
+        A swapped linear's is turned already, and experts have one each.
+        """
+        owner, _, leaf = parameter.rpartition(".")
+        module = self.model.get_submodule(owner)
+        found = getattr(module, leaf)
+        if isinstance(found, nn.ModuleList):
+            return [linear.get_buffer("weight") for linear in found]
+        return [found if isinstance(module, QuantLinear) else found.movedim(axis, -1)]
 
     def name(self, index: int, linear: str) -> str:
         """The absolute name of a block-relative module."""

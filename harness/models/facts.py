@@ -69,8 +69,10 @@ def refuse_sizes(where: str, config: Mapping) -> None:
         value = config[key]
         if value is None and key in OPTIONAL_SIZES:
             continue
+        # some architectures have one for each layer
+        values = value if isinstance(value, list) and key == "intermediate_size" else [value]
         # JSON's true is an int of Python's, and no size
-        if type(value) is not int or value <= 0:
+        if not values or any(type(each) is not int or each <= 0 for each in values):
             raise DataError(f"{where}: {key}={value}: needs a whole number of at least 1.")
     heads = config.get("num_attention_heads")
     groups = config.get("num_key_value_heads")

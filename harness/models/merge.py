@@ -21,6 +21,7 @@ from harness.codecs.fold import fold
 from harness.codecs.placement import HEAD_SITE
 from harness.models.adapter import Adapter
 from harness.models.attention import attach
+from harness.models.experts import swap_experts
 from harness.models.quant_linear import QuantLinear, SiteInput
 from harness.models.source import untie
 from harness.transforms import Chain, Codec, Placement, Role
@@ -33,6 +34,10 @@ def swap(adapter: Adapter) -> None:
     it is.
     """
     for index, block in enumerate(adapter.blocks):
+        for name, parameters in _experts(adapter, index).items():
+            module = block.get_submodule(name)
+            if parameters[0] in module._parameters:
+                swap_experts(adapter.model, module, parameters)
         for site in adapter.sites(index):
             linears = {
                 name: linear
@@ -44,6 +49,17 @@ def swap(adapter: Adapter) -> None:
             turned = {matrix.name for matrix in site.matrices if matrix.reads == 0}
             for name, linear in linears.items():
                 block.set_submodule(name, _quant_linear(linear, shared, name in turned))
+
+
+def _experts(adapter: Adapter, index: int) -> dict[str, list[str]]:
+    """{block-relative module: its parameters} of a block's routed experts."""
+    found: dict[str, list[str]] = {}
+    for site in adapter.structure.sites[index]:
+        for matrix in site.matrices:
+            if site.experts:
+                module, _, parameter = matrix.name.rpartition(".")
+                found.setdefault(module, []).append(parameter)
+    return found
 
 
 def swap_head(adapter: Adapter) -> QuantLinear:
@@ -72,9 +88,9 @@ def fuse_norms(adapter: Adapter) -> dict[tuple[int | None, str], Tensor]:
                     norm = adapter.model.get_submodule(name)
                     gamma = norm.weight.detach().double() + (role.gain == "1+w")
                     gains[role.layer, role.writes] = gamma
-                    for parameter, _ in fused[name]:
-                        weight = adapter.weight(parameter)
-                        weight.copy_(weight.double() * gamma)
+                    for parameter, axis in fused[name]:
+                        for weight in adapter.weights(parameter, axis):
+                            weight.copy_(weight.double() * gamma)
                     norm.weight.fill_(role.gain == "w")
                     if getattr(norm, "bias", None) is not None:
                         norm.bias.copy_(norm.bias.double() / gamma)
@@ -119,7 +135,7 @@ def attach_online(adapter: Adapter, placement: Placement) -> None:
     """
     attached = set()
     for name, role in adapter.roles.items():
-        if role.kind != "linear":
+        if role.kind != "linear" or not role.swapped:
             continue
         codec = placement.encoder(role.layer, role.reads)
         if codec is None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from harness.libraries.transformers import watched_attention
+from harness.libraries.transformers import runs_experts, watched_attention
 from harness.structure.graph import SCALINGS, Graph, Product, back, positions, root, scales, source
 from harness.structure.naming import Facts, named
 from harness.structure.norms import NormKind, norm_kind
@@ -27,7 +28,7 @@ from harness.structure.sites import (
     product_feed,
     readings,
 )
-from harness.structure.structure import Attention, Matrix, Norm, Site, Structure
+from harness.structure.structure import Attention, Matrix, Norm, Residual, Site, Structure
 from harness.structure.tape import Call, Tape, Value
 
 TOKENS = 12  # no width of a model
@@ -59,7 +60,7 @@ class Derivation:
         self.embedding = self.modules[id(model.get_input_embeddings())]
         self.head = self.modules[id(model.get_output_embeddings())]
         self.names: dict[int, str] = {}
-        self._tupled = False
+        self._returned = 0
         self._attending: set[str] = set()
         for name, tensor in model.named_parameters(remove_duplicate=False):
             self.names.setdefault(id(tensor), name)
@@ -73,7 +74,7 @@ class Derivation:
         self.hidden = model.get_input_embeddings().weight.shape[1]
         self.reads_head = self._head_product()
         self.stream = Stream(self.graph, self.norms, self._final(), self.hidden)
-        self.residual = self.stream.residual()
+        self.residual = self._residual()
         self.scores = attentions(self.graph)
         self.chosen = choosing(self.graph)
 
@@ -93,7 +94,7 @@ class Derivation:
             self.head,
             self._final_norm(),
             self.hidden,
-            self._tupled,
+            self._returned,
             sites,
             self.residual,
             dict(self._attention()),
@@ -159,6 +160,24 @@ class Derivation:
             return value.call.inputs[0]
         return value
 
+    def _residual(self) -> Residual:
+        """What may be done to the residual stream, experts included."""
+        residual = self.stream.residual()
+        touched = {*residual.writers, *residual.readers}
+        apart = [
+            product
+            for product in self.graph.products.values()
+            if self._experts(product) and product.parameter in touched
+        ]
+        if all(map(self._dispatched, apart)):
+            return residual
+        why = (*residual.why, "its experts are not run by transformers' experts interface")
+        return replace(residual, group=None, why=why)
+
+    def _dispatched(self, product: Product) -> bool:
+        """Whether experts are run by transformers' interface for them."""
+        return runs_experts(self.model.get_submodule(product.parameter.rpartition(".")[0]))
+
     def _final_norm(self) -> Norm | None:
         """The norm before the head."""
         before = norm_before(self.norms, source(self.reads_head.x))
@@ -187,6 +206,7 @@ class Derivation:
         attended = min((each.call.position for each in scores), default=None)
         names: dict[Value, str] = {}
         taken: list[str] = []
+        sites: list[tuple[int, Site]] = []
         for reading in sorted(found, key=lambda one: one.products[0].call.position):
             site = self._site(layer, reading, scores)
             first = reading.products[0]
@@ -203,7 +223,15 @@ class Derivation:
             name = named(facts, taken)
             taken.append(name)
             names.setdefault(reading.activation, name)
-            yield Site(name, *list(vars(site).values())[1:])
+            site = replace(site, name=name, activation=names[reading.activation])
+            sites.append((self._reached(reading), site))
+        # a router may read a tensor long before the matrices do that are quantized
+        yield from (site for _, site in sorted(sites, key=lambda placed: placed[0]))
+
+    def _reached(self, reading: Reading) -> int:
+        """The position of the first call that reads an activation to be quantized."""
+        quantized = filter(self._quantizable, reading.products)
+        return next(quantized, reading.products[0]).call.position
 
     def _site(self, layer: int, reading: Reading, scores: list[Scores]) -> Site:
         """A site without its name."""
@@ -250,8 +278,15 @@ class Derivation:
             product.writes,
             product.bias,
             shape[0] if len(shape) > 2 else None,
-            product.output not in self.chosen and not product.from_left,
+            self._quantizable(product),
         )
+
+    def _quantizable(self, product: Product) -> bool:
+        """Whether a matrix does more than choose, and is used by way of its module."""
+        # a weight that is multiplied from the left is used without its module
+        if product.output in self.chosen or product.from_left:
+            return False
+        return not self._experts(product) or self._dispatched(product)
 
     def _alone(self, norm: Call) -> bool:
         """Whether matrix products are all that reads a norm's output."""
@@ -323,7 +358,7 @@ class Derivation:
 
         def leave(_, args: tuple, result: object) -> None:
             tape.layer = None
-            self._tupled = isinstance(result, tuple)
+            self._returned = len(result) if isinstance(result, tuple) else 0
 
         with ExitStack() as hooks:
             hooks.callback(block.register_forward_pre_hook(enter).remove)

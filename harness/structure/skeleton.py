@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from harness.libraries.transformers import forget_functions
+
 
 def skeleton(config: PreTrainedConfig) -> nn.Module:
     """The causal language model of a config, in bfloat16 on the device `meta`, evaluation mode.
@@ -16,6 +18,7 @@ def skeleton(config: PreTrainedConfig) -> nn.Module:
     """
     config = copy.deepcopy(config)
     config.tie_word_embeddings = False
+    forget_functions(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return model.eval()

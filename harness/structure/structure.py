@@ -7,7 +7,7 @@ embedding and blocks write by addition, and what sites read behind a norm.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from harness.structure.norms import NormKind
 
@@ -94,6 +94,8 @@ class Site:
 
     residual: whether it is the residual stream itself, behind a norm or as it is.
     why: why no scale can be merged into what comes before it; None where one can.
+    activation: the site whose tensor experts are given rows of, by the router; its own name of any
+    other site. expert: whose site it is, of those that `expanded` gives.
     """
 
     name: str
@@ -104,13 +106,37 @@ class Site:
     feed: Feed | None = None
     residual: bool = False
     why: str | None = None
+    activation: str = ""
+    expert: int | None = None
 
     @property
     def merges(self) -> bool:
         """Whether what stands before it can take a matrix (of heads) or a scale."""
+        if self.expert is not None or self.experts:  # the others read it too, or the router does
+            return False
         if self.feed is not None and self.feed.through == "heads":
             return self.feed.grouped is not None
         return self.why is None
+
+    @property
+    def experts(self) -> int:
+        """How many experts read it, each by itself; 0 of any other site."""
+        first = self.matrices[0]
+        return first.experts if first.quantize and first.experts else 0
+
+    def names(self, matrix: Matrix) -> list[str]:
+        """The block-relative names of a matrix, one for each expert."""
+        if not self.experts:
+            return [matrix.name]
+        return [f"{matrix.name}.{expert}" for expert in range(self.experts)]
+
+    def of(self, expert: int) -> Site:
+        """The site of one expert."""
+        matrices = tuple(
+            replace(matrix, name=f"{matrix.name}.{expert}", experts=None)
+            for matrix in self.matrices
+        )
+        return replace(self, name=f"{self.name}.{expert}", matrices=matrices, expert=expert)
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -154,8 +180,9 @@ class Structure:
     """A decoder.
 
     blocks, embedding, head, final_norm: absolute names. hidden: width of the residual stream.
-    tupled: whether a block returns its hidden states in a tuple. sites: of every block, in the
-    order of its forward. attention: {layer: Attention} of those that have one.
+    returned: how many results a block returns in a tuple, hidden states first; 0: those alone.
+    sites: of every block, in the order of its forward. attention: {layer: Attention} of those that
+    have one.
     """
 
     architecture: str
@@ -164,7 +191,7 @@ class Structure:
     head: str
     final_norm: Norm | None
     hidden: int
-    tupled: bool
+    returned: int
     sites: tuple[tuple[Site, ...], ...]
     residual: Residual
     attention: Mapping[int, Attention]
@@ -191,21 +218,36 @@ class Structure:
 
     @property
     def widths(self) -> dict[str, int]:
-        """{site: features}; of the first block where blocks differ."""
+        """{activation: features} of what is quantized; of the first block where blocks differ."""
         widths: dict[str, int] = {}
         for sites in self.sites:
             for site in sites:
-                widths.setdefault(site.name, site.width)
+                if site.linears:
+                    widths.setdefault(site.activation, site.width)
         return widths
 
     @property
     def linears(self) -> dict[str, tuple[str, ...]]:
-        """{site: block-relative names of what is quantized there}, of all blocks together."""
+        """{activation: block-relative names of what is quantized there}, of all blocks together."""
         linears: dict[str, dict[str, None]] = {}
-        for sites in self.sites:
-            for site in sites:
-                linears.setdefault(site.name, {}).update(dict.fromkeys(site.linears))
+        for layer in range(self.layers):
+            for site in self.expanded(layer):
+                linears.setdefault(site.activation, {}).update(dict.fromkeys(site.linears))
         return {name: tuple(found) for name, found in linears.items()}
+
+    def expanded(self, layer: int) -> tuple[Site, ...]:
+        """The sites of a block at which something is quantized, those of each expert by itself.
+
+        One expert comes after another, each with what it reads first and within.
+        """
+        sites: list[Site] = []
+        routed = [site for site in self.sites[layer] if site.linears and site.experts]
+        for site in self.sites[layer]:
+            if site in routed[:1]:
+                sites += [each.of(expert) for expert in range(site.experts) for each in routed]
+            elif site.linears and not site.experts:
+                sites.append(site)
+        return tuple(sites)
 
     @property
     def kinds(self) -> list[list[int]]:

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 READS_CONTENT = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero"}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Value:
     """One tensor of a recorded forward.
 
@@ -42,7 +42,7 @@ class Value:
     last: int = -1
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Call:
     """One torch function, or leaf module, with Values in place of tensors.
 

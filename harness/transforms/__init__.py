@@ -3,7 +3,7 @@
 A new one is one file here and one in conf/transform.
 """
 
-from harness.codecs.codec import Blocks, Chain, Codec, Diagonal, Kronecker, Repeated, Rotation
+from harness.codecs.codec import Blocks, Chain, Codec, Diagonal, Kronecker, Repeated, Rotation, Rows
 from harness.codecs.fold import fold, merge
 from harness.codecs.placement import Placement, Role
 from harness.transforms.base import CalibrationModel, ModelShape, Transform, generator
@@ -20,6 +20,7 @@ __all__ = [
     "Repeated",
     "Role",
     "Rotation",
+    "Rows",
     "Transform",
     "fold",
     "generator",
