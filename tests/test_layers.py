@@ -5,7 +5,8 @@ import pytest
 from imports import by_file, circle, floors, loose
 
 FLOORS = [
-    {"config", "libraries"},
+    {"config"},
+    {"libraries"},
     {"store", "formats", "linalg", "structure"},
     {"codecs", "solvers", "tracking"},
     {"transforms"},

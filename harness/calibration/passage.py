@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.models.experts import inside, routed
+from harness.models.offload import trim
 from harness.structure.structure import Site
 from harness.structure.tape import Tape, Value, tensors_of
 
@@ -110,14 +111,20 @@ class Passage:
     def _reaching(self, site: Site) -> Iterator[tuple]:
         """What the module that reads a site is called with, one micro-batch at a time."""
         module = self._leaves[leaf(site)]
+        self._tape(0)
+        if not site.expert:  # once for all experts
+            trim()  # the holes of a forward, into which what is kept would not fit
         for index in range(len(self.hidden)):
             tape = self._tape(index)
             if tape.reads_content:
                 yield self._stopped(index, module)
                 continue
             call = next(call for call in tape.calls if call.function is module)
-            self._run(index, call.position)
-            values = self._values[index]
+            start = tape.resting(call.position)
+            self._run(index, start)
+            # on a copy: what is made on the last stretch is made again when the block goes on
+            values = dict(self._values[index])
+            tape.run(values, start, call.position)
             yield tuple(values[value] for value in call.inputs)
         # what lay there was needed up to here
         live = {_place(value) for value in self._values[0] if value.call is not None}
@@ -173,12 +180,15 @@ class Passage:
         for value, tensor in values.items():
             if value.call is None:
                 continue
-            place = self._room(value, index, tensor)
+            if tensor.data_ptr() == stream.data_ptr():
+                continue
             used = any(other.data_ptr() == stream.data_ptr() for other in values.values())
             if not used and (tensor.shape, tensor.dtype) == (stream.shape, stream.dtype):
                 # what entered the block is not needed any more: the stream's own place is free
                 place = stream
-            if tensor.data_ptr() not in (place.data_ptr(), stream.data_ptr()):
+            else:
+                place = self._room(value, index, tensor)
+            if tensor.data_ptr() != place.data_ptr():
                 values[value] = place.copy_(tensor)
 
     def _room(self, value: Value, index: int, like: Tensor) -> Tensor:

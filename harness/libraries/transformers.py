@@ -44,8 +44,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from harness.config.errors import DataError
+
 __all__ = ["Cache", "DynamicCache", "DynamicLayer"]
 WATCHED = "harness_watched_"  # and the name of what it hands over to
+UNSET = 12345.678  # of a buffer that nobody has computed
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
@@ -161,9 +164,17 @@ def compute_buffers(model: PreTrainedModel, device) -> None:
             if module._buffers[name] is not None and module.get_buffer(name).is_meta
         ]
         for name in computed:
-            module._buffers[name] = torch.empty_like(module.get_buffer(name), device=device)
+            empty = torch.empty_like(module.get_buffer(name), device=device)
+            module._buffers[name] = empty.fill_(UNSET) if empty.is_floating_point() else empty
         if computed:  # its parameters are still without storage, and take nothing
             model._init_weights(module)
+        for name in computed:
+            values = module.get_buffer(name)
+            if not values.is_floating_point() or bool((values == UNSET).any()):
+                raise DataError(
+                    f"a {type(model).__name__} computes {name} when it is built, and no weights "
+                    "can be left on disk; set model.weights=memory."
+                )
 
 
 class Conversion:

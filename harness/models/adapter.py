@@ -56,7 +56,7 @@ def roles_of(structure: Structure) -> dict[str, Role]:
     # positions may be looked up in a table too
     for parameter in structure.residual.writers:
         table = parameter.removesuffix(".weight")
-        if table not in roles and not parameter.endswith(".bias"):
+        if table not in roles and not parameter.endswith("bias"):
             roles[table] = Role(None, table, "embedding", writes="residual")
     head = structure.head
     roles[head] = Role(None, head, "linear", HEAD_SITE, reads_residual=True)

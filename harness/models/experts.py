@@ -37,6 +37,7 @@ def swap_experts(model: nn.Module, module: nn.Module, names: list[str]) -> None:
             for expert, weight in enumerate(weights)
         ]
         del module._parameters[name]
+        module._parameters.pop(f"{name}_bias", None)
         module.add_module(name, nn.ModuleList(linears))
     name_experts(NAME, run)
     use_experts(model, NAME)

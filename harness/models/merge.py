@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from harness.codecs.fold import fold
 from harness.codecs.placement import HEAD_SITE
+from harness.config.errors import ConfigError
 from harness.models.adapter import Adapter
 from harness.models.attention import attach
 from harness.models.experts import swap_experts
@@ -47,6 +48,11 @@ def swap(adapter: Adapter) -> None:
             # one for all of them, so that what they read is encoded and quantized once
             shared = SiteInput(len(linears))
             turned = {matrix.name for matrix in site.matrices if matrix.reads == 0}
+            if turned and adapter.offloaded is not None:
+                raise ConfigError(
+                    f"model.weights=disk with a {adapter.structure.architecture}: its files hold "
+                    "linears the other way round; set model.weights=memory."
+                )
             for name, linear in linears.items():
                 block.set_submodule(name, _quant_linear(linear, shared, name in turned))
 

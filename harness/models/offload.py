@@ -91,10 +91,16 @@ def skeleton(config, weights: Weights, dtype: torch.dtype, device) -> nn.Module:
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor in place of a parameter or buffer."""
+    """Put a tensor in place of a parameter or buffer, or of what experts were made of it."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
-    if leaf in owner._parameters:
+    part = "bias" if leaf.endswith("_bias") else "weight"
+    experts = owner._modules.get(leaf.removesuffix("_bias"))
+    if isinstance(experts, nn.ModuleList):
+        turned = part == "weight" and owner.is_transposed
+        for linear, each in zip(experts, tensor.mT.contiguous() if turned else tensor):
+            linear._buffers[part] = each
+    elif leaf in owner._parameters:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[leaf] = tensor
@@ -119,7 +125,6 @@ class OffloadedBlocks:
         self.device = device
         self.files = files
         self.prefix = prefix
-        self._names = [list(block.state_dict()) for block in blocks]
         self._users = [0] * len(blocks)  # a forward of an open block opens it once more
         self.close()
         for index, block in enumerate(blocks):
@@ -175,8 +180,11 @@ class OffloadedBlocks:
 
     def _tensors(self, index: int) -> dict[str, Tensor]:
         """{block-relative name: tensor} of what is read, as it is now."""
-        now = self.blocks[index].state_dict()
-        return {name: now[name].detach() for name in self._names[index]}
+        return {
+            name: tensor.detach()
+            for name, tensor in self.blocks[index].state_dict().items()
+            if not name.endswith("global_scale")  # an activation's, which no file holds
+        }
 
     def _changed(self, index: int) -> Path:
         return self.scratch / f"{index:04d}.safetensors"

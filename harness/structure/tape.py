@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+# what is not done twice
+HEAVY = {"leaf", "scaled_dot_product_attention", "linear", "matmul", "__matmul__", "bmm", "addmm"}
 # what makes a number of Python's, or a shape, out of a tensor's content: another text, another line
 READS_CONTENT = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero"}
 
@@ -132,6 +135,29 @@ class Tape(TorchFunctionMode):
                 value.last = call.position
         for value in self.output:
             value.last = len(self.calls)
+
+    def resting(self, position: int) -> int:
+        """Where to leave a forward that is to go on at a call: there, or a little before, where
+        fewer numbers have to be kept and making the others again costs next to nothing."""
+        best = position
+        least = self._kept(position)
+        for call in reversed(self.calls[:position]):
+            if call.op in HEAVY or _in_place(call.op):
+                break
+            kept = self._kept(call.position)
+            if kept < least:
+                best = call.position
+                least = kept
+        return best
+
+    def _kept(self, position: int) -> int:
+        """How many numbers made before a call are needed from there on."""
+        return sum(
+            prod(value.shape)
+            for call in self.calls[:position]
+            for value in call.outputs
+            if value.last >= position
+        )
 
     def run(self, values: dict[Value, Tensor], start: int, stop: int) -> None:
         """Make the calls from `start` up to `stop`, with the values there are.

@@ -65,6 +65,24 @@ class ModelShape:
             return tuple(range(self.layers))
         return self.structure.merges(site)
 
+    def widths_of(self, site: str) -> dict[int | None, int]:
+        """{block: features} of a site; {None: features} where all blocks have the same."""
+        if self.structure is None:
+            return {None: self.widths[site]}
+        sites = {layer: self.structure.site(site, layer) for layer in range(self.layers)}
+        widths: dict[int | None, int] = {
+            layer: found.width for layer, found in sites.items() if found is not None
+        }
+        alike = len(set(widths.values())) == 1
+        return {None: self.widths[site]} if alike else widths
+
+    @property
+    def key_dim(self) -> int:
+        """Features of a query or key in one head."""
+        if self.structure is None:
+            return self.head_dim
+        return next(iter(self.structure.attention.values())).features[0]
+
     @property
     def fixes_ones(self) -> bool:
         """Whether a rotation of the residual stream has to leave the vector of ones alone."""

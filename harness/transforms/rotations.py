@@ -60,11 +60,12 @@ class Rotations(Transform):
         """R1 and R2 where they belong, with R3 and R4 where they help."""
         r3 = None
         if self.wants_r3(shape):
-            r3 = self.draw(shape, shape.head_dim, "R3")
+            r3 = self.draw(shape, shape.key_dim, "R3")
         online: dict[Where, Codec] = {}
         if self.wants_r4(shape):
-            # None: one for all layers
-            online[None, "down_in"] = self.draw(shape, shape.widths["down_in"], "R4")
+            # None: one for all layers, but where their widths differ
+            for layer, width in shape.widths_of("down_in").items():
+                online[layer, "down_in"] = self.draw(shape, width, "R4")
         places = {"R1": r1, "R2": r2, "R3": r3, "R4": online}
         return Placement(
             residual=r1,
@@ -117,9 +118,10 @@ class Rotations(Transform):
         if self.r2 or self.wants_r3(shape):
             self._refuse_heads(shape)
         if self.wants_r3(shape):
-            reachable(f"transform.r3={self.r3}", shape.head_dim, "transform.r3=off")
+            reachable(f"transform.r3={self.r3}", shape.key_dim, "transform.r3=off")
         if self.wants_r4(shape):
-            reachable(f"transform.r4={self.r4}", shape.widths["down_in"], "transform.r4=off")
+            for width in shape.widths_of("down_in").values():
+                reachable(f"transform.r4={self.r4}", width, "transform.r4=off")
         if any(isinstance(part, NVFP4) for part in (shape.scheme.weight, shape.scheme.act)):
             return [
                 "a rotated residual stream with NVFP4: blocks of 16 isolate outliers better than "
