@@ -1,7 +1,9 @@
 """Windows: a text tokenized once, then cut into pieces of equal length.
 
 Tokenizing once and cutting afterwards is the convention of the perplexity literature:
-a BOS stands at most once, at the very start, and none where a window begins.
+a BOS stands at most once, at the very start, and none where a window begins. Models that were
+trained with one before every text may need it in every window (Gemma); `data.bos` says so, or the
+model is asked: it needs one where its loss is lower by more than NEEDED with it.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ import torch
 from harness.config.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # planning imports this, and should not wait for it
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ORDERS = ("first", "random")
+NEEDED = 0.1  # nats a token; Gemma 3 needs .4 to .5, Llama-like models gain or lose hundredths
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str]) -> torch.Tensor:
@@ -58,8 +61,11 @@ def windows(
     order: str = "first",
     seed: int = 0,
     field: str = "data.calibration",
+    bos: int | None = None,
 ) -> torch.Tensor:
     """Cut `tokens`, int64 `[N]`, into windows, int64 `[count, length]`.
+
+    bos: a token that stands at the beginning of each window, and counts in its length.
 
     order: first (the first `count` windows side by side, without overlap) | random (windows at
         random places of the text, which may overlap, drawn from a generator seeded with `seed`).
@@ -76,6 +82,10 @@ def windows(
             continue
         if type(value) is not int or value < 1:
             raise ConfigError(f"{field}.{name}={value} must be a positive whole number")
+    if bos is not None:
+        tokens = without(tokens, bos)
+        text = windows(tokens, max(length - 1, 1), count, order, seed, field)
+        return torch.cat([text.new_full((len(text), 1), bos), text], dim=1)
     whole = len(tokens) // length
     if count is None:
         count = max(whole, 1)
@@ -91,3 +101,24 @@ def windows(
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(tokens) - length + 1, (count, 1), generator=generator)
     return tokens[starts + torch.arange(length)]
+
+
+def without(tokens: torch.Tensor, bos: int | None) -> torch.Tensor:
+    """Tokens `[N]` less a BOS at their start."""
+    return tokens[1:] if len(tokens) and int(tokens[0]) == bos else tokens
+
+
+@torch.no_grad()
+def bos_gain(model: PreTrainedModel, tokens: torch.Tensor, bos: int) -> float:
+    """By how many nats a token a model's loss is lower with a BOS before it.
+
+    tokens: one window `[L]` of text.
+    """
+    text = without(tokens, bos).to(model.get_input_embeddings().get_parameter("weight").device)
+    started = torch.cat([text.new_tensor([bos]), text])
+    losses = []
+    for ids, skip in ((text, 0), (started, 1)):
+        logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
+        targets = ids[skip + 1 :]
+        losses.append(torch.nn.functional.cross_entropy(logits[skip:-1], targets))
+    return float(losses[0] - losses[1])

@@ -90,8 +90,7 @@ def _by_block(adapter: Adapter, windows: Tensor, advance: Callable[[], None]) ->
     stream = Stream(adapter, windows, tokens_at_once=windows.shape[1])
     for index, block in enumerate(adapter.blocks):
         with adapter.open(index):
-            for hidden, context in zip(stream.hidden, stream.block_kwargs[block]):
-                hidden.copy_(block(hidden, **context))
+            stream.advance(block)
         advance()
     for hidden in stream.leave():
         yield hidden[0]

@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from harness.calibration.windows import refuse_unknown_ids, windows
+from harness.calibration.windows import NEEDED, bos_gain, refuse_unknown_ids, windows, without
+from harness.config.errors import ConfigError
 from harness.evaluation.caveats import marks
 from harness.evaluation.divergence import Reference
 from harness.models.adapter import Adapter
@@ -83,26 +84,70 @@ def _read_texts(job: LoadedJob, adapter: Adapter) -> Tensor:
     plan = job.plan
     evaluated = {c.name: measure.tokens(job, c, "evaluation") for c in plan.corpora}
     cut = plan.evaluation
+    where = _bos(job, adapter, next(iter(evaluated.values())))
+    bos = _bos_token(job)
+    every = bos if where == "window" else None
+    evaluated = {name: _begun(ids, bos, where) for name, ids in evaluated.items()}
     for name, ids in evaluated.items():
-        job.texts[name] = windows(ids, cut.length, cut.count, field="eval.perplexity")
+        job.texts[name] = windows(ids, cut.length, cut.count, field="eval.perplexity", bos=every)
     # Of a run that calibrates nothing: for the gate to probe with.
     calibration = next(iter(job.texts.values()))
     texts = evaluated
     if plan.calibrates:
-        ids = measure.tokens(job, plan.calibration_corpus, "calibration")
+        ids = _begun(measure.tokens(job, plan.calibration_corpus, "calibration"), bos, where)
         texts = evaluated | {"calibration": ids}
-        calibration = _calibration(job, ids)
+        calibration = _calibration(job, ids, every)
     # A tokenizer of another model gives ids that would end in an error deep inside torch.
     for name, ids in texts.items():
-        refuse_unknown_ids(name, ids, adapter.model.get_input_embeddings().num_embeddings)
+        refuse_unknown_ids(name, ids, _rows(adapter))
     job.metrics["marks"] = _marks(job, evaluated)
     return calibration
 
 
-def _calibration(job: LoadedJob, ids: Tensor) -> Tensor:
-    """The calibration windows [N, L] of a text's token ids."""
+def _bos(job: LoadedJob, adapter: Adapter, ids: Tensor) -> str:
+    """Where a BOS stands: as the run says, or as the model needs it (then it stands in the notes).
+
+    ids: tokens of an evaluated text.
+    """
+    where = job.plan.bos
+    bos = _bos_token(job)
+    if where == "window" and bos is None:
+        raise ConfigError("data.bos=window: this model's tokenizer has no BOS; set data.bos=none.")
+    if where != "auto" or bos is None:
+        return where
+    probe = ids[: job.plan.evaluation.length]
+    refuse_unknown_ids("data", torch.cat([probe, probe.new_tensor([bos])]), _rows(adapter))
+    gain = bos_gain(adapter.model, probe, bos)
+    if gain <= NEEDED:
+        return "auto"
+    job.metrics["notes"]["bos"] = f"in every window, for {gain:.2f} nats a token less"
+    return "window"
+
+
+def _bos_token(job: LoadedJob) -> int | None:
+    """The token that begins a text, where the tokenizer has one."""
+    token = job.tokenizer.bos_token_id
+    return token if isinstance(token, int) else None
+
+
+def _begun(ids: Tensor, bos: int | None, where: str) -> Tensor:
+    """A text's token ids with a BOS at their start or not; auto: as the tokenizer has it."""
+    if where == "auto" or bos is None:
+        return ids
+    text = without(ids, bos)
+    return torch.cat([text.new_tensor([bos]), text]) if where == "first" else text
+
+
+def _rows(adapter: Adapter) -> int:
+    """How many tokens the model knows."""
+    return adapter.model.get_input_embeddings().num_embeddings
+
+
+def _calibration(job: LoadedJob, ids: Tensor, bos: int | None) -> Tensor:
+    """The calibration windows [N, L] of a text's token ids; bos: that begins each."""
     cut = job.plan.calibration.within(len(ids))
-    calibration = windows(ids, cut.length, cut.count, cut.order, job.plan.settings["seed"])
+    seed = job.plan.settings["seed"]
+    calibration = windows(ids, cut.length, cut.count, cut.order, seed, bos=bos)
     count, length = calibration.shape
     job.metrics["calibration"] = {"windows": count, "length": length}
     if cut.count is None:

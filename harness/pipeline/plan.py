@@ -29,13 +29,16 @@ from harness.pipeline.sections import (
 from harness.pipeline.texts import Windows, check_length, corpus_of, evaluated, windows_of
 from harness.tracking import Tracker
 
+BOS = ("auto", "first", "window", "none")
+
 
 @dataclass(frozen=True)
 class Plan:
     """What a run consists of, as far as it is built without torch.
 
     settings: the resolved configuration. choices: {group: option}. calibration_corpus, calibration:
-    the text that calibrates and its windows; corpora, evaluation: those that are evaluated.
+    the text that calibrates and its windows; corpora, evaluation: those that are evaluated. bos:
+    where a BOS stands in them.
     evaluations: {name: what is measured}. given: settings that the command line names.
 
     quant_id, run_id, baseline_id: the keys under which the store keeps the solved blocks, the
@@ -51,6 +54,7 @@ class Plan:
     evaluation: Windows
     evaluations: Mapping[str, Evaluation]
     tracker: Tracker
+    bos: str = "auto"
     given: tuple[str, ...] = ()
     quant_id: str = field(init=False)
     run_id: str = field(init=False)
@@ -65,6 +69,9 @@ class Plan:
             self.model.amp,
         ]
         tested += fingerprints(self.evaluations)
+        # What the model asks for is the model's, and part of its id already.
+        if self.bos != "auto":
+            tested.append({"bos": self.bos})
         # What makes the quantized model, and so which runs share solved blocks.
         made = [model, self._format(), self._transform(), settings["solver"], settings["seed"]]
         if self.quantizes:  # errors of layers are kept with the blocks
@@ -167,7 +174,8 @@ class Plan:
 
     def _calibration(self) -> list:
         """What of the calibration text changes numbers."""
-        return [self.calibration_corpus.fingerprint("calibration"), vars(self.calibration)]
+        asked = [] if self.bos == "auto" else [{"bos": self.bos}]
+        return [self.calibration_corpus.fingerprint("calibration"), vars(self.calibration), *asked]
 
     def _format(self) -> dict:
         """The format's settings, with what stands behind the options that overrides and candidates
@@ -251,6 +259,7 @@ def make_plan(
         evaluation=evaluation,
         evaluations=evaluations(settings["eval"]),
         tracker=build(settings["tracking"], "tracking", Tracker),
+        bos=one_of("data.bos", data.get("bos", "auto"), BOS),
         given=tuple(name for name in map(setting_of, overrides) if "." in name),
     )
 

@@ -85,5 +85,5 @@ def _other(field: str, name: str) -> Corpus:
 
 def corpus_of(data: Mapping) -> Corpus:
     """From the section `data`. Raises ConfigError."""
-    section = {key: x for key, x in data.items() if key not in ("calibration", "beside")}
+    section = {key: x for key, x in data.items() if key not in ("calibration", "beside", "bos")}
     return build(section, "data", Corpus)
