@@ -72,7 +72,8 @@ class Passage:
 
     sites: its sites, whose linears may be changed once they are reached. hidden: the stream's
     views, one a micro-batch, which take the block's output at the end; kwargs: what the block is
-    called with besides, of each. room: where kept values lie.
+    called with besides, of each. room: where kept values lie. everyone: every
+    token goes through every expert, as far as what they read is asked for.
     """
 
     def __init__(
@@ -82,8 +83,10 @@ class Passage:
         hidden: Sequence[Tensor],
         kwargs: Sequence[dict],
         room: Room,
+        everyone: bool = False,
     ):
         self.block = block
+        self.everyone = everyone
         self._leaves = {name: block.get_submodule(name) for name in _leaf_names(sites)}
         self.hidden = hidden
         self.kwargs = kwargs
@@ -103,7 +106,7 @@ class Passage:
         given = sum(int((index == site.expert).sum()) for _, index, _ in choices)
         for hidden, index, _ in choices:
             x = hidden
-            if given >= FEW:
+            if given >= FEW and not self.everyone:
                 x = hidden[routed(index, site.expert)[0]]
             if len(x):
                 yield x if site.residual else inside(module, site.expert, x)

@@ -99,8 +99,9 @@ class Stream:
         windows: Tensor,
         tokens_at_once: int = 2048,
         folder: Path | None = None,
+        everyone: bool = False,
     ):
-        """windows: token ids [N, L].
+        """windows: token ids [N, L]. everyone: experts are shown all tokens, routed or not.
 
         Runs the embedding, the rotary table and the masks once. `block_kwargs` {block: what it is
         called with besides hidden states, one a micro-batch}.
@@ -109,6 +110,7 @@ class Stream:
         self._folder = folder
         self.tokens = windows.numel()
         self._windows = windows
+        self._everyone = everyone
         self._alone: dict[nn.Module, dict] | None = None
         self._batch = max(1, tokens_at_once // windows.shape[1])
         self.block_kwargs: dict[nn.Module, list[dict]] = {block: [] for block in adapter.blocks}
@@ -152,7 +154,8 @@ class Stream:
         """
         index = list(self.adapter.blocks).index(block)
         sites = self.adapter.sites(index)
-        passage = Passage(block, sites, self.hidden, self.block_kwargs[block], self._room)
+        kwargs = self.block_kwargs[block]
+        passage = Passage(block, sites, self.hidden, kwargs, self._room, self._everyone)
         for site in sites:
             yield site, passage.arriving(site)
         passage.finish()

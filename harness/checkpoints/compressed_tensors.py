@@ -72,6 +72,7 @@ class CompressedTensors(Exporter):
                     "would have to run online, and whoever loads the file would not run it; use "
                     "export=harness."
                 )
+        layouts.refuse_linears("compressed_tensors", context)
         layouts.cache_scheme(scheme.kv, context.head_dim)
         for layer, name in scheme.overrides:
             if layer is None and _embeds(context, name):

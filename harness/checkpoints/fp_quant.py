@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from harness.checkpoints.base import Exporter, Snapshot, modules, weight_at, weight_format
 from harness.checkpoints.fp_quant_reader import MATRIX, read
+from harness.checkpoints.layouts import refuse_linears
 from harness.codecs.codec import Blocks, Rotation
 from harness.config.checks import boolean
 from harness.config.errors import ConfigError
@@ -81,6 +82,7 @@ class FPQuant(Exporter):
         context: ModelShape,
         dtype: str = "auto",
     ) -> list[str]:
+        refuse_linears("fp_quant", context)
         if scheme.kv is not None:
             refuse(
                 "format.kv.bits",

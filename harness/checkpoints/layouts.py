@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from harness.config.errors import ConfigError
 from harness.formats import MX, NVFP4, Format, FourOverSix, Integer, KVCache
 from harness.libraries.compressed_tensors import cache_refusal
+from harness.transforms import ModelShape
 
 WAY_OUT = "or use export=harness"
 HELD = {"weight": (NVFP4, FourOverSix, MX, Integer), "activation": (NVFP4, MX, Integer)}
@@ -193,3 +194,17 @@ def cache_scheme(kv: KVCache | None, head_dim: int) -> dict | None:
         "group_size": group,
         "dynamic": True,
     }
+
+
+def refuse_linears(export: str, shape: ModelShape) -> None:
+    """Refuse a model whose quantized matrices are not all linears of torch's own."""
+    if shape.structure is None:
+        return
+    for sites in shape.structure.sites:
+        for site in sites:
+            for matrix in site.matrices:
+                if matrix.quantize and (matrix.experts or not matrix.plain):
+                    raise ConfigError(
+                        f"export={export} with a {shape.structure.architecture}: {matrix.name} is "
+                        "no linear that this layout has a place for; use export=harness."
+                    )

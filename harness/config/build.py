@@ -40,7 +40,8 @@ FIELDS = {  # {section: {setting: its type}} of what no class is built from
         "force": bool,
         "run_root": str,
     },
-    "data.calibration": WINDOWS | {"order": str, "path": str | None, "activations": str},
+    "data.calibration": WINDOWS
+    | {"order": str, "path": str | None, "activations": str, "experts": str},
     "format": {
         "name": str,
         "weight": Mapping,

@@ -83,6 +83,10 @@ def components(plan: Plan) -> Components:
             hessian_input = combinations.hessian_input(solver, scheme, transforms)
             solver = replace(solver, hessian_input=hessian_input)
     warnings += combinations.learning_warnings(plan, transforms)
+    if plan.experts == "all" and not any(
+        site.experts for sites in structure.sites for site in sites
+    ):
+        warnings.append("data.calibration.experts=all: this model has no routed experts")
     exporter = _exporter(plan, scheme, structure)
     if exporter is not None:
         dtype = _stored_dtype(settings["model"]["dtype"], facts)

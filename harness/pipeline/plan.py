@@ -38,7 +38,7 @@ class Plan:
 
     settings: the resolved configuration. choices: {group: option}. calibration_corpus, calibration:
     the text that calibrates and its windows; corpora, evaluation: those that are evaluated. bos:
-    where a BOS stands in them.
+    where a BOS stands in them. experts: which tokens calibrate routed experts.
     evaluations: {name: what is measured}. given: settings that the command line names.
 
     quant_id, run_id, baseline_id: the keys under which the store keeps the solved blocks, the
@@ -55,6 +55,7 @@ class Plan:
     evaluations: Mapping[str, Evaluation]
     tracker: Tracker
     bos: str = "auto"
+    experts: str = "routed"
     given: tuple[str, ...] = ()
     quant_id: str = field(init=False)
     run_id: str = field(init=False)
@@ -175,6 +176,8 @@ class Plan:
     def _calibration(self) -> list:
         """What of the calibration text changes numbers."""
         asked = [] if self.bos == "auto" else [{"bos": self.bos}]
+        if self.experts != "routed":
+            asked.append({"experts": self.experts})
         return [self.calibration_corpus.fingerprint("calibration"), vars(self.calibration), *asked]
 
     def _format(self) -> dict:
@@ -259,6 +262,11 @@ def make_plan(
         evaluation=evaluation,
         evaluations=evaluations(settings["eval"]),
         tracker=build(settings["tracking"], "tracking", Tracker),
+        experts=one_of(
+            "data.calibration.experts",
+            data["calibration"].get("experts", "routed"),
+            ("routed", "all"),
+        ),
         bos=one_of("data.bos", data.get("bos", "auto"), BOS),
         given=tuple(name for name in map(setting_of, overrides) if "." in name),
     )

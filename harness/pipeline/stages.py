@@ -220,6 +220,7 @@ def quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
             stage=job.reporter.stage,
             folder=job.scratch if on_disk else None,
             log=job.tracker.log,
+            everyone=job.plan.experts == "all",
         )
         if solver is not None and solver.encodings is not None:
             # From the files of the blocks, for some may be of an earlier attempt.

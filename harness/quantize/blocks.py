@@ -46,6 +46,7 @@ def quantize(
     stage: Callable[[str, int], AbstractContextManager] = quiet,
     folder: Path | None = None,
     log: Callable[[dict, int], None] = unlogged,
+    everyone: bool = False,
 ) -> None:
     """Solve every block of a placed model and switch its activation quantizers on.
 
@@ -53,12 +54,13 @@ def quantize(
     blocks go to `run` and come from it when they are there. `done(index, layers, output)` is called
     after each block, and after what stands outside of them where that is quantized, with the report
     of every linear and of the block's output. stage shows the progress inside a block, log keeps
-    its learning curve. folder: where activations lie; None: in memory.
+    its learning curve. folder: where activations lie; None: in memory. everyone: experts are
+    calibrated on all tokens, not on what the router gives them.
     """
     count = len(adapter.blocks)
     outside = Embeddings(adapter, scheme, solver)
     missing = any(run.load_block(i) is None for i in range(count + outside.quantizes))
-    streaming = partial(Stream, adapter, windows, folder=folder)
+    streaming = partial(Stream, adapter, windows, folder=folder, everyone=everyone)
     # where scales span tokens, a text is quantized without its neighbours, as it is when evaluated
     at_once = 1 if scheme.spans_tokens else None
     if solver is not None and solver.windows is not None:

@@ -279,6 +279,7 @@ class Derivation:
             product.bias,
             shape[0] if len(shape) > 2 else None,
             self._quantizable(product),
+            product.call.op == "linear",
         )
 
     def _quantizable(self, product: Product) -> bool:

@@ -26,7 +26,7 @@ COPIES = {
 ROWS = {
     "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "repeat_interleave", "broadcast_to",
     "__getitem__", "index_select", "select", "narrow", "slice", "unbind", "gather", "index", "pad",
-    "roll", "masked_fill", "nan_to_num",
+    "roll", "masked_fill", "masked_fill_", "nan_to_num",
 }  # fmt: skip
 MOVES = RESHAPES | TURNS | PARTS | COPIES | ROWS
 SCALINGS = {"mul", "div", "multiply", "true_divide", "mul_", "div_", "__mul__", "__rmul__"}

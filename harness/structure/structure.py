@@ -18,8 +18,8 @@ class Matrix:
 
     name: block-relative name of its module (of the parameter, where a module has several);
     parameter, bias: absolute names. reads, writes: the parameter's axes that are summed over and
-    that come out; a third axis counts experts. quantize: False where what it gives only chooses
-    (a router, a gate of one number), which stays float.
+    that come out; experts: how many a third axis counts. quantize: False where what it gives only
+    chooses (a router, a gate of one number), which stays float. plain: it is torch's own linear.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Matrix:
     bias: str | None = None
     experts: int | None = None
     quantize: bool = True
+    plain: bool = True
 
 
 @dataclass(frozen=True)
