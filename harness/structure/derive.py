@@ -32,6 +32,7 @@ from harness.structure.structure import Attention, Matrix, Norm, Residual, Site,
 from harness.structure.tape import Call, Tape, Value
 
 TOKENS = 12  # no width of a model
+NARROW = 64  # features: what reads fewer, such as the rank of a gate, costs no bits to speak of
 
 
 def derive(model: nn.Module) -> Structure:
@@ -286,6 +287,8 @@ class Derivation:
         """Whether a matrix does more than choose, and is used by way of its module."""
         # a weight that is multiplied from the left is used without its module
         if product.output in self.chosen or product.from_left:
+            return False
+        if product.x.shape[-1] < NARROW:
             return False
         return not self._experts(product) or self._dispatched(product)
 

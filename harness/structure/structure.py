@@ -19,7 +19,8 @@ class Matrix:
     name: block-relative name of its module (of the parameter, where a module has several);
     parameter, bias: absolute names. reads, writes: the parameter's axes that are summed over and
     that come out; experts: how many a third axis counts. quantize: False where what it gives only
-    chooses (a router, a gate of one number), which stays float. plain: it is torch's own linear.
+    chooses (a router, a gate of one number) and of what reads very few features: that stays float.
+    plain: it is torch's own linear.
     """
 
     name: str

@@ -1,0 +1,89 @@
+"""Where a BOS stands in the windows of a text; `auto` asks the model whether it needs one."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from composed import composed, small
+from torch import nn
+
+from harness.calibration.windows import NEEDED, bos_gain, windows, without
+from harness.config.build import settings
+from harness.models.tiny import Tiny
+from harness.pipeline.job import execute
+from harness.pipeline.plan import make_plan
+
+BOS = 256
+TEXT = torch.arange(40) % 7
+
+
+class Reliant(nn.Module):
+    """Knows that token t is followed by (t + 1) % 7, but only where its input begins with a BOS."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(257, 4)
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids, use_cache=False):
+        logits = torch.zeros(*input_ids.shape, 257)
+        if int(input_ids[0, 0]) == BOS:
+            logits.scatter_(-1, ((input_ids + 1) % 7).unsqueeze(-1), 10.0)
+        return SimpleNamespace(logits=logits)
+
+
+def test_every_window_begins_with_it_and_no_token_is_lost():
+    cut = windows(TEXT, 8, None, bos=BOS)
+    assert cut.shape == (5, 8)
+    assert (cut[:, 0] == BOS).all()
+    assert torch.equal(cut[:, 1:].flatten(), TEXT[:35])
+
+
+def test_one_that_the_text_has_already_is_not_repeated():
+    begun = torch.cat([torch.tensor([BOS]), TEXT])
+    assert torch.equal(windows(begun, 8, None, bos=BOS), windows(TEXT, 8, None, bos=BOS))
+    assert torch.equal(without(begun, BOS), TEXT)
+    assert torch.equal(without(TEXT, BOS), TEXT)
+
+
+def test_random_windows_begin_with_it_too():
+    cut = windows(TEXT, 8, 6, "random", seed=1, bos=BOS)
+    assert torch.equal(cut[:, 1:], windows(TEXT, 7, 6, "random", seed=1))
+    assert (cut[:, 0] == BOS).all()
+
+
+def test_the_gain_is_the_difference_of_the_losses():
+    """Uniform over 257 tokens without a BOS; with it, e^10 against 256 others."""
+    ignorant = torch.tensor(257.0).log()
+    certain = (1 + 256 * torch.tensor(-10.0).exp()).log()
+    assert bos_gain(Reliant(), TEXT, BOS) == pytest.approx(float(ignorant - certain), rel=1e-5)
+
+
+def test_a_random_model_needs_none():
+    model, _ = Tiny().load()
+    assert abs(bos_gain(model, TEXT, BOS)) < NEEDED
+
+
+def plan(*overrides):
+    cfg, choices = composed("model=tiny", "format=nvfp4", *overrides)
+    return make_plan(settings(cfg), choices)
+
+
+def test_what_the_model_asks_for_is_no_part_of_the_id_and_what_a_user_asks_for_is():
+    ids = {bos: plan(f"data.bos={bos}").quant_id for bos in ("auto", "window", "none")}
+    assert len(set(ids.values())) == 3
+    assert plan().quant_id == ids["auto"]
+
+
+@pytest.mark.parametrize("bos", ["window", "first", "none"])
+def test_a_run_says_so_and_ends(tmp_path, bos):
+    outcome = execute(*small(tmp_path, f"data.bos={bos}", "solver=rtn"))
+    assert outcome.status == "done", outcome.error
+    assert "bos" not in outcome.metrics["notes"]
+
+
+def test_another_word_is_refused(tmp_path):
+    with pytest.raises(Exception, match=r"data\.bos=always"):
+        plan("data.bos=always")
