@@ -17,7 +17,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from harness.models.experts import inside, routed
+from harness.models.experts import inside, leaves, routed
 from harness.models.offload import trim
 from harness.structure.structure import Site
 from harness.structure.tape import Tape, Value, tensors_of
@@ -109,7 +109,7 @@ class Passage:
             if given >= FEW and not self.everyone:
                 x = hidden[routed(index, site.expert)[0]]
             if len(x):
-                yield x if site.residual else inside(module, site.expert, x)
+                yield inside(module, site.expert, x) if leaves(site.linears[0]) else x
 
     def _reaching(self, site: Site) -> Iterator[tuple]:
         """What the module that reads a site is called with, one micro-batch at a time."""

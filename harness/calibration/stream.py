@@ -116,6 +116,12 @@ class Stream:
         self.block_kwargs: dict[nn.Module, list[dict]] = {block: [] for block in adapter.blocks}
         for index, batch in enumerate(windows.split(self._batch)):
             embedded, contexts = arriving(adapter, batch.to(adapter.device))
+            if embedded.shape[:2] != batch.shape:
+                raise RuntimeError(
+                    f"model: blocks of a {adapter.structure.architecture} take hidden states "
+                    f"{list(embedded.shape)} for tokens {list(batch.shape)}, and cannot be walked "
+                    "one by one."
+                )
             if index == 0:
                 size = windows.numel() * embedded.shape[-1]
                 self._hidden = self._room(embedded, size).view(*windows.shape, -1)

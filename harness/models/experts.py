@@ -53,6 +53,11 @@ def leaving(module: nn.Module) -> nn.ModuleList:
     return next(child for name, child in _linears(module) if name == DOWN)
 
 
+def leaves(linear: str) -> bool:
+    """Whether an expert's linear, by its block-relative name, writes the experts' output."""
+    return linear.split(".")[-2] == DOWN
+
+
 def _linears(module: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList) and isinstance(child[0], QuantLinear):

@@ -220,6 +220,7 @@ class Derivation:
                 early=attended is not None and first.call.position < attended,
                 attends=attended is not None,
                 source=self._source(reading.activation, names),
+                shared=reading.activation in names,
             )
             name = named(facts, taken)
             taken.append(name)

@@ -21,7 +21,8 @@ class Facts:
 
     reader: name of the first matrix. residual: it reads the residual stream. attended: it reads an
     attention's output. exits: its matrices write the residual stream. source: the site that what it
-    reads is computed from. early: before the block's attention. attends: the block has one.
+    reads is computed from. early: before the block's attention. attends: the block has one. shared:
+    another site, the router's, is the same tensor.
     """
 
     reader: str
@@ -32,6 +33,7 @@ class Facts:
     early: bool
     attends: bool
     source: str | None = None
+    shared: bool = False
 
 
 def named(facts: Facts, others: Iterable[str]) -> str:
@@ -47,14 +49,12 @@ def _meant(facts: Facts, taken: set[str]) -> str:
     """The name by what the site is for."""
     if facts.attended:
         return "o_in"
-    if facts.residual and facts.experts:
-        return "experts_in"
+    if facts.experts:
+        return "experts_in" if facts.residual or facts.shared else "experts_down_in"
     if facts.residual and facts.attends:
         return "attn_in" if facts.early else "mlp_in"
     if facts.residual:
         return "mlp_in" if "mixer_in" in taken else "mixer_in"
-    if facts.exits and facts.experts:
-        return "experts_down_in"
     if facts.exits and facts.source == "mixer_in":
         return "mixer_out"
     # behind the attention; in a parallel block both parts read one site
