@@ -31,10 +31,18 @@ def profiles(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], dict]:
     profiles = {}
     for layer, block in enumerate(adapter.blocks):
         with adapter.open(layer):
+            routed: dict[str, list[Tensor]] = {}
             for site, activations in stream.walk(block):
+                if not adapter.shows(layer, site):
+                    continue
                 encode = block.get_submodule(site.linears[0]).site.encode
                 values = [encode(x).float().flatten() for x in activations]
-                profiles[layer, site.name] = _profile(torch.cat(values))
+                if site.expert is None:
+                    profiles[layer, site.activation] = _profile(torch.cat(values))
+                else:  # of all experts together
+                    routed.setdefault(site.activation, []).extend(values)
+            for name, values in routed.items():
+                profiles[layer, name] = _profile(torch.cat(values))
     return profiles
 
 

@@ -63,8 +63,8 @@ class Statistics:
 
     @property
     def sample(self) -> Tensor:
-        """The kept rows [s, n], float32."""
-        return self._sample
+        """The kept rows [s, n], float32; fewer where fewer tokens came than were announced."""
+        return self._sample[: -(-self.tokens // self._stride)]
 
     def finish(self) -> None:
         """Mirror the half that was computed and scale to the mean; once, after the last `add`."""

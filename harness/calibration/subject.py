@@ -87,12 +87,22 @@ class StreamedModel:
         with self.stage(title, len(self.adapter.blocks)) as advance:
             for layer, block in enumerate(self.adapter.blocks):
                 with self.adapter.open(layer):
+                    shared: dict[str, Collector[T]] = {}
                     for site, activations in stream.walk(block):
-                        if site.name in observed:
-                            gathered = collector(layer, site.name, self.adapter.width(site))
-                            for x in activations:
-                                gathered.add(x)
-                            results[layer, site.name] = gathered.finish()
+                        name = site.activation
+                        if name not in observed or not self.adapter.shows(layer, site):
+                            continue
+                        # experts are shown rows of one tensor, one expert after another
+                        gathered = shared.get(name)
+                        if gathered is None:
+                            width = self.adapter.width(site, layer)
+                            gathered = shared[name] = collector(layer, name, width)
+                        for x in activations:
+                            gathered.add(x)
+                        if site.expert is None:
+                            results[layer, name] = shared.pop(name).finish()
+                    for name, gathered in shared.items():
+                        results[layer, name] = gathered.finish()
                 advance(note(results))
         if HEAD_SITE in observed:
             gathered = collector(None, HEAD_SITE, self.adapter.head.weight.shape[1])

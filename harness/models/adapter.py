@@ -34,7 +34,7 @@ def roles_of(structure: Structure) -> dict[str, Role]:
         fed = {site.feed.matrix: site for site in sites if site.feed is not None}
         for site in sites:
             if site.norm is not None and site.norm.kind.gain != "1":
-                roles.setdefault(site.norm.module, _norm(layer, start, site.norm, site.name))
+                roles.setdefault(site.norm.module, _norm(layer, start, site.norm, site.activation))
             for matrix in site.matrices:
                 feeds = fed.get(matrix.parameter)
                 writes = _written(structure, matrix.parameter, feeds)
@@ -170,6 +170,13 @@ class Adapter:
         if isinstance(found, nn.ModuleList):
             return [linear.get_buffer("weight") for linear in found]
         return [found if isinstance(module, QuantLinear) else found.movedim(axis, -1)]
+
+    def shows(self, index: int, site: Site) -> bool:
+        """Whether a site's tensor is not shown as a whole by another site of the block."""
+        return site.expert is None or not any(
+            other.expert is None and other.activation == site.activation
+            for other in self.sites(index)
+        )
 
     def name(self, index: int, linear: str) -> str:
         """The absolute name of a block-relative module."""

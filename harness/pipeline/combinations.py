@@ -214,14 +214,14 @@ def check_residual(transforms: Sequence[Transform], context: ModelShape) -> None
         if residual.group is None:
             raise ConfigError(
                 f"transform={transform.name} with a {structure.architecture}: its residual stream "
-                f"cannot be rotated, for {'; '.join(residual.why)}. Use transform=hadamard or "
-                "adacodec, which work site by site."
+                f"cannot be rotated, for {'; '.join(residual.why)}. Use transform=hadamard, or "
+                "transform=adacodec transform.placement=site, which work site by site."
             )
         if residual.group == "fixes 1" and not transform.fixes_ones:
             raise ConfigError(
                 f"transform={transform.name} with a {structure.architecture}: its norms subtract "
                 "the mean, so that a rotation has to leave the vector of ones alone, and this one "
-                "does not; use transform=quarot."
+                "does not; use transform=quarot, or transform.placement=site for adacodec."
             )
 
 

@@ -118,11 +118,29 @@ class AdaCodec(Transform):
                 f"format.act.bits=16 with transform={self.name}: no activation is quantized, so "
                 "there is nothing to encode; set format.act.bits=4, or use another transform."
             )
+        self._refuse_blocks(shape)
         sizes = {self._block(shape), self._value_block(shape)}
         if self.init == "hadamard":
             for g in sizes:
                 reachable("transform.init=hadamard", g, "transform.init=identity")
         return []
+
+    def _refuse_blocks(self, shape: ModelShape) -> None:
+        """Refuse encoders of one size where blocks have several, and one encoder of the stream
+        where blocks are not all attention and a plain MLP."""
+        varied = [site for site in shape.widths if None not in shape.widths_of(site)]
+        if varied:
+            raise ConfigError(
+                f"transform={self.name}: {', '.join(varied)} of this model have other widths in "
+                "other blocks, and all blocks share one size of encoders; use transform=hadamard."
+            )
+        apart = set(shape.widths) != {"attn_in", "o_in", "mlp_in", "down_in"}
+        if self.place != "site" and (apart or len(shape.merges("o_in")) < shape.layers):
+            raise ConfigError(
+                f"transform.placement={self.place} with transform={self.name}: the blocks of this "
+                f"model differ, or have more sites than four ({', '.join(shape.widths)}); "
+                "set transform.placement=site transform.objective=layer."
+            )
 
     def _block(self, shape: ModelShape) -> int:
         """g, for everything but values."""
