@@ -1,0 +1,384 @@
+"""Architectures of every kind end to end, from a folder through the pipeline: NVFP4 by GPTQ, and
+exact rotations under INT4. What the pipeline measures of an untouched model is held to the model's
+own forward, and every refusal names its reason."""
+
+import math
+
+import pytest
+import torch
+import zoo
+from composed import small
+from torch import nn
+from torch.nn import functional as F
+
+import harness
+from harness.calibration import passage
+from harness.calibration.stream import Stream
+from harness.calibration.windows import tokenize, windows
+from harness.config.errors import ConfigError, DataError
+from harness.evaluation.gate import FLOAT_MAX, STREAM
+from harness.evaluation.perplexity import perplexity, window_losses
+from harness.linalg.hadamard import hadamard
+from harness.linalg.stiefel import random_orthogonal
+from harness.models.adapter import Adapter, structure_of
+from harness.models.experts import entering, leaving
+from harness.models.merge import swap
+from harness.models.tiny import byte_tokenizer
+from harness.pipeline.job import execute
+from harness.transforms.quarot import fixing_ones
+
+F64 = torch.float64
+INT4 = ["format=int4", "format.weight.group_size=32", "solver=rtn"]
+FLOAT = ["format=none", "solver=none"]
+FAULT = pytest.mark.xfail(strict=True, reason="a fault of the harness: sweeps/ARCHITECTURES.md")
+OFF = {"r1": "off", "r2": "false", "r3": "off", "r4": "off"}
+SAMPLE = [
+    "gemma3_text", "phi3", "olmo2", "granite", "cohere", "gpt2", "gpt_neox", "falcon", "opt",
+    "bloom", "mixtral", "gpt_oss", "qwen2_moe", "deepseek_v3", "qwen3_next", "nemotron_h", "mamba",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """name -> (a model of the zoo, settings that run it from its folder), each made once."""
+    made = {}
+
+    def get(name: str):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name) / "model"
+            model = zoo.make(name)
+            model.save_pretrained(folder)
+            byte_tokenizer().save_pretrained(folder)
+            made[name] = model, ["model=hf", f"model.path={folder}"]
+        return made[name]
+
+    return get
+
+
+def quarot(**places: str) -> list[str]:
+    """Settings of the rotations in these places alone."""
+    return ["transform=quarot", *(f"transform.{k}={v}" for k, v in (OFF | places).items())]
+
+
+@torch.no_grad()
+def largest_logit(model: nn.Module) -> float:
+    return float(model(token_ids(2, 128), use_cache=False).logits.abs().max())
+
+
+def token_ids(count: int, length: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count, length), generator=generator)
+
+
+# what is measured
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(name for name in SAMPLE if name not in ("granite", "cohere")),
+        # logits are divided, multiplied, capped; hidden states are divided before the head
+        *(pytest.param(name, marks=FAULT) for name in ("granite", "cohere", "gemma2", "minicpm3")),
+    ],
+)
+def test_the_perplexity_is_that_of_the_models_own_forward(name, streaming):
+    model = zoo.make(name)
+    ids = token_ids(2, 96)
+    logits = model(ids, use_cache=False).logits[:, :-1].double()
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    losses = window_losses(Adapter(model), ids, streaming=streaming)
+    assert perplexity(losses, 96) == pytest.approx(float(loss.exp()), rel=1e-5)
+
+
+# end to end
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_nvfp4_by_gptq_end_to_end(saved, tmp_path, name):
+    model, settings = saved(name)
+    outcome = execute(*small(tmp_path, *settings, "format=nvfp4", "solver=gptq"))
+    assert outcome.status == "done", outcome.error
+    metrics = outcome.metrics
+    assert metrics["notes"]["stream"] <= STREAM[torch.float32]
+    assert metrics["notes"]["gate"]["max"] <= FLOAT_MAX * largest_logit(model)
+    measured = {stage: figures["ppl"]["pydoc"] for stage, figures in metrics["stages"].items()}
+    # 4 bits move a model, and leave one of random weights near where it was
+    assert measured["quantized"] != measured["baseline"]
+    assert measured["quantized"] == pytest.approx(measured["baseline"], rel=0.5)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_all_that_a_block_multiplies_with_is_quantized_once(saved, tmp_path, name):
+    """Every matrix that the structure has, each expert by itself, none twice."""
+    model, settings = saved(name)
+    outcome = execute(*small(tmp_path, *settings, "format=nvfp4", "solver=rtn"))
+    names = [layer["name"] for layer in outcome.metrics["layers"]]
+    adapter = Adapter(model)
+    assert sorted(names) == sorted(
+        adapter.name(layer, linear)
+        for layer in range(adapter.structure.layers)
+        for site in adapter.sites(layer)
+        for linear in site.linears
+    )
+    weights = {layer["name"]: layer["weights"] for layer in outcome.metrics["layers"]}
+    quantized = {
+        matrix.parameter
+        for sites in adapter.structure.sites
+        for site in sites
+        for matrix in site.matrices
+        if matrix.quantize
+    }
+    assert sum(weights.values()) == sum(model.get_parameter(each).numel() for each in quantized)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_rotations_are_exact_and_int4_follows(saved, tmp_path, name):
+    """Every place that the architecture has, together."""
+    model, settings = saved(name)
+    structure = structure_of(model.config)
+    places = {
+        "r1": "random" if structure.residual.group is not None else "off",
+        "r2": "true" if structure.merges("o_in") else "false",
+        "r4": "on" if len(down_widths(structure)) == 1 else "off",
+    }
+    outcome = execute(*small(tmp_path, *settings, *INT4, *quarot(**places)))
+    assert outcome.status == "done", outcome.error
+    notes = outcome.metrics["notes"]
+    wanted = [place.upper() for place, value in places.items() if value not in ("off", "false")]
+    assert notes["rotations"] == wanted
+    assert notes["stream"] <= STREAM[torch.float32]
+    most = FLOAT_MAX * largest_logit(model)
+    assert notes["gate"]["max"] <= most
+    if wanted:  # no float32 model repeats its logits to the last bit when its weights are turned
+        assert notes["gate"]["max"] > 0
+    assert math.isfinite(outcome.metrics["stages"]["quantized"]["ppl"]["pydoc"])
+
+
+def down_widths(structure) -> set[int]:
+    return {
+        site.width
+        for sites in structure.sites
+        for site in sites
+        if site.name == "down_in" and site.linears
+    }
+
+
+# refusals
+
+REFUSED = {
+    "a norm behind the block": (
+        "olmo2", quarot(r1="random"), "cannot be rotated, for a norm writes the residual stream",
+    ),
+    "a norm behind the block, learned": (
+        "gemma3_text", ["transform=spinquant"], "a norm writes the residual stream",
+    ),
+    "a norm behind the embedding": (
+        "bloom", quarot(r1="random"), "cannot be rotated, for a norm writes the residual stream",
+    ),
+    "experts of their own": ("llama4_text", quarot(r1="random"), "transformers' experts interface"),
+    "LayerNorm, and a rotation that moves the mean": (
+        "gpt2", ["transform=spinquant", *INT4], "leave the vector of ones alone",
+    ),
+    "values behind a gate": ("qwen3_next", quarot(r2="true"), "transform.r2=true: no block's"),
+    "attention of its own": ("falcon", quarot(r3="on"), "transform.r3=on: this model's attention"),
+    "a cache of its own": ("bloom", ["format.kv.bits=8"], "leave the cache in 16 bits"),
+    "no attention": ("mamba", ["format.kv.bits=8"], "0 of 3 blocks attend"),
+    "heads of two sizes": ("gemma4_moe_text", quarot(r3="on"), "heads have 2 sizes"),
+    "a forward that asks for content": (
+        "jetmoe", ["format=nvfp4", "solver=gptq"], "could not be looked through",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_refusal_names_its_reason_before_anything_is_computed(saved, tmp_path, what):
+    name, chosen, reason = REFUSED[what]
+    _, settings = saved(name)
+    defaults = [] if any(each.startswith("format=") for each in chosen) else ["format=none"]
+    defaults += [] if any(each.startswith("solver=") for each in chosen) else ["solver=none"]
+    with pytest.raises(ConfigError, match=reason):
+        execute(*small(tmp_path, *settings, *defaults, *chosen))
+    assert not list(tmp_path.glob("runs/*/metrics.json"))
+
+
+# rotations under LayerNorm
+
+
+def rotations(order: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(order)
+    signs = torch.diag(torch.randint(2, (order,), generator=generator).to(F64) * 2 - 1)
+    return {
+        "random": random_orthogonal(order, generator),
+        "hadamard": hadamard(order),
+        "signed": signs @ hadamard(order),
+        "identity": torch.eye(order, dtype=F64),
+    }
+
+
+@pytest.mark.parametrize("order", [12, 64, 128])
+@pytest.mark.parametrize("kind", ["random", "hadamard", "signed", "identity"])
+def test_a_rotation_made_to_fix_the_ones_does_and_is_one_still(order, kind):
+    fixed = fixing_ones(rotations(order)[kind])
+    ones = torch.ones(order, dtype=F64)
+    eye = torch.eye(order, dtype=F64)
+    torch.testing.assert_close(fixed @ fixed.T, eye, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ones @ fixed, ones, rtol=0, atol=1e-12)
+    torch.testing.assert_close(fixed @ ones, ones, rtol=0, atol=1e-12)
+    torch.testing.assert_close(fixing_ones(fixed), fixed, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [64, 128])
+@pytest.mark.parametrize("kind", ["random", "signed", pytest.param("hadamard", marks=FAULT)])
+def test_a_rotation_made_to_fix_the_ones_mixes_every_feature(order, kind):
+    """As R did: an outlier of any one feature is spread. A Hadamard matrix without signs has ones
+    in its first row, which the reflection turns into the first feature alone."""
+    fixed = fixing_ones(rotations(order)[kind])
+    assert fixed.abs().amax(dim=1).max() < 0.6
+
+
+def test_layer_norm_commutes_with_a_rotation_only_if_that_fixes_the_ones():
+    order = 64
+    drawn = rotations(order)["random"]
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(8, order, generator=generator, dtype=F64) + 1
+    fixed = fixing_ones(drawn)
+    normed = F.layer_norm(x, (order,))
+    torch.testing.assert_close(F.layer_norm(x @ fixed, (order,)), normed @ fixed)
+    assert (F.layer_norm(x @ drawn, (order,)) - normed @ drawn).abs().max() > 0.1
+
+
+# experts
+
+ROUTED = ["mixtral", "gpt_oss", "qwen2_moe", "deepseek_v3"]
+
+
+def experts_of(adapter: Adapter, layer: int) -> nn.Module:
+    """The module that runs a block's experts, once they are swapped."""
+    site = next(site for site in adapter.sites(layer) if site.expert == 0)
+    return adapter.blocks[layer].get_submodule(passage.leaf(site))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ROUTED)
+def test_experts_as_linears_of_their_own_change_no_logit(name):
+    model = zoo.make(name)
+    ids = token_ids(2, 96)
+    before = model(ids, use_cache=False).logits
+    adapter = Adapter(model)
+    swap(adapter)
+    after = model(ids, use_cache=False).logits
+    assert (after - before).abs().max() < 1e-5 * before.abs().max()
+    last = adapter.structure.layers - 1
+    module = experts_of(adapter, last)
+    for linears in (entering(module), leaving(module)):
+        assert len(linears) == 4
+        # what the forward computes with: the module is not asked for weights of another place
+        kept = linears[0].weight.clone()
+        linears[0].weight.zero_()
+        assert (model(ids, use_cache=False).logits - after).abs().max() > 1e-3
+        linears[0].weight.copy_(kept)
+    assert torch.equal(model(ids, use_cache=False).logits, after)
+
+
+@torch.no_grad()
+def test_biases_of_experts_are_computed_with():
+    model = zoo.make("gpt_oss")
+    ids = token_ids(2, 96)
+    adapter = Adapter(model)
+    swap(adapter)
+    before = model(ids, use_cache=False).logits
+    module = experts_of(adapter, 0)
+    for linears in (entering(module), leaving(module)):
+        kept = linears[1].bias.clone()
+        linears[1].bias.add_(1)
+        assert (model(ids, use_cache=False).logits - before).abs().max() > 1e-3
+        linears[1].bias.copy_(kept)
+
+
+@torch.no_grad()
+def test_an_expert_that_got_few_tokens_is_calibrated_on_all():
+    """One that got enough sees its own, in their order, whatever the micro-batches are."""
+    adapter = Adapter(zoo.make("mixtral"))
+    swap(adapter)
+    block = adapter.blocks[0]
+    module = experts_of(adapter, 0)
+    ids = token_ids(4, 64)
+    calls = []
+    handle = module.register_forward_pre_hook(lambda _, args: calls.append(args))
+    adapter.model(ids, use_cache=False)
+    handle.remove()
+    hidden, index, _ = calls[0]
+    given = [int((index == expert).sum()) for expert in range(4)]
+    assert min(given) < passage.FEW <= max(given), "tokens for both cases"
+
+    seen = {}
+    for site, rows in Stream(adapter, ids, tokens_at_once=64).walk(block):
+        if site.expert is not None:
+            seen[site.name] = torch.cat([each.flatten(0, -2) for each in rows])
+    for expert, tokens in enumerate(given):
+        own = hidden[(index == expert).any(-1)]
+        x = hidden if tokens < passage.FEW else own
+        torch.testing.assert_close(seen[f"experts_in.{expert}"], x)
+        gate, up = (x @ entering(module)[expert].weight.T).chunk(2, dim=-1)
+        torch.testing.assert_close(seen[f"experts_down_in.{expert}"], F.silu(gate) * up)
+
+
+# what few architectures have: done, or refused with a reason before it begins
+
+SMOOTH = [*FLOAT, "transform=smoothquant"]
+CORNERS = {
+    "r4 where there is no down_in": ("mixtral", [*FLOAT, *quarot(r4="on")]),
+    "r4 where down_in has two widths": ("deepseek_v3", [*INT4, "transform=quarot"]),
+    "r3 where queries are wider than values": ("deepseek_v3", [*FLOAT, *quarot(r3="on")]),
+    "r3 where keys are wider than values": ("mimo_v2_flash", [*FLOAT, *quarot(r3="on")]),
+    "r1 of experts with biases": ("gpt_oss", [*FLOAT, *quarot(r1="random")]),
+    "experts of what is no norm of the stream": ("minimax", ["format=nvfp4", "solver=gptq"]),
+    "r2 where nothing attends": ("mamba", [*FLOAT, *quarot(r2="true")]),
+}
+FAULTS = {
+    "r1 under positions in a buffer": ("xglm", [*FLOAT, *quarot(r1="random")]),
+    "r3 before keys that pick tokens": ("minimax_m3_vl_text", [*FLOAT, *quarot(r3="on")]),
+    "r4 of a block that stands twice": ("zamba2", [*FLOAT, *quarot(r4="on")]),
+    "scales of attention in some blocks": ("qwen3_next", SMOOTH),
+    "scales of experts in some blocks": ("deepseek_v3", SMOOTH),
+    "scales of a norm that experts read first": ("granitemoeshared", SMOOTH),
+    "scales of a norm that a state space reads too": ("falcon_h1", SMOOTH),
+    "two residual streams": ("hy_v4", ["format=nvfp4", "solver=gptq"]),
+    "four residual streams": ("gemma3n_text", [*FLOAT, "format.kv.bits=8"]),
+}
+
+
+@pytest.mark.parametrize("what", [*CORNERS, *(pytest.param(name, marks=FAULT) for name in FAULTS)])
+def test_what_cannot_be_done_is_refused_before_it_begins(saved, tmp_path, what):
+    """Whatever is done is exact: a gate that stops a run is too late for one of hours."""
+    name, chosen = (CORNERS | FAULTS)[what]
+    _, settings = saved(name)
+    try:
+        outcome = execute(*small(tmp_path, *settings, *chosen))
+    except (ConfigError, DataError):
+        return
+    assert outcome.status == "done", outcome.error
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["phi3", "gpt2", "gpt_oss", "deepseek_v3", "qwen3_next"]
+    + [pytest.param(name, marks=FAULT) for name in ("mamba2", "zamba2", "gpt_neo")],
+)
+def test_what_is_exported_loads_back(saved, tmp_path, name):
+    """Fused and turned matrices, experts with biases: each weight in every bit, and the logits."""
+    _, settings = saved(name)
+    export = ["export=harness", f"export.path={tmp_path / 'exports'}", "data.bos=none"]
+    outcome = execute(*small(tmp_path, *settings, "format=nvfp4", "solver=gptq", *export))
+    assert outcome.status == "done", outcome.error
+    exported = outcome.metrics["export"]
+    assert exported["weights"] == len(outcome.metrics["layers"])
+    model, tokenizer = harness.load(exported["path"])
+    text = (tmp_path / "text" / "test.txt").read_text()
+    evaluated = windows(tokenize(tokenizer, text), 128, 2)  # as in composed.small
+    losses = window_losses(Adapter(model), evaluated)
+    assert perplexity(losses, 128) == pytest.approx(
+        outcome.metrics["stages"]["quantized"]["ppl"]["pydoc"], rel=1e-6
+    )
