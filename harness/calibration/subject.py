@@ -122,4 +122,4 @@ class StreamedModel:
         return output.last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
-        return self.adapter.head(hidden)
+        return self.adapter.logits(hidden)

@@ -33,6 +33,7 @@ class Reference:
 
     def __init__(self, adapter: Adapter):
         """To be made before anything changes the model."""
+        self.adapter = adapter
         self.head = copy.deepcopy(adapter.head).requires_grad_(False)
         self._states: dict[str, list[Tensor]] = {}
 
@@ -61,13 +62,17 @@ class Reference:
             raise DataError(
                 f"{path} was damaged while this run went on; the same command measures it again."
             )
-        return Divergence(self.head, record[0][text].unflatten(0, (-1, length - 1)))
+        hidden = record[0][text].unflatten(0, (-1, length - 1))
+        return Divergence(lambda states: self.adapter.logits(states[None], self.head)[0], hidden)
 
 
 class Divergence:
-    """A `watch` that adds up KL and agreement of the top token."""
+    """A `watch` that adds up KL and agreement of the top token.
 
-    def __init__(self, head: torch.nn.Module, hidden: Tensor):
+    head: hidden states [T, hidden] of the untouched model -> its logits.
+    """
+
+    def __init__(self, head: Callable[[Tensor], Tensor], hidden: Tensor):
         self.head = head
         self.hidden = hidden
         self.positions = 0

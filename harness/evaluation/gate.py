@@ -70,7 +70,7 @@ def exact_logits(adapter: Adapter, ids: Tensor) -> Tensor:
     norm = adapter.structure.final_norm
     if norm is not None:
         hidden = copy.deepcopy(adapter.model.get_submodule(norm.module)).float()(hidden)
-    return copy.deepcopy(adapter.head).float()(hidden)
+    return adapter.logits(hidden, copy.deepcopy(adapter.head).float())
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def window_losses(
             pieces = zip(hidden[:-1].split(piece), ids[1:].split(piece))
             for part, (states, targets) in enumerate(pieces):
                 # A window is a batch of one, also to who quantizes tokens.
-                logits = adapter.head(states[None])[0].float()
+                logits = adapter.logits(states[None])[0].float()
                 each = nn.functional.cross_entropy(logits, targets, reduction="none")
                 loss += each.double().sum()
                 if watch is not None:

@@ -42,6 +42,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from harness.config.errors import DataError
@@ -85,6 +86,17 @@ def forget_functions(config: PreTrainedConfig) -> None:
     """Have models of this config find their own attention and experts again."""
     config._attn_implementation_internal = None
     config._experts_implementation_internal = None
+
+
+class Given(nn.Module):
+    """Stands where a model's backbone does, and gives hidden states [B, T, n] that are there."""
+
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.__dict__["hidden"] = hidden  # no part of the module
+
+    def forward(self, *args, **kwargs) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=self.__dict__["hidden"])
 
 
 def name_experts(name: str, function: Callable) -> None:

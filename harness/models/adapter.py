@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from harness.codecs.placement import HEAD_SITE
 from harness.formats import Scheme
+from harness.libraries.transformers import Given
 from harness.models.quant_linear import QuantLinear
 from harness.models.source import BlockStorage
 from harness.structure.derive import derive
@@ -145,6 +146,25 @@ class Adapter:
     def head(self):
         """The output projection: hidden states -> logits."""
         return self.model.get_submodule(self.structure.head)
+
+    def logits(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
+        """The logits [B, T, vocabulary] of what the backbone gives, hidden [B, T, n].
+
+        As the model makes them of its head's output, scaled or capped. head: in place of its own.
+        """
+        if self.structure.plain_head:
+            return (head or self.head)(hidden)
+        path = self.structure.blocks.rpartition(".")[0]
+        backbone = self.backbone
+        own = self.head
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        try:
+            self.model.set_submodule(path, Given(hidden))
+            self.model.set_submodule(self.structure.head, head or own)
+            return self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            self.model.set_submodule(path, backbone)
+            self.model.set_submodule(self.structure.head, own)
 
     def open(self, layer: int | None, write: bool = False) -> AbstractContextManager:
         """Within it the weights of block `layer` are in memory; write: changes to them last.

@@ -96,6 +96,7 @@ class Derivation:
             self._final_norm(),
             self.hidden,
             self._returned,
+            self._plain_head(),
             sites,
             self.residual,
             dict(self._attention()),
@@ -186,6 +187,11 @@ class Derivation:
             return None
         call, module, kind = before
         return Norm(module, kind, True, self._alone(call))
+
+    def _plain_head(self) -> bool:
+        """Whether nothing stands between the final norm and the head, and the head and logits."""
+        behind = root(self.graph.tape.output[0]) is self.reads_head.output
+        return behind and root(self.reads_head.x).call in self.norms
 
     def _readings(self) -> Iterator[Reading]:
         """The readings of the blocks, those of experts apart from the others of the same tensor."""

@@ -183,8 +183,9 @@ class Structure:
 
     blocks, embedding, head, final_norm: absolute names. hidden: width of the residual stream.
     returned: how many results a block returns in a tuple, hidden states first; 0: those alone.
-    sites: of every block, in the order of its forward. attention: {layer: Attention} of those that
-    have one.
+    plain_head: whether the logits are what the head gives of what the final norm gives, neither
+    scaled nor capped. sites: of every block, in the order of its forward. attention: {layer:
+    Attention} of those that have one.
     """
 
     architecture: str
@@ -194,6 +195,7 @@ class Structure:
     final_norm: Norm | None
     hidden: int
     returned: int
+    plain_head: bool
     sites: tuple[tuple[Site, ...], ...]
     residual: Residual
     attention: Mapping[int, Attention]
