@@ -87,7 +87,7 @@ def run(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Te
         if not len(tokens):
             continue
         y = linear(inside(module, expert, hidden[tokens]))
-        if module.has_post_expert_norm:
+        if getattr(module, "has_post_expert_norm", False):  # not in every release
             y = module.get_submodule("post_expert_norm")(y)
         y = y * weights[tokens, choice, None]
         output.index_add_(0, tokens, y.to(output.dtype))
