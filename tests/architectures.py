@@ -92,7 +92,7 @@ class Bench:
         if outcome.status != "done":
             return self._fault(str(outcome.error), outcome.run.status["traceback"])
         cell = Cell("done", "yes", outcome.metrics)
-        for stage in {"baseline", "transformed"} & set(outcome.metrics["stages"]):
+        for stage in sorted({"baseline", "transformed"} & set(outcome.metrics["stages"])):
             self._hold(cell, stage, self.model)
         if outcome.metrics["notes"].get("stream", 0) > SAME / 10:
             self.wrong[f"{self.name}: blocks are not handed on all that they need"] = None
