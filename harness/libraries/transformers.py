@@ -89,11 +89,17 @@ def forget_functions(config: PreTrainedConfig) -> None:
 
 
 class Given(nn.Module):
-    """Stands where a model's backbone does, and gives hidden states [B, T, n] that are there."""
+    """Stands where a model's backbone does, and gives hidden states [B, T, n] that are there.
 
-    def __init__(self, hidden: Tensor):
+    What else is asked of it, the backbone answers.
+    """
+
+    def __init__(self, hidden: Tensor, backbone: nn.Module):
         super().__init__()
-        self.__dict__["hidden"] = hidden  # no part of the module
+        self.__dict__ |= {"hidden": hidden, "backbone": backbone}  # no parts of the module
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["backbone"], name)
 
     def forward(self, *args, **kwargs) -> MoeModelOutputWithPast:
         return MoeModelOutputWithPast(last_hidden_state=self.__dict__["hidden"])

@@ -159,7 +159,7 @@ class Adapter:
         own = self.head
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         try:
-            self.model.set_submodule(path, Given(hidden))
+            self.model.set_submodule(path, Given(hidden, backbone))
             self.model.set_submodule(self.structure.head, head or own)
             return self.model(input_ids=ids, use_cache=False).logits
         finally:

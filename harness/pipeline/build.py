@@ -83,6 +83,11 @@ def components(plan: Plan) -> Components:
             hessian_input = combinations.hessian_input(solver, scheme, transforms)
             solver = replace(solver, hessian_input=hessian_input)
     warnings += combinations.learning_warnings(plan, transforms)
+    left = structure.float_experts
+    if left and plan.quantizes:
+        warnings.append(
+            f"{', '.join(left)} stay float: experts that transformers' interface does not run"
+        )
     if plan.experts == "all" and not any(
         site.experts for sites in structure.sites for site in sites
     ):

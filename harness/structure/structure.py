@@ -221,6 +221,18 @@ class Structure:
         return 0 if first is None else first.features[1]
 
     @property
+    def float_experts(self) -> tuple[str, ...]:
+        """Block-relative names of experts that nothing can be put in place of."""
+        found = {
+            matrix.name: None
+            for sites in self.sites
+            for site in sites
+            for matrix in site.matrices
+            if matrix.experts and not matrix.quantize
+        }
+        return tuple(found)
+
+    @property
     def widths(self) -> dict[str, int]:
         """{activation: features} of what is quantized; of the first block where blocks differ."""
         widths: dict[str, int] = {}
