@@ -83,7 +83,7 @@ def token_ids(count: int, length: int, seed: int = 0) -> torch.Tensor:
         # logits are capped; hidden states are divided before the head; logits are multiplied
         "gemma2",
         "minicpm3",
-        pytest.param("falcon_h1", marks=FAULT),
+        "falcon_h1",
     ],
 )
 def test_the_perplexity_is_that_of_the_models_own_forward(name, streaming):
