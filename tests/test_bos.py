@@ -9,6 +9,7 @@ from torch import nn
 
 from harness.calibration.windows import NEEDED, bos_gain, windows, without
 from harness.config.build import settings
+from harness.config.errors import ConfigError, DataError
 from harness.models.tiny import Tiny
 from harness.pipeline.job import execute
 from harness.pipeline.plan import make_plan
@@ -48,6 +49,11 @@ def test_one_that_the_text_has_already_is_not_repeated():
     assert torch.equal(without(TEXT, BOS), TEXT)
 
 
+def test_a_text_that_is_too_short_is_refused_by_the_length_that_was_asked_for():
+    with pytest.raises(DataError, match=r"of data\.calibration\.length=64 tokens need 63"):
+        windows(TEXT, 64, 1, bos=BOS)
+
+
 def test_random_windows_begin_with_it_too():
     cut = windows(TEXT, 8, 6, "random", seed=1, bos=BOS)
     assert torch.equal(cut[:, 1:], windows(TEXT, 7, 6, "random", seed=1))
@@ -85,5 +91,5 @@ def test_a_run_says_so_and_ends(tmp_path, bos):
 
 
 def test_another_word_is_refused(tmp_path):
-    with pytest.raises(Exception, match=r"data\.bos=always"):
+    with pytest.raises(ConfigError, match=r"data\.bos=always"):
         plan("data.bos=always")

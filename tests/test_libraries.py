@@ -5,7 +5,9 @@ from importlib.metadata import version
 
 import pytest
 import torch
+import zoo
 from preserved import CACHE
+from safetensors.torch import load_file
 
 from harness.calibration.corpus import HubText
 from harness.libraries import compressed_tensors, datasets, hydra
@@ -190,3 +192,46 @@ def test_a_sweep_is_split_into_every_combination():
     assert hydra.jobs_of(parsed) == rows, says(
         "hydra-core", "splits the values of a sweep otherwise"
     )
+
+
+@torch.no_grad()
+def test_what_runs_experts_is_found_by_its_name():
+    mixture = zoo.make("mixtral")
+    ids, called = torch.arange(8)[None], []
+    plain = mixture(ids, use_cache=False).logits
+    experts = [module for module in mixture.modules() if inside.runs_experts(module)]
+
+    def run(module, hidden, index, weights):
+        called.append(module)
+        return torch.zeros_like(hidden)
+
+    inside.name_experts("test_libraries", run)
+    inside.use_experts(mixture, "test_libraries")
+    silent = mixture(ids, use_cache=False).logits
+    assert called == experts != [], says("transformers", "runs experts by another name or way")
+    assert not torch.equal(silent, plain)
+
+
+def test_experts_of_a_file_become_the_parameters_of_a_model(tmp_path):
+    mixture = zoo.make("mixtral")
+    mixture.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    converted = inside.Conversion(mixture).converted(tensors)
+    wanted = mixture.state_dict()
+    assert set(tensors) != set(wanted), says("transformers", "stores experts as they are in memory")
+    same = converted.keys() == wanted.keys() and all(
+        torch.equal(converted[name], tensor) for name, tensor in wanted.items()
+    )
+    assert same, says("transformers", "converts a file's tensors otherwise than it loads them")
+
+
+def test_what_is_computed_from_a_config_is_what_a_built_model_has():
+    built = zoo.make("gemma2")
+    with torch.device("meta"):
+        model = type(built)(built.config)
+    state = torch.get_rng_state()
+    inside.compute_buffers(model, "cpu")
+    assert torch.equal(torch.get_rng_state(), state), "another's generator is left alone"
+    wanted = dict(built.named_buffers())
+    same = all(torch.equal(buffer, wanted[name]) for name, buffer in model.named_buffers())
+    assert wanted and same, says("transformers", "computes buffers in another place")

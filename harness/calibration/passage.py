@@ -17,7 +17,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from harness.models.experts import inside, leaves, routed
+from harness.models.experts import inside, is_last, routed
 from harness.models.offload import trim
 from harness.structure.structure import Site
 from harness.structure.tape import Tape, Value, tensors_of
@@ -55,11 +55,11 @@ def arguments_at(module: nn.Module, run: Callable[[], object]) -> tuple[tuple, d
 
 
 @torch.no_grad()
-def recorded(block: nn.Module, hidden: Tensor, kwargs: dict, leaves: Iterable[nn.Module]) -> Tape:
-    """The tape of a block's forward, with modules whose content may change as leaves."""
+def recorded(block: nn.Module, hidden: Tensor, kwargs: dict, apart: Iterable[nn.Module]) -> Tape:
+    """The tape of a block's forward; apart: modules whose content may change, its leaves."""
     tape = Tape(tensors_of((hidden, kwargs)))
     with ExitStack() as hooks:
-        for module in leaves:
+        for module in apart:
             hooks.enter_context(tape.leaf(module))
         with tape:
             result = block(hidden, **kwargs)
@@ -72,8 +72,8 @@ class Passage:
 
     sites: its sites, whose linears may be changed once they are reached. hidden: the stream's
     views, one a micro-batch, which take the block's output at the end; kwargs: what the block is
-    called with besides, of each. room: where kept values lie. everyone: every
-    token goes through every expert, as far as what they read is asked for.
+    called with besides, of each. room: where kept values lie. everyone: experts are shown all
+    tokens, routed or not.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Passage:
             if given >= FEW and not self.everyone:
                 x = hidden[routed(index, site.expert)[0]]
             if len(x):
-                yield inside(module, site.expert, x) if leaves(site.linears[0]) else x
+                yield inside(module, site.expert, x) if is_last(site.linears[0]) else x
 
     def _reaching(self, site: Site) -> Iterator[tuple]:
         """What the module that reads a site is called with, one micro-batch at a time."""

@@ -82,25 +82,27 @@ def windows(
             continue
         if type(value) is not int or value < 1:
             raise ConfigError(f"{field}.{name}={value} must be a positive whole number")
+    step = length
     if bos is not None:
         tokens = without(tokens, bos)
-        text = windows(tokens, max(length - 1, 1), count, order, seed, field)
-        return torch.cat([text.new_full((len(text), 1), bos), text], dim=1)
-    whole = len(tokens) // length
+        step = max(length - 1, 1)
+    whole = len(tokens) // step
     if count is None:
         count = max(whole, 1)
     needed = count if order == "first" else 1  # random windows may overlap
     if whole < needed:
         raise DataError(
-            f"{field}.windows={count} of {field}.length={length} tokens need {count * length} "
+            f"{field}.windows={count} of {field}.length={length} tokens need {count * step} "
             f"tokens, the text has only {len(tokens)}; lower {field}.windows or {field}.length, "
             "or give a longer text"
         )
     if order == "first":
-        return tokens[: count * length].view(count, length)
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(tokens) - length + 1, (count, 1), generator=generator)
-    return tokens[starts + torch.arange(length)]
+        cut = tokens[: count * step].view(count, step)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        starts = torch.randint(len(tokens) - step + 1, (count, 1), generator=generator)
+        cut = tokens[starts + torch.arange(step)]
+    return cut if bos is None else torch.cat([cut.new_full((count, 1), bos), cut], dim=1)
 
 
 def without(tokens: torch.Tensor, bos: int | None) -> torch.Tensor:

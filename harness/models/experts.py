@@ -53,7 +53,7 @@ def leaving(module: nn.Module) -> nn.ModuleList:
     return next(child for name, child in _linears(module) if name == DOWN)
 
 
-def leaves(linear: str) -> bool:
+def is_last(linear: str) -> bool:
     """Whether an expert's linear, by its block-relative name, writes the experts' output."""
     return linear.split(".")[-2] == DOWN
 

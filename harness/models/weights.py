@@ -155,11 +155,13 @@ def weights_of(folder: Path, config) -> Weights:
     entries = stored(weight_files(folder))
     model = _without_storage(config)
     expected = model.state_dict()
-    whole = {name for name, each in expected.items() if not each.is_floating_point()}
-    _refuse_codes(folder, {name: each for name, each in entries.items() if name not in whole})
     optional = tied_names(model) if config.tie_word_embeddings else {}
     conversion = Conversion(model)
     parameters = {name: conversion.parameters(name) for name in entries}
+    # a model may have tables of whole numbers, which are no codes
+    whole = {name for name, each in expected.items() if not each.is_floating_point()}
+    floats = {name: each for name, each in entries.items() if parameters[name][0] not in whole}
+    _refuse_codes(folder, floats)
     given = {target for targets in parameters.values() for target in targets}
     missing = [name for name in expected if name not in given and name not in optional]
     if missing:
@@ -181,7 +183,7 @@ def weights_of(folder: Path, config) -> Weights:
     if config.dtype is not None:
         dtype = str(config.dtype).removeprefix("torch.")
     else:
-        dtype = next((FLOATS[each.dtype] for each in entries.values()), "float32")
+        dtype = next((FLOATS[each.dtype] for each in floats.values()), "float32")
     return Weights(
         {name: entries[name] for name in entries if name in taken},
         {name: parameters[name] for name in entries if name in taken},

@@ -89,6 +89,7 @@ class Tape(TorchFunctionMode):
         self.reads_content = False
         self.layer: int | None = None
         self._names = names or {}
+        self._resting: dict[int, int] = {}
         self._inside: list[nn.Module] = []  # the leaves that run; nothing in them is recorded
         # weak, for a value's tensor goes as soon as the forward has no use for it
         self._values = WeakIdKeyDictionary()
@@ -139,6 +140,13 @@ class Tape(TorchFunctionMode):
     def resting(self, position: int) -> int:
         """Where to leave a forward that is to go on at a call: there, or a little before, where
         fewer numbers have to be kept and making the others again costs next to nothing."""
+        # asked for each micro-batch, and for each expert of a block
+        if position not in self._resting:
+            self._resting[position] = self._leanest(position)
+        return self._resting[position]
+
+    def _leanest(self, position: int) -> int:
+        """What `resting` finds."""
         best = position
         least = self._kept(position)
         for call in reversed(self.calls[:position]):

@@ -116,7 +116,9 @@ class QuaRot(Rotations):
 def fixing_ones(rotation: Tensor) -> Tensor:
     """The rotation R [n, n] followed by a reflection, so that 1 R = 1.
 
-    R (I - 2 w w^T) with w along 1 R - 1, which exchanges the two; it is as spread out as R.
+    R (I - 2 w w^T) with w along 1 R - 1, which exchanges the two. It is as spread out as a random R
+    or a Hadamard matrix with random signs; a bare one, whose first row is the ones, keeps its first
+    feature to itself.
     """
     ones = torch.ones(len(rotation), dtype=rotation.dtype)
     w = ones @ rotation - ones

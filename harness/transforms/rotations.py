@@ -113,10 +113,10 @@ class Rotations(Transform):
         return Rotation(Hadamard(n, signs))
 
     def check(self, shape: ModelShape) -> list[str]:
-        if self.r2:
-            reachable("transform.r2=true", shape.head_dim, "transform.r2=false")
         if self.r2 or self.wants_r3(shape):
             self._refuse_heads(shape)
+        if self.r2:
+            reachable("transform.r2=true", shape.head_dim, "transform.r2=false")
         if self.wants_r3(shape):
             reachable(f"transform.r3={self.r3}", shape.key_dim, "transform.r3=off")
         if self.wants_r4(shape):
