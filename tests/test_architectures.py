@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import harness
 from harness.calibration import passage
-from harness.calibration.stream import Stream
+from harness.calibration.stream import ENOUGH, Stream
 from harness.calibration.windows import tokenize, windows
 from harness.config.errors import ConfigError, DataError
 from harness.evaluation.gate import FLOAT_MAX, STREAM
@@ -314,7 +314,7 @@ def test_an_expert_that_got_few_tokens_is_calibrated_on_all():
     handle.remove()
     hidden, index, _ = calls[0]
     given = [int((index == expert).sum()) for expert in range(4)]
-    assert min(given) < passage.FEW <= max(given), "tokens for both cases"
+    assert min(given) < ENOUGH <= max(given), "tokens for both cases"
 
     seen = {}
     for site, rows in Stream(adapter, ids, tokens_at_once=64).walk(block):
@@ -322,7 +322,7 @@ def test_an_expert_that_got_few_tokens_is_calibrated_on_all():
             seen[site.name] = torch.cat([each.flatten(0, -2) for each in rows])
     for expert, tokens in enumerate(given):
         own = hidden[(index == expert).any(-1)]
-        x = hidden if tokens < passage.FEW else own
+        x = hidden if tokens < ENOUGH else own
         torch.testing.assert_close(seen[f"experts_in.{expert}"], x)
         gate, up = (x @ entering(module)[expert].weight.T).chunk(2, dim=-1)
         torch.testing.assert_close(seen[f"experts_down_in.{expert}"], F.silu(gate) * up)

@@ -19,6 +19,7 @@ from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.tiny import Tiny
 from harness.pipeline.job import execute
+from harness.quantize import block as solved_block
 from harness.quantize import blocks
 from harness.solvers import GPTQ
 from harness.store import RunLocked, Store, locked
@@ -224,7 +225,7 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, format, 
     class Killed(Exception):
         pass
 
-    settle, calls = blocks._Block._settle, []
+    settle, calls = solved_block.SolvedBlock._settle, []
 
     def dies_in_the_second_block(self, *args):
         calls.append(self.index)
@@ -232,7 +233,7 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, format, 
             raise Killed
         return settle(self, *args)
 
-    monkeypatch.setattr(blocks._Block, "_settle", dies_in_the_second_block)
+    monkeypatch.setattr(solved_block.SolvedBlock, "_settle", dies_in_the_second_block)
     assert run(tmp_path / "b", *settings).status == "failed"
     monkeypatch.undo()
     resumed = run(tmp_path / "b", *settings)
@@ -244,9 +245,9 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, format, 
 class Watching(GPTQ):
     """Keeps the Hessian of the first site it is asked to solve."""
 
-    def solve(self, problem):
-        self.__dict__.setdefault("first", problem.hessian.clone())
-        return super().solve(problem)
+    def solve_together(self, problems):
+        self.__dict__.setdefault("first", problems[0].hessian.clone())
+        return super().solve_together(problems)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +374,7 @@ def test_a_walk_goes_through_the_sites_and_on_with_what_their_linears_become():
     with torch.no_grad():
         stream = Stream(adapter, ids, tokens_at_once=64)
         for site, activations in stream.walk(block):
-            seen[site.name] = next(activations).clone()
+            seen[site.name] = next(iter(activations)).clone()
             if site.name == "down_in":
                 block.mlp.down_proj.weight.mul_(3)
         wanted = model(ids, output_hidden_states=True).hidden_states[1]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,6 @@ from harness.models.experts import inside, is_last, routed
 from harness.models.offload import trim
 from harness.structure.structure import Site
 from harness.structure.tape import Tape, Value, tensors_of
-
-FEW = 128  # tokens: an expert that the router gave fewer is calibrated on all of its layer's
 
 Room = Callable[[Tensor, int], Tensor]  # (like, elements) -> an empty [elements]
 
@@ -54,6 +53,22 @@ def arguments_at(module: nn.Module, run: Callable[[], object]) -> tuple[tuple, d
     raise RuntimeError(f"the forward never reached {type(module).__name__}")
 
 
+@dataclass(frozen=True)
+class Arriving:
+    """What the linears of a site are about to read, one micro-batch at a time; once.
+
+    routed: how many tokens the router gave the site's expert; None of any other site. every:
+    whether the expert is shown all of its layer's tokens instead of those.
+    """
+
+    activations: Iterator[Tensor]
+    routed: int | None = None
+    every: bool = False
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.activations
+
+
 @torch.no_grad()
 def recorded(block: nn.Module, hidden: Tensor, kwargs: dict, apart: Iterable[nn.Module]) -> Tape:
     """The tape of a block's forward; apart: modules whose content may change, its leaves."""
@@ -72,8 +87,8 @@ class Passage:
 
     sites: its sites, whose linears may be changed once they are reached. hidden: the stream's
     views, one a micro-batch, which take the block's output at the end; kwargs: what the block is
-    called with besides, of each. room: where kept values lie. everyone: experts are shown all
-    tokens, routed or not.
+    called with besides, of each. room: where kept values lie. enough: an expert that the router
+    gave fewer tokens is shown all of its layer's; None: every expert is.
     """
 
     def __init__(
@@ -83,10 +98,10 @@ class Passage:
         hidden: Sequence[Tensor],
         kwargs: Sequence[dict],
         room: Room,
-        everyone: bool = False,
+        enough: int | None = None,
     ):
         self.block = block
-        self.everyone = everyone
+        self.enough = enough
         self._leaves = {name: block.get_submodule(name) for name in _leaf_names(sites)}
         self.hidden = hidden
         self.kwargs = kwargs
@@ -95,35 +110,45 @@ class Passage:
         self._values: list[dict[Value, Tensor]] = []
         self._at = [0] * len(hidden)  # the next call of each micro-batch
         self._rooms: dict[tuple[int, int], tuple[int, Tensor]] = {}
+        self._given: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
-    def arriving(self, site: Site) -> Iterator[Tensor]:
-        """What the site's linears are about to read, one micro-batch at a time; once."""
+    def arriving(self, site: Site) -> Arriving:
+        """What the site's linears are about to read; to be asked for once."""
         if site.expert is None:
-            yield from (args[0] for args in self._reaching(site))
-            return
+            self._given.clear()
+            return Arriving(args[0] for args in self._reaching(site))
         module = self._leaves[leaf(site)]
-        choices = list(self._reaching(site))
-        given = sum(int((index == site.expert).sum()) for _, index, _ in choices)
-        for hidden, index, _ in choices:
-            x = hidden
-            if given >= FEW and not self.everyone:
-                x = hidden[routed(index, site.expert)[0]]
-            if len(x):
-                yield inside(module, site.expert, x) if is_last(site.linears[0]) else x
+        given = self._experts(site)
+        routes = [routed(index, site.expert)[0] for _, index in given]
+        count = sum(map(len, routes))
+        every = self.enough is None or count < self.enough
+        shown = (x if every else x[route] for (x, _), route in zip(given, routes))
+        shown = (x for x in shown if len(x))
+        if is_last(site.linears[0]):
+            shown = (inside(module, site.expert, x) for x in shown)
+        return Arriving(shown, count, every)
+
+    def _experts(self, site: Site) -> list[tuple[Tensor, Tensor]]:
+        """(what is given to a site's experts, the router's choices) of each micro-batch; found once
+        for all of them."""
+        name = leaf(site)
+        if name not in self._given:
+            self._given[name] = [(x, index) for x, index, _ in self._reaching(site)]
+        return self._given[name]
 
     def _reaching(self, site: Site) -> Iterator[tuple]:
         """What the module that reads a site is called with, one micro-batch at a time."""
         module = self._leaves[leaf(site)]
         self._tape(0)
-        if not site.expert:  # once for all experts
-            trim()  # the holes of a forward, into which what is kept would not fit
+        trim()  # the holes of a forward, into which what is kept would not fit
         for index in range(len(self.hidden)):
             tape = self._tape(index)
             if tape.reads_content:
                 yield self._stopped(index, module)
                 continue
             call = next(call for call in tape.calls if call.function is module)
-            start = tape.resting(call.position)
+            # what experts read is kept, for each of them asks for it
+            start = tape.resting(call.position) if site.expert is None else call.position
             self._run(index, start)
             # on a copy: what is made on the last stretch is made again when the block goes on
             values = dict(self._values[index])
@@ -135,6 +160,7 @@ class Passage:
 
     def finish(self) -> None:
         """Run what is left of the block; its output becomes the stream."""
+        self._given.clear()
         for index, hidden in enumerate(self.hidden):
             tape = self._tape(index)
             if tape.reads_content:

@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harness.calibration.passage import Passage
+from harness.calibration.passage import Arriving, Passage
 from harness.models.adapter import Adapter
 from harness.structure.structure import Site
 from harness.structure.tape import tensors_of
+
+ENOUGH = 128  # tokens: an expert that the router gave fewer is shown all of its layer's
 
 
 class _PassedBy(nn.Module):
@@ -99,9 +101,9 @@ class Stream:
         windows: Tensor,
         tokens_at_once: int = 2048,
         folder: Path | None = None,
-        everyone: bool = False,
+        enough: int | None = ENOUGH,
     ):
-        """windows: token ids [N, L]. everyone: experts are shown all tokens, routed or not.
+        """windows: token ids [N, L]. enough: see Passage.
 
         Runs the embedding, the rotary table and the masks once. `block_kwargs` {block: what it is
         called with besides hidden states, one a micro-batch}.
@@ -110,7 +112,7 @@ class Stream:
         self._folder = folder
         self.tokens = windows.numel()
         self._windows = windows
-        self._everyone = everyone
+        self._enough = enough
         self._alone: dict[nn.Module, dict] | None = None
         self._batch = max(1, tokens_at_once // windows.shape[1])
         self.block_kwargs: dict[nn.Module, list[dict]] = {block: [] for block in adapter.blocks}
@@ -152,19 +154,23 @@ class Stream:
             self._alone = dict(zip(self.adapter.blocks, contexts))
         return self.hidden[0][:1], self._alone[block]
 
-    def walk(self, block: nn.Module) -> Iterator[tuple[Site, Iterator[Tensor]]]:
+    def walk(self, block: nn.Module, stay: bool = False) -> Iterator[tuple[Site, Arriving]]:
         """Pass a block site by site, each with what it reads, one micro-batch at a time.
 
         A caller reads as much of it as it wants, once, and may then change the site's linears: the
-        stream goes on with what they have become.
+        stream goes on with what they have become. stay: on a copy, so that the stream does not.
         """
         index = list(self.adapter.blocks).index(block)
         sites = self.adapter.sites(index)
-        kwargs = self.block_kwargs[block]
-        passage = Passage(block, sites, self.hidden, kwargs, self._room, self._everyone)
+        hidden = self.hidden
+        if stay:
+            copy = self._room(self._hidden, self._hidden.numel()).view_as(self._hidden)
+            hidden = copy.copy_(self._hidden).split(self._batch)
+        passage = Passage(block, sites, hidden, self.block_kwargs[block], self._room, self._enough)
         for site in sites:
             yield site, passage.arriving(site)
-        passage.finish()
+        if not stay:
+            passage.finish()
 
     def advance(self, block: nn.Module) -> None:
         """Pass a whole block as it is."""

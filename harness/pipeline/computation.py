@@ -6,14 +6,15 @@ load -> baseline -> transform, fold, gate -> blocks: statistics, solve, swap, sa
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.calibration.windows import NEEDED, bos_gain, refuse_unknown_ids, windows, without
-from harness.config.errors import ConfigError
+from harness.config.errors import ConfigError, DataError
 from harness.evaluation.caveats import marks
 from harness.evaluation.divergence import Reference
 from harness.models.adapter import Adapter
@@ -21,6 +22,8 @@ from harness.models.attention import attach
 from harness.models.source import assert_finite
 from harness.pipeline import export, measure, stages
 from harness.pipeline.state import Job, LoadedJob
+from harness.structure.derive import derive
+from harness.structure.structure import Structure
 
 PROBE_WINDOWS = 2  # on which the gate compares logits
 PROBE_LENGTH = 128
@@ -59,6 +62,8 @@ def _load(start: Job, device: torch.device) -> tuple[LoadedJob, Adapter]:
     model, tokenizer = plan.model.load(device)
     start.metrics["warnings"] += plan.model.warnings
     assert_finite(model)
+    if not plan.model.quantized:  # a checkpoint's linears are not the model's own
+        _confirm(model, start.parts.structure)
     offloaded = plan.model.offloaded(model, start.scratch)
     adapter = Adapter(model, offloaded, start.parts.structure)
     job = LoadedJob(
@@ -102,6 +107,19 @@ def _read_texts(job: LoadedJob, adapter: Adapter) -> Tensor:
         refuse_unknown_ids(name, ids, _rows(adapter))
     job.metrics["marks"] = _marks(job, evaluated)
     return calibration
+
+
+def _confirm(model: nn.Module, told: Structure) -> None:
+    """Raises DataError where a loaded model is not what was derived from its config."""
+    if any(parameter.is_meta for parameter in model.parameters()):  # blocks stay on disk
+        model = copy.deepcopy(model).to("meta")
+    loaded = derive(model)
+    for field in ("sites", "attention", "embedding", "head", "final_norm"):
+        if getattr(loaded, field) != getattr(told, field):
+            raise DataError(
+                f"model: the {field} of the {told.architecture} that was loaded are not those that "
+                "its config tells; config and files may be of different models"
+            )
 
 
 def _bos(job: LoadedJob, adapter: Adapter, ids: Tensor) -> str:

@@ -30,6 +30,7 @@ from harness.pipeline.texts import Windows, check_length, corpus_of, evaluated, 
 from harness.tracking import Tracker
 
 BOS = ("auto", "first", "window", "none")
+MIN_TOKENS = 128  # solver.min_tokens as conf/solver has it
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Plan:
         if self.bos != "auto":
             tested.append({"bos": self.bos})
         # What makes the quantized model, and so which runs share solved blocks.
-        made = [model, self._format(), self._transform(), settings["solver"], settings["seed"]]
+        made = [model, self._format(), self._transform(), self._solver(), settings["seed"]]
         if self.quantizes:  # errors of layers are kept with the blocks
             made.append(settings["eval"]["layer_windows"])
         if self.calibrates:
@@ -118,6 +119,13 @@ class Plan:
             if not isinstance(c, Samples) and c.fingerprint("calibration") == mark
         )
         return next(same, self.calibration_corpus.name)
+
+    @property
+    def enough(self) -> int | None:
+        """An expert with fewer tokens is calibrated on all of its layer's; None: every one is."""
+        if self.experts == "all":
+            return None
+        return self.settings["solver"].get("min_tokens", MIN_TOKENS)
 
     @property
     def quantizes(self) -> bool:
@@ -194,6 +202,13 @@ class Plan:
             # What it changes in the section itself stands there already.
             named["serves"] = self.settings["export"]["serves"]
         return {**section, "named": named}
+
+    def _solver(self) -> dict:
+        """The solver's settings. One that came later says nothing where it is as if it were not
+        there: what was solved before is found."""
+        section = self.settings["solver"]
+        usual = section.get("min_tokens") == MIN_TOKENS
+        return {key: x for key, x in section.items() if key != "min_tokens" or not usual}
 
     def _transform(self) -> dict:
         """The transform's settings as far as they change a number: not where its matrices go, and

@@ -220,7 +220,7 @@ def quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
             stage=job.reporter.stage,
             folder=job.scratch if on_disk else None,
             log=job.tracker.log,
-            everyone=job.plan.experts == "all",
+            enough=job.plan.enough,
         )
         if solver is not None and solver.encodings is not None:
             # From the files of the blocks, for some may be of an earlier attempt.
@@ -229,6 +229,8 @@ def quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
                 save_encodings(job.run.path / solver.encodings, index, qtensors)
     layers = job.metrics["layers"]
     job.metrics["warnings"] += _doubts(layers)
+    if job.plan.enough is not None:
+        job.metrics["warnings"] += _starved(layers, job.plan.enough)
     if solver is not None:
         job.metrics["warnings"] += solver.idle(layers)
     weights = sum(layer.get("weights", 0) for layer in layers)
@@ -279,6 +281,20 @@ def _doubts(layers: Sequence[Mapping]) -> list[str]:
             f"{len(damped)} linears needed more damping than solver.damp: {', '.join(damped)}"
         )
     return warnings
+
+
+def _starved(layers: Sequence[Mapping], enough: int) -> list[str]:
+    """A warning of experts that the router gave too few tokens to calibrate on."""
+    experts = [layer for layer in layers if "routed" in layer]
+    few = [layer for layer in experts if layer["every"]]
+    if not few:
+        return []
+    least = min(few, key=lambda layer: layer["routed"])
+    return [
+        f"{len(few)} of {len(experts)} linears of experts were calibrated on all tokens of their "
+        f"layer, for the router gave them fewer than solver.min_tokens={enough} (fewest: "
+        f"{least['routed']}, {least['name']})"
+    ]
 
 
 def _outside(layers: Sequence[Mapping]) -> dict:

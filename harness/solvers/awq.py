@@ -154,7 +154,20 @@ class AWQ(Solver):
         return torch.where(scale.isfinite(), scale, 1)
 
     def solve(self, problem: Problem) -> Solution:
-        """The report says how many groups of the site were `clipped`."""
+        return self.solve_together([problem])[0]
+
+    def solve_together(self, problems: Sequence[Problem]) -> list[Solution]:
+        """The reports say how many groups of a site were `clipped`."""
+        clips = [self._clipped(problem) for problem in problems]
+        solver = {"rtn": RTN, "gptq": GPTQ}[self.then](fuse_global_scale=self.fuse_global_scale)
+        solutions = solver.solve_together([problem for problem, _ in clips])
+        return [
+            replace(solution, report={**solution.report, "clipped": count})
+            for solution, (_, count) in zip(solutions, clips)
+        ]
+
+    def _clipped(self, problem: Problem) -> tuple[Problem, int]:
+        """A problem with scales, and how many of them were shrunk."""
         assert problem.hessian is not None  # as `needs` asks
         scales = self.static_scales(problem)
         count = 0
@@ -165,9 +178,7 @@ class AWQ(Solver):
                 before = scales[name]
                 scales[name] = clipped(weight, problem.formats[name], before, problem.hessian)
                 count += int((_raw(scales[name].scale) != _raw(before.scale)).sum())
-        solver = {"rtn": RTN, "gptq": GPTQ}[self.then](fuse_global_scale=self.fuse_global_scale)
-        solution = solver.solve(replace(problem, scales=scales))
-        return replace(solution, report={**solution.report, "clipped": count})
+        return replace(problem, scales=scales), count
 
 
 def clippable(format: Format) -> bool:

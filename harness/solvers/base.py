@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from harness.config.checks import boolean, one_of
+from harness.config.checks import boolean, integer, one_of
 from harness.formats import Format, QTensor, Scales
 
 
@@ -126,6 +126,8 @@ class Solver:
         quantized where a trained decoder changes what the weights are for (AdaCodec), else fp.
     fuse_global_scale: linears of one site (q/k/v, gate/up) share a two-level format's global scale,
         as fused kernels demand.
+    min_tokens: an expert of a mixture that the router gave fewer is calibrated on all tokens of its
+        layer.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -137,11 +139,13 @@ class Solver:
     sequencing: str = "sites"
     hessian_input: str = "auto"
     fuse_global_scale: bool = True
+    min_tokens: int = 128
 
     def __post_init__(self):
         one_of("solver.sequencing", self.sequencing, ("sites", "block"))
         one_of("solver.hessian_input", self.hessian_input, ("auto", "fp", "quantized"))
         boolean("solver.fuse_global_scale", self.fuse_global_scale)
+        integer("solver.min_tokens", self.min_tokens)
 
     def check(self, format: Format) -> list[str]:
         """Refuse a weight format this solver cannot solve for (ConfigError); returns warnings."""
@@ -173,6 +177,13 @@ class Solver:
     def solve(self, problem: Problem) -> Solution:
         """The quantized weights of one site."""
         raise NotImplementedError
+
+    def solve_together(self, problems: Sequence[Problem]) -> list[Solution]:
+        """The solutions of sites of which none reads another: the experts of a layer.
+
+        One by one here; a solver may have a faster way.
+        """
+        return [self.solve(problem) for problem in problems]
 
     def solve_block(self, block: Block) -> Solution:
         """The quantized weights of one block."""

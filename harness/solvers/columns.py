@@ -45,12 +45,13 @@ class StaticLattice(Lattice):
         rows: Sequence[int],
         scales: dict[str, Scales],
         groups: Sequence[int],
-        order: Tensor,
+        orders: Sequence[Tensor],
     ):
-        """names, rows, groups: of the linears side by side. order [in]: columns as they are due."""
+        """names, rows, groups: of the linears side by side. orders: their columns [in] as they are
+        due."""
         self.scales = scales
         self.parts = []
-        for name, count, group in zip(names, rows, groups):
+        for name, count, group, order in zip(names, rows, groups, orders):
             format = problem.formats[name]
             lattice = [
                 # column by column, as they are rounded
@@ -60,12 +61,22 @@ class StaticLattice(Lattice):
             self.parts.append((format.snap, count, lattice, (order // group).tolist()))
         # linears of one format are one linear here: a call a column instead of three
         if len(names) > 1 and all(problem.formats[n] == problem.formats[names[0]] for n in names):
-            snap, _, _, index = self.parts[0]
+            self.parts = [self._joined()]
+
+    def _joined(self) -> tuple:
+        """The parts as one."""
+        snap, _, _, index = self.parts[0]
+        lattices = [lattice for _, _, lattice, _ in self.parts]
+        if all(part[-1] == index for part in self.parts):
+            joined = [[torch.cat(ts) for ts in zip(*parts)] for parts in zip(*lattices)]
+        else:  # each in an order of its own: a lattice a column
+            due = list(zip(*(part[-1] for part in self.parts)))
             joined = [
-                [torch.cat(ts) for ts in zip(*parts)]
-                for parts in zip(*(lattice for _, _, lattice, _ in self.parts))
+                [torch.cat([of[group] for of, group in zip(parts, groups)]) for groups in due]
+                for parts in zip(*lattices)
             ]
-            self.parts = [(snap, sum(rows), joined, index)]
+            index = range(len(due))
+        return snap, sum(count for _, count, _, _ in self.parts), joined, index
 
     def enter(self, lo: int, hi: int, work: Tensor) -> None:
         """Nothing to take: the scales are there."""
@@ -155,16 +166,49 @@ class Columns:
             return
         mid = lo + (hi - lo) // step // 2 * step
         self.solve(lo, mid)
-        self.work[mid:hi].addmm_(self.unit[lo:mid, mid:hi].T, self.work[lo:mid], alpha=-1)
+        self._pass_on(lo, mid, hi)
         self.solve(mid, hi)
 
+    def _pass_on(self, lo: int, mid: int, hi: int) -> None:
+        """The errors of columns lo..mid, onto mid..hi."""
+        self.work[mid:hi].addmm_(self.unit[lo:mid, mid:hi].T, self.work[lo:mid], alpha=-1)
+
     def _one_by_one(self, lo: int, hi: int) -> None:
-        errors = self.work[lo:hi].T
-        coefficients = self.unit[lo:hi, lo:hi].T.contiguous()
+        errors, coefficients = self._within(lo, hi)
         for k in range(hi - lo):
             column = self.columns[lo + k]
             output = self.outputs[lo + k]
             if k:  # all that the columns before it in this block have left, at once
-                column.addmv_(errors[:, :k], coefficients[k, :k], alpha=-1)
+                self._take(column, errors, coefficients, k)
             self.lattice.snap(lo + k, column, output)
             column -= output  # d, which the columns after it take over
+
+    def _within(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        """The errors of a block as `_take` wants them, and what they are passed on with."""
+        return self.work[lo:hi].T, self.unit[lo:hi, lo:hi].T.contiguous()
+
+    def _take(self, column: Tensor, errors: Tensor, coefficients: Tensor, k: int) -> None:
+        """The errors of a block's first k columns, onto its next."""
+        column.addmv_(errors[:, :k], coefficients[k, :k], alpha=-1)
+
+
+class ManyColumns(Columns):
+    """The loop over several problems of one shape at once, each with an inverse of its own.
+
+    work, quantized [in, problems, rows], unit [problems, in, in].
+    """
+
+    def __init__(self, work: Tensor, quantized: Tensor, unit: Tensor, lattice: Lattice, block: int):
+        super().__init__(work.flatten(1), quantized.flatten(1), unit, lattice, block)
+        self.problems = work.transpose(0, 1)  # [problems, in, rows]
+
+    def _pass_on(self, lo: int, mid: int, hi: int) -> None:
+        coefficients = self.unit[:, lo:mid, mid:hi].mT
+        self.problems[:, mid:hi].baddbmm_(coefficients, self.problems[:, lo:mid], alpha=-1)
+
+    def _within(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        return self.problems[:, lo:hi], self.unit[:, lo:hi, lo:hi].mT.contiguous()
+
+    def _take(self, column: Tensor, errors: Tensor, coefficients: Tensor, k: int) -> None:
+        after = column.view(len(errors), 1, -1)
+        after.baddbmm_(coefficients[:, k : k + 1, :k], errors[:, :k], alpha=-1)

@@ -18,6 +18,7 @@ Differences from the usual code:
   have arrived, so `dynamic` scales never read a stale tail.
 - A Hessian that cannot be factored is damped ten times more, up to 1, then tried in float64; only
   then the site falls back to RTN, and the report says so.
+- Problems of one shape (experts of a layer) go through one loop, each with its own U.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from harness.config.checks import integer, number, one_of
 from harness.config.errors import ConfigError, DataError
 from harness.formats import Format, Scales
 from harness.solvers.base import Problem, Solution, Solver
-from harness.solvers.columns import Columns, DynamicLattice, Lattice, StaticLattice
+from harness.solvers.columns import Columns, DynamicLattice, Lattice, ManyColumns, StaticLattice
+from harness.solvers.inverses import Begun, finite, inverses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +99,24 @@ class GPTQ(Solver):
 
     def solve(self, problem: Problem) -> Solution:
         """Raises DataError for a Hessian with NaN or Inf."""
+        return self.solve_together([problem])[0]
+
+    def solve_together(self, problems: Sequence[Problem]) -> list[Solution]:
+        """Problems of one shape and format in one loop. Raises DataError as `solve`."""
+        alike: dict[tuple, list[int]] = {}
+        for index, problem in enumerate(problems):
+            alike.setdefault(_shape(problem), []).append(index)
+        solutions: dict[int, Solution] = {}
+        for places in alike.values():
+            found = self._solve_alike([self._begun(problems[index]) for index in places])
+            solutions |= zip(places, found)
+        return [solutions[index] for index in range(len(problems))]
+
+    def _begun(self, problem: Problem) -> Begun:
+        """A problem with its Hessian, scales and order; raises DataError."""
         assert problem.hessian is not None  # as `needs` asks
         hessian = problem.hessian.to(self._dtype)
-        if not hessian.isfinite().all():
+        if not finite(hessian):
             raise DataError(
                 f"the activations read by {', '.join(problem.weights)} contain NaN or Inf; "
                 "check the model and its dtype"
@@ -108,51 +125,88 @@ class GPTQ(Solver):
         if dead.any():  # before the scales: a group then has zero in its range
             weights = {name: w.masked_fill(dead, 0) for name, w in problem.weights.items()}
             problem = replace(problem, weights=weights)
-        scales = self.static_scales(problem)
-
         order = torch.arange(len(hessian), device=hessian.device)
         if self.order == "activation":
             # stable: equal diagonals keep their order, whatever machine sorts them
             order = hessian.diagonal().argsort(descending=True, stable=True)
-        factor = self._factor(hessian, dead, order)
-        report = {
-            "damp": None,
-            "redamped": False,
-            "fallback": "rtn",
-            "dead_columns": int(dead.sum()),
-        }
-        if factor is None:
+        return Begun(problem, hessian, dead, order, self.static_scales(problem))
+
+    def _solve_alike(self, begun: Sequence[Begun]) -> list[Solution]:
+        """Problems of one shape."""
+        units, damps = inverses(begun, self.damp, self._dtype)
+        solvable = [index for index, damp in enumerate(damps) if damp is not None]
+        if len(solvable) < len(begun):
+            units = units[solvable]
+        quantized = iter(self._columns([begun[index] for index in solvable], units))
+        solutions = []
+        for each, damp in zip(begun, damps):
+            report = {"damp": damp, "dead_columns": int(each.dead.sum())}
+            if damp is None:
+                weights, stored = each.problem.weights, each.scales
+                report |= {"redamped": False, "fallback": "rtn"}
+            else:
+                weights, stored = next(quantized)
+                report |= {"redamped": damp > self.damp, "fallback": None}
+            # values that lie on the lattice lose nothing when they are encoded
             qtensors = {
-                name: problem.formats[name].quantize(weight, scales=scales[name])
-                for name, weight in problem.weights.items()
+                name: each.problem.formats[name].quantize(weight, scales=stored[name])
+                for name, weight in weights.items()
             }
-            return Solution(qtensors, report)
+            solutions.append(Solution(qtensors, report))
+        return solutions
 
-        unit, damp = factor
-        report |= {"damp": damp, "redamped": damp > self.damp, "fallback": None}
-        work = torch.cat(list(problem.weights.values())).to(self._dtype).T.contiguous()
-        work = work[order]
-        lattice = self._lattice(problem, scales, order)
+    def _columns(
+        self, begun: Sequence[Begun], units: Tensor
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Scales]]]:
+        """(weights on their lattices, scales as they are stored) of each problem."""
+        if not begun:
+            return
+        reordered = self.order == "activation"
+        sides = []
+        for each in begun:
+            side = torch.cat(list(each.problem.weights.values())).to(self._dtype)
+            sides.append(side[:, each.order] if reordered else side)
+        rows = len(sides[0])
+        work = torch.cat(sides).T.contiguous()
+        del sides
         quantized = torch.empty_like(work)
-        Columns(work, quantized, unit, lattice, self.block).solve(0, len(work))
+        lattice = self._lattice(begun)
+        if len(begun) == 1:
+            Columns(work, quantized, units[0], lattice, self.block).solve(0, len(work))
+        else:
+            shape = (len(work), len(begun), rows)
+            many = work.view(shape), quantized.view(shape)
+            ManyColumns(*many, units, lattice, self.block).solve(0, len(work))
+        del work
+        for each, columns in zip(begun, quantized.T.contiguous().split(rows)):
+            values = columns
+            if reordered:
+                values = torch.empty_like(columns)
+                values[:, each.order] = columns
+            weights = each.problem.weights
+            parts = values.split([len(weight) for weight in weights.values()])
+            yield (
+                {name: part.to(weights[name].dtype) for name, part in zip(weights, parts)},
+                {name: lattice.stored(name) for name in weights},
+            )
 
-        columns = torch.empty_like(quantized)
-        columns[order] = quantized
-        rows = [len(weight) for weight in problem.weights.values()]
-        qtensors = {}
-        for name, part in zip(problem.weights, columns.T.split(rows)):
-            values = part.to(problem.weights[name].dtype).contiguous()
-            # values lie on the lattice, so encoding them loses nothing
-            qtensors[name] = problem.formats[name].quantize(values, scales=lattice.stored(name))
-        return Solution(qtensors, report)
-
-    def _lattice(self, problem: Problem, scales: dict[str, Scales], order: Tensor) -> Lattice:
-        """Of the linears side by side."""
-        names = list(problem.weights)
-        rows = [len(problem.weights[name]) for name in names]
-        groups = [problem.formats[name].group(len(order)) for name in names]
+    def _lattice(self, begun: Sequence[Begun]) -> Lattice:
+        """Of the linears of all problems side by side."""
+        weights: dict[str, Tensor] = {}
+        formats: dict[str, Format] = {}
+        scales: dict[str, Scales] = {}
+        orders = []
+        for each in begun:
+            weights |= each.problem.weights
+            formats |= each.problem.formats
+            scales |= each.scales
+            orders += [each.order] * len(each.problem.weights)
+        names = list(weights)
+        rows = [len(weight) for weight in weights.values()]
+        groups = [formats[name].group(len(orders[0])) for name in names]
+        problem = Problem(weights, formats)
         if self.scales == "static":
-            return StaticLattice(problem, names, rows, scales, groups, order)
+            return StaticLattice(problem, names, rows, scales, groups, orders)
         if len(set(groups)) > 1:
             raise ConfigError(
                 "solver.scales=dynamic: the linears of one site have different group sizes; "
@@ -160,44 +214,10 @@ class GPTQ(Solver):
             )
         return DynamicLattice(problem, names, rows, scales, groups[0])
 
-    def _factor(self, hessian: Tensor, dead: Tensor, order: Tensor) -> tuple[Tensor, float] | None:
-        """U of the damped, ordered Hessian with rows scaled to unit diagonal, and the damping that
-        it took; None where no damping was enough."""
-        for dtype in dict.fromkeys((self._dtype, torch.float64)):
-            for damp in _dampings(self.damp):
-                upper = _unit_upper(hessian, dead, order, damp, dtype)
-                if upper is not None:
-                    return upper.to(self._dtype), damp
-        return None
 
-
-def _dampings(damp: float) -> Iterator[float]:
-    """From the setting on, ten times more each, up to 1."""
-    yield damp
-    while damp < 1:
-        damp = min(1.0, max(damp, 1e-3) * 10)
-        yield damp
-
-
-def _unit_upper(
-    hessian: Tensor, dead: Tensor, order: Tensor, damp: float, dtype: torch.dtype
-) -> Tensor | None:
-    """U at one damping, or None where it is not finite."""
-    # reversed here and back at the end: the inverse of the lower factor is then U
-    backwards = order.flip(0)
-    damped = hessian.to(dtype, copy=True)
-    # a feature that is always 0 takes any weight, but a row of zeros has no inverse
-    damped.diagonal()[dead] = 1
-    damped.diagonal().add_(damp * damped.diagonal().mean())
-    damped = damped[backwards[:, None], backwards]
-    # _ex: a matrix that is not positive definite is no exception here
-    factor, info = torch.linalg.cholesky_ex(damped)
-    del damped  # a Hessian is the largest thing a solver holds
-    if info != 0 or not factor.isfinite().all():
-        return None
-    eye = torch.eye(len(factor), dtype=dtype, device=factor.device)
-    upper = torch.linalg.solve_triangular(factor, eye, upper=False)
-    del factor, eye
-    upper = upper.flip(0, 1)
-    upper /= upper.diagonal()[:, None].clone()
-    return upper if upper.isfinite().all() else None
+def _shape(problem: Problem) -> tuple:
+    """What problems have in common that are solved in one loop."""
+    return tuple(
+        (weight.shape, weight.dtype, weight.device, problem.formats[name])
+        for name, weight in problem.weights.items()
+    )

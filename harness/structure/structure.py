@@ -254,13 +254,13 @@ class Structure:
     def expanded(self, layer: int) -> tuple[Site, ...]:
         """The sites of a block at which something is quantized, those of each expert by itself.
 
-        One expert comes after another, each with what it reads first and within.
+        What all experts read first comes before what they read within.
         """
         sites: list[Site] = []
         routed = [site for site in self.sites[layer] if site.linears and site.experts]
         for site in self.sites[layer]:
             if site in routed[:1]:
-                sites += [each.of(expert) for expert in range(site.experts) for each in routed]
+                sites += [each.of(expert) for each in routed for expert in range(site.experts)]
             elif site.linears and not site.experts:
                 sites.append(site)
         return tuple(sites)
