@@ -159,6 +159,20 @@ def test_other_experts_have_the_names_of_their_own_files(tmp_path, name):
     torch.testing.assert_close(logits(loaded), made.rounded, rtol=0, atol=1e-4)
 
 
+def test_what_a_router_adds_to_its_scores_keeps_its_dtype(tmp_path):
+    """It chooses among experts by what bfloat16 would round away, and transformers keeps it."""
+    model = zoo.make("deepseek_v3")
+    biases = {n: b for n, b in model.named_buffers() if n.endswith("correction_bias")}
+    assert biases
+    for bias in biases.values():
+        bias.copy_(torch.tensor([0.1, 0.1003, 0.1001, 0.1002]))
+    made = written(tmp_path / "out", model, byte_tokenizer(), Scheme(weight=G64))
+    loaded = CompressedTensors().load(made.folder, torch.device("cpu"), torch.bfloat16)
+    found = dict(loaded.named_buffers())
+    for name, bias in biases.items():
+        assert torch.equal(found[name], bias), name
+
+
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4", "int4", "int8"])
 def test_a_bfloat16_run_of_experts_is_what_is_loaded(tmp_path, format):
     scheme = Scheme(weight=FORMATS[format][0])

@@ -139,7 +139,10 @@ class CompressedTensors(Exporter):
                     yield f"{name}.{entry}", tensor
             for entry, tensor in module.state_dict(keep_vars=True).items():
                 if "." not in entry and not (entry == "weight" and q is not None):
-                    yield f"{name}.{entry}", tensor.detach().to(served, copy=True)
+                    # a buffer may have a dtype of its own, in which it is loaded
+                    own = entry in module._buffers and not isinstance(module, QuantLinear)
+                    dtype = tensor.dtype if own else served
+                    yield f"{name}.{entry}", tensor.detach().to(dtype, copy=True)
 
     def config(self, snapshot: Snapshot) -> dict:
         model = snapshot.adapter.model
