@@ -61,6 +61,7 @@ class Saved:
         ((name of its module, with * for the expert's number, which of the `rows` it is), ..); none
         where files hold them otherwise. turned: the parameter is [experts, in, out].
         """
+        experts = min(experts, 2)  # the others are like these
         # saved in place of the weights, the numbers of the rows tell where each of them goes
         numbers = torch.arange(experts * rows).view(experts, rows, 1)
         saved = self._saved(parameter, numbers.mT if turned else numbers)
