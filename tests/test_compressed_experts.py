@@ -159,6 +159,29 @@ def test_other_experts_have_the_names_of_their_own_files(tmp_path, name):
     torch.testing.assert_close(logits(loaded), made.rounded, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["qwen2_moe", "lfm2_moe"])
+def test_a_run_exports_experts_that_are_what_it_evaluated(tmp_path, name):
+    """Shared ones beside them; layers without attention, dense ones before them."""
+    zoo.make(name).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    run = small(
+        tmp_path,
+        "model=hf",
+        f"model.path={tmp_path / 'model'}",
+        "solver=rtn",
+        "format=int8",
+        "format.act.bits=16",
+        "export=compressed_tensors",
+        f"export.path={tmp_path / 'out'}",
+    )
+    outcome = execute(*run)
+    assert outcome.status == "done", outcome.error
+    exported = outcome.metrics["export"]
+    assert exported["weights"] == len(outcome.metrics["layers"])
+    for evaluated, loaded in exported["ppl"].values():
+        assert loaded == pytest.approx(evaluated, rel=1e-6)
+
+
 def test_what_a_router_adds_to_its_scores_keeps_its_dtype(tmp_path):
     """It chooses among experts by what bfloat16 would round away, and transformers keeps it."""
     model = zoo.make("deepseek_v3")
