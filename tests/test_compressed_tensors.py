@@ -201,10 +201,15 @@ def logits(model) -> torch.Tensor:
 def make(folder, family: str, scheme: Scheme, rotate: bool, dtype=torch.float32) -> Made:
     """Quantize the tiny model to nearest, with or without what merges of QuaRot, and write the
     checkpoint."""
-    model, tokenizer = Tiny(family=family).load()
+    return written(folder, *Tiny(family=family).load(), scheme, rotate, dtype)
+
+
+def written(folder, model, tokenizer, scheme: Scheme, rotate=False, dtype=torch.float32) -> Made:
+    """The same of any model."""
     for parameter in model.parameters():  # the rotary table stays float32
         parameter.data = parameter.data.to(dtype)
     adapter, placements = Adapter(model), []
+    layers = adapter.structure.layers
     context = shape_of(structure_of(model.config), scheme)
     transform = QuaRot(r3="off", r4="off") if rotate else Identity()
     CompressedTensors().check(scheme, [transform], context)
@@ -222,7 +227,7 @@ def make(folder, family: str, scheme: Scheme, rotate: bool, dtype=torch.float32)
         heads.format = scheme.kv
     qtensors = {
         name: q
-        for i in range(2 + scheme.outside)
+        for i in range(layers + scheme.outside)
         for name, q in solved(adapter, scheme, run, i).items()
     }
     snapshot = Snapshot(adapter, tokenizer, scheme, placements, qtensors, {}, {})
@@ -240,12 +245,29 @@ def checkpoints(tmp_path_factory):
         case: make(root / f"{i:02d}", *SCHEMES[case[0]][:2], case[1])
         for i, case in enumerate(CASES)
     }
-    asked = {}
-    for each in made.values():
-        model, qtensors = each.snapshot.adapter.model, each.snapshot.qtensors
-        floats = {n: t for n, t in model.state_dict().items() if n.endswith((".weight", ".bias"))}
-        quantized = {f"{name}.weight": q.dequantize() for name, q in qtensors.items()}
-        asked[str(each.folder)] = (IDS, {n: t.bfloat16() for n, t in (floats | quantized).items()})
+    found = served_elsewhere(root, made.values())
+    return {case: (each, found[str(each.folder)]) for case, each in made.items()}
+
+
+def evaluated(snapshot: Snapshot) -> dict[str, torch.Tensor]:
+    """{parameter as transformers has it: as evaluated, in bfloat16}"""
+    state = snapshot.adapter.model.state_dict()
+    floats = {n: t for n, t in state.items() if n.endswith((".weight", ".bias"))}
+    quantized = {f"{name}.weight": q.dequantize() for name, q in snapshot.qtensors.items()}
+    weights, experts = {}, {}
+    for name, weight in (floats | quantized).items():
+        path, _, leaf = name.removesuffix(".weight").rpartition(".")
+        if leaf.isdigit():  # the linear of one expert
+            experts.setdefault(path, []).append(weight)
+        else:
+            weights[name] = weight
+    weights |= {name: torch.stack(each) for name, each in experts.items()}
+    return {name: weight.bfloat16() for name, weight in weights.items()}
+
+
+def served_elsewhere(root: Path, made) -> dict:
+    """{folder: what a process without this project finds there} of those that were Made."""
+    asked = {str(each.folder): (IDS, evaluated(each.snapshot)) for each in made}
     torch.save(asked, root / "asked.pt")
     (root / "loader.py").write_text(LOADER)
     elsewhere = [
@@ -260,8 +282,7 @@ def checkpoints(tmp_path_factory):
         command, cwd=root, env=outside, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = torch.load(root / "found.pt")
-    return {case: (each, found[str(each.folder)]) for case, each in made.items()}
+    return torch.load(root / "found.pt")
 
 
 def perplexity(x: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ from preserved import CACHE
 from safetensors.torch import load_file
 
 from harness.calibration.corpus import HubText
-from harness.libraries import compressed_tensors, datasets, hydra
+from harness.libraries import compressed_tensors, datasets, hydra, saved
 from harness.libraries import transformers as inside
 from harness.models.tiny import Tiny
 
@@ -223,6 +223,53 @@ def test_experts_of_a_file_become_the_parameters_of_a_model(tmp_path):
         torch.equal(converted[name], tensor) for name, tensor in wanted.items()
     )
     assert same, says("transformers", "converts a file's tensors otherwise than it loads them")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "hy_v3", "gpt_oss"])
+def test_a_model_is_saved_under_the_names_that_are_said(tmp_path, name):
+    """Experts part by part, in the rows that are said."""
+    mixture = zoo.make(name)
+    mixture.save_pretrained(tmp_path)
+    file = load_file(tmp_path / "model.safetensors")
+    stored = saved.Saved(mixture)
+    wanted: dict[str, torch.Tensor] = {}
+    for parameter, tensor in mixture.state_dict().items():
+        parts = ()
+        if tensor.ndim == 3:
+            turned = name == "gpt_oss"
+            experts, *shape = tensor.shape
+            parts = stored.parts(parameter, experts, shape[turned], turned)
+            assert bool(parts) is not turned, parameter
+        for part, rows in parts:
+            for expert in range(len(tensor)):
+                wanted[f"{part.replace('*', str(expert))}.weight"] = tensor[expert, list(rows)]
+        if not parts:
+            wanted[stored.name(parameter)] = tensor
+    same = file.keys() == wanted.keys() and all(torch.equal(file[n], w) for n, w in wanted.items())
+    assert same, says("transformers", "saves a model under other names, or other rows")
+
+
+def test_experts_of_a_compressed_file_are_decoded_as_those_of_linears_or_to_nothing_else():
+    """What is tried on one weight is what a whole model gets: with a global scale, which is left
+    out, other values than without."""
+    packed = torch.randint(256, (8, 16), dtype=torch.uint8)
+    scale = torch.full((8, 2), 2.0).to(torch.float8_e4m3fn)
+    args = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    group = {"targets": ["Linear"], "weights": args, "format": "nvfp4-pack-quantized"}
+    like = torch.empty(8, 32, dtype=torch.bfloat16)
+    made = []
+    for g in (1.0, 4.0):
+        entries = {"weight_packed": packed, "weight_scale": scale}
+        entries["weight_global_scale"] = torch.tensor([g])
+        made.append(compressed_tensors.expert_loaded(entries, group, like))
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat([values, -values])[codes.long()] * 2
+    assert torch.equal(made[0].float(), values), says("transformers", "decodes experts otherwise")
+    assert made[0].dtype == torch.bfloat16
+    right = torch.equal(made[1].float(), values / 4)
+    assert right or torch.equal(made[1], made[0]), says("transformers", "decodes experts otherwise")
+    assert compressed_tensors.expert_loaded({"weight": packed}, group, like) is None
 
 
 def test_what_is_computed_from_a_config_is_what_a_built_model_has():

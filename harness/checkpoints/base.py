@@ -187,7 +187,13 @@ def weight_format(quantized: QTensor) -> Format:
 
 
 def weight_at(model: nn.Module, name: str) -> Tensor:
-    """The weight [out, in] of module `name`."""
+    """The weight [out, in] of module `name`, or of an expert's linear where there is no module."""
+    path, _, expert = name.rpartition(".")
+    owner, _, parameter = path.rpartition(".")
+    module = model.get_submodule(owner)
+    if parameter in module._parameters:
+        weight = module.get_parameter(parameter)[int(expert)]
+        return weight.mT if module.is_transposed else weight
     weight = model.get_submodule(name).weight
     assert isinstance(weight, Tensor)
     return weight

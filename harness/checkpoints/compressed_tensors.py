@@ -2,10 +2,11 @@
 
 For what needs no code of ours at run time.
 
-Held: the formats of `layouts`, mixed over linears as one likes, the head too; integer keys and
-values (`kv_cache_scheme`, which transformers applies); all that is merged into weights. Refused:
-what stays online. compressed-tensors has a `transform_config`, but transformers (5.23) drops it on
-loading, so a file that counted on it would compute something else without a word.
+Held: the formats of `layouts`, mixed over linears as one likes, the head too; routed experts
+(experts.py); integer keys and values (`kv_cache_scheme`, which transformers applies); all that is
+merged into weights. Tensors are called as transformers saves them. Refused: what stays online.
+compressed-tensors has a `transform_config`, but transformers (5.23) drops it on loading, so a file
+that counted on it would compute something else without a word.
 
 The file is served in bfloat16; of a float16 model of integers in float16 (NVFP4 and MX weights are
 unpacked to bfloat16 even then, on which float16 inputs fail). A loaded weight is the decoded one,
@@ -38,8 +39,10 @@ from harness.checkpoints.base import (
     weight_at,
     weight_format,
 )
+from harness.checkpoints.experts import parts_of, refuse_experts, routers, targets
 from harness.config.errors import ConfigError
 from harness.formats import Format, FourOverSix, Scheme
+from harness.libraries.saved import Saved
 from harness.models.quant_linear import QuantLinear
 from harness.transforms import ModelShape, Transform
 
@@ -72,7 +75,7 @@ class CompressedTensors(Exporter):
                     "would have to run online, and whoever loads the file would not run it; use "
                     "export=harness."
                 )
-        layouts.refuse_linears("compressed_tensors", context)
+        layouts.refuse_linears("compressed_tensors", context, experts=True)
         layouts.cache_scheme(scheme.kv, context.head_dim)
         for layer, name in scheme.overrides:
             if layer is None and _embeds(context, name):
@@ -81,6 +84,7 @@ class CompressedTensors(Exporter):
                     "not load a packed embedding; drop it there, or use export=harness."
                 )
         formats = _formats(scheme)
+        refuse_experts(scheme, context, formats)
         for format, field in formats.items():
             layouts.refuse(format, field)
         return self._warnings(scheme, formats, dtype)
@@ -110,14 +114,24 @@ class CompressedTensors(Exporter):
         return warnings
 
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
+        saved = Saved(snapshot.adapter.model)
+        for name, tensor in self._tensors(snapshot):
+            yield saved.name(name), tensor
+
+    def _tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
+        """The same by the names of modules, those of experts' parts apart."""
         kinds = {name: kind for (kind, *_), names in _groups(snapshot) for name in names}
         evaluated = snapshot.adapter.model.dtype
         served = self.stored(snapshot)
+        experts = parts_of(snapshot.adapter.structure)
         for name, module in modules(snapshot.adapter):
             q = snapshot.qtensors.get(name)
             if q is not None:
-                for entry, tensor in entries.weight_entries(q, kinds[name], served).items():
-                    yield f"{name}.{entry}", tensor
+                for part, rows in experts.get(name, [(name, range(len(q.codes)))]):
+                    held = entries.weight_entries(q.rows(rows), kinds[name], served)
+                    for entry, tensor in held.items():
+                        # parts share the scale of the whole, and a file nothing
+                        yield f"{part}.{entry}", tensor.clone()
             if isinstance(module, QuantLinear):
                 for entry, tensor in entries.input_entries(
                     module.site.format, module.site.global_scale, evaluated
@@ -125,25 +139,29 @@ class CompressedTensors(Exporter):
                     yield f"{name}.{entry}", tensor
             for entry, tensor in module.state_dict(keep_vars=True).items():
                 if "." not in entry and not (entry == "weight" and q is not None):
-                    yield f"{name}.{entry}", tensor.detach().to(served, copy=True)
+                    # a buffer may have a dtype of its own, in which it is loaded
+                    own = entry in module._buffers and not isinstance(module, QuantLinear)
+                    dtype = tensor.dtype if own else served
+                    yield f"{name}.{entry}", tensor.detach().to(dtype, copy=True)
 
     def config(self, snapshot: Snapshot) -> dict:
         model = snapshot.adapter.model
         groups = _groups(snapshot)
+        saved = Saved(model)
         quantized = {name for _, names in groups for name in names}
         linears = [
             name
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear | QuantLinear)
         ]
+        linears += routers(snapshot.adapter.structure)  # which are linears to engines
         described = {
-            f"group_{index}": {
-                "targets": ["Linear"] if len(groups) == 1 else names,
-                "weights": layouts.described(weight),
-                "input_activations": layouts.described(act),
-                "output_activations": None,
-                "format": kind,
-            }
+            f"group_{index}": layouts.config_group(
+                weight,
+                act,
+                kind,
+                ["Linear"] if len(groups) == 1 else targets(names, snapshot.adapter),
+            )
             for index, ((kind, weight, act), names) in enumerate(groups)
         }
         kinds = {kind for (kind, *_), _ in groups}
@@ -155,7 +173,7 @@ class CompressedTensors(Exporter):
             "format": common,
             "quantization_status": "compressed",
             "config_groups": described,
-            "ignore": [name for name in linears if name not in quantized],
+            "ignore": saved.modules(name for name in linears if name not in quantized),
             "kv_cache_scheme": layouts.cache_scheme(
                 snapshot.scheme.kv, snapshot.adapter.structure.head_dim
             ),

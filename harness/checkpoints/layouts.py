@@ -7,7 +7,7 @@ those of keys and values, are found at run time by few rules. entries.py has the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from harness.config.errors import ConfigError
 from harness.formats import MX, NVFP4, Format, FourOverSix, Integer, KVCache
@@ -150,6 +150,19 @@ def described(format: Format | None) -> dict | None:
     return about
 
 
+def config_group(
+    weight: Format | None, act: Format | None, kind: str, targets: Sequence[str] = ("Linear",)
+) -> dict:
+    """A group of config.json: the layout and formats of the linears that are its targets."""
+    return {
+        "targets": list(targets),
+        "weights": described(weight),
+        "input_activations": described(act),
+        "output_activations": None,
+        "format": kind,
+    }
+
+
 def cache_scheme(kv: KVCache | None, head_dim: int) -> dict | None:
     """`kv_cache_scheme`: integers in dynamic groups of a head's vector, one scale and zero point
     each. Raises ConfigError for what the layout does not hold.
@@ -196,14 +209,18 @@ def cache_scheme(kv: KVCache | None, head_dim: int) -> dict | None:
     }
 
 
-def refuse_linears(export: str, shape: ModelShape) -> None:
-    """Refuse a model whose quantized matrices are not all linears of torch's own."""
+def refuse_linears(export: str, shape: ModelShape, experts: bool = False) -> None:
+    """Refuse a model whose quantized matrices are not all linears of torch's own.
+
+    experts: those of routed experts may be others.
+    """
     if shape.structure is None:
         return
     for sites in shape.structure.sites:
         for site in sites:
             for matrix in site.matrices:
-                if matrix.quantize and (matrix.experts or not matrix.plain):
+                own = experts if matrix.experts else matrix.plain
+                if matrix.quantize and not own:
                     raise ConfigError(
                         f"export={export} with a {shape.structure.architecture}: {matrix.name} is "
                         "no linear that this layout has a place for; use export=harness."

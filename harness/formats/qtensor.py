@@ -103,6 +103,14 @@ class QTensor:
         scales = Scales(**{k: t for k, t in state.items() if k != "codes"})
         return cls(codes.view(shape), scales, format, dtype)
 
+    def rows(self, rows: range) -> QTensor:
+        """Those rows of a matrix [out, in], on the scales that are theirs."""
+        chosen = slice(rows.start, rows.stop, rows.step)
+        count = len(self.codes)
+        # of what is there once for the whole matrix, they have all
+        scales = {k: t[chosen] if len(t) == count else t for k, t in self.scales.tensors().items()}
+        return replace(self, codes=self.codes[chosen], scales=Scales(**scales))
+
     def to(self, device: torch.device | str) -> QTensor:
         scales = Scales(**{k: t.to(device) for k, t in self.scales.tensors().items()})
         return replace(self, codes=self.codes.to(device), scales=scales)

@@ -1,12 +1,20 @@
-"""compressed-tensors, its insides: the cache it finds, and what scales an activation."""
+"""compressed-tensors, its insides: the cache it finds, what scales an activation, how transformers
+makes experts of its files.
+
+is_cached_attention_module
+    which modules get a quantized cache
+CompressedTensorsHfQuantizer, update_weight_conversions, MergeModulelist
+    what transformers does with a file's tensors before it stacks them
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:  # a planning process asks for `cache_refusal` alone, and may never need torch
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def cache_refusal() -> str | None:
@@ -35,3 +43,44 @@ def spans_tokens(module: nn.Module) -> bool:
     """Whether a module of a model that it runs scales its activation by the whole tensor."""
     act = getattr(getattr(module, "quantization_scheme", None), "input_activations", None)
     return act is not None and act.dynamic is True and act.strategy == "tensor"
+
+
+def expert_loaded(entries: Mapping[str, Tensor], group: Mapping, like: Tensor) -> Tensor | None:
+    """The weight that transformers makes of a routed expert's entries in a file, None where it
+    makes none.
+
+    It decodes experts while it loads them, by code of its own that knows fewer entries than that of
+    linears. group: a group of config.json, of this layout alone; like: of the weight's shape and of
+    the model's dtype.
+    """
+    import torch
+    from torch import nn
+    from transformers.core_model_loading import (
+        MergeModulelist,
+        WeightConverter,
+        apply_converters,
+    )
+    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    config = CompressedTensorsConfig(
+        config_groups=cast(Any, {"group_0": group}),
+        format=group["format"],
+        quantization_status=cast(Any, "compressed"),
+    )
+    quantizer = CompressedTensorsHfQuantizer(config)
+    quantizer.validate_environment()
+    model = nn.Module()  # with the experts of one layer: a single one
+    model.experts = nn.Module()
+    model.experts.weights = nn.Parameter(torch.empty_like(like[None]), requires_grad=False)
+    stacked = WeightConverter("experts.*.one.weight", "experts.weights", [MergeModulelist()])
+    converter, *_ = quantizer.update_weight_conversions([stacked], model)
+    for name, tensor in entries.items():
+        target, pattern = apply_converters(f"experts.0.one.{name}", [converter])
+        if pattern is not None:
+            converter.add_tensor(target, name, pattern, tensor)
+    try:
+        made = converter.convert("experts.weights", model=model)["experts.weights"]
+    except Exception:  # whatever it lacks, or takes for something else, it ends somewhere inside
+        return None
+    return made[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig
@@ -97,7 +98,7 @@ def components(plan: Plan) -> Components:
         dtype = _stored_dtype(settings["model"]["dtype"], facts)
         doubts = [
             warning
-            for each in _possible(scheme, auto)
+            for each in _possible(scheme, auto, structure)
             for warning in exporter.check(each, transforms, context, dtype)
         ]
         warnings += dict.fromkeys(doubts)  # each once
@@ -226,11 +227,23 @@ def _exporter(plan: Plan, scheme: Scheme, structure: Structure) -> Exporter | No
     return exporter
 
 
-def _possible(scheme: Scheme, auto: Auto | None) -> list[Scheme]:
+def _possible(scheme: Scheme, auto: Auto | None, structure: Structure) -> list[Scheme]:
     """The schemes that a run may end with, as far as an exporter tells them apart."""
     if auto is None:
         return [scheme]
-    return [scheme, *(replace(scheme, weight=format) for format in auto.candidates.values())]
+    alike = [replace(scheme, weight=format) for format in auto.candidates.values()]
+    places = (
+        (layer, name)
+        for layer in range(structure.layers)
+        for site in structure.expanded(layer)
+        for name in site.linears
+    )
+    # and one in which linears differ
+    mixed = {
+        place: {"weight": format, **scheme.overrides.get(place, {})}
+        for place, format in zip(places, cycle(auto.candidates.values()))
+    }
+    return [scheme, *alike, replace(scheme, overrides={**scheme.overrides, **mixed})]
 
 
 def _stored_dtype(name: str, facts: Mapping) -> str:

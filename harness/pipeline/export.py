@@ -171,7 +171,7 @@ def _round(snapshot: Snapshot, dtype: torch.dtype) -> None:
                 if layer is None and name.startswith(inside):
                     continue
                 for tensor in (getattr(module, "weight", None), getattr(module, "bias", None)):
-                    if tensor is not None:
+                    if isinstance(tensor, Tensor):  # some modules have a flag of that name
                         tensor.copy_(tensor.to(dtype))
                 quantized = qtensors.get(name if layer is None else f"{inside}{layer}.{name}")
                 if quantized is not None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from harness.libraries.saved import Saved
 from harness.libraries.transformers import runs_experts, watched_attention
 from harness.structure.graph import SCALINGS, Graph, Product, back, positions, root, scales, source
 from harness.structure.naming import Facts, named
@@ -279,6 +281,10 @@ class Derivation:
     def _matrix(self, layer: int, product: Product) -> Matrix:
         start = f"{self.blocks}.{layer}."
         shape = self._parameter(product.parameter).shape
+        parts = ()
+        if len(shape) > 2:
+            rows = shape[product.writes]
+            parts = self._saved.parts(product.parameter, shape[0], rows, product.reads == 1)
         return Matrix(
             product.parameter.removeprefix(start).removesuffix(".weight"),
             product.parameter,
@@ -288,7 +294,13 @@ class Derivation:
             shape[0] if len(shape) > 2 else None,
             self._quantizable(product),
             product.call.op == "linear",
+            parts,
         )
+
+    @cached_property
+    def _saved(self) -> Saved:
+        """What files call the model's tensors."""
+        return Saved(self.model)
 
     def _quantizable(self, product: Product) -> bool:
         """Whether a matrix does more than choose, and is used by way of its module."""

@@ -20,7 +20,9 @@ class Matrix:
     parameter, bias: absolute names. reads, writes: the parameter's axes that are summed over and
     that come out; experts: how many a third axis counts. quantize: False where what it gives only
     chooses (a router, a gate of one number) and of what reads very few features: that stays float.
-    plain: it is torch's own linear.
+    plain: it is torch's own linear. parts: the matrices in which files hold each expert's, by the
+    absolute names of their modules (with * for its number) and by its rows; none where files hold
+    all experts in one tensor.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Matrix:
     experts: int | None = None
     quantize: bool = True
     plain: bool = True
+    parts: tuple[tuple[str, range], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,12 @@ class Site:
     def of(self, expert: int) -> Site:
         """The site of one expert."""
         matrices = tuple(
-            replace(matrix, name=f"{matrix.name}.{expert}", experts=None)
+            replace(
+                matrix,
+                name=f"{matrix.name}.{expert}",
+                experts=None,
+                parts=tuple((name.replace("*", str(expert)), rows) for name, rows in matrix.parts),
+            )
             for matrix in self.matrices
         )
         return replace(self, name=f"{self.name}.{expert}", matrices=matrices, expert=expert)
