@@ -19,6 +19,7 @@ import harness
 from harness.calibration.windows import tokenize, windows
 from harness.config.errors import ConfigError, DataError
 from harness.evaluation.gate import text_gate
+from harness.evaluation.zeroshot import ZeroShot, zeroshot
 from harness.libraries.transformers import attention_name
 from harness.models.adapter import Adapter, structure_of
 from harness.models.attention import attach
@@ -257,6 +258,23 @@ def test_plain_transformers_loads_compressed_tensors(saved, tmp_path, name):
         if structure.beside(name):
             assert torch.equal(model.get_parameter(name), parameter)
     assert own_perplexity(model, tmp_path) == pytest.approx(perplexity_of(outcome), rel=0.005)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_vl", "qwen2_audio"])
+def test_accuracy_is_that_of_a_text(tmp_path, name):
+    rows = [{"context": "The cat sat on the", "continuation": "mat"}]
+    rows += [{"context": "One, two,", "continuation": "three"}]
+    (tmp_path / "words.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    model, tokenizer = compose(name), byte_tokenizer()
+    settings = {"tasks": ["words"], "data_path": str(tmp_path), "batch_size": 2}
+    _, samples = zeroshot(model, tokenizer, ZeroShot.of(settings))
+    for row, sample in zip(rows, samples["words"], strict=True):
+        before = tokenizer(row["context"])["input_ids"]
+        ids = tokenizer(f"{row['context']} {row['continuation']}")["input_ids"]
+        chances = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        own = sum(float(chances[i - 1, ids[i]]) for i in range(len(before), len(ids)))
+        assert sample["scores"] == pytest.approx([own], abs=1e-3)
 
 
 # refusals
