@@ -8,9 +8,10 @@ and only then gets its own: no half checkpoint is ever found there.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from harness.config.errors import ConfigError
 from harness.formats import Format, QTensor, Scheme
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import SiteInput
+from harness.models.weights import PROCESSORS, Weights
 from harness.store import replacing, writable, write_json
 from harness.transforms import ModelShape, Placement, Transform
 
@@ -40,7 +42,8 @@ class Snapshot:
     adapter: placed, its weights solved (dequantized values in QuantLinear), activation quantizers
     on; tokenizer; scheme: the formats of all parts, overrides resolved; placements in the order in
     which they were placed; qtensors: {absolute module name: QTensor} of every quantized weight;
-    settings, choices: of the run; metrics: its results so far.
+    settings, choices: of the run; metrics: its results so far; origin: the files that the model
+    came from, None where there are none.
     """
 
     adapter: Adapter
@@ -51,6 +54,18 @@ class Snapshot:
     settings: Mapping
     choices: Mapping[str, str | None]
     metrics: Mapping = field(default_factory=dict)
+    origin: Weights | None = None
+
+    @property
+    def towers(self) -> Weights | None:
+        """What of origin stands beside the text decoder, None where nothing does."""
+        structure = self.adapter.structure
+        if self.origin is None or not structure.towers:
+            return None
+        parameters = self.origin.parameters
+        beside = {name: each for name, each in parameters.items() if structure.beside(each[0])}
+        stored = {name: self.origin.stored[name] for name in beside}
+        return replace(self.origin, stored=stored, parameters=beside)
 
 
 class Exporter(ABC):
@@ -140,7 +155,8 @@ def check_destination(section: Mapping) -> None:
 
 def write_checkpoint(exporter: Exporter, snapshot: Snapshot, folder: Path) -> None:
     """Write weights (sharded, with an index where there are several files), config.json,
-    generation_config.json, tokenizer and the layout's own files into an empty folder.
+    generation_config.json, tokenizer, what shows images and sounds to a model that takes them, and
+    the layout's own files into an empty folder.
     """
     folder.mkdir(parents=True)
     shards = _save(exporter.tensors(snapshot), folder)
@@ -150,12 +166,19 @@ def write_checkpoint(exporter: Exporter, snapshot: Snapshot, folder: Path) -> No
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
     model = snapshot.adapter.model
     config = model.config.to_dict() | exporter.config(snapshot)
+    # a tower's own word for it would be another
+    for part in model.config.sub_configs:
+        if isinstance(config.get(part), dict):
+            config[part]["dtype"] = config["dtype"]
     # what begins with _ is of this process: where the model came from, for one
     public = {key: value for key, value in config.items() if not key.startswith("_")}
     write_json(folder / "config.json", public)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     snapshot.tokenizer.save_pretrained(folder)
+    if snapshot.towers is not None:
+        for file in snapshot.towers.folder.glob(PROCESSORS):
+            shutil.copyfile(file, folder / file.name)
     exporter.extras(snapshot, folder)
 
 

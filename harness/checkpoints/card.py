@@ -42,7 +42,7 @@ def card(metadata: Mapping, exporter: Exporter) -> str:
         _fenced(metadata["command"] or "(not recorded)", "sh"),
         _origin(metadata),
         "## How to load it",
-        *_loading(metadata["name"], exporter),
+        *_loading(metadata["name"], metadata["class"], exporter),
         "## Bits and sizes",
         _bits(metadata),
         _sizes(metadata),
@@ -130,14 +130,14 @@ def _origin(metadata: Mapping) -> str:
     )
 
 
-def _loading(name: str, exporter: Exporter) -> list[str]:
+def _loading(name: str, kind: str, exporter: Exporter) -> list[str]:
     path = json.dumps(name)
     if exporter.library == "harness":
         return [_fenced(f"import harness\n\nmodel, tokenizer = harness.load({path})", "python")]
     lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {kind}, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained({path}, dtype="auto")',
+        f'model = {kind}.from_pretrained({path}, dtype="auto")',
         f"tokenizer = AutoTokenizer.from_pretrained({path})",
     ]
     package = "" if exporter.package is None else f" (and the package {exporter.package})"

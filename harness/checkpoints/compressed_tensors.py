@@ -43,7 +43,9 @@ from harness.checkpoints.experts import parts_of, refuse_experts, routers, targe
 from harness.config.errors import ConfigError
 from harness.formats import Format, FourOverSix, Scheme
 from harness.libraries.saved import Saved
+from harness.models.facts import config_of
 from harness.models.quant_linear import QuantLinear
+from harness.structure.composite import model_class
 from harness.transforms import ModelShape, Transform
 
 if TYPE_CHECKING:
@@ -193,9 +195,7 @@ class CompressedTensors(Exporter):
         }
 
     def load(self, folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = model_class(config_of(folder)).from_pretrained(folder)
         # its annotation, of a wrapped function, binds no self
         model = model.to(device).eval()  # pyright: ignore[reportArgumentType]
         model.config.use_cache = False

@@ -83,6 +83,11 @@ class FPQuant(Exporter):
         dtype: str = "auto",
     ) -> list[str]:
         refuse_linears("fp_quant", context)
+        if context.structure is not None and context.structure.towers:
+            raise ConfigError(
+                f"export=fp_quant with a {context.structure.architecture}: the layout is read back "
+                "of text decoders alone; use export=harness or compressed_tensors."
+            )
         if scheme.kv is not None:
             refuse(
                 "format.kv.bits",

@@ -2,7 +2,7 @@
 
 The model card is written from it too.
 
-    {"name", "model", "base_model", "revision", "license", "seed",
+    {"name", "model", "base_model", "revision", "license", "seed", "class",
      "method": {"transform", "solver"},
      "calibration": {"corpus", "windows", "length", "order"},
      "bits": {"weights", "activations", "kv", "head":
@@ -15,12 +15,12 @@ The model card is written from it too.
      "evaluation": {stage: {"ppl", "divergence", "zeroshot", "tokens"}},
      "records", "displays", "marks", "run_id", "command", "harness"}
 
-model is the untouched model's name, base_model its hub id (null: it came from no hub). `bits` is
-what holds for all linears, `layers` what each one has. sizes, in bytes: "before" are all parameters
-of the untouched model at 2 bytes, tied ones once; "after" are the safetensors written; "files" is
-everything in the folder but this record, the card and the hashes; "weights" are codes, scales and
-zero points of what is quantized. kv_cache, in bytes a token: at "fp16", and "quantized" as a packed
-cache would take, scales and zero points included.
+model is the untouched model's name, base_model its hub id (null: it came from no hub), class the
+one of transformers' that loads it. `bits` is what holds for all linears, `layers` what each one
+has. sizes, in bytes: "before" are all parameters of the untouched model at 2 bytes, tied ones once;
+"after" are the safetensors written; "files" is everything in the folder but this record, the card
+and the hashes; "weights" are codes, scales and zero points of what is quantized. kv_cache, in bytes
+a token: at "fp16", and "quantized" as a packed cache would take, scales and zero points included.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from harness.models.adapter import Adapter
 from harness.models.quant_linear import QuantLinear
 from harness.models.source import ModelSource
 from harness.store import version
+from harness.structure.composite import model_class
 from harness.structure.structure import Structure
 
 FIGURES = ("ppl", "divergence", "zeroshot", "tokens")
@@ -67,6 +68,7 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
         "license": section.get("license"),
         "method": {"transform": choices["transform"], "solver": choices["solver"]},
         "seed": settings["seed"],
+        "class": model_class(adapter.model.config).__name__,
         "calibration": _calibration(
             settings["data"], choices["data"], metrics.get("calibration", {})
         ),

@@ -4,12 +4,14 @@ native_writer.py writes it.
 
     model*.safetensors      {module}.codes, .scale, .zero, .global_scale of every quantized weight;
                             every other parameter and buffer as it is; {block}.{site}.global_scale
-                            of activations with a calibrated scale
+                            of activations with a calibrated scale; what stands beside the text
+                            decoder (towers that see or hear) as in the files it came from, by the
+                            names and in the dtype that it has there
     placement.safetensors   the matrices that stay online, all placements in order
     harness.json            version, dtype, and the format of every weight, of every activation, and
                             of the KV cache
     digests.json            {file: sha256} of everything else
-    config.json, generation_config.json, tokenizer files: as transformers has them
+    config.json, generation_config.json, tokenizer and processor files: as transformers has them
 
 Nothing in it is code and nothing is unpickled. A file that is not as it was written is refused
 before it is used.
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -34,7 +36,7 @@ from harness.codecs.packing import unpack
 from harness.codecs.placement import HEAD_SITE, Placement
 from harness.config.errors import DataError
 from harness.formats import Format, QTensor, Scales
-from harness.libraries.transformers import empty_plain_cache
+from harness.libraries.transformers import Conversion, empty_plain_cache
 from harness.models.adapter import Adapter
 from harness.models.attention import attach, cache
 from harness.models.facts import config_of, read_object
@@ -42,6 +44,8 @@ from harness.models.merge import attach_online, swap, swap_head
 from harness.models.offload import assign
 from harness.models.quant_linear import QuantLinear, SiteInput
 from harness.models.weights import tensor_files, weight_files
+from harness.structure.composite import model_class
+from harness.structure.structure import Structure
 
 PLACEMENT = "placement.safetensors"
 PARTS = ("codes", *(field.name for field in fields(Scales)))  # of a quantized weight
@@ -95,14 +99,14 @@ def load(
     bit. packed: linears keep their codes, and are dequantized when they are used. Raises DataError,
     naming the file, where one is not as it was written.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer, GenerationConfig
 
     folder = Path(path).expanduser()
     record = verified(folder)
     original = record.dtype
     config = config_of(folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or original)
+        model = model_class(config).from_config(config, dtype=dtype or original)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.generation_config.use_cache = True  # a run that read its blocks from disk had none
@@ -115,12 +119,12 @@ def load(
         swap_head(adapter)
     with ExitStack() as stack:
         tensors = _Tensors(folder, stack, torch.device(device))
-        _fill(model, record.weights, tensors, original, dtype, packed)
+        towers = _fill_towers(model, adapter.structure, tensors)
+        _fill(model, record.weights, tensors, original, dtype, packed, towers)
         for name, site in sites(adapter):
             site.format = record.activations.get(name)
             site.global_scale = tensors.find(f"{name}.global_scale")
-    if config.tie_word_embeddings:
-        model.tie_weights()
+    model.tie_weights()
     for placement in placements:
         attach_online(adapter, placement)
     if record.kv is not None:
@@ -216,6 +220,17 @@ class _Tensors:
         return tensor
 
 
+def _fill_towers(model, structure: Structure, tensors: _Tensors) -> set[str]:
+    """Give what stands beside the text decoder its tensors; returns the parameters they became."""
+    conversion = Conversion(model)
+    empty = {name: each for name, each in model.state_dict().items() if structure.beside(name)}
+    taken = [name for name in tensors.files if conversion.parameters(name)[0] in empty]
+    filled = conversion.converted({name: tensors.take(name) for name in taken})
+    for name, tensor in filled.items():
+        assign(model, name, tensor.to(empty[name].dtype))
+    return set(filled)
+
+
 def _fill(
     model: nn.Module,
     weights: Mapping[str, Format],
@@ -223,14 +238,17 @@ def _fill(
     original: torch.dtype,
     dtype: torch.dtype | None,
     packed: bool,
+    filled: Container[str],
 ) -> None:
-    """Give a swapped model without storage its tensors.
+    """Give a swapped model without storage its tensors, but for those that are filled.
 
     dtype: of parameters, weights and biases, None as they are.
     """
     parameters = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
     for name, empty in (parameters | buffers).items():
+        if name in filled:
+            continue
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if leaf == "weight" and owner in weights:

@@ -24,6 +24,7 @@ from harness.checkpoints.record import Record
 from harness.codecs.packing import pack
 from harness.formats import Scheme
 from harness.models.adapter import Adapter
+from harness.models.offload import read
 from harness.store import replacing, write_json
 from harness.transforms import ModelShape, Placement, Transform
 
@@ -52,9 +53,17 @@ class Checkpoint(Exporter):
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
         adapter = snapshot.adapter
         quantized = snapshot.qtensors
+        written: set[str] = set()
+        if snapshot.towers is not None:
+            # from the files, where each has its own dtype and name
+            for name, file in snapshot.towers.files.items():
+                yield name, read({name: file}, "cpu")[name]
+                written.update(snapshot.towers.parameters[name])
         for name, module in modules(adapter):
             parameters = dict(module.named_parameters(recurse=False))
             for part, tensor in (parameters | dict(module.named_buffers(recurse=False))).items():
+                if f"{name}.{part}".removeprefix(".") in written:
+                    continue
                 if part == "weight" and name in quantized:
                     for key, value in quantized[name].state().items():
                         yield f"{name}.{key}", value

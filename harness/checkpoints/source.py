@@ -116,9 +116,11 @@ class CheckpointModel(ModelSource):
 def _compressed(folder: Path, dtype: torch.dtype | str, device: torch.device | str):
     """(model, tokenizer) of a compressed-tensors folder, as transformers runs it."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    loaded = AutoModelForCausalLM.from_pretrained(
+    from harness.structure.composite import model_class
+
+    loaded = model_class(config_of(folder)).from_pretrained(
         folder,
         dtype=dtype,
         use_safetensors=True,

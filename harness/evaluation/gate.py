@@ -2,6 +2,7 @@
 
     exact transforms   |after - before| of the logits against what the model itself cannot tell
     the stream         hidden states walked block by block against those of the model's own forward
+    the text           logits of a model that sees or hears too against its text decoder's alone
 
 In float32 the model's own noise is a part of its logits: 30 layers do not repeat them to 1e-4 even
 for norm fusion alone (7e-4 was seen for |logit| up to 42). In 16 bits it is measured, as |before -
@@ -94,6 +95,22 @@ def stream_gate(adapter: Adapter, window: Tensor) -> float:
             "so that they cannot be walked one by one."
         )
     return off
+
+
+@torch.no_grad()
+def text_gate(adapter: Adapter, ids: Tensor, logits: Tensor) -> None:
+    """Hold a model with towers to its text decoder, which is what is evaluated and calibrated.
+
+    logits: the model's [N, L, V] of token ids [N, L]. Raises RuntimeError where the decoder alone
+    gives others, for then the model gives it more than its tokens.
+    """
+    hidden = adapter.backbone(input_ids=ids.to(adapter.device), use_cache=False).last_hidden_state
+    off = float((adapter.logits(hidden) - logits).float().norm() / logits.float().norm())
+    if not off <= STREAM.get(adapter.model.dtype, STREAM_HALF):
+        raise RuntimeError(
+            f"model: logits of a {adapter.structure.architecture} are {off:.1%} off those of its "
+            "text decoder, so that what it makes of a text cannot be measured there."
+        )
 
 
 def _float(value: object) -> object:

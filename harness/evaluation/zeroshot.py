@@ -182,6 +182,8 @@ def zeroshot(
     # lm-eval's decorators hide what these two take, so it is passed as what it is: by name.
     wrapping = {
         "pretrained": model,
+        # what hears stands among those that translate, in lm-eval's view
+        "backend": "causal",
         "tokenizer": tokenizer,
         "batch_size": together(model, settings),
         "mixed_precision_dtype": amp,

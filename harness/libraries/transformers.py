@@ -86,6 +86,10 @@ def forget_functions(config: PreTrainedConfig) -> None:
     """Have models of this config find their own attention and experts again."""
     config._attn_implementation_internal = None
     config._experts_implementation_internal = None
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig):
+            forget_functions(part)
 
 
 class Given(nn.Module):
@@ -175,7 +179,7 @@ def unused(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
 
 def compute_buffers(model: PreTrainedModel, device) -> None:
     """Give a model without storage what it computes from its config: rotary tables and scales."""
-    for module in model.modules():
+    for module, owner in _owned(model):
         computed = [
             name
             for name in module._non_persistent_buffers_set
@@ -183,16 +187,32 @@ def compute_buffers(model: PreTrainedModel, device) -> None:
         ]
         for name in computed:
             empty = torch.empty_like(module.get_buffer(name), device=device)
-            module._buffers[name] = empty.fill_(UNSET) if empty.is_floating_point() else empty
+            module._buffers[name] = empty.fill_(_unset(empty.dtype))
         if computed:  # its parameters are still without storage, and take nothing
-            model._init_weights(module)
+            owner._init_weights(module)
         for name in computed:
             values = module.get_buffer(name)
-            if not values.is_floating_point() or bool((values == UNSET).any()):
+            if bool((values == _unset(values.dtype)).any()):
                 raise DataError(
                     f"a {type(model).__name__} computes {name} when it is built, and no weights "
                     "can be left on disk; set model.weights=memory."
                 )
+
+
+def _owned(model: PreTrainedModel) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
+    """(module, the innermost model it is of), which knows how to begin with it."""
+    owners: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        around = owners.get(name.rpartition(".")[0], model)
+        owners[name] = module if isinstance(module, PreTrainedModel) else around
+        yield module, owners[name]
+
+
+def _unset(dtype: torch.dtype) -> float:
+    """What no buffer is computed as; of truth values, which have no other, one of the two."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return UNSET
+    return 0 if dtype == torch.bool else torch.iinfo(dtype).min
 
 
 class Conversion:
@@ -222,6 +242,8 @@ class Conversion:
     def converted(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{parameter: tensor} of whole parameters' {name in a file: tensor}."""
         result: dict[str, Tensor] = {}
+        # the shapes of a model as it was made, whatever has taken a parameter's place since
+        made_as = SimpleNamespace(get_parameter=self._expected.__getitem__)
         gathered: dict[str, WeightConverter] = {}
         # experts in the order of their numbers
         for name in sorted(tensors, key=_natural):
@@ -232,7 +254,7 @@ class Conversion:
             converter = gathered.setdefault(target, copy.deepcopy(self._by_pattern[pattern]))
             converter.add_tensor(target, name, pattern, cast(Any, tensors[name]))
         for target, converter in gathered.items():
-            made = converter.convert(target, model=self._model, config=self._model.config)
+            made = converter.convert(target, model=cast(Any, made_as), config=self._model.config)
             for key, tensor in made.items():
                 result[key] = tensor[0] if isinstance(tensor, list) else tensor
         return result

@@ -17,6 +17,7 @@ from harness.formats import Scheme
 from harness.libraries.transformers import Given
 from harness.models.quant_linear import QuantLinear
 from harness.models.source import BlockStorage
+from harness.structure.composite import decoder_of
 from harness.structure.derive import derive
 from harness.structure.skeleton import skeleton
 from harness.structure.structure import Norm, Site, Structure
@@ -116,7 +117,7 @@ class Adapter:
         offloaded: BlockStorage | None = None,
         structure: Structure | None = None,
     ):
-        """model: transformers' causal language model.
+        """model: transformers' language model, which may see or hear too.
 
         offloaded: where the blocks are while they are not in use (models/offload.py); None: all are
         in memory. structure: as derived before; None: from the model's config.
@@ -136,6 +137,11 @@ class Adapter:
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.get_submodule(self.structure.embedding).weight.device
+
+    @property
+    def decoder(self):
+        """What holds the blocks and their attention: the model, without towers."""
+        return decoder_of(self.model)
 
     @property
     def backbone(self):

@@ -98,13 +98,13 @@ def attach(adapter: Adapter) -> list[HeadsInput]:
             heads = HeadsInput()
             module.heads_input = heads
         attached.append(heads)
-    before = attention_name(adapter.model.config)
+    before = attention_name(adapter.decoder.config)
     # attached twice, what there was before is remembered from the first time
     if not before.startswith(NAME):
         for heads in attached:
             heads.before = before
         name_attention(NAME + before, _attention, before)
-        use_attention(adapter.model, NAME + before)
+        use_attention(adapter.decoder, NAME + before)
     return attached
 
 
@@ -113,7 +113,7 @@ def detach(adapter: Adapter) -> None:
     for module in _modules(adapter):
         heads = getattr(module, "heads_input", None)
         if isinstance(heads, HeadsInput):
-            use_attention(adapter.model, heads.before)
+            use_attention(adapter.decoder, heads.before)
             del module.heads_input
 
 

@@ -58,7 +58,7 @@ def facts_of(config, where: str) -> dict:
 
 
 def refuse_sizes(where: str, config: Mapping) -> None:
-    """Raise DataError for a size that is there and no positive whole number.
+    """Raise DataError for a size of the text decoder that is there and no positive whole number.
 
     Heads that do not divide among the key/value heads are refused too.
     """
@@ -80,6 +80,14 @@ def refuse_sizes(where: str, config: Mapping) -> None:
         raise DataError(
             f"{where}: num_attention_heads={heads} is no multiple of num_key_value_heads={groups}."
         )
+    if text_of(config) is not config:
+        refuse_sizes(f"{where}: text_config", text_of(config))
+
+
+def text_of(config: Mapping) -> Mapping:
+    """What the fields of a config say of the text decoder, where they say more than that."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
 
 
 def read_object(path: Path) -> dict:

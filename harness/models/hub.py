@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from harness.config.errors import ConfigError, DataError
 from harness.models.facts import config_of, facts_of, reason
 from harness.models.source import BlockStorage, ModelSource
-from harness.models.weights import INDEX, SINGLE, Weights, shard_names, weights_of
+from harness.models.weights import INDEX, PROCESSORS, SINGLE, Weights, shard_names, weights_of
 
 if TYPE_CHECKING:
     import torch
@@ -64,9 +64,9 @@ class Hub(ModelSource):
 
     def load(self, device: str | torch.device = "cpu"):
         import torch
-        from transformers import AutoModelForCausalLM
 
         from harness.models.offload import skeleton
+        from harness.structure.composite import model_class
 
         weights = self._weights
         name = weights.dtype if self.dtype == "auto" else self.dtype
@@ -76,7 +76,7 @@ class Hub(ModelSource):
                 model = skeleton(self._config, weights, dtype, device)
             return self.ready(model), self._tokenizer
         with self._explained():
-            model = AutoModelForCausalLM.from_pretrained(
+            model = model_class(self._config).from_pretrained(
                 dtype=dtype, use_safetensors=True, **self._origin()
             )
         return self.ready(model, device), self._tokenizer
@@ -95,6 +95,9 @@ class Hub(ModelSource):
             scratch,
             adapter.device,
         )
+
+    def origin(self) -> Weights:
+        return self._weights
 
     @cached_property
     def _config(self):
@@ -139,7 +142,7 @@ class Hub(ModelSource):
         folder = snapshot_download(
             self._address,
             revision=self.revision,
-            allow_patterns=["model*.safetensors", INDEX],
+            allow_patterns=["model*.safetensors", INDEX, PROCESSORS],
             local_files_only=self._cached(),
         )
         return Path(folder)

@@ -38,7 +38,7 @@ def swap(adapter: Adapter) -> None:
         for name, parameters in _experts(adapter, index).items():
             module = block.get_submodule(name)
             if parameters[0] in module._parameters:
-                swap_experts(adapter.model, module, parameters)
+                swap_experts(adapter.decoder, module, parameters)
         for site in adapter.sites(index):
             linears = {
                 name: linear

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from harness.libraries.transformers import Conversion, compute_buffers, tied_names
 from harness.models.source import refuse_nonfinite
 from harness.models.weights import Weights
+from harness.structure.composite import model_class
 from harness.structure.derive import blocks_of
 
 
@@ -69,14 +70,12 @@ def skeleton(config, weights: Weights, dtype: torch.dtype, device) -> nn.Module:
 
     weights: those that weights.py found to fit. Raises DataError for a tensor that is not finite.
     """
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = model_class(config).from_config(config, dtype=dtype)
     files = Files(weights, model)
     blocks = f"{blocks_of(model)}."
     compute_buffers(model, device)
-    tied = tied_names(model) if config.tie_word_embeddings else {}
+    tied = tied_names(model)
     tensors = files.read(lambda name: not name.startswith(blocks), device)
     for name, tensor in tensors.items():
         assign(model, name, tensor)

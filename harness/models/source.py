@@ -24,6 +24,8 @@ from harness.config.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import torch
 
+    from harness.models.weights import Weights
+
 DTYPES = ("float32", "bfloat16", "auto")
 AMPS = (None, "bfloat16")
 
@@ -94,6 +96,10 @@ class ModelSource:
         """
         return None
 
+    def origin(self) -> Weights | None:
+        """What its files hold of which parameter; None where it comes from none."""
+        return None
+
     def fingerprint(self) -> str:
         """A short string that names the weights. The dtype is a setting and is not part of it."""
         raise NotImplementedError
@@ -103,10 +109,12 @@ class ModelSource:
 
         device: None leaves it where it is.
         """
+        from harness.structure.composite import separate
+
         model.config.use_cache = False
         if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
             # a file may hold a head of its own, whatever its config says
-            model.config.tie_word_embeddings = False
+            separate(model.config)
         if device is not None:
             model = model.to(device)
         return model.eval()
@@ -120,6 +128,7 @@ def untie(model) -> bool:
     import torch
 
     from harness.libraries.transformers import untie_names
+    from harness.structure.composite import separate
 
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
@@ -128,7 +137,7 @@ def untie(model) -> bool:
         head.weight = torch.nn.Parameter(
             embedding.weight.detach().clone(), embedding.weight.requires_grad
         )
-    model.config.tie_word_embeddings = False
+    separate(model.config)
     untie_names(model)
     return tied
 

@@ -44,7 +44,7 @@ def unmerged(
         elif role.kind == "linear" and placement.residual is not None:
             handles.append(module.register_forward_pre_hook(_decoding(placement.residual)))
     kv = None if scheme is None else scheme.kv
-    before = attention_name(adapter.model.config)
+    before = attention_name(adapter.decoder.config)
     attached = []
     if placement.query_key is not None or kv is not None:
         attached = attach(adapter)

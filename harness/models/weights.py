@@ -24,6 +24,7 @@ from harness.config.errors import DataError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PROCESSORS = "*processor_config.json"  # how a model is shown images and sounds
 # {safetensors' name: torch's name} of the dtypes that a weight may have
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SHOWN = 3  # names in a message
@@ -125,12 +126,13 @@ class Weights:
 
     stored: {name in the files: where it is} of what the model takes; parameters: {name in the
     files: the parameters it is, or is a part of}; dtype: torch's name of the model's dtype;
-    warnings: what is in the files and not in the model.
+    folder: where the files lie; warnings: what is in them and not in the model.
     """
 
     stored: Mapping[str, Stored]
     parameters: Mapping[str, tuple[str, ...]]
     dtype: str
+    folder: Path
     warnings: tuple[str, ...] = ()
 
     @property
@@ -155,7 +157,7 @@ def weights_of(folder: Path, config) -> Weights:
     entries = stored(weight_files(folder))
     model = _without_storage(config)
     expected = model.state_dict()
-    optional = tied_names(model) if config.tie_word_embeddings else {}
+    optional = tied_names(model)
     conversion = Conversion(model)
     parameters = {name: conversion.parameters(name) for name in entries}
     # a model may have tables of whole numbers, which are no codes
@@ -166,7 +168,7 @@ def weights_of(folder: Path, config) -> Weights:
     missing = [name for name in expected if name not in given and name not in optional]
     if missing:
         raise DataError(
-            f"{folder} lacks the weights {_some(missing)} of its {config.num_hidden_layers} layers."
+            f"{folder} lacks the weights {_some(missing)}, which its config.json asks for."
         )
     for name, entry in entries.items():
         parameter = expected.get(parameters[name][0])
@@ -188,6 +190,7 @@ def weights_of(folder: Path, config) -> Weights:
         {name: entries[name] for name in entries if name in taken},
         {name: parameters[name] for name in entries if name in taken},
         dtype,
+        folder,
         warnings,
     )
 
@@ -234,10 +237,11 @@ def _owner(name: str, layers: set[str]) -> bool:
 
 def _without_storage(config):
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from harness.structure.composite import model_class
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return model_class(config).from_config(config)
 
 
 def _some(names: list[str]) -> str:

@@ -19,7 +19,7 @@ from harness.config.checks import nearest, one_of, typed
 from harness.config.errors import ConfigError
 from harness.formats import Format, KVCache, Scheme
 from harness.models.adapter import shape_of, structure_of
-from harness.models.facts import reason
+from harness.models.facts import reason, text_of
 from harness.pipeline import combinations
 from harness.pipeline.plan import Plan
 from harness.pipeline.sections import exporter_fields, unnamed
@@ -65,7 +65,7 @@ def components(plan: Plan) -> Components:
     solver = _solver(settings["solver"])
     transforms = transforms_of(settings["transform"])
     combinations.check_parts(plan, scheme, solver, transforms)
-    combinations.check_lengths(plan, facts)
+    combinations.check_lengths(plan, text_of(facts))
     combinations.check_widths(scheme, auto, structure)
 
     name = plan.choices.get("solver", "solver")

@@ -51,6 +51,7 @@ def export(job: LoadedJob, adapter: Adapter, exporter: Exporter) -> None:
         job.plan.settings,
         job.plan.choices,
         job.metrics,
+        job.plan.model.origin(),
     )
     folder = Path(section["path"])
     name = str(name_of(snapshot))

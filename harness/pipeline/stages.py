@@ -17,7 +17,7 @@ from harness.calibration.outliers import outliers, profiles
 from harness.calibration.subject import StreamedModel
 from harness.checkpoints.encodings import save_encodings
 from harness.config.build import fingerprint
-from harness.evaluation.gate import exact_logits, gate, stream_gate
+from harness.evaluation.gate import exact_logits, gate, stream_gate, text_gate
 from harness.formats import Scheme
 from harness.models import merge
 from harness.models.adapter import Adapter
@@ -43,6 +43,8 @@ def transform(job: LoadedJob, adapter: Adapter, calibration: Tensor, probe: Tens
         if job.plan.calibrates:
             notes["stream"] = stream_gate(adapter, calibration[:1])
         before = _logits(adapter, probe)
+        if adapter.structure.towers:
+            text_gate(adapter, probe, before)
         exact = None
         # In 16 bits the gate needs to know what the model's own rounding does to its logits.
         if adapter.model.dtype not in (torch.float32, torch.float64) and any(

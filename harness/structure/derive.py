@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from harness.libraries.saved import Saved
 from harness.libraries.transformers import runs_experts, watched_attention
+from harness.structure.composite import decoder_of, towers_of
 from harness.structure.graph import SCALINGS, Graph, Product, back, positions, root, scales, source
 from harness.structure.naming import Facts, named
 from harness.structure.norms import NormKind, norm_kind
@@ -37,17 +38,18 @@ TOKENS = 12  # no width of a model
 NARROW = 64  # features: what reads fewer, such as the rank of a gate, costs no bits to speak of
 
 
-def derive(model: nn.Module) -> Structure:
-    """The structure of transformers' causal language model, on any device, `meta` included."""
+def derive(model) -> Structure:
+    """The structure of transformers' language model, on any device, `meta` included."""
     return Derivation(model).structure()
 
 
-def blocks_of(model: nn.Module) -> str:
-    """The absolute name of the list of decoder blocks: the one with the most parameters."""
+def blocks_of(model) -> str:
+    """The absolute name of the list of decoder blocks: the decoder's with the most parameters."""
+    inside = set(decoder_of(model).modules())
     sizes = {
         name: sum(p.numel() for p in module.parameters())
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
+        if module in inside and isinstance(module, nn.ModuleList) and len(module)
     }
     # lists inside the blocks (experts) are smaller than the list that holds them
     return max(sizes, key=lambda name: sizes[name])
@@ -60,10 +62,12 @@ class Derivation:
         self.model = model
         self.modules = {id(module): name for name, module in model.named_modules()}
         self.blocks = blocks_of(model)
+        self.towers = towers_of(model)
         self.embedding = self.modules[id(model.get_input_embeddings())]
         self.head = self.modules[id(model.get_output_embeddings())]
         self.names: dict[int, str] = {}
         self._returned = 0
+        self._passed: set[int] = set()
         self._attending: set[str] = set()
         for name, tensor in model.named_parameters(remove_duplicate=False):
             self.names.setdefault(id(tensor), name)
@@ -84,6 +88,9 @@ class Derivation:
     def structure(self) -> Structure:
         """What was derived."""
         count = len(self.model.get_submodule(self.blocks))
+        idle = sorted(set(range(count)) - self._passed)
+        if idle:
+            raise ValueError(f"a text alone does not pass block {idle[0]} of {count}")
         readings_of: list[list[Reading]] = [[] for _ in range(count)]
         for reading in self._readings():
             layer = reading.products[0].call.layer
@@ -102,6 +109,7 @@ class Derivation:
             sites,
             self.residual,
             dict(self._attention()),
+            self.towers,
         )
 
     def _recorded(self) -> Tape:
@@ -144,9 +152,9 @@ class Derivation:
             for module in self.model.modules():
                 if not list(module.children()):
                     hooks.enter_context(tape.leaf(module, is_norm))
-            called = hooks.enter_context(watched_attention(self.model))
+            called = hooks.enter_context(watched_attention(decoder_of(self.model)))
             with torch.no_grad(), tape:
-                output = self.model(ids, use_cache=False, **arguments)
+                output = self.model(input_ids=ids, use_cache=False, **arguments)
             self._attending = {self.modules[id(module)] for module in called}
         tape.finish(output.logits)
         return tape
@@ -167,6 +175,9 @@ class Derivation:
     def _residual(self) -> Residual:
         """What may be done to the residual stream, experts included."""
         residual = self.stream.residual()
+        if self.towers:
+            why = (*residual.why, f"what {', '.join(self.towers)} give enters it as it is")
+            return replace(residual, group=None, why=why)
         touched = {*residual.writers, *residual.readers}
         apart = [
             product
@@ -378,6 +389,7 @@ class Derivation:
 
         def enter(*_) -> None:
             tape.layer = layer
+            self._passed.add(layer)
 
         def leave(_, args: tuple, result: object) -> None:
             tape.layer = None

@@ -6,19 +6,20 @@ import copy
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from harness.libraries.transformers import forget_functions
+from harness.structure.composite import model_class, separate
 
 
 def skeleton(config: PreTrainedConfig) -> nn.Module:
-    """The causal language model of a config, in bfloat16 on the device `meta`, evaluation mode.
+    """The language model of a config, in bfloat16 on the device `meta`, evaluation mode.
 
     Its head is its own, whatever the config says, for what is done to one may not reach the other.
     """
     config = copy.deepcopy(config)
-    config.tie_word_embeddings = False
+    separate(config)
     forget_functions(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = model_class(config).from_config(config, dtype=torch.bfloat16)
     return model.eval()

@@ -193,7 +193,8 @@ class Structure:
     returned: how many results a block returns in a tuple, hidden states first; 0: those alone.
     plain_head: whether the logits are what the head gives of what the final norm gives, neither
     scaled nor capped. sites: of every block, in the order of its forward. attention: {layer:
-    Attention} of those that have one.
+    Attention} of those that have one. towers: absolute names of what stands beside the decoder in a
+    model that sees or hears too, and stays as it is.
     """
 
     architecture: str
@@ -207,6 +208,11 @@ class Structure:
     sites: tuple[tuple[Site, ...], ...]
     residual: Residual
     attention: Mapping[int, Attention]
+    towers: tuple[str, ...] = ()
+
+    def beside(self, parameter: str) -> bool:
+        """Whether a parameter, by its absolute name, stands beside the decoder."""
+        return any(parameter == each or parameter.startswith(f"{each}.") for each in self.towers)
 
     @property
     def layers(self) -> int:

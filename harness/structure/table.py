@@ -24,6 +24,8 @@ def print_structure(structure: Structure) -> None:
     """A line about the model, what may be done to it, then a table for each kind of block."""
     console = terminal()
     line(console, header(structure))
+    if structure.towers:
+        line(console, f"beside it, and left as it is: {', '.join(structure.towers)}")
     print_table(console, ("", "where", "why not elsewhere"), allowed(structure))
     for layers, attention, rows in kinds(structure):
         line(console, f"\n{'blocks' if len(layers) > 1 else 'block'} {ranges(layers)}: {attention}")
