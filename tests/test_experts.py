@@ -162,6 +162,15 @@ def test_a_run_says_which_experts_were_given_too_little(saved_mixtral, tmp_path)
     assert not any("solver.min_tokens" in line for line in metrics["warnings"])
 
 
+@pytest.mark.parametrize("transform", ["identity", "quarot"])
+def test_a_mixture_in_16_bits_is_held_to_its_own_noise(saved_mixtral, tmp_path, transform):
+    """Experts that add up in another order have other last bits, transformed or not."""
+    settings = [*saved_mixtral, "model.dtype=bfloat16", "solver=rtn", f"transform={transform}"]
+    outcome = execute(*small(tmp_path, *settings))
+    assert outcome.status == "done", outcome.error
+    assert outcome.metrics["notes"]["gate"]["max"] > 0
+
+
 @pytest.fixture
 def saved_mixtral(tmp_path):
     zoo.make("mixtral").save_pretrained(tmp_path / "model")

@@ -128,7 +128,8 @@ def test_what_runs_on_no_text_alone_is_refused(saved, tmp_path, name):
         run(tmp_path, saved(name), *RTN)
 
 
-def test_the_table_is_the_text_decoders_and_names_the_towers(saved, capsys):
+def test_the_table_is_the_text_decoders_and_names_the_towers(saved, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     assert main([str(saved("llava"))]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[0].startswith("llava: 3 blocks in model.language_model.layers, residual stream of")

@@ -89,9 +89,7 @@ def components(plan: Plan) -> Components:
         warnings.append(
             f"{', '.join(left)} stay float: experts that transformers' interface does not run"
         )
-    if plan.experts == "all" and not any(
-        site.experts for sites in structure.sites for site in sites
-    ):
+    if plan.experts == "all" and not structure.mixes:
         warnings.append("data.calibration.experts=all: this model has no routed experts")
     exporter = _exporter(plan, scheme, structure)
     if exporter is not None:

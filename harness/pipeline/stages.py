@@ -47,9 +47,9 @@ def transform(job: LoadedJob, adapter: Adapter, calibration: Tensor, probe: Tens
             text_gate(adapter, probe, before)
         exact = None
         # In 16 bits the gate needs to know what the model's own rounding does to its logits.
-        if adapter.model.dtype not in (torch.float32, torch.float64) and any(
-            map(_changes, transforms)
-        ):
+        halved = adapter.model.dtype not in (torch.float32, torch.float64)
+        # Experts as linears of their own add up in another order.
+        if halved and (any(map(_changes, transforms)) or adapter.structure.mixes):
             exact = exact_logits(adapter, probe)
         merge.swap(adapter)
         untouched = profiles(adapter, calibration) if job.plan.calibrates else {}
@@ -64,7 +64,8 @@ def transform(job: LoadedJob, adapter: Adapter, calibration: Tensor, probe: Tens
         changed = _place(job, adapter, subject)
         if all(transform.exact for transform in transforms):
             after = _logits(adapter, probe)
-            notes["gate"] = gate(before, after, job.plan.settings["transform"]["name"], exact)
+            name = job.plan.settings["transform"]["name"]
+            notes["gate"] = gate(before, after, name, exact, adapter.structure.mixes)
         if job.plan.calibrates:
             # Placing nothing leaves every profile as it is.
             placed = profiles(adapter, calibration) if changed else untouched

@@ -235,6 +235,11 @@ class Structure:
         return 0 if first is None else first.features[1]
 
     @property
+    def mixes(self) -> bool:
+        """Whether there are routed experts among what is quantized."""
+        return any(site.experts for sites in self.sites for site in sites)
+
+    @property
     def float_experts(self) -> tuple[str, ...]:
         """Block-relative names of experts that nothing can be put in place of."""
         found = {
