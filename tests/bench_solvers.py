@@ -91,7 +91,7 @@ def _site(width: int, rows: int, batches: int) -> dict[str, tuple[float, float]]
     hessians = hessians, clock() - start
 
     order, dead, start = torch.arange(width), torch.zeros(width, dtype=torch.bool), clock()
-    begun = Begun(Problem({}, {}), statistics.hessian, dead, order, {})
+    begun = Begun(Problem({}, {}), statistics.hessian, dead, order, False, {})
     (unit,), _ = inverses([begun], GPTQ().damp, torch.float32)
     factorization = clock() - start
     start = clock()

@@ -35,7 +35,7 @@ from harness.config.errors import ConfigError, DataError
 from harness.formats import Format, Scales
 from harness.solvers.base import Problem, Solution, Solver
 from harness.solvers.columns import Columns, DynamicLattice, Lattice, ManyColumns, StaticLattice
-from harness.solvers.inverses import Begun, finite, inverses
+from harness.solvers.inverses import Begun, inverses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class GPTQ(Solver):
         """A problem with its Hessian, scales and order; raises DataError."""
         assert problem.hessian is not None  # as `needs` asks
         hessian = problem.hessian.to(self._dtype)
-        if not finite(hessian):
+        if not hessian.diagonal().isfinite().all():  # no entry is greater than those
             raise DataError(
                 f"the activations read by {', '.join(problem.weights)} contain NaN or Inf; "
                 "check the model and its dtype"
@@ -126,10 +126,11 @@ class GPTQ(Solver):
             weights = {name: w.masked_fill(dead, 0) for name, w in problem.weights.items()}
             problem = replace(problem, weights=weights)
         order = torch.arange(len(hessian), device=hessian.device)
-        if self.order == "activation":
+        reordered = self.order == "activation"
+        if reordered:
             # stable: equal diagonals keep their order, whatever machine sorts them
             order = hessian.diagonal().argsort(descending=True, stable=True)
-        return Begun(problem, hessian, dead, order, self.static_scales(problem))
+        return Begun(problem, hessian, dead, order, reordered, self.static_scales(problem))
 
     def _solve_alike(self, begun: Sequence[Begun]) -> list[Solution]:
         """Problems of one shape."""
@@ -161,11 +162,10 @@ class GPTQ(Solver):
         """(weights on their lattices, scales as they are stored) of each problem."""
         if not begun:
             return
-        reordered = self.order == "activation"
         sides = []
         for each in begun:
             side = torch.cat(list(each.problem.weights.values())).to(self._dtype)
-            sides.append(side[:, each.order] if reordered else side)
+            sides.append(side[:, each.order] if each.reordered else side)
         rows = len(sides[0])
         work = torch.cat(sides).T.contiguous()
         del sides
@@ -180,7 +180,7 @@ class GPTQ(Solver):
         del work
         for each, columns in zip(begun, quantized.T.contiguous().split(rows)):
             values = columns
-            if reordered:
+            if each.reordered:
                 values = torch.empty_like(columns)
                 values[:, each.order] = columns
             weights = each.problem.weights

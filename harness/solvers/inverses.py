@@ -25,13 +25,14 @@ class Begun:
     """A problem before its loop.
 
     hessian: [in, in]. dead: [in] bool, features that are always 0. order: [in], columns as they are
-    due. scales: {name: Scales}.
+    due; reordered: whether that is not as they stand. scales: {name: Scales}.
     """
 
     problem: Problem
     hessian: Tensor
     dead: Tensor
     order: Tensor
+    reordered: bool
     scales: dict[str, Scales]
 
 
@@ -72,53 +73,50 @@ def _unit_uppers(
     begun: Sequence[Begun], damp: float, dtype: torch.dtype
 ) -> tuple[Tensor, list[bool]]:
     """U of each at one damping, and whether it is finite."""
-    width = len(begun[0].order)
+    # a Hessian is the largest thing a solver holds: what is made of it takes its copy's place
     if len(begun) == 1:
-        # a Hessian is the largest thing a solver holds
-        damped, leaf = _damped(begun[0], damp, dtype)[None], width
+        units, leaf = begun[0].hessian.to(dtype, copy=True)[None], len(begun[0].order)
     else:
-        damped, leaf = torch.stack([_damped(each, damp, dtype) for each in begun]), LEAF
-    upper, good = _lower_inverse(damped, leaf)
-    del damped
-    upper = upper.flip(-2, -1)
-    upper /= upper.diagonal(dim1=-2, dim2=-1)[..., None].clone()
-    return upper, [fine and finite(each) for each, fine in zip(upper, good.tolist())]
+        units, leaf = torch.stack([each.hessian.to(dtype) for each in begun]), LEAF
+    for each, damped in zip(begun, units):
+        # a feature that is always 0 takes any weight, but a row of zeros has no inverse
+        damped.diagonal()[each.dead] = 1
+        damped.diagonal().add_(damp * damped.diagonal().mean())
+        if each.reordered:
+            damped.copy_(damped[each.order[:, None], each.order])
+    good = _invert(units, leaf)
+    units /= units.diagonal(dim1=-2, dim2=-1)[..., None].clone()
+    return units, [fine and finite(each) for each, fine in zip(units, good.tolist())]
 
 
-def _lower_inverse(matrices: Tensor, leaf: int) -> tuple[Tensor, Tensor]:
-    """(L^-1 of A = L L^T [.., n, n], whether A was positive definite [..]).
+def _invert(matrices: Tensor, leaf: int) -> Tensor:
+    """Put R^-1 of A = R R^T, R upper triangular, in place of A [.., n, n]; whether each A was
+    positive definite [..].
 
     By halves down to `leaf`, which makes matrix products of many small factorizations:
 
-        A = [A1  .]   L^-1 = [    L1^-1             .   ]   B = A21 L1^-T
-            [A21 A2]         [-L2^-1 B L1^-1      L2^-1 ]   L2 L2^T = A2 - B B^T
+        A = [A1  A12]   R^-1 = [U1  -U1 B U2]   U2 = R2^-1,  R2 R2^T = A2,  B = A12 U2^T
+            [.   A2 ]          [.    U2     ]   U1 = R1^-1,  R1 R1^T = A1 - B B^T
     """
     n = matrices.shape[-1]
     if n <= leaf:
         # _ex: a matrix that is not positive definite is no exception here
-        factor, info = torch.linalg.cholesky_ex(matrices)
+        factor, info = torch.linalg.cholesky_ex(matrices.flip(-2, -1))
         eye = torch.eye(n, dtype=factor.dtype, device=factor.device).expand_as(factor)
-        return torch.linalg.solve_triangular(factor, eye, upper=False), info == 0
+        inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+        del factor, eye
+        matrices.copy_(inverse.flip(-2, -1))
+        return info == 0
     half = n // 2
-    inverse = torch.zeros_like(matrices)
-    first, first_good = _lower_inverse(matrices[..., :half, :half], leaf)
-    below = matrices[..., half:, :half] @ first.mT
-    rest = torch.baddbmm(matrices[..., half:, half:], below, below.mT, alpha=-1)
-    second, second_good = _lower_inverse(rest, leaf)
-    inverse[..., :half, :half] = first
-    inverse[..., half:, half:] = second
-    inverse[..., half:, :half] = (second @ below @ first).neg_()
-    return inverse, first_good & second_good
-
-
-def _damped(begun: Begun, damp: float, dtype: torch.dtype) -> Tensor:
-    """H with damping, its last column first."""
-    backwards = begun.order.flip(0)
-    damped = begun.hessian.to(dtype, copy=True)
-    # a feature that is always 0 takes any weight, but a row of zeros has no inverse
-    damped.diagonal()[begun.dead] = 1
-    damped.diagonal().add_(damp * damped.diagonal().mean())
-    return damped[backwards[:, None], backwards]
+    first, beside = matrices[..., :half, :half], matrices[..., :half, half:]
+    second = matrices[..., half:, half:]
+    good = _invert(second, leaf)
+    passed = beside @ second.mT
+    first.baddbmm_(passed, passed.mT, alpha=-1)
+    good &= _invert(first, leaf)
+    beside.copy_((first @ passed @ second).neg_())
+    matrices[..., half:, :half] = 0
+    return good
 
 
 def finite(x: Tensor) -> bool:
