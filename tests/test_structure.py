@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -488,7 +489,6 @@ class UnseenConfig(PreTrainedConfig):
         self.heads = heads
         self.groups = groups
         self.vocab_size = vocab_size
-        self.tie_word_embeddings = False
         super().__init__(**fields)
 
 
@@ -539,7 +539,7 @@ class UnseenModel(PreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.after(hidden))
 
 
-class UnseenForCausalLM(PreTrainedModel):
+class UnseenForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = UnseenConfig
     base_model_prefix = "body"
 
@@ -592,10 +592,15 @@ def test_an_unseen_model_is_looked_through(unseen):
         assert down_in.feed.matrix == f"body.stack.{layer}.wide.weight"
 
 
-def test_an_unseen_model_is_quantized_end_to_end(unseen, tmp_path):
+@pytest.mark.parametrize("weights", ["memory", "disk"])
+def test_an_unseen_model_is_quantized_end_to_end(unseen, tmp_path, weights):
+    """Its config does not say whether head and embedding are one."""
     model, settings = unseen
+    export = ["export=harness", f"export.path={tmp_path / 'exports'}"]
+    settings = [*settings, f"model.weights={weights}", *export]
     outcome = execute(*small(tmp_path, *settings, "format=nvfp4", "solver=gptq"))
     assert outcome.status == "done", outcome.error
+    assert not hasattr(model.config, "tie_word_embeddings")
     assert outcome.metrics["notes"]["stream"] < 1e-6
     names = {layer["name"] for layer in outcome.metrics["layers"]}
     assert names == {

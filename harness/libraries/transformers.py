@@ -158,7 +158,10 @@ def empty_plain_cache(arguments: Mapping) -> DynamicCache | None:
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """{parameter: the parameter it is one with} of a model whose config ties them."""
+    """{parameter: the parameter it is one with}; none where the config ties none.
+
+    Not every config says whether it ties.
+    """
     return model.all_tied_weights_keys or {}
 
 

@@ -76,7 +76,7 @@ def skeleton(config, weights: Weights, dtype: torch.dtype, device) -> nn.Module:
     files = Files(weights, model)
     blocks = f"{blocks_of(model)}."
     compute_buffers(model, device)
-    tied = tied_names(model) if config.tie_word_embeddings else {}
+    tied = tied_names(model)
     tensors = files.read(lambda name: not name.startswith(blocks), device)
     for name, tensor in tensors.items():
         assign(model, name, tensor)

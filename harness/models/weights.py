@@ -155,7 +155,7 @@ def weights_of(folder: Path, config) -> Weights:
     entries = stored(weight_files(folder))
     model = _without_storage(config)
     expected = model.state_dict()
-    optional = tied_names(model) if config.tie_word_embeddings else {}
+    optional = tied_names(model)
     conversion = Conversion(model)
     parameters = {name: conversion.parameters(name) for name in entries}
     # a model may have tables of whole numbers, which are no codes
