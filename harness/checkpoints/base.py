@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from harness.config.errors import ConfigError
 from harness.formats import Format, QTensor, Scheme
+from harness.libraries.transformers import config_json
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import SiteInput
 from harness.store import replacing, writable, write_json
@@ -152,7 +153,7 @@ def write_checkpoint(exporter: Exporter, snapshot: Snapshot, folder: Path) -> No
     config = model.config.to_dict() | exporter.config(snapshot)
     # what begins with _ is of this process: where the model came from, for one
     public = {key: value for key, value in config.items() if not key.startswith("_")}
-    write_json(folder / "config.json", public)
+    write_json(folder / "config.json", config_json(public))
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     snapshot.tokenizer.save_pretrained(folder)

@@ -6,6 +6,8 @@ ExpertsInterface, _experts_implementation_internal, is_transposed, has_gate, _ap
     the function that runs a layer's experts is found by a name too
 DynamicCache, DynamicLayer, Cache
     past keys and values; the argument is `cache` from 5.24 on and `past_key_values` before
+_encode_special_floats
+    how a config.json holds an infinity, which is no JSON
 all_tied_weights_keys
     which parameters are saved once
 _init_weights, _non_persistent_buffers_set
@@ -155,6 +157,11 @@ def empty_plain_cache(arguments: Mapping) -> DynamicCache | None:
         if type(past) is DynamicCache and past.get_seq_length() == 0 and not past.offloading:
             return past
     return None
+
+
+def config_json(fields: Mapping) -> dict:
+    """The fields of a config as its file holds them: infinities by name, which JSON has none of."""
+    return PreTrainedConfig._encode_special_floats(dict(fields))
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
