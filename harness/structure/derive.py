@@ -6,16 +6,14 @@ Works on a loaded model and on one without weights (skeleton.py), where both mus
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
-from harness.libraries.transformers import runs_experts, watched_attention
+from harness.libraries.transformers import runs_experts
+from harness.structure.forward import Forward
 from harness.structure.graph import SCALINGS, Graph, Product, back, positions, root, scales, source
 from harness.structure.naming import Facts, named
-from harness.structure.norms import NormKind, norm_kind
 from harness.structure.residual import Stream
 from harness.structure.sites import (
     Reading,
@@ -29,9 +27,8 @@ from harness.structure.sites import (
     readings,
 )
 from harness.structure.structure import Attention, Matrix, Norm, Residual, Site, Structure
-from harness.structure.tape import Call, Tape, Value
+from harness.structure.tape import Call, Value
 
-TOKENS = 12  # no width of a model
 NARROW = 64  # features: what reads fewer, such as the rank of a gate, costs no bits to speak of
 
 
@@ -60,15 +57,11 @@ class Derivation:
         self.blocks = blocks_of(model)
         self.embedding = self.modules[id(model.get_input_embeddings())]
         self.head = self.modules[id(model.get_output_embeddings())]
-        self.names: dict[int, str] = {}
-        self._returned = 0
-        self._attending: set[str] = set()
-        for name, tensor in model.named_parameters(remove_duplicate=False):
-            self.names.setdefault(id(tensor), name)
-        tape = self._recorded()
+        self.forward = Forward(model, self.blocks)
+        tape = self.forward.tape
         self.graph = Graph(tape)
         self.norms = {
-            call: (self.modules[id(call.function)], self._kinds[id(call.function)])
+            call: (self.modules[id(call.function)], self.forward.kinds[id(call.function)])
             for call in tape.calls
             if call.op == "leaf"
         }
@@ -95,63 +88,16 @@ class Derivation:
             self.head,
             self._final_norm(),
             self.hidden,
-            self._returned,
+            self.forward.returned,
             self._plain_head(),
             sites,
             self.residual,
             dict(self._attention()),
         )
 
-    def _recorded(self) -> Tape:
-        """A tape of a forward of TOKENS tokens."""
-        device = self.model.get_input_embeddings().weight.device
-        ids = (torch.arange(TOKENS, device=device) % 7 + 3).unsqueeze(0)
-        if not ids.is_meta:
-            return self._record(ids, {})
-        # masks that are made on the way read the tokens, which are not there; models differ in
-        # what they take instead
-        size = (1, 1, TOKENS, TOKENS)
-        mask = torch.zeros(size, device="meta", dtype=self.model.dtype)
-        for given in (mask, None, torch.ones_like(ids)):
-            try:
-                return self._record(ids, {"attention_mask": given})
-            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as refused:
-                error = refused
-        raise error
-
-    def _record(self, ids: Tensor, arguments: dict) -> Tape:
-        """A tape of one forward of token ids [1, TOKENS]."""
-        tape = Tape([ids], self.names)
-        self._kinds: dict[int, NormKind] = {}
-        cache: dict[tuple, NormKind | None] = {}
-
-        def is_norm(module: nn.Module, args: tuple) -> bool:
-            if not args or not isinstance(args[0], Tensor) or not args[0].shape:
-                return False
-            key = (type(module), args[0].shape[-1], *(p.shape for p in module.parameters()))
-            if key not in cache:
-                cache[key] = norm_kind(module, args[0].shape[-1])
-            kind = cache[key]
-            if kind is not None:
-                self._kinds[id(module)] = kind
-            return kind is not None
-
-        with ExitStack() as hooks:
-            for layer, block in enumerate(self.model.get_submodule(self.blocks)):
-                hooks.enter_context(self._within(tape, block, layer))
-            for module in self.model.modules():
-                if not list(module.children()):
-                    hooks.enter_context(tape.leaf(module, is_norm))
-            called = hooks.enter_context(watched_attention(self.model))
-            with torch.no_grad(), tape:
-                output = self.model(ids, use_cache=False, **arguments)
-            self._attending = {self.modules[id(module)] for module in called}
-        tape.finish(output.logits)
-        return tape
-
     def _head_product(self) -> Product:
         """The matrix product that gives the logits."""
-        weight = self.names[id(self.model.get_submodule(self.head).weight)]
+        weight = self.forward.names[id(self.model.get_submodule(self.head).weight)]
         found = [p for p in self.graph.products.values() if p.parameter == weight]
         return found[-1]
 
@@ -347,7 +293,7 @@ class Derivation:
             heads, _, features = scores.query.shape[-3:]
             values = scores.value.shape[-1]
             start = f"{self.blocks}.{layer}."
-            found = (name for name in self._attending if name.startswith(start))
+            found = (name for name in self.forward.attending if name.startswith(start))
             module = next(found, "").removeprefix(start) or None
             yield layer, Attention(heads, self._value_heads(scores), (features, values), module)
 
@@ -359,19 +305,3 @@ class Derivation:
             return len(positions(start, path).unique()) // (tokens * features)
         except ValueError:
             return heads
-
-    @contextmanager
-    def _within(self, tape: Tape, block: nn.Module, layer: int) -> Iterator[None]:
-        """Within it, what a block calls is recorded as its own."""
-
-        def enter(*_) -> None:
-            tape.layer = layer
-
-        def leave(_, args: tuple, result: object) -> None:
-            tape.layer = None
-            self._returned = len(result) if isinstance(result, tuple) else 0
-
-        with ExitStack() as hooks:
-            hooks.callback(block.register_forward_pre_hook(enter).remove)
-            hooks.callback(block.register_forward_hook(leave).remove)
-            yield

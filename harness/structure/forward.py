@@ -1,0 +1,100 @@
+"""One forward of a few tokens, recorded: what a structure is derived from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from harness.libraries.transformers import watched_attention
+from harness.structure.norms import NormKind, norm_kind
+from harness.structure.tape import Tape
+
+TOKENS = 12  # no width of a model
+
+
+class Forward:
+    """A model's forward of TOKENS tokens, norms recorded as one call each.
+
+    tape: its calls. names: {id of a parameter: its absolute name}. kinds: {id of a module: the norm
+    it is}. returned: how many results a block returns in a tuple; 0: hidden states alone.
+    attending: absolute names of the modules that find their attention by transformers' name for it.
+    """
+
+    def __init__(self, model: nn.Module, blocks: str):
+        """blocks: the absolute name of the list of decoder blocks."""
+        self.model = model
+        self.blocks = blocks
+        self.names: dict[int, str] = {}
+        self.kinds: dict[int, NormKind] = {}
+        self.returned = 0
+        self.attending: set[str] = set()
+        for name, tensor in model.named_parameters(remove_duplicate=False):
+            self.names.setdefault(id(tensor), name)
+        self.tape = self._recorded()
+
+    def _recorded(self) -> Tape:
+        """A tape of a forward of TOKENS tokens."""
+        device = self.model.get_input_embeddings().weight.device
+        ids = (torch.arange(TOKENS, device=device) % 7 + 3).unsqueeze(0)
+        if not ids.is_meta:
+            return self._record(ids, {})
+        # masks that are made on the way read the tokens, which are not there; models differ in
+        # what they take instead
+        size = (1, 1, TOKENS, TOKENS)
+        mask = torch.zeros(size, device="meta", dtype=self.model.dtype)
+        for given in (mask, None, torch.ones_like(ids)):
+            try:
+                return self._record(ids, {"attention_mask": given})
+            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as refused:
+                error = refused
+        raise error
+
+    def _record(self, ids: Tensor, arguments: dict) -> Tape:
+        """A tape of one forward of token ids [1, TOKENS]."""
+        tape = Tape([ids], self.names)
+        self.kinds = {}
+        cache: dict[tuple, NormKind | None] = {}
+
+        def is_norm(module: nn.Module, args: tuple) -> bool:
+            if not args or not isinstance(args[0], Tensor) or not args[0].shape:
+                return False
+            key = (type(module), args[0].shape[-1], *(p.shape for p in module.parameters()))
+            if key not in cache:
+                cache[key] = norm_kind(module, args[0].shape[-1])
+            kind = cache[key]
+            if kind is not None:
+                self.kinds[id(module)] = kind
+            return kind is not None
+
+        modules = {id(module): name for name, module in self.model.named_modules()}
+        with ExitStack() as hooks:
+            for layer, block in enumerate(self.model.get_submodule(self.blocks)):
+                hooks.enter_context(self._within(tape, block, layer))
+            for module in self.model.modules():
+                if not list(module.children()):
+                    hooks.enter_context(tape.leaf(module, is_norm))
+            called = hooks.enter_context(watched_attention(self.model))
+            with torch.no_grad(), tape:
+                output = self.model(ids, use_cache=False, **arguments)
+            self.attending = {modules[id(module)] for module in called}
+        tape.finish(output.logits)
+        return tape
+
+    @contextmanager
+    def _within(self, tape: Tape, block: nn.Module, layer: int) -> Iterator[None]:
+        """Within it, what a block calls is recorded as its own."""
+
+        def enter(*_) -> None:
+            tape.layer = layer
+
+        def leave(_, args: tuple, result: object) -> None:
+            tape.layer = None
+            self.returned = len(result) if isinstance(result, tuple) else 0
+
+        with ExitStack() as hooks:
+            hooks.callback(block.register_forward_pre_hook(enter).remove)
+            hooks.callback(block.register_forward_hook(leave).remove)
+            yield
