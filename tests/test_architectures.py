@@ -342,6 +342,7 @@ CORNERS = {
     "scales of experts in some blocks": ("deepseek_v3", SMOOTH),
     "scales of a norm that experts read first": ("granitemoeshared", SMOOTH),
     "r2 where nothing attends": ("mamba", [*FLOAT, *quarot(r2="true")]),
+    "two residual streams, a router by a table": ("deepseek_v4", NVFP4),
 }
 FAULTS = {
     "r1 under positions in a buffer": ("xglm", [*FLOAT, *quarot(r1="random")]),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from inspect import signature
 
 from torch import Tensor, nn
 
@@ -243,7 +244,12 @@ class Derivation:
             return False
         if product.x.shape[-1] < NARROW:
             return False
-        return not self._experts(product) or self._dispatched(product)
+        if self._experts(product):
+            return self._dispatched(product)
+        # another module is put in place of one that is called with what the matrix reads
+        owner, _, leaf = product.parameter.rpartition(".")
+        called_with = signature(self.model.get_submodule(owner).forward).parameters
+        return leaf == "weight" and len(called_with) == 1
 
     def _alone(self, norm: Call) -> bool:
         """Whether matrix products are all that reads a norm's output."""
