@@ -8,7 +8,7 @@ DynamicCache, DynamicLayer, Cache
     past keys and values; the argument is `cache` from 5.24 on and `past_key_values` before
 _encode_special_floats
     how a config.json holds an infinity, which is no JSON
-all_tied_weights_keys
+all_tied_weights_keys, get_expanded_tied_weights_keys
     which parameters are saved once
 _init_weights, _non_persistent_buffers_set
     what a model computes from its config, and no file holds
@@ -170,6 +170,11 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
     Not every config says whether it ties.
     """
     return model.all_tied_weights_keys or {}
+
+
+def shared_names(model: PreTrainedModel) -> dict[str, str]:
+    """The same by what the config says by now, whether the model's parameters are one or not."""
+    return model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def untie_names(model: PreTrainedModel) -> None:

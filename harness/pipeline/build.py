@@ -60,6 +60,7 @@ def components(plan: Plan) -> Components:
     _check_device(settings["device"])
     facts = plan.model.facts()
     structure = structure_from(facts)
+    combinations.check_blocks(plan, structure)
     scheme, auto = _formats(settings, structure)
     solver = _solver(settings["solver"])
     transforms = transforms_of(settings["transform"])

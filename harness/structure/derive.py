@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from harness.libraries.transformers import runs_experts
 from harness.structure.forward import Forward
 from harness.structure.graph import SCALINGS, Graph, Product, back, positions, root, scales, source
+from harness.structure.joined import joined
 from harness.structure.naming import Facts, named
 from harness.structure.residual import Stream
 from harness.structure.sites import (
@@ -94,6 +95,7 @@ class Derivation:
             sites,
             self.residual,
             dict(self._attention()),
+            joined(self.forward),
         )
 
     def _head_product(self) -> Product:
@@ -301,7 +303,11 @@ class Derivation:
             start = f"{self.blocks}.{layer}."
             found = (name for name in self.forward.attending if name.startswith(start))
             module = next(found, "").removeprefix(start) or None
-            yield layer, Attention(heads, self._value_heads(scores), (features, values), module)
+            why = None if module else "attention is not found by its name in transformers"
+            if module and layer in self.forward.otherwise:
+                module, why = None, "attention of another name sees other tokens"
+            sizes = (features, values)
+            yield layer, Attention(heads, self._value_heads(scores), sizes, module, why)
 
     def _value_heads(self, scores: Scores) -> int:
         """How many heads of values there are, before they are repeated."""

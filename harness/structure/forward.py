@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from harness.libraries.transformers import watched_attention
 from harness.structure.norms import NormKind, norm_kind
-from harness.structure.tape import Tape
+from harness.structure.tape import Tape, Value, tensors_of
 
 TOKENS = 12  # no width of a model
 
@@ -20,19 +21,25 @@ class Forward:
 
     tape: its calls. names: {id of a parameter: its absolute name}. kinds: {id of a module: the norm
     it is}. returned: how many results a block returns in a tuple; 0: hidden states alone.
-    attending: absolute names of the modules that find their attention by transformers' name for it.
+    attending: absolute names of the modules that find their attention by transformers' name for it;
+    otherwise: the blocks that compute something else when it has another name. arriving: the shape
+    of the hidden states that blocks take; handed: those that each block hands on.
     """
 
-    def __init__(self, model: nn.Module, blocks: str):
-        """blocks: the absolute name of the list of decoder blocks."""
+    def __init__(self, model, blocks: str):
+        """model: transformers' causal language model; blocks: the name of its list of blocks."""
         self.model = model
         self.blocks = blocks
         self.names: dict[int, str] = {}
         self.kinds: dict[int, NormKind] = {}
         self.returned = 0
         self.attending: set[str] = set()
+        self.otherwise: set[int | None] = set()
+        self.arriving: tuple[int, ...] = ()
+        self.handed: list[Value] = []
         for name, tensor in model.named_parameters(remove_duplicate=False):
             self.names.setdefault(id(tensor), name)
+        self._tried: dict[tuple, NormKind | None] = {}
         self.tape = self._recorded()
 
     def _recorded(self) -> Tape:
@@ -53,33 +60,40 @@ class Forward:
         raise error
 
     def _record(self, ids: Tensor, arguments: dict) -> Tape:
-        """A tape of one forward of token ids [1, TOKENS]."""
+        """A tape of token ids [1, TOKENS]; who attends is seen by another run."""
+        with watched_attention(self.model) as called:
+            watched = _lines(self._run(ids, arguments))
+        modules = {id(module): name for name, module in self.model.named_modules()}
+        self.attending = {modules[id(module)] for module in called}
+        tape = self._run(ids, arguments)
+        lines = _lines(tape)
+        self.otherwise = {layer for layer, line in lines.items() if line != watched.get(layer)}
+        return tape
+
+    def _run(self, ids: Tensor, arguments: dict) -> Tape:
+        """A tape of one forward."""
         tape = Tape([ids], self.names)
-        self.kinds = {}
-        cache: dict[tuple, NormKind | None] = {}
+        self.handed = []
 
         def is_norm(module: nn.Module, args: tuple) -> bool:
             if not args or not isinstance(args[0], Tensor) or not args[0].shape:
                 return False
             key = (type(module), args[0].shape[-1], *(p.shape for p in module.parameters()))
-            if key not in cache:
-                cache[key] = norm_kind(module, args[0].shape[-1])
-            kind = cache[key]
+            if key not in self._tried:
+                self._tried[key] = norm_kind(module, args[0].shape[-1])
+            kind = self._tried[key]
             if kind is not None:
                 self.kinds[id(module)] = kind
             return kind is not None
 
-        modules = {id(module): name for name, module in self.model.named_modules()}
         with ExitStack() as hooks:
             for layer, block in enumerate(self.model.get_submodule(self.blocks)):
                 hooks.enter_context(self._within(tape, block, layer))
             for module in self.model.modules():
                 if not list(module.children()):
                     hooks.enter_context(tape.leaf(module, is_norm))
-            called = hooks.enter_context(watched_attention(self.model))
             with torch.no_grad(), tape:
                 output = self.model(ids, use_cache=False, **arguments)
-            self.attending = {modules[id(module)] for module in called}
         tape.finish(output.logits)
         return tape
 
@@ -87,14 +101,24 @@ class Forward:
     def _within(self, tape: Tape, block: nn.Module, layer: int) -> Iterator[None]:
         """Within it, what a block calls is recorded as its own."""
 
-        def enter(*_) -> None:
+        def enter(_, args: tuple, kwargs: dict) -> None:
             tape.layer = layer
+            self.arriving = tuple(tensors_of((args, kwargs))[0].shape)
 
         def leave(_, args: tuple, result: object) -> None:
             tape.layer = None
             self.returned = len(result) if isinstance(result, tuple) else 0
+            self.handed.append(tape.value(tensors_of(result)[0]))
 
         with ExitStack() as hooks:
-            hooks.callback(block.register_forward_pre_hook(enter).remove)
+            hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
             hooks.callback(block.register_forward_hook(leave).remove)
             yield
+
+
+def _lines(tape: Tape) -> dict[int | None, list[str]]:
+    """What each block calls, in order."""
+    lines: dict[int | None, list[str]] = defaultdict(list)
+    for call in tape.calls:
+        lines[call.layer].append(call.op)
+    return lines

@@ -17,8 +17,10 @@ def skeleton(config: PreTrainedConfig) -> nn.Module:
     Its head is its own, whatever the config says, for what is done to one may not reach the other.
     """
     config = copy.deepcopy(config)
+    tied = getattr(config, "tie_word_embeddings", False)
     config.tie_word_embeddings = False
     forget_functions(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.config.tie_word_embeddings = tied  # it says of blocks, too, whether they are one
     return model.eval()

@@ -167,14 +167,15 @@ class Residual:
 class Attention:
     """One block's attention as its scores are computed.
 
-    features: (of a query and key, of a value), one head's. module: block-relative; None where it
-    does not find its attention by transformers' name for it, so that none can be put in its place.
+    features: (of a query and key, of a value), one head's. module: block-relative; None where no
+    other attention can be put in its place, and why says so.
     """
 
     heads: int
     kv_heads: int
     features: tuple[int, int]
     module: str | None = None
+    why: str | None = None
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class Structure:
     returned: how many results a block returns in a tuple, hidden states first; 0: those alone.
     plain_head: whether the logits are what the head gives of what the final norm gives, neither
     scaled nor capped. sites: of every block, in the order of its forward. attention: {layer:
-    Attention} of those that have one.
+    Attention} of those that have one. joined: why its blocks cannot be taken one by one, if so.
     """
 
     architecture: str
@@ -199,6 +200,7 @@ class Structure:
     sites: tuple[tuple[Site, ...], ...]
     residual: Residual
     attention: Mapping[int, Attention]
+    joined: tuple[str, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -219,6 +221,15 @@ class Structure:
         """Features of a value in one head of the first block that attends; 0 where none does."""
         first = next(iter(self.attention.values()), None)
         return 0 if first is None else first.features[1]
+
+    @property
+    def unmet(self) -> str | None:
+        """Why nothing can be put between queries, keys and values; None where it can in all blocks
+        that attend.
+        """
+        if not self.attention:
+            return "no block attends"
+        return next((each.why for each in self.attention.values() if each.module is None), None)
 
     @property
     def float_experts(self) -> tuple[str, ...]:

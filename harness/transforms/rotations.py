@@ -140,11 +140,11 @@ class Rotations(Transform):
                 "transform.r2=true: no block's values come from a matrix that a rotation could be "
                 "merged into; set transform.r2=false."
             )
-        apart = not attention or any(each.module is None for each in attention.values())
-        if self.wants_r3(shape) and apart:
+        unmet = shape.structure.unmet
+        if self.wants_r3(shape) and unmet is not None:
             raise ConfigError(
-                f"transform.r3={self.r3}: this model's attention is not found by its name in "
-                "transformers, so nothing can be put before it; set transform.r3=off."
+                f"transform.r3={self.r3}: nothing can be put before attention, for {unmet}; set "
+                "transform.r3=off."
             )
         if len(sizes) > 1:
             raise ConfigError(
