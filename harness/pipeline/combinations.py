@@ -181,7 +181,7 @@ def _scalable(
             continue
         kinds[site] = "free"
         # Several query heads read one value head, and so share its scales.
-        if site == "o_in" and context.heads > context.kv_heads:
+        if site == "o_in" and context.turns and context.heads > context.kv_heads:
             kinds[site] = "shared"
         # An encoder stands between the site and what would take its scale, or nothing takes it.
         if site in encoded or not context.merges(site):

@@ -169,7 +169,8 @@ class Derivation:
             facts = Facts(
                 reader=site.matrices[0].name,
                 residual=site.residual,
-                attended=behind(self.graph, reading.activation, scores) is not None,
+                attended=not site.residual
+                and behind(self.graph, reading.activation, scores) is not None,
                 exits=any(self._exits(product.output) for product in reading.products),
                 experts=self._experts(first),
                 early=attended is not None and first.call.position < attended,

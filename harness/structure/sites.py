@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from harness.structure.graph import (
+    JOINS,
     MOVES,
     PRODUCTS,
     SCALINGS,
+    SUMS,
     Graph,
     Product,
     back,
@@ -166,14 +168,14 @@ def norm_before(
 
 
 def behind(graph: Graph, value: Value, scores: list[Scores]) -> Scores | None:
-    """The attention whose output a value is, moved and gated."""
+    """The attention that a value comes from: moved, gated, normed, joined with another one."""
     outputs = {each.call.outputs[0]: each for each in scores}
     for _ in range(8):
         end, _ = back(value, outputs)
         if end in outputs:
             return outputs[end]
         call = end.call
-        if call is None or call.op not in SCALINGS | MOVES:
+        if call is None or call.op not in SCALINGS | SUMS | JOINS | MOVES | {"leaf"}:
             return None
         value = call.inputs[0]
     return None

@@ -117,8 +117,13 @@ class Site:
         if self.expert is not None or self.experts:  # the others read it too, or the router does
             return False
         if self.feed is not None and self.feed.through == "heads":
-            return self.feed.grouped is not None
+            return self.turns
         return self.why is None
+
+    @property
+    def turns(self) -> bool:
+        """Whether what stands before it can take a matrix of each head."""
+        return self.feed is not None and self.feed.grouped is not None
 
     @property
     def experts(self) -> int:
@@ -212,9 +217,15 @@ class Structure:
         return next((site for site in self.sites[layer] if site.name == name), None)
 
     def merges(self, name: str) -> tuple[int, ...]:
-        """The blocks in which what stands before a site can take a matrix or a scale."""
+        """The blocks in which what stands before a site can take a scale."""
         sites = ((layer, self.site(name, layer)) for layer in range(self.layers))
         return tuple(layer for layer, site in sites if site is not None and site.merges)
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """The blocks in which what makes attention's values can take a matrix of each head."""
+        sites = ((layer, self.site("o_in", layer)) for layer in range(self.layers))
+        return tuple(layer for layer, site in sites if site is not None and site.turns)
 
     @property
     def head_dim(self) -> int:

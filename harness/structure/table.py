@@ -100,12 +100,11 @@ def _r2(structure: Structure) -> Row:
     if sizes:
         return "R2", "refused", sizes
     refused: dict[int, str] = {}
-    for layer in range(structure.layers):
-        why = _unscaled(structure, "o_in", layer)
+    for layer in set(range(structure.layers)) - set(structure.turns):
         if layer not in structure.attention:
             refused[layer] = "no attention"
-        elif why is not None:
-            refused[layer] = why
+        else:
+            refused[layer] = _unscaled(structure, "o_in", layer) or "values are normed"
     return _blocks("R2", range(structure.layers), refused)
 
 

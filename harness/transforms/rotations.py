@@ -135,7 +135,7 @@ class Rotations(Transform):
             return
         attention = shape.structure.attention
         sizes = {each.features for each in attention.values()}
-        if self.r2 and not shape.merges("o_in"):
+        if self.r2 and not shape.turns:
             raise ConfigError(
                 "transform.r2=true: no block's values come from a matrix that a rotation could be "
                 "merged into; set transform.r2=false."
