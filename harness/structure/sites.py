@@ -100,9 +100,11 @@ def _scored(softmax: Call) -> tuple[Value | None, Value | None]:
         if call.op in PRODUCTS and len(call.inputs) >= 2:
             query, key = call.inputs[-2:]
             return query, key
-        if not call.inputs:
+        # the first input of torch.where is the mask
+        inputs = call.inputs[1:] if call.op == "where" else call.inputs
+        if not inputs:
             break
-        value = call.inputs[0]
+        value = inputs[0]
     return None, None
 
 
