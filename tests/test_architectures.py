@@ -359,13 +359,13 @@ CORNERS = {
     "scales of attention in some blocks": ("qwen3_next", SMOOTH),
     "scales of experts in some blocks": ("deepseek_v3", SMOOTH),
     "scales of a norm that experts read first": ("granitemoeshared", SMOOTH),
+    "scales of a norm that a state space reads too": ("falcon_h1", SMOOTH),
+    "scales of what experts read that stay as they are": ("llama4_text", SMOOTH),
     "r2 where nothing attends": ("mamba", [*FLOAT, *quarot(r2="true")]),
     "two residual streams, a router by a table": ("deepseek_v4", NVFP4),
 }
 FAULTS = {
     "r1 under positions in a buffer": ("xglm", [*FLOAT, *quarot(r1="random")]),
-    "scales of a norm that a state space reads too": ("falcon_h1", SMOOTH),
-    "scales of what experts read that stay as they are": ("llama4_text", SMOOTH),
 }  # fmt: skip
 
 

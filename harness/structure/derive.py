@@ -255,15 +255,19 @@ class Derivation:
         return leaf == "weight" and len(called_with) == 1
 
     def _alone(self, norm: Call) -> bool:
-        """Whether matrix products are all that reads a norm's output."""
+        """Whether matrix products are all that reads a norm's output, and read it as one tensor."""
+        activations: set[Value] = set()
         pending = self.graph.into(norm.outputs[0])
         while pending:
             call = pending.pop()
+            product = self.graph.products.get(call.outputs[0])
             if scales(call):  # by a number, for every reader alike
                 pending += self.graph.into(call.outputs[0])
-            elif call.outputs[0] not in self.graph.products:
+            elif product is None:
                 return False
-        return True
+            else:
+                activations.add(root(product.x))
+        return len(activations) == 1
 
     def _exits(self, value: Value, norms: int = 1) -> bool:
         """Whether a product's output is added to the residual stream, through a norm or not."""
