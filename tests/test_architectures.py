@@ -183,6 +183,7 @@ REFUSED = {
     "positions of a formula": (
         "xglm", quarot(r1="random"), "a table that is no weight writes the residual stream",
     ),
+    "experts alone": ("mixtral", quarot(r4="on"), "transform.r4=on: no block of this model"),
     "experts of their own": ("llama4_text", quarot(r1="random"), "transformers' experts interface"),
     "LayerNorm, and a rotation that moves the mean": (
         "gpt2", ["transform=spinquant", *INT4], "leave the vector of ones alone",
@@ -353,7 +354,6 @@ def test_an_expert_that_got_few_tokens_is_calibrated_on_all():
 
 SMOOTH = [*FLOAT, "transform=smoothquant"]
 CORNERS = {
-    "r4 where there is no down_in": ("mixtral", [*FLOAT, *quarot(r4="on")]),
     "r4 where down_in has two widths": ("deepseek_v3", [*INT4, "transform=quarot"]),
     "r3 where queries are wider than values": ("deepseek_v3", [*FLOAT, *quarot(r3="on")]),
     "r3 where keys are wider than values": ("mimo_v2_flash", [*FLOAT, *quarot(r3="on")]),

@@ -119,6 +119,11 @@ class Rotations(Transform):
             reachable("transform.r2=true", shape.head_dim, "transform.r2=false")
         if self.wants_r3(shape):
             reachable(f"transform.r3={self.r3}", shape.key_dim, "transform.r3=off")
+        if self.r4 == "on" and "down_in" not in shape.widths:
+            raise ConfigError(
+                f"transform.r4={self.r4}: no block of this model has a plain MLP whose last matrix "
+                "is quantized, so R4 has no place; set transform.r4=off."
+            )
         if self.wants_r4(shape):
             for width in shape.widths_of("down_in").values():
                 reachable(f"transform.r4={self.r4}", width, "transform.r4=off")
