@@ -153,6 +153,20 @@ def test_what_attention_gives_is_o_in_and_what_the_mlp_gives_down_in(name):
         assert names["mlp.down_proj"] == "down_in"
 
 
+@pytest.mark.parametrize(
+    ("name", "linears"),
+    [
+        ("qwen3", {"self_attn.q_proj", "self_attn.k_proj"}),  # normed on their way
+        ("phi3", {"self_attn.qkv_proj"}),
+        ("deepseek_v3", {"self_attn.q_b_proj", "self_attn.kv_b_proj"}),
+        ("gpt_neo", {"attn.attention.q_proj", "attn.attention.k_proj"}),
+        ("mamba", set()),
+    ],
+)
+def test_what_makes_queries_and_keys_is_known_by_where_it_goes(name, linears):
+    assert structure_of(zoo.config(name)).scored == linears
+
+
 def test_a_router_is_left_in_float_and_experts_are_counted():
     model = zoo.make("mixtral")
     for sites in derive(model).sites:

@@ -63,6 +63,8 @@ def components(plan: Plan) -> Components:
     combinations.check_blocks(plan, structure)
     scheme, auto = _formats(settings, structure)
     solver = _solver(settings["solver"])
+    if solver is not None:
+        solver = solver.told(structure.scored)
     transforms = transforms_of(settings["transform"])
     combinations.check_parts(plan, scheme, solver, transforms)
     combinations.check_lengths(plan, facts)

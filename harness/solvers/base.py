@@ -143,6 +143,10 @@ class Solver:
         one_of("solver.hessian_input", self.hessian_input, ("auto", "fp", "quantized"))
         boolean("solver.fuse_global_scale", self.fuse_global_scale)
 
+    def told(self, scored: frozenset[str]) -> Solver:
+        """This solver for one model; scored: its linears that queries and keys are made by."""
+        return self
+
     def check(self, format: Format) -> list[str]:
         """Refuse a weight format this solver cannot solve for (ConfigError); returns warnings."""
         return []

@@ -27,6 +27,7 @@ from harness.structure.sites import (
     norm_before,
     product_feed,
     readings,
+    scored,
 )
 from harness.structure.structure import Attention, Matrix, Norm, Residual, Site, Structure
 from harness.structure.tape import Call, Value
@@ -73,6 +74,7 @@ class Derivation:
         self.residual = self._residual()
         self.scores = attentions(self.graph)
         self.chosen = choosing(self.graph)
+        self.scored = scored(self.graph, self.scores)
 
     def structure(self) -> Structure:
         """What was derived."""
@@ -238,6 +240,7 @@ class Derivation:
             shape[0] if len(shape) > 2 else None,
             self._quantizable(product),
             product.call.op == "linear",
+            product.output in self.scored,
         )
 
     def _quantizable(self, product: Product) -> bool:

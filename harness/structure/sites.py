@@ -55,7 +55,19 @@ def readings(graph: Graph) -> list[Reading]:
 def choosing(graph: Graph) -> set[Value]:
     """The outputs of products that only choose: what a top-k sees, and gates of one number."""
     outputs = {output for output in graph.products if output.shape[-1] == 1}
-    pending = [v for call in graph.tape.calls if call.op in CHOICES for v in call.inputs]
+    chosen = [v for call in graph.tape.calls if call.op in CHOICES for v in call.inputs]
+    return outputs | _products(graph, chosen, norms=False)
+
+
+def scored(graph: Graph, scores: list[Scores]) -> set[Value]:
+    """The outputs of products that queries and keys are made of."""
+    factors = [value for each in scores for value in (each.query, each.key) if value is not None]
+    return _products(graph, factors, norms=True)
+
+
+def _products(graph: Graph, pending: list[Value], norms: bool) -> set[Value]:
+    """The outputs of the products that values are next computed from, through norms or not."""
+    outputs: set[Value] = set()
     seen: set[Value] = set()
     while pending:
         value = pending.pop()
@@ -64,7 +76,7 @@ def choosing(graph: Graph) -> set[Value]:
         seen.add(value)
         if value in graph.products:
             outputs.add(value)
-        elif value.call.op != "leaf":
+        elif norms or value.call.op != "leaf":
             pending += value.call.inputs
     return outputs
 

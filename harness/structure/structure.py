@@ -20,7 +20,7 @@ class Matrix:
     parameter, bias: absolute names. reads, writes: the parameter's axes that are summed over and
     that come out; experts: how many a third axis counts. quantize: False where what it gives only
     chooses (a router, a gate of one number) and of what reads very few features: that stays float.
-    plain: it is torch's own linear.
+    plain: it is torch's own linear. scored: queries or keys are made of what it gives.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Matrix:
     experts: int | None = None
     quantize: bool = True
     plain: bool = True
+    scored: bool = False
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,17 @@ class Structure:
         if not self.attention:
             return "no block attends"
         return next((each.why for each in self.attention.values() if each.module is None), None)
+
+    @property
+    def scored(self) -> frozenset[str]:
+        """Block-relative names of the matrices that queries and keys are made by."""
+        return frozenset(
+            matrix.name
+            for sites in self.sites
+            for site in sites
+            for matrix in site.matrices
+            if matrix.scored
+        )
 
     @property
     def float_experts(self) -> tuple[str, ...]:
