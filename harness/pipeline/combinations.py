@@ -105,7 +105,9 @@ def check_budget(auto: Auto, scheme: Scheme, structure: Structure) -> None:
             f"format.auto.bits_per_weight={auto.bits_per_weight}: the smallest candidate has "
             f"{least} bits; raise it, or add a smaller candidate."
         )
-    linears = sum(len(site.linears) for sites in structure.sites for site in sites)
+    linears = sum(
+        len(site.linears) for layer in range(structure.layers) for site in structure.expanded(layer)
+    )
     # Those outside the blocks are never allocated.
     decided = sum(
         layer is not None and "weight" in parts for (layer, _), parts in scheme.overrides.items()
