@@ -232,3 +232,15 @@ def test_knobs_are_checked(tmp_path):
     cfg, choices = small(tmp_path, "solver=awq")
     plan = make_plan(settings(cfg), choices)
     assert type(components(plan).solver) is AWQ
+
+
+def test_what_queries_and_keys_are_made_by_keeps_its_range():
+    """A group's partial output says nothing of their product."""
+    weights = {name: draw(8, 64, seed=i) ** 3 for i, name in enumerate(("query", "other"))}
+    x = draw(256, 64, seed=5)
+    problem = Problem(weights, dict.fromkeys(weights, INT4), x.T @ x / 128)
+    plain = RTN().solve(problem).qtensors
+    solved = AWQ().told(frozenset({"query"})).solve(problem).qtensors
+    for name, shrunk in (("query", False), ("other", True)):
+        same = torch.equal(solved[name].scales.scale, plain[name].scales.scale)
+        assert same != shrunk

@@ -1,6 +1,7 @@
 """What is used of other libraries' insides, each piece by itself: a release that moves one is named
 here."""
 
+import json
 from importlib.metadata import version
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import zoo
 from preserved import CACHE
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from harness.calibration.corpus import HubText
 from harness.libraries import compressed_tensors, datasets, hydra, saved
@@ -82,6 +84,16 @@ def test_a_layer_of_the_cache_stores_what_update_is_given(model):
     )
 
 
+def test_an_infinity_of_a_config_comes_back_from_its_file(tmp_path):
+    config = zoo.config("mamba2")
+    assert config.time_step_limit[1] == float("inf")
+    text = json.dumps(inside.config_json(config.to_dict()), allow_nan=False)
+    (tmp_path / "config.json").write_text(text)
+    again = AutoConfig.from_pretrained(tmp_path)
+    same = list(again.time_step_limit) == list(config.time_step_limit)
+    assert same, says("transformers", "writes infinities of a config otherwise")
+
+
 def test_an_untied_head_is_saved_by_its_own_name(tmp_path):
     model = Tiny().load()[0]
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -103,7 +115,7 @@ def test_names_that_a_model_has_no_use_for(model):
 
 def test_a_gguf_file_gives_tensors_by_their_names_here(model, tmp_path):
     gguf = pytest.importorskip("gguf")
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "llama")

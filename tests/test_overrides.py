@@ -2,19 +2,23 @@
 and reports what it says."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from composed import small
 from safetensors import safe_open
 from transformers import AutoConfig
 
+import harness
 from harness.checkpoints.encodings import encoding
+from harness.checkpoints.record import Record
 from harness.config.build import build, option, settings
 from harness.config.errors import ConfigError
 from harness.formats import MX, Format, Integer
 from harness.models.adapter import structure_of
-from harness.models.tiny import Tiny
+from harness.models.tiny import Tiny, byte_tokenizer
 from harness.pipeline.job import execute
 from harness.pipeline.plan import make_plan
 from harness.quantize.overrides import resolve
@@ -190,3 +194,84 @@ def test_encodings_reproduce_the_weight(format):
     assert torch.allclose(values, quantized.dequantize(), atol=1e-5)
     assert (values.view(groups, -1) >= low - 1e-5).all()
     assert (values.view(groups, -1) <= high + 1e-5).all()
+
+
+# experts
+
+MIXTURE = "deepseek_v3"  # the first block dense; 4 experts and a shared one in the others
+EXPERTS = {
+    "down_proj": 8,  # of the dense block, the shared expert and the experts alike
+    "experts.down_proj": 6,
+    "experts.down_proj.3": 3,
+    "blocks_2": {"shared_experts.down_proj": 5},
+}
+WANTED = {
+    (0, "mlp.down_proj"): 8,
+    (1, "mlp.shared_experts.down_proj"): 8,
+    (2, "mlp.shared_experts.down_proj"): 5,
+    **{(layer, f"mlp.experts.down_proj.{e}"): 6 for layer in (1, 2) for e in range(3)},
+    **{(layer, "mlp.experts.down_proj.3"): 3 for layer in (1, 2)},
+}
+
+
+def test_experts_are_named_one_by_one_or_all_and_shared_ones_by_their_own():
+    structure = structure_of(zoo.config(MIXTURE))
+    found = resolve(option("format", "int4") | {"overrides": EXPERTS}, structure)
+    assert {place: parts["weight"].bits for place, parts in found.items()} == WANTED
+
+
+def test_a_number_alone_names_nothing():
+    structure = structure_of(zoo.config(MIXTURE))
+    with pytest.raises(ConfigError, match=r"overrides.3: names nothing.*down_proj"):
+        resolve(option("format", "int4") | {"overrides": {"3": 8}}, structure)
+
+
+def test_experts_that_share_a_rank_are_refused():
+    structure = structure_of(zoo.config(MIXTURE))
+    overrides = {"first_2": {"down_proj.3": 8}, "blocks_1": {"down_proj.3": 3}}
+    with pytest.raises(ConfigError, match="let the ranges not meet"):
+        resolve(option("format", "int4") | {"overrides": overrides}, structure)
+
+
+def test_bits_of_experts_are_counted_and_their_codes_are_in_their_formats(tmp_path):
+    model = zoo.make(MIXTURE)
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    outcome = execute(
+        *small(
+            tmp_path,
+            "model=hf",
+            f"model.path={tmp_path / 'model'}",
+            "format=int4",
+            "format.act.bits=16",
+            "format.weight.group_size=32",
+            "solver=rtn",
+            "format.overrides={experts.down_proj: 6, experts.down_proj.3: 2, "
+            "shared_experts.down_proj: 3}",
+            "export=harness",
+            f"export.path={tmp_path / 'exports'}",
+        )
+    )
+    assert outcome.status == "done", outcome.error
+    layers = {layer["name"]: layer for layer in outcome.metrics["layers"]}
+    weights = sum(layer["weights"] for layer in layers.values())
+    bits = sum(layer["bits"] for layer in layers.values())
+    assert outcome.metrics["bits_per_weight"] == pytest.approx(bits / weights)
+    path = outcome.metrics["export"]["path"]
+    formats = Record.read(Path(path)).weights
+    loaded, _ = harness.load(path)
+    for block in (1, 2):
+        for linear, bits in {
+            "experts.down_proj.0": 6,
+            "experts.down_proj.3": 2,
+            "experts.gate_up_proj.3": 4,
+            "shared_experts.down_proj": 3,
+            "shared_experts.up_proj": 4,
+        }.items():
+            name = f"model.layers.{block}.mlp.{linear}"
+            layer = layers[name]
+            assert formats[name].bits == bits
+            # a group of 32 has a scale of 16 bits
+            assert layer["bits"] / layer["weights"] == pytest.approx(bits + 0.5, abs=0.5)
+            for group in loaded.get_submodule(name).weight.reshape(-1, 32)[:20]:
+                assert len(group.unique()) <= 2**bits

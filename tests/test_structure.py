@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -106,13 +107,7 @@ GROUPS = {
 }
 
 
-FAULT = pytest.mark.xfail(strict=True, reason="a fault of the harness")
-UNSEEN = {"gpt_neo"}  # masked by torch.where, its scores are not followed to queries and keys
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=FAULT) if name in UNSEEN else name for name in GROUPS]
-)
+@pytest.mark.parametrize("name", GROUPS)
 def test_a_config_alone_tells_what_the_loaded_model_does(name):
     model = zoo.make(name)
     loaded = derive(model)
@@ -149,13 +144,27 @@ def test_the_matrices_of_the_blocks_are_all_found():
 @pytest.mark.parametrize(
     "name",
     # a norm stands before the projection of the second, and behind the attention of the third
-    ["llama", pytest.param("bitnet", marks=FAULT), pytest.param("diffllama", marks=FAULT)],
+    ["llama", "bitnet", "diffllama"],
 )
 def test_what_attention_gives_is_o_in_and_what_the_mlp_gives_down_in(name):
     for sites in derive(zoo.make(name)).sites:
         names = {linear: site.name for site in sites for linear in site.linears}
         assert names["self_attn.o_proj"] == "o_in"
         assert names["mlp.down_proj"] == "down_in"
+
+
+@pytest.mark.parametrize(
+    ("name", "linears"),
+    [
+        ("qwen3", {"self_attn.q_proj", "self_attn.k_proj"}),  # normed on their way
+        ("phi3", {"self_attn.qkv_proj"}),
+        ("deepseek_v3", {"self_attn.q_b_proj", "self_attn.kv_b_proj"}),
+        ("gpt_neo", {"attn.attention.q_proj", "attn.attention.k_proj"}),
+        ("mamba", set()),
+    ],
+)
+def test_what_makes_queries_and_keys_is_known_by_where_it_goes(name, linears):
+    assert structure_of(zoo.config(name)).scored == linears
 
 
 def test_a_router_is_left_in_float_and_experts_are_counted():
@@ -488,7 +497,6 @@ class UnseenConfig(PreTrainedConfig):
         self.heads = heads
         self.groups = groups
         self.vocab_size = vocab_size
-        self.tie_word_embeddings = False
         super().__init__(**fields)
 
 
@@ -539,7 +547,7 @@ class UnseenModel(PreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.after(hidden))
 
 
-class UnseenForCausalLM(PreTrainedModel):
+class UnseenForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = UnseenConfig
     base_model_prefix = "body"
 
@@ -592,10 +600,15 @@ def test_an_unseen_model_is_looked_through(unseen):
         assert down_in.feed.matrix == f"body.stack.{layer}.wide.weight"
 
 
-def test_an_unseen_model_is_quantized_end_to_end(unseen, tmp_path):
+@pytest.mark.parametrize("weights", ["memory", "disk"])
+def test_an_unseen_model_is_quantized_end_to_end(unseen, tmp_path, weights):
+    """Its config does not say whether head and embedding are one."""
     model, settings = unseen
+    export = ["export=harness", f"export.path={tmp_path / 'exports'}"]
+    settings = [*settings, f"model.weights={weights}", *export]
     outcome = execute(*small(tmp_path, *settings, "format=nvfp4", "solver=gptq"))
     assert outcome.status == "done", outcome.error
+    assert not hasattr(model.config, "tie_word_embeddings")
     assert outcome.metrics["notes"]["stream"] < 1e-6
     names = {layer["name"] for layer in outcome.metrics["layers"]}
     assert names == {

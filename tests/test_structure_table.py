@@ -79,6 +79,12 @@ def test_experts_are_counted_and_the_router_is_float(told):
             "0-2: attention is not found by its name in transformers",
         ),
         ("mamba2", "R3 refused: 0 of 0 attention blocks no block attends"),
+        (
+            "minimax_m3_vl_text",
+            "KV cache refused: 1 of 3 attention blocks "
+            "1-2: attention of another name sees other tokens",
+        ),
+        ("zamba2", "quantization refused blocks 1 and 3 share their weights"),
     ],
 )
 def test_a_refusal_says_why(told, name, line):

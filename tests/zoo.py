@@ -10,7 +10,6 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 TOKENS = {"vocab_size": 258, "bos_token_id": 256, "eos_token_id": 257}
@@ -700,7 +699,7 @@ def make(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _randomize(model: nn.Module, generator: torch.Generator) -> None:
+def _randomize(model: PreTrainedModel, generator: torch.Generator) -> None:
     """Norms that differ from 1, biases that differ from 0 and matrices all of one scale. Vectors of
     other names, as a state space's decays, keep the values of their architecture."""
     for name, parameter in sorted(model.named_parameters()):
@@ -711,6 +710,11 @@ def _randomize(model: nn.Module, generator: torch.Generator) -> None:
             parameter.copy_(0.1 * noise)
         elif parameter.ndim >= 2:
             parameter.copy_(0.05 * noise)
+    # The experts of a token, where a table has them: each once.
+    for name, buffer in sorted(model.named_buffers()):
+        if name.endswith("tid2eid"):
+            order = torch.rand(len(buffer), model.config.n_routed_experts, generator=generator)
+            buffer.copy_(order.argsort(dim=-1)[:, : buffer.shape[1]])
 
 
 def _of_norm(name: str) -> bool:

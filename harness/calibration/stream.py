@@ -125,8 +125,9 @@ class Stream:
                     "one by one."
                 )
             if index == 0:
-                size = windows.numel() * embedded.shape[-1]
-                self._hidden = self._room(embedded, size).view(*windows.shape, -1)
+                size = windows.numel() * embedded[0, 0].numel()
+                shape = (*windows.shape, *embedded.shape[2:])  # a token may have several vectors
+                self._hidden = self._room(embedded, size).view(shape)
             self.hidden[index].copy_(embedded)
             for block, context in zip(adapter.blocks, contexts):
                 self.block_kwargs[block].append(context)

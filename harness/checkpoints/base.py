@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from harness.config.errors import ConfigError
 from harness.formats import Format, QTensor, Scheme
+from harness.libraries.transformers import config_json
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import SiteInput
 from harness.models.weights import PROCESSORS, Weights
@@ -172,7 +173,7 @@ def write_checkpoint(exporter: Exporter, snapshot: Snapshot, folder: Path) -> No
             config[part]["dtype"] = config["dtype"]
     # what begins with _ is of this process: where the model came from, for one
     public = {key: value for key, value in config.items() if not key.startswith("_")}
-    write_json(folder / "config.json", public)
+    write_json(folder / "config.json", config_json(public))
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     snapshot.tokenizer.save_pretrained(folder)

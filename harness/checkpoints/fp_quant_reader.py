@@ -61,8 +61,7 @@ def read(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedMo
             model.set_submodule(name, type(module)(config=config).to(device))
     for name, _ in list(model.named_parameters()):
         assign(model, name, tensors[name].to(device, dtype, copy=True))
-    if config.tie_word_embeddings:
-        model.tie_weights()
+    model.tie_weights()  # where its config says so
     model.config.use_cache = False
     return model.eval()
 

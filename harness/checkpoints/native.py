@@ -124,7 +124,7 @@ def load(
         for name, site in sites(adapter):
             site.format = record.activations.get(name)
             site.global_scale = tensors.find(f"{name}.global_scale")
-    model.tie_weights()
+    model.tie_weights()  # where its config says so
     for placement in placements:
         attach_online(adapter, placement)
     if record.kv is not None:

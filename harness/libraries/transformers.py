@@ -6,7 +6,9 @@ ExpertsInterface, _experts_implementation_internal, is_transposed, has_gate, _ap
     the function that runs a layer's experts is found by a name too
 DynamicCache, DynamicLayer, Cache
     past keys and values; the argument is `cache` from 5.24 on and `past_key_values` before
-all_tied_weights_keys
+_encode_special_floats
+    how a config.json holds an infinity, which is no JSON
+all_tied_weights_keys, get_expanded_tied_weights_keys
     which parameters are saved once
 _init_weights, _non_persistent_buffers_set
     what a model computes from its config, and no file holds
@@ -161,9 +163,22 @@ def empty_plain_cache(arguments: Mapping) -> DynamicCache | None:
     return None
 
 
+def config_json(fields: Mapping) -> dict:
+    """The fields of a config as its file holds them: infinities by name, which JSON has none of."""
+    return PreTrainedConfig._encode_special_floats(dict(fields))
+
+
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """{parameter: the parameter it is one with} of a model whose config ties them."""
+    """{parameter: the parameter it is one with}; none where the config ties none.
+
+    Not every config says whether it ties.
+    """
     return model.all_tied_weights_keys or {}
+
+
+def shared_names(model: PreTrainedModel) -> dict[str, str]:
+    """The same by what the config says by now, whether the model's parameters are one or not."""
+    return model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def untie_names(model: PreTrainedModel) -> None:

@@ -16,11 +16,15 @@ from harness.config.errors import DataError
 SIZES = (
     "vocab_size",
     "hidden_size",
-    "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
 )
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+OPTIONAL_SIZES = (
+    "intermediate_size",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 
 
 def config_of(folder: Path, **origin):

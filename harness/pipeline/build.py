@@ -61,8 +61,11 @@ def components(plan: Plan) -> Components:
     _check_device(settings["device"])
     facts = plan.model.facts()
     structure = structure_from(facts)
+    combinations.check_blocks(plan, structure)
     scheme, auto = _formats(settings, structure)
     solver = _solver(settings["solver"])
+    if solver is not None:
+        solver = solver.told(structure.scored)
     transforms = transforms_of(settings["transform"])
     combinations.check_parts(plan, scheme, solver, transforms)
     combinations.check_lengths(plan, text_of(facts))

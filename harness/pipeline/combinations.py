@@ -63,6 +63,21 @@ def check_lengths(plan: Plan, facts: Mapping) -> None:
             )
 
 
+def check_blocks(plan: Plan, structure: Structure) -> None:
+    """Refuse to take blocks one by one that have more in common than the residual stream."""
+    field = "model"
+    if plan.settings["model"].get("weights") == "disk":
+        field = "model.weights=disk"
+    elif not plan.calibrates:  # nothing is done to a block
+        return
+    if structure.joined:
+        raise ConfigError(
+            f"{field}: blocks of a {structure.architecture} cannot be taken one by one, for "
+            f"{'; '.join(structure.joined)}; set format=none transform=identity solver=none "
+            "model.weights=memory, which measure it as it is."
+        )
+
+
 def check_widths(scheme: Scheme, auto: Auto | None, structure: Structure) -> None:
     """Refuse a group that does not divide the width of what it is for."""
     widths = structure.widths
@@ -90,7 +105,9 @@ def check_budget(auto: Auto, scheme: Scheme, structure: Structure) -> None:
             f"format.auto.bits_per_weight={auto.bits_per_weight}: the smallest candidate has "
             f"{least} bits; raise it, or add a smaller candidate."
         )
-    linears = sum(len(site.linears) for sites in structure.sites for site in sites)
+    linears = sum(
+        len(site.linears) for layer in range(structure.layers) for site in structure.expanded(layer)
+    )
     # Those outside the blocks are never allocated.
     decided = sum(
         layer is not None and "weight" in parts for (layer, _), parts in scheme.overrides.items()
@@ -166,7 +183,7 @@ def _scalable(
             continue
         kinds[site] = "free"
         # Several query heads read one value head, and so share its scales.
-        if site == "o_in" and context.heads > context.kv_heads:
+        if site == "o_in" and context.turns and context.heads > context.kv_heads:
             kinds[site] = "shared"
         # An encoder stands between the site and what would take its scale, or nothing takes it.
         if site in encoded or not context.merges(site):
@@ -229,12 +246,11 @@ def check_attention(field: str, context: ModelShape) -> None:
     """Refuse what belongs between queries, keys and values where nothing can be put there."""
     if context.structure is None:
         return
-    attention = context.structure.attention
-    if not attention or any(each.module is None for each in attention.values()):
+    unmet = context.structure.unmet
+    if unmet is not None:
         raise ConfigError(
-            f"{field} with a {context.structure.architecture}: "
-            f"{len(attention)} of {context.layers} blocks attend, and not through transformers' "
-            "attention interface, where keys and values are met; leave the cache in 16 bits."
+            f"{field} with a {context.structure.architecture}: keys and values are not met, for "
+            f"{unmet}; leave the cache in 16 bits."
         )
 
 

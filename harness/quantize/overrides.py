@@ -4,31 +4,35 @@
       lm_head: 8                                # outside the blocks, quantized only when named here
       embed_tokens: 8                           # weights only, to nearest
       decoder: {act: 16}                        # every linear of every block
-      down_proj: {weight: 8, act: int8}         # this linear of every block
+      down_proj: {weight: 8, act: int8}         # this linear of every block, and of every expert
+      experts.down_proj.3: int8                 # of expert 3;  experts.down_proj: of all experts
       first_2: mxfp8                            # blocks 0 and 1;  last_1: the last one
       blocks_4_7: {down_proj: 8}                # this linear of these blocks
 
 A value is a number of bits (of the weight; 16 leaves it float), an option of conf/format (its
 weight and act), or a mapping of weight and act to bits, an option, or settings that replace those
-of `format.weight` and `format.act`. What is named more closely wins: decoder < linear < blocks <
-linear of blocks; two ranges of blocks that meet are refused.
+of `format.weight` and `format.act`. A linear is named by the last part of its name or by several.
+What is named more closely wins: decoder < linear < blocks < linear of blocks, more parts over
+fewer, one expert over all; two ranges of blocks that meet are refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.config.build import build, option
 from harness.config.checks import nearest
 from harness.config.errors import ConfigError
 from harness.formats import Format
+from harness.quantize.named import closeness, ends, fits, linears
 from harness.structure.structure import Structure
 
 PARTS = ("weight", "act")
 Place = tuple[int | None, str]  # (block, linear); None: outside the blocks
 Parts = dict[str, Format | None]  # by PARTS; None: float
+Rank = tuple[int, ...]  # of what is named more closely it is larger
 RANGE = re.compile(r"(?:first|last)_(\d+)|blocks_(\d+)(?:_(\d+))?")
 
 
@@ -56,7 +60,7 @@ def resolve(
     ConfigError naming the field.
     """
     base = _Base({part: section[part] for part in PARTS}, serves or {})
-    ranked: dict[Place, dict[int, tuple[str, Parts]]] = {}
+    ranked: dict[Place, dict[Rank, tuple[str, Parts]]] = {}
     overrides = section["overrides"]
     if overrides is None:
         overrides = {}
@@ -87,57 +91,53 @@ def resolve(
 
 def _entries(
     key: str, value: object, base: _Base, structure: Structure
-) -> Iterator[tuple[str, int, Place, Parts]]:
+) -> Iterator[tuple[str, Rank, Place, Parts]]:
     """(field, rank, place, parts) of all that one key of `format.overrides` names."""
     field = f"format.overrides.{key}"
-    layers = structure.layers
-    linears = _linears(structure)
+    places = linears(structure)
     outside = {name.rpartition(".")[2]: name for name in (structure.embedding, structure.head)}
+    named = [place for place in places if fits(str(key), place[1])]
     if key in outside:
         embedding = outside[key] == structure.embedding
-        yield field, 1, (None, outside[key]), _outside(field, value, base, embedding)
+        yield field, (1,), (None, outside[key]), _outside(field, value, base, embedding)
     elif key == "decoder":
         parts = _parts(field, value, base)
-        yield from (
-            (field, 0, (i, name), parts) for i in range(layers) for name in linears.values()
-        )
-    elif key in linears:
+        yield from ((field, (0,), place, parts) for place in places)
+    elif named:
         parts = _parts(field, value, base)
-        yield from ((field, 1, (i, linears[key]), parts) for i in range(layers))
+        yield from ((field, (1, *closeness(key)), place, parts) for place in named)
     elif RANGE.fullmatch(str(key)):
-        for layer in _blocks(field, key, layers):
-            for rank, name, source, parts in _within(field, value, base, linears):
-                yield source, rank, (layer, name), parts
+        blocks = _blocks(field, key, structure.layers)
+        for rank, place, source, parts in _within(field, value, base, places):
+            if place[0] in blocks:
+                yield source, rank, place, parts
     else:
-        legal = (*linears, *outside, "decoder", "first_N", "last_N", "blocks_N", "blocks_N_M")
+        legal = (*ends(places), *outside, "decoder", "first_N", "last_N", "blocks_N")
+        legal = (*legal, "blocks_N_M")
         raise ConfigError(
             f"{field}: names nothing to quantize.{nearest(key, legal)} Legal: {', '.join(legal)}."
         )
 
 
-def _linears(structure: Structure) -> dict[str, str]:
-    """{last part of its name: block-relative name} of all linears of the blocks."""
-    return {
-        name.rpartition(".")[2]: name for linears in structure.linears.values() for name in linears
-    }
-
-
 def _within(
-    field: str, value: object, base: _Base, linears: Mapping[str, str]
-) -> Iterator[tuple[int, str, str, Parts]]:
-    """(rank, linear, field, parts) of what one range of blocks says."""
+    field: str, value: object, base: _Base, places: Sequence[tuple[int, str]]
+) -> Iterator[tuple[Rank, tuple[int, str], str, Parts]]:
+    """(rank, place, field, parts) of what a range of blocks says, in any block."""
     # a mapping names linears, unless it names parts: then it is of all linears
     if isinstance(value, Mapping) and value and not set(value) & set(PARTS):
         for key, entry in value.items():
-            if key not in linears:
+            named = [place for place in places if fits(str(key), place[1])]
+            if not named:
+                legal = ends(places)
                 raise ConfigError(
-                    f"{field}.{key}: no such linear.{nearest(key, linears)} "
-                    f"Legal: {', '.join(linears)}, weight, act."
+                    f"{field}.{key}: no such linear.{nearest(key, legal)} "
+                    f"Legal: {', '.join(legal)}, weight, act."
                 )
-            yield 3, linears[key], f"{field}.{key}", _parts(f"{field}.{key}", entry, base)
+            parts = _parts(f"{field}.{key}", entry, base)
+            yield from (((3, *closeness(key)), place, f"{field}.{key}", parts) for place in named)
     else:
         parts = _parts(field, value, base)
-        yield from ((2, name, field, parts) for name in linears.values())
+        yield from (((2,), place, field, parts) for place in places)
 
 
 def _blocks(field: str, key: str, layers: int) -> range:
@@ -239,8 +239,8 @@ def _option(field: str, name: str) -> dict:
 def _one_activation(resolved: Mapping[Place, Parts], base: _Base, structure: Structure) -> None:
     """Linears that read one activation must agree on its format, for it is quantized once."""
     everywhere = base.act()
-    for layer, sites in enumerate(structure.sites):
-        for site in sites:
+    for layer in range(structure.layers):
+        for site in structure.expanded(layer):
             acts = [resolved.get((layer, name), {}).get("act", everywhere) for name in site.linears]
             if any(act != acts[0] for act in acts):
                 readers = ", ".join(name.rpartition(".")[2] for name in site.linears)

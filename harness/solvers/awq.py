@@ -9,8 +9,9 @@ r"""awq: scale channels that carry large activations before rounding, then shrin
 
 1/s is merged into what feeds the site (norm, v's rows, up's rows), so the float function stays;
 r = 0 is in the grid, so the search never ends worse than rounding. Then `rtn` or `gptq` solves the
-scaled weights on the clipped scales. q and k are not clipped. Where an encoder stands between the
-site and what feeds it (R4, block rotations, AdaCodec's down encoder) nothing is scaled.
+scaled weights on the clipped scales. What queries and keys are made by is not clipped. Where an
+encoder stands between the site and what feeds it (R4, block rotations, AdaCodec's down encoder)
+nothing is scaled.
 
 Source: AWQ (arXiv 2306.00978) and llm-awq; duo from llm-compressor. Differences: the activation
 quantizer stands in the search where activations are quantized, Q_a(X / s) s; clipping measures with
@@ -33,8 +34,6 @@ from harness.solvers.base import Block, Problem, Solution, Solver
 from harness.solvers.gptq import GPTQ
 from harness.solvers.rtn import RTN
 
-# their outputs meet in a product, which a partial output says nothing of
-UNCLIPPED = ("q_proj", "k_proj")
 CLIPS = tuple(1 - step / 20 for step in range(10))
 UNSCALED = {  # why a site of that freedom (Block.scalable) gets no scale
     "fixed": "an encoder stands before it",
@@ -52,6 +51,8 @@ class AWQ(Solver):
     clip: search each group's range.
     with_act: the activation quantizer stands in the search.
     then: rtn | gptq.
+    scored: the linears that queries and keys are made by, which `told` fills in: these meet in a
+    product, which a partial output says nothing of, and are not clipped.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -63,6 +64,7 @@ class AWQ(Solver):
     clip: bool = True
     with_act: bool = True
     then: str = "rtn"
+    scored: frozenset[str] = frozenset()
 
     def __post_init__(self):
         super().__post_init__()
@@ -72,6 +74,9 @@ class AWQ(Solver):
         boolean("solver.with_act", self.with_act)
         one_of("solver.gqa", self.gqa, ("skip", "mean"))
         one_of("solver.then", self.then, ("rtn", "gptq"))
+
+    def told(self, scored: frozenset[str]) -> AWQ:
+        return replace(self, scored=scored)
 
     def check(self, format: Format) -> list[str]:
         if not self.clip or clippable(format):
@@ -173,7 +178,7 @@ class AWQ(Solver):
         count = 0
         if self.clip:
             for name, weight in problem.weights.items():
-                if name.rpartition(".")[2] in UNCLIPPED:
+                if name in self.scored:
                     continue
                 before = scales[name]
                 scales[name] = clipped(weight, problem.formats[name], before, problem.hessian)

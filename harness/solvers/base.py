@@ -147,6 +147,10 @@ class Solver:
         boolean("solver.fuse_global_scale", self.fuse_global_scale)
         integer("solver.min_tokens", self.min_tokens)
 
+    def told(self, scored: frozenset[str]) -> Solver:
+        """This solver for one model; scored: its linears that queries and keys are made by."""
+        return self
+
     def check(self, format: Format) -> list[str]:
         """Refuse a weight format this solver cannot solve for (ConfigError); returns warnings."""
         return []

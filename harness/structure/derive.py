@@ -6,19 +6,19 @@ Works on a loaded model and on one without weights (skeleton.py), where both mus
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
+from inspect import signature
 
-import torch
 from torch import Tensor, nn
 
 from harness.libraries.saved import Saved
-from harness.libraries.transformers import runs_experts, watched_attention
+from harness.libraries.transformers import runs_experts
 from harness.structure.composite import decoder_of, towers_of
+from harness.structure.forward import Forward
 from harness.structure.graph import SCALINGS, Graph, Product, back, positions, root, scales, source
+from harness.structure.joined import joined
 from harness.structure.naming import Facts, named
-from harness.structure.norms import NormKind, norm_kind
 from harness.structure.residual import Stream
 from harness.structure.sites import (
     Reading,
@@ -30,11 +30,11 @@ from harness.structure.sites import (
     norm_before,
     product_feed,
     readings,
+    scored,
 )
 from harness.structure.structure import Attention, Matrix, Norm, Residual, Site, Structure
-from harness.structure.tape import Call, Tape, Value
+from harness.structure.tape import Call, Value
 
-TOKENS = 12  # no width of a model
 NARROW = 64  # features: what reads fewer, such as the rank of a gate, costs no bits to speak of
 
 
@@ -65,16 +65,11 @@ class Derivation:
         self.towers = towers_of(model)
         self.embedding = self.modules[id(model.get_input_embeddings())]
         self.head = self.modules[id(model.get_output_embeddings())]
-        self.names: dict[int, str] = {}
-        self._returned = 0
-        self._passed: set[int] = set()
-        self._attending: set[str] = set()
-        for name, tensor in model.named_parameters(remove_duplicate=False):
-            self.names.setdefault(id(tensor), name)
-        tape = self._recorded()
+        self.forward = Forward(model, self.blocks)
+        tape = self.forward.tape
         self.graph = Graph(tape)
         self.norms = {
-            call: (self.modules[id(call.function)], self._kinds[id(call.function)])
+            call: (self.modules[id(call.function)], self.forward.kinds[id(call.function)])
             for call in tape.calls
             if call.op == "leaf"
         }
@@ -84,11 +79,12 @@ class Derivation:
         self.residual = self._residual()
         self.scores = attentions(self.graph)
         self.chosen = choosing(self.graph)
+        self.scored = scored(self.graph, self.scores)
 
     def structure(self) -> Structure:
         """What was derived."""
         count = len(self.model.get_submodule(self.blocks))
-        idle = sorted(set(range(count)) - self._passed)
+        idle = sorted(set(range(count)) - self.forward.passed)
         if idle:
             raise ValueError(f"a text alone does not pass block {idle[0]} of {count}")
         readings_of: list[list[Reading]] = [[] for _ in range(count)]
@@ -104,64 +100,18 @@ class Derivation:
             self.head,
             self._final_norm(),
             self.hidden,
-            self._returned,
+            self.forward.returned,
             self._plain_head(),
             sites,
             self.residual,
             dict(self._attention()),
             self.towers,
+            joined(self.forward),
         )
-
-    def _recorded(self) -> Tape:
-        """A tape of a forward of TOKENS tokens."""
-        device = self.model.get_input_embeddings().weight.device
-        ids = (torch.arange(TOKENS, device=device) % 7 + 3).unsqueeze(0)
-        if not ids.is_meta:
-            return self._record(ids, {})
-        # masks that are made on the way read the tokens, which are not there; models differ in
-        # what they take instead
-        size = (1, 1, TOKENS, TOKENS)
-        mask = torch.zeros(size, device="meta", dtype=self.model.dtype)
-        for given in (mask, None, torch.ones_like(ids)):
-            try:
-                return self._record(ids, {"attention_mask": given})
-            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as refused:
-                error = refused
-        raise error
-
-    def _record(self, ids: Tensor, arguments: dict) -> Tape:
-        """A tape of one forward of token ids [1, TOKENS]."""
-        tape = Tape([ids], self.names)
-        self._kinds: dict[int, NormKind] = {}
-        cache: dict[tuple, NormKind | None] = {}
-
-        def is_norm(module: nn.Module, args: tuple) -> bool:
-            if not args or not isinstance(args[0], Tensor) or not args[0].shape:
-                return False
-            key = (type(module), args[0].shape[-1], *(p.shape for p in module.parameters()))
-            if key not in cache:
-                cache[key] = norm_kind(module, args[0].shape[-1])
-            kind = cache[key]
-            if kind is not None:
-                self._kinds[id(module)] = kind
-            return kind is not None
-
-        with ExitStack() as hooks:
-            for layer, block in enumerate(self.model.get_submodule(self.blocks)):
-                hooks.enter_context(self._within(tape, block, layer))
-            for module in self.model.modules():
-                if not list(module.children()):
-                    hooks.enter_context(tape.leaf(module, is_norm))
-            called = hooks.enter_context(watched_attention(decoder_of(self.model)))
-            with torch.no_grad(), tape:
-                output = self.model(input_ids=ids, use_cache=False, **arguments)
-            self._attending = {self.modules[id(module)] for module in called}
-        tape.finish(output.logits)
-        return tape
 
     def _head_product(self) -> Product:
         """The matrix product that gives the logits."""
-        weight = self.names[id(self.model.get_submodule(self.head).weight)]
+        weight = self.forward.names[id(self.model.get_submodule(self.head).weight)]
         found = [p for p in self.graph.products.values() if p.parameter == weight]
         return found[-1]
 
@@ -233,7 +183,8 @@ class Derivation:
             facts = Facts(
                 reader=site.matrices[0].name,
                 residual=site.residual,
-                attended=behind(self.graph, reading.activation, scores) is not None,
+                attended=not site.residual
+                and behind(self.graph, reading.activation, scores) is not None,
                 exits=any(self._exits(product.output) for product in reading.products),
                 experts=self._experts(first),
                 early=attended is not None and first.call.position < attended,
@@ -306,6 +257,7 @@ class Derivation:
             self._quantizable(product),
             product.call.op == "linear",
             parts,
+            product.output in self.scored,
         )
 
     @cached_property
@@ -320,18 +272,27 @@ class Derivation:
             return False
         if product.x.shape[-1] < NARROW:
             return False
-        return not self._experts(product) or self._dispatched(product)
+        if self._experts(product):
+            return self._dispatched(product)
+        # another module is put in place of one that is called with what the matrix reads
+        owner, _, leaf = product.parameter.rpartition(".")
+        called_with = signature(self.model.get_submodule(owner).forward).parameters
+        return leaf == "weight" and len(called_with) == 1
 
     def _alone(self, norm: Call) -> bool:
-        """Whether matrix products are all that reads a norm's output."""
+        """Whether matrix products are all that reads a norm's output, and read it as one tensor."""
+        activations: set[Value] = set()
         pending = self.graph.into(norm.outputs[0])
         while pending:
             call = pending.pop()
+            product = self.graph.products.get(call.outputs[0])
             if scales(call):  # by a number, for every reader alike
                 pending += self.graph.into(call.outputs[0])
-            elif call.outputs[0] not in self.graph.products:
+            elif product is None:
                 return False
-        return True
+            else:
+                activations.add(root(product.x))
+        return len(activations) == 1
 
     def _exits(self, value: Value, norms: int = 1) -> bool:
         """Whether a product's output is added to the residual stream, through a norm or not."""
@@ -370,9 +331,13 @@ class Derivation:
             heads, _, features = scores.query.shape[-3:]
             values = scores.value.shape[-1]
             start = f"{self.blocks}.{layer}."
-            found = (name for name in self._attending if name.startswith(start))
+            found = (name for name in self.forward.attending if name.startswith(start))
             module = next(found, "").removeprefix(start) or None
-            yield layer, Attention(heads, self._value_heads(scores), (features, values), module)
+            why = None if module else "attention is not found by its name in transformers"
+            if module and layer in self.forward.otherwise:
+                module, why = None, "attention of another name sees other tokens"
+            sizes = (features, values)
+            yield layer, Attention(heads, self._value_heads(scores), sizes, module, why)
 
     def _value_heads(self, scores: Scores) -> int:
         """How many heads of values there are, before they are repeated."""
@@ -382,20 +347,3 @@ class Derivation:
             return len(positions(start, path).unique()) // (tokens * features)
         except ValueError:
             return heads
-
-    @contextmanager
-    def _within(self, tape: Tape, block: nn.Module, layer: int) -> Iterator[None]:
-        """Within it, what a block calls is recorded as its own."""
-
-        def enter(*_) -> None:
-            tape.layer = layer
-            self._passed.add(layer)
-
-        def leave(_, args: tuple, result: object) -> None:
-            tape.layer = None
-            self._returned = len(result) if isinstance(result, tuple) else 0
-
-        with ExitStack() as hooks:
-            hooks.callback(block.register_forward_pre_hook(enter).remove)
-            hooks.callback(block.register_forward_hook(leave).remove)
-            yield

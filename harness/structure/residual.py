@@ -135,6 +135,8 @@ class Stream:
     def _written(self, value: Value) -> None:
         """Note what a value of the stream was made by."""
         call = value.call
+        if call is None and value.tensor is not None:
+            self.why.append("a table that is no weight writes the residual stream")
         if call is None or call.op in FRESH:
             return
         product = self.graph.products.get(value)

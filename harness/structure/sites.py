@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from harness.structure.graph import (
+    JOINS,
     MOVES,
     PRODUCTS,
     SCALINGS,
+    SUMS,
     Graph,
     Product,
     back,
@@ -53,7 +55,19 @@ def readings(graph: Graph) -> list[Reading]:
 def choosing(graph: Graph) -> set[Value]:
     """The outputs of products that only choose: what a top-k sees, and gates of one number."""
     outputs = {output for output in graph.products if output.shape[-1] == 1}
-    pending = [v for call in graph.tape.calls if call.op in CHOICES for v in call.inputs]
+    chosen = [v for call in graph.tape.calls if call.op in CHOICES for v in call.inputs]
+    return outputs | _products(graph, chosen, norms=False)
+
+
+def scored(graph: Graph, scores: list[Scores]) -> set[Value]:
+    """The outputs of products that queries and keys are made of."""
+    factors = [value for each in scores for value in (each.query, each.key) if value is not None]
+    return _products(graph, factors, norms=True)
+
+
+def _products(graph: Graph, pending: list[Value], norms: bool) -> set[Value]:
+    """The outputs of the products that values are next computed from, through norms or not."""
+    outputs: set[Value] = set()
     seen: set[Value] = set()
     while pending:
         value = pending.pop()
@@ -62,7 +76,7 @@ def choosing(graph: Graph) -> set[Value]:
         seen.add(value)
         if value in graph.products:
             outputs.add(value)
-        elif value.call.op != "leaf":
+        elif norms or value.call.op != "leaf":
             pending += value.call.inputs
     return outputs
 
@@ -98,9 +112,11 @@ def _scored(softmax: Call) -> tuple[Value | None, Value | None]:
         if call.op in PRODUCTS and len(call.inputs) >= 2:
             query, key = call.inputs[-2:]
             return query, key
-        if not call.inputs:
+        # the first input of torch.where is the mask
+        inputs = call.inputs[1:] if call.op == "where" else call.inputs
+        if not inputs:
             break
-        value = call.inputs[0]
+        value = inputs[0]
     return None, None
 
 
@@ -166,14 +182,14 @@ def norm_before(
 
 
 def behind(graph: Graph, value: Value, scores: list[Scores]) -> Scores | None:
-    """The attention whose output a value is, moved and gated."""
+    """The attention that a value comes from: moved, gated, normed, joined with another one."""
     outputs = {each.call.outputs[0]: each for each in scores}
     for _ in range(8):
         end, _ = back(value, outputs)
         if end in outputs:
             return outputs[end]
         call = end.call
-        if call is None or call.op not in SCALINGS | MOVES:
+        if call is None or call.op not in SCALINGS | SUMS | JOINS | MOVES | {"leaf"}:
             return None
         value = call.inputs[0]
     return None

@@ -18,8 +18,10 @@ def skeleton(config: PreTrainedConfig) -> nn.Module:
     Its head is its own, whatever the config says, for what is done to one may not reach the other.
     """
     config = copy.deepcopy(config)
+    tied = getattr(config, "tie_word_embeddings", False)
     separate(config)
     forget_functions(config)
     with torch.device("meta"):
         model = model_class(config).from_config(config, dtype=torch.bfloat16)
+    model.config.tie_word_embeddings = tied  # it says of blocks, too, whether they are one
     return model.eval()

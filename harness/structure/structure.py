@@ -22,7 +22,7 @@ class Matrix:
     chooses (a router, a gate of one number) and of what reads very few features: that stays float.
     plain: it is torch's own linear. parts: the matrices in which files hold each expert's, by the
     absolute names of their modules (with * for its number) and by its rows; none where files hold
-    all experts in one tensor.
+    all experts in one tensor. scored: queries or keys are made of what it gives.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Matrix:
     quantize: bool = True
     plain: bool = True
     parts: tuple[tuple[str, range], ...] = ()
+    scored: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,13 @@ class Site:
         if self.expert is not None or self.experts:  # the others read it too, or the router does
             return False
         if self.feed is not None and self.feed.through == "heads":
-            return self.feed.grouped is not None
+            return self.turns
         return self.why is None
+
+    @property
+    def turns(self) -> bool:
+        """Whether what stands before it can take a matrix of each head."""
+        return self.feed is not None and self.feed.grouped is not None
 
     @property
     def experts(self) -> int:
@@ -175,14 +181,15 @@ class Residual:
 class Attention:
     """One block's attention as its scores are computed.
 
-    features: (of a query and key, of a value), one head's. module: block-relative; None where it
-    does not find its attention by transformers' name for it, so that none can be put in its place.
+    features: (of a query and key, of a value), one head's. module: block-relative; None where no
+    other attention can be put in its place, and why says so.
     """
 
     heads: int
     kv_heads: int
     features: tuple[int, int]
     module: str | None = None
+    why: str | None = None
 
 
 @dataclass(frozen=True)
@@ -194,7 +201,8 @@ class Structure:
     plain_head: whether the logits are what the head gives of what the final norm gives, neither
     scaled nor capped. sites: of every block, in the order of its forward. attention: {layer:
     Attention} of those that have one. towers: absolute names of what stands beside the decoder in a
-    model that sees or hears too, and stays as it is.
+    model that sees or hears too, and stays as it is. joined: why its blocks cannot be taken one by
+    one, if so.
     """
 
     architecture: str
@@ -209,6 +217,7 @@ class Structure:
     residual: Residual
     attention: Mapping[int, Attention]
     towers: tuple[str, ...] = ()
+    joined: tuple[str, ...] = ()
 
     def beside(self, parameter: str) -> bool:
         """Whether a parameter, by its absolute name, stands beside the decoder."""
@@ -224,9 +233,15 @@ class Structure:
         return next((site for site in self.sites[layer] if site.name == name), None)
 
     def merges(self, name: str) -> tuple[int, ...]:
-        """The blocks in which what stands before a site can take a matrix or a scale."""
+        """The blocks in which what stands before a site can take a scale."""
         sites = ((layer, self.site(name, layer)) for layer in range(self.layers))
         return tuple(layer for layer, site in sites if site is not None and site.merges)
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """The blocks in which what makes attention's values can take a matrix of each head."""
+        sites = ((layer, self.site("o_in", layer)) for layer in range(self.layers))
+        return tuple(layer for layer, site in sites if site is not None and site.turns)
 
     @property
     def head_dim(self) -> int:
@@ -238,6 +253,26 @@ class Structure:
     def mixes(self) -> bool:
         """Whether there are routed experts among what is quantized."""
         return any(site.experts for sites in self.sites for site in sites)
+
+    @property
+    def unmet(self) -> str | None:
+        """Why nothing can be put between queries, keys and values; None where it can in all blocks
+        that attend.
+        """
+        if not self.attention:
+            return "no block attends"
+        return next((each.why for each in self.attention.values() if each.module is None), None)
+
+    @property
+    def scored(self) -> frozenset[str]:
+        """Block-relative names of the matrices that queries and keys are made by."""
+        return frozenset(
+            matrix.name
+            for sites in self.sites
+            for site in sites
+            for matrix in site.matrices
+            if matrix.scored
+        )
 
     @property
     def float_experts(self) -> tuple[str, ...]:

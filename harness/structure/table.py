@@ -71,6 +71,8 @@ def header(structure: Structure) -> str:
 
 def allowed(structure: Structure) -> Iterator[Row]:
     """(what may be done, where, why not elsewhere)."""
+    if structure.joined:
+        yield "quantization", "refused", "\n".join(structure.joined)
     yield _r1(structure)
     yield _r2(structure)
     yield from _attending(structure)
@@ -100,24 +102,21 @@ def _r2(structure: Structure) -> Row:
     if sizes:
         return "R2", "refused", sizes
     refused: dict[int, str] = {}
-    for layer in range(structure.layers):
-        why = _unscaled(structure, "o_in", layer)
+    for layer in set(range(structure.layers)) - set(structure.turns):
         if layer not in structure.attention:
             refused[layer] = "no attention"
-        elif why is not None:
-            refused[layer] = why
+        else:
+            refused[layer] = _unscaled(structure, "o_in", layer) or "values are normed"
     return _blocks("R2", range(structure.layers), refused)
 
 
 def _attending(structure: Structure) -> Iterator[Row]:
     """What is put between queries, keys and values, which all blocks that attend have to let in."""
     attention = structure.attention
-    hidden = [layer for layer, each in attention.items() if each.module is None]
-    why = "no block attends"
-    if hidden:
-        why = f"{ranges(hidden)}: attention is not found by its name in transformers"
-    where = f"{len(attention) - len(hidden)} of {len(attention)} attention blocks"
-    whole = bool(attention) and not hidden
+    refused = {layer: each.why or "" for layer, each in attention.items() if each.module is None}
+    why = "\n".join(_by_reason(refused)) or "no block attends"
+    where = f"{len(attention) - len(refused)} of {len(attention)} attention blocks"
+    whole = structure.unmet is None
     sizes = _head_sizes(structure)
     if whole and sizes:
         yield "R3", "refused", sizes
@@ -133,11 +132,16 @@ def _head_sizes(structure: Structure) -> str:
 
 def _blocks(what: str, layers: Sequence[int], refused: Mapping[int, str]) -> Row:
     """`2 of 3 blocks`, and the reasons of the others."""
+    why = "\n".join(_by_reason(refused))
+    return what, f"{len(layers) - len(refused)} of {len(layers)} blocks", why
+
+
+def _by_reason(refused: Mapping[int, str]) -> list[str]:
+    """`0-2: no attention`, a line for each reason."""
     by_reason: dict[str, list[int]] = {}
     for layer in sorted(refused):
         by_reason.setdefault(refused[layer], []).append(layer)
-    why = [f"{ranges(others)}: {reason}" for reason, others in by_reason.items()]
-    return what, f"{len(layers) - len(refused)} of {len(layers)} blocks", "\n".join(why)
+    return [f"{ranges(layers)}: {reason}" for reason, layers in by_reason.items()]
 
 
 def _quantized(structure: Structure, layer: int) -> set[str]:
@@ -178,7 +182,7 @@ def attention_text(attention: Attention | None) -> str:
     if query != value:
         features = f"{query} features of queries and keys, {value} of values"
     heads = f"{attention.heads} heads, {attention.kv_heads} KV heads, {features}"
-    return f"attention of {heads} ({attention.module or 'not found by its name'})"
+    return f"attention of {heads} ({attention.module or 'not to be replaced'})"
 
 
 def site_row(structure: Structure, layer: int, site: Site) -> Row:

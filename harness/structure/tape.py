@@ -130,7 +130,7 @@ class Tape(TorchFunctionMode):
 
     def finish(self, result: object) -> None:
         """Say what the forward returned."""
-        self.output = [self._value(tensor) for tensor in tensors_of(result)]
+        self.output = [self.value(tensor) for tensor in tensors_of(result)]
         for call in self.calls:
             for value in call.inputs:
                 value.last = call.position
@@ -183,6 +183,13 @@ class Tape(TorchFunctionMode):
                 if value.last <= call.position:
                     values.pop(value, None)
 
+    def value(self, tensor: Tensor) -> Value:
+        """What stands for a tensor; one that is new here is a constant."""
+        if tensor not in self._values:
+            name = self._names.get(id(tensor))
+            self._values[tensor] = Value(tuple(tensor.shape), tensor=tensor, name=name)
+        return self._values[tensor]
+
     def _note(self, function: Callable, args: tuple, kwargs: dict, result: object) -> None:
         """Record one call, unless nothing new came of it."""
         call = Call(function, args, kwargs, len(self.calls), self.layer)
@@ -206,15 +213,8 @@ class Tape(TorchFunctionMode):
     def _noted(self, item: Any) -> Any:
         """Arguments with Values in place of tensors."""
         if isinstance(item, Tensor):
-            return self._value(item)
+            return self.value(item)
         return _mapped(item, self._noted)
-
-    def _value(self, tensor: Tensor) -> Value:
-        """What stands for a tensor; one that is new here is a constant."""
-        if tensor not in self._values:
-            name = self._names.get(id(tensor))
-            self._values[tensor] = Value(tuple(tensor.shape), tensor=tensor, name=name)
-        return self._values[tensor]
 
 
 def _in_place(name: str) -> bool:

@@ -135,7 +135,7 @@ class AdaCodec(Transform):
                 "other blocks, and all blocks share one size of encoders; use transform=hadamard."
             )
         apart = set(shape.widths) != {"attn_in", "o_in", "mlp_in", "down_in"}
-        if self.place != "site" and (apart or len(shape.merges("o_in")) < shape.layers):
+        if self.place != "site" and (apart or len(shape.turns) < shape.layers):
             raise ConfigError(
                 f"transform.placement={self.place} with transform={self.name}: the blocks of this "
                 f"model differ, or have more sites than four ({', '.join(shape.widths)}); "

@@ -60,10 +60,15 @@ class ModelShape:
         return self.widths["attn_in"] if self.structure is None else self.structure.hidden
 
     def merges(self, site: str) -> tuple[int, ...]:
-        """The blocks in which what stands before a site can take a matrix or a scale."""
+        """The blocks in which what stands before a site can take a scale."""
         if self.structure is None:
             return tuple(range(self.layers))
         return self.structure.merges(site)
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """The blocks in which what makes attention's values can take a matrix of each head."""
+        return tuple(range(self.layers)) if self.structure is None else self.structure.turns
 
     def widths_of(self, site: str) -> dict[int | None, int]:
         """{block: features} of a site; {None: features} where all blocks have the same."""

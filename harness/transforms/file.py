@@ -1,8 +1,8 @@
 """Placements in safetensors files: every matrix under a readable name, the rest in the header.
 
 The structure around the matrices is JSON there. A file in SpinQuant's layout is read too: `R1`
-[hidden, hidden] and `model.layers.{i}.self_attn.R2` [head_dim, head_dim]. SpinQuant itself writes a
-pickle, which is not opened, for unpickling runs code; save its dictionary with
+[hidden, hidden] and `R2` [head_dim, head_dim] under the name of each block's attention. SpinQuant
+itself writes a pickle, which is not opened, for unpickling runs code; save its dictionary with
 `safetensors.torch.save_file` instead.
 """
 
@@ -25,7 +25,7 @@ from harness.store import intact, save_tensors
 from harness.transforms.base import ModelShape, Transform
 from harness.transforms.rotations import Rotations
 
-R2_NAME = re.compile(r"model\.layers\.(\d+)\.self_attn\.R2")
+R2_NAME = re.compile(r".*\.(\d+)\.\w+\.R2")
 
 
 def save(path: Path, placement: Placement, facts: Mapping, learned: str = "") -> None:
@@ -150,9 +150,11 @@ def _check_spinquant(
             "that has R1."
         )
     expected = {"R1": (shape.hidden, shape.hidden)}
-    if transform.r2:
+    if transform.r2 and shape.structure is not None:
         head = (shape.head_dim, shape.head_dim)
-        expected |= {f"model.layers.{i}.self_attn.R2": head for i in range(shape.layers)}
+        blocks = shape.structure.blocks
+        attention = shape.structure.attention.items()
+        expected |= {f"{blocks}.{i}.{each.module}.R2": head for i, each in attention}
     for name in sorted(shapes.keys() | expected.keys()):
         if shapes.get(name) != expected.get(name):
             raise ConfigError(

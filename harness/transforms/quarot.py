@@ -96,7 +96,7 @@ class QuaRot(Rotations):
         """R2 of each layer; empty where it is off."""
         if not self.r2:
             return {}
-        layers = shape.merges("o_in")
+        layers = shape.turns
         if self.online_heads:
             # H_heads (x) H_head_dim as published, which has no signs
             return dict.fromkeys(layers, Rotation(Hadamard(shape.head_dim)))

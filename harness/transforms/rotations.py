@@ -119,6 +119,11 @@ class Rotations(Transform):
             reachable("transform.r2=true", shape.head_dim, "transform.r2=false")
         if self.wants_r3(shape):
             reachable(f"transform.r3={self.r3}", shape.key_dim, "transform.r3=off")
+        if self.r4 == "on" and "down_in" not in shape.widths:
+            raise ConfigError(
+                f"transform.r4={self.r4}: no block of this model has a plain MLP whose last matrix "
+                "is quantized, so R4 has no place; set transform.r4=off."
+            )
         if self.wants_r4(shape):
             for width in shape.widths_of("down_in").values():
                 reachable(f"transform.r4={self.r4}", width, "transform.r4=off")
@@ -135,16 +140,16 @@ class Rotations(Transform):
             return
         attention = shape.structure.attention
         sizes = {each.features for each in attention.values()}
-        if self.r2 and not shape.merges("o_in"):
+        if self.r2 and not shape.turns:
             raise ConfigError(
                 "transform.r2=true: no block's values come from a matrix that a rotation could be "
                 "merged into; set transform.r2=false."
             )
-        apart = not attention or any(each.module is None for each in attention.values())
-        if self.wants_r3(shape) and apart:
+        unmet = shape.structure.unmet
+        if self.wants_r3(shape) and unmet is not None:
             raise ConfigError(
-                f"transform.r3={self.r3}: this model's attention is not found by its name in "
-                "transformers, so nothing can be put before it; set transform.r3=off."
+                f"transform.r3={self.r3}: nothing can be put before attention, for {unmet}; set "
+                "transform.r3=off."
             )
         if len(sizes) > 1:
             raise ConfigError(

@@ -57,7 +57,7 @@ class SmoothQuant(Transform):
                 continue
             rows = [weight.float().abs().amax(0) for weight in weights_at(model, layer, site)]
             w_max = torch.stack(rows).amax(0)
-            if site == "o_in":
+            if site == "o_in" and layer in shape.turns:
                 x_max = _per_kv_head(x_max, shape)
                 w_max = _per_kv_head(w_max, shape)
             # in float64, as all that is folded; a channel that is never on would give a scale of 0
