@@ -183,7 +183,7 @@ REFUSED = {
     "positions of a formula": (
         "xglm", quarot(r1="random"), "a table that is no weight writes the residual stream",
     ),
-    "experts alone": ("mixtral", quarot(r4="on"), "transform.r4=on: no block of this model"),
+    "experts alone": ("mixtral", quarot(r4="on"), "transform.r4=on: no site of this model"),
     "experts of their own": ("llama4_text", quarot(r1="random"), "transformers' experts interface"),
     "LayerNorm, and a rotation that moves the mean": (
         "gpt2", ["transform=spinquant", *INT4], "leave the vector of ones alone",

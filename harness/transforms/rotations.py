@@ -121,8 +121,8 @@ class Rotations(Transform):
             reachable(f"transform.r3={self.r3}", shape.key_dim, "transform.r3=off")
         if self.r4 == "on" and "down_in" not in shape.widths:
             raise ConfigError(
-                f"transform.r4={self.r4}: no block of this model has a plain MLP whose last matrix "
-                "is quantized, so R4 has no place; set transform.r4=off."
+                f"transform.r4={self.r4}: no site of this model is a down_in, so R4 has no place; "
+                "set transform.r4=off."
             )
         if self.wants_r4(shape):
             for width in shape.widths_of("down_in").values():
