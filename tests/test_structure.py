@@ -29,8 +29,10 @@ from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 
 from harness.calibration.passage import leaf, recorded
 from harness.calibration.stream import Stream, arriving
+from harness.config.errors import DataError
 from harness.models.adapter import Adapter, structure_of
 from harness.models.tiny import FAMILIES, Tiny, byte_tokenizer
+from harness.pipeline.computation import confirm
 from harness.pipeline.job import execute
 from harness.structure.derive import derive
 from harness.structure.naming import Facts, named
@@ -119,6 +121,14 @@ def test_a_config_alone_tells_what_the_loaded_model_does(name):
     group, kv_heads = GROUPS[name]
     assert told.residual.group == group
     assert {each.kv_heads for each in told.attention.values()} == kv_heads
+
+
+def test_a_loaded_model_that_is_not_its_configs_is_refused():
+    """As a run does: what was planned and checked would be of another model."""
+    told = structure_of(zoo.make("qwen2").config)
+    confirm(zoo.make("qwen2"), told)
+    with pytest.raises(DataError, match="the sites of the qwen2 that was loaded"):
+        confirm(zoo.make("phi3"), told)
 
 
 def test_the_matrices_of_the_blocks_are_all_found():

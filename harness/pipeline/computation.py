@@ -62,7 +62,7 @@ def _load(start: Job, device: torch.device) -> tuple[LoadedJob, Adapter]:
     start.metrics["warnings"] += plan.model.warnings
     assert_finite(model)
     if not plan.model.quantized:  # a checkpoint's linears are not the model's own
-        _confirm(model, start.parts.structure)
+        confirm(model, start.parts.structure)
     offloaded = plan.model.offloaded(model, start.scratch)
     adapter = Adapter(model, offloaded, start.parts.structure)
     job = LoadedJob(
@@ -108,7 +108,7 @@ def _read_texts(job: LoadedJob, adapter: Adapter) -> Tensor:
     return calibration
 
 
-def _confirm(model: nn.Module, told: Structure) -> None:
+def confirm(model: nn.Module, told: Structure) -> None:
     """Raises DataError where a loaded model is not what was derived from its config."""
     if any(parameter.is_meta for parameter in model.parameters()):
         return  # blocks on disk were made from the config, and read into its shapes

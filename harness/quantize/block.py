@@ -24,7 +24,7 @@ from harness.quantize.weights import stored, swap_in
 from harness.solvers import Problem, Solution, Solver
 from harness.structure.structure import Site
 
-TOGETHER = 2**26  # elements of the Hessians of experts that are solved at once: 256 MiB
+TOGETHER = 2**27  # numbers that solving experts at once may hold: 512 MiB of float32
 
 
 def site_input(adapter: Adapter, index: int, site: Site) -> SiteInput:
@@ -109,10 +109,13 @@ class SolvedBlock:
         next(walk, None)  # on to the block's end
 
     def _together(self) -> Iterator[list[Site]]:
-        """The sites in their order, those of experts as many at once as Hessians may be held."""
+        """The sites in their order, those of experts as many at once as memory may hold."""
         for _, group in groupby(self.sites, key=_kind):
             sites = list(group)
-            count = max(1, TOGETHER // self.adapter.width(sites[0], self.index) ** 2)
+            rows = sum(self._linear(name).out_features for name in sites[0].linears)
+            width = self.adapter.width(sites[0], self.index)
+            # H and its inverse; the weights before and after, as they stand and turned
+            count = max(1, TOGETHER // (2 * width**2 + 4 * width * rows))
             for first in range(0, len(sites), count):
                 yield sites[first : first + count]
 
