@@ -19,8 +19,7 @@ from harness.structure.forward import Forward
 from harness.structure.graph import SCALINGS, Graph, Product, back, positions, root, scales, source
 from harness.structure.joined import joined
 from harness.structure.naming import Facts, named
-from harness.structure.residual import Stream
-from harness.structure.sites import (
+from harness.structure.readings import (
     Reading,
     Scores,
     attention_feed,
@@ -32,7 +31,9 @@ from harness.structure.sites import (
     readings,
     scored,
 )
-from harness.structure.structure import Attention, Matrix, Norm, Residual, Site, Structure
+from harness.structure.residual import Stream
+from harness.structure.site import Matrix, Norm, Site
+from harness.structure.structure import Attention, Residual, Structure
 from harness.structure.tape import Call, Value
 
 NARROW = 64  # features: what reads fewer, such as the rank of a gate, costs no bits to speak of

@@ -1,4 +1,4 @@
-"""The sites of a recorded model: what matrix products read, and what they come from."""
+"""The readings of a recorded model: what matrix products read, and what that comes from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from harness.structure.graph import (
     root,
 )
 from harness.structure.norms import NormKind
-from harness.structure.structure import Feed
+from harness.structure.site import Feed
 from harness.structure.tape import Call, Value
 
 CHOICES = {"topk", "argmax", "sort"}
