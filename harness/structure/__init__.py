@@ -7,6 +7,7 @@ residual   who writes and reads the residual stream, and what rotations it bears
 readings   what matrix products read, and what that comes from
 site       the words for one such activation: Matrix, Norm, Feed, Site
 naming     what sites are called
+describe   the sites of each block, put together from these
 derive     the tape of a model -> its Structure, with the reason of each refusal
 structure  the words for the whole decoder: Residual, Attention, Structure
 skeleton   a model without weights, from its config alone

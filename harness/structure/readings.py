@@ -16,6 +16,7 @@ from harness.structure.graph import (
     parameter,
     positions,
     root,
+    scales,
 )
 from harness.structure.norms import NormKind
 from harness.structure.site import Feed
@@ -179,6 +180,22 @@ def norm_before(
         return None
     module, kind = norms[call]
     return call, module, kind
+
+
+def alone(graph: Graph, norm: Call) -> bool:
+    """Whether matrix products are all that reads a norm's output, and read it as one tensor."""
+    activations: set[Value] = set()
+    pending = graph.into(norm.outputs[0])
+    while pending:
+        call = pending.pop()
+        product = graph.products.get(call.outputs[0])
+        if scales(call):  # by a number, for every reader alike
+            pending += graph.into(call.outputs[0])
+        elif product is None:
+            return False
+        else:
+            activations.add(root(product.x))
+    return len(activations) == 1
 
 
 def behind(graph: Graph, value: Value, scores: list[Scores]) -> Scores | None:
