@@ -12,7 +12,7 @@ from harness.config.build import build, fingerprint
 from harness.config.checks import typed
 from harness.config.errors import ConfigError
 from harness.formats import Format
-from harness.pipeline.build import transforms_of
+from harness.pipeline.transforms import transforms_of
 from harness.solvers import Solver
 
 OPTIONS = [

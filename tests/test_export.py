@@ -25,9 +25,9 @@ from harness.models.adapter import Adapter, shape_of
 from harness.models.merge import fuse_norms, swap
 from harness.models.source import assert_finite
 from harness.models.tiny import Tiny, byte_tokenizer
-from harness.pipeline.build import transforms_of
 from harness.pipeline.export import WINDOWS
 from harness.pipeline.job import execute
+from harness.pipeline.transforms import transforms_of
 
 PLAIN = ["format=nvfp4", "solver=rtn"]
 RIGHT = {

@@ -19,8 +19,8 @@ from harness.checkpoints.source import CheckpointModel
 from harness.config.build import option
 from harness.config.errors import ConfigError, DataError
 from harness.formats import Scheme
-from harness.pipeline.build import transforms_of
 from harness.pipeline.job import execute
+from harness.pipeline.transforms import transforms_of
 from harness.report.__main__ import main as report
 from harness.transforms import file
 

@@ -37,7 +37,8 @@ from harness.pipeline.job import execute
 from harness.structure.derive import derive
 from harness.structure.naming import Facts, named
 from harness.structure.norms import NormKind, norm_kind
-from harness.structure.structure import Feed, Structure
+from harness.structure.site import Feed
+from harness.structure.structure import Structure
 from harness.structure.tape import tensors_of
 
 WIDTH = 48

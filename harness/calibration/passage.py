@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from harness.models.experts import inside, is_last, routed
 from harness.models.offload import trim
-from harness.structure.structure import Site
+from harness.structure.site import Site
 from harness.structure.tape import Tape, Value, tensors_of
 
 Room = Callable[[Tensor, int], Tensor]  # (like, elements) -> an empty [elements]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from harness.calibration.passage import Arriving, Passage
 from harness.models.adapter import Adapter
-from harness.structure.structure import Site
+from harness.structure.site import Site
 from harness.structure.tape import tensors_of
 
 ENOUGH = 128  # tokens: an expert that the router gave fewer is shown all of its layer's

@@ -32,7 +32,8 @@ from harness.formats import Format, Scheme
 from harness.libraries.compressed_tensors import expert_loaded
 from harness.libraries.saved import Saved
 from harness.models.adapter import Adapter
-from harness.structure.structure import Matrix, Structure
+from harness.structure.site import Matrix
+from harness.structure.structure import Structure
 from harness.transforms import ModelShape
 
 WITH = "with export=compressed_tensors and routed experts"

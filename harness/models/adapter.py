@@ -19,8 +19,9 @@ from harness.models.quant_linear import QuantLinear
 from harness.models.source import BlockStorage
 from harness.structure.composite import decoder_of
 from harness.structure.derive import derive
+from harness.structure.site import Norm, Site
 from harness.structure.skeleton import skeleton
-from harness.structure.structure import Norm, Site, Structure
+from harness.structure.structure import Structure
 from harness.transforms import ModelShape, Role
 
 

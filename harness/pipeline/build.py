@@ -1,11 +1,12 @@
-"""What works on weights, built from a plan before any weight is loaded; combinations.py checks it.
+"""What works on weights, built from a plan before any weight is loaded.
 
-Raises ConfigError, which names the fields at fault and a way out.
+combinations.py and solvable.py check it. Raises ConfigError, which names the fields at fault and a
+way out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import cycle
 
@@ -15,14 +16,15 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from harness.checkpoints.base import Exporter, check_destination
 from harness.checkpoints.names import Name
 from harness.config.build import build
-from harness.config.checks import nearest, one_of, typed
+from harness.config.checks import nearest
 from harness.config.errors import ConfigError
 from harness.formats import Format, KVCache, Scheme
 from harness.models.adapter import shape_of, structure_of
 from harness.models.facts import reason, text_of
-from harness.pipeline import combinations
+from harness.pipeline import combinations, solvable
 from harness.pipeline.plan import Plan
 from harness.pipeline.sections import exporter_fields, unnamed
+from harness.pipeline.transforms import transforms_of
 from harness.pipeline.unread import unread
 from harness.quantize.allocation import Auto, auto_of
 from harness.quantize.overrides import resolve
@@ -30,7 +32,6 @@ from harness.solvers import Solver
 from harness.structure.structure import Structure
 from harness.tracking import Tracker
 from harness.transforms import ModelShape, Transform
-from harness.transforms.smoothquant import NORM_SITES, PRODUCT_SITES, SmoothQuant
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ def components(plan: Plan) -> Components:
     combinations.check_placement_files(plan, transforms, context)
     if solver is not None:
         if auto is not None:
-            combinations.check_budget(auto, scheme, structure)
-        warnings += combinations.check_solver(solver, name, scheme, auto, transforms, context)
+            solvable.check_budget(auto, scheme, structure)
+        warnings += solvable.check_solver(solver, name, scheme, auto, transforms, context)
         if solver.hessian_input == "auto":
-            hessian_input = combinations.hessian_input(solver, scheme, transforms)
+            hessian_input = solvable.hessian_input(solver, scheme, transforms)
             solver = replace(solver, hessian_input=hessian_input)
     warnings += combinations.learning_warnings(plan, transforms)
     left = structure.float_experts
@@ -161,53 +162,6 @@ def _solver(section: Mapping) -> Solver | None:
     if not section.get("_target_"):
         return None
     return build(unnamed(section), "solver", Solver)
-
-
-def transforms_of(section: Mapping) -> list[Transform]:
-    """The transform, with SmoothQuant before or after it where `smooth` asks for that."""
-    own = {
-        key: value
-        for key, value in section.items()
-        if key not in ("name", "smooth", "save", "load")
-    }
-    transform = build(own, "transform", Transform)
-    transform.name = section["name"]  # of the option, for a class may serve several
-    smooth = section.get("smooth")
-    if smooth is None:
-        return [transform]
-    typed("transform.smooth.", smooth, {"alpha": float, "when": str, "sites": list[str] | None})
-    when = one_of("transform.smooth.when", smooth.get("when", "before"), ("before", "after"))
-    if when == "after" and not transform.residual:
-        raise ConfigError(
-            f"transform.smooth.when=after with transform={section['name']}: only a rotated "
-            "residual stream has a basis of its own to smooth in; "
-            "set transform.smooth.when=before."
-        )
-    legal = _smoothable(when) if transform.residual else (*NORM_SITES, *PRODUCT_SITES)
-    stacked = _smooth(smooth, when, legal)
-    return [stacked, transform] if when == "before" else [transform, stacked]
-
-
-def _smoothable(when: str) -> tuple[str, ...]:
-    """Sites that take scales beside a rotated residual stream: what norms feed has its basis only
-    after the rotation, what products feed is not rotated by it."""
-    return PRODUCT_SITES if when == "before" else NORM_SITES
-
-
-def _smooth(settings: Mapping, when: str, legal: Sequence[str]) -> SmoothQuant:
-    """SmoothQuant by the settings of `transform.smooth`, at legal sites only."""
-    own = {key: value for key, value in settings.items() if key != "when" and value is not None}
-    target = "harness.transforms.smoothquant.SmoothQuant"
-    node = {"_target_": target, "sites": list(legal), **own}
-    smooth = build(node, "transform.smooth", SmoothQuant)
-    for site in smooth.sites:
-        if site not in legal:
-            raise ConfigError(
-                f"transform.smooth.sites={settings['sites']} with transform.smooth.when={when}: "
-                f"under a rotated residual stream {site} cannot be smoothed then; "
-                f"legal: {', '.join(legal)}."
-            )
-    return smooth
 
 
 def _exporter(plan: Plan, scheme: Scheme, structure: Structure) -> Exporter | None:

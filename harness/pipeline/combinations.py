@@ -6,11 +6,11 @@ doubtful but legal becomes a warning, which stands in the result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harness.config.errors import ConfigError
-from harness.formats import Format, Scheme
+from harness.formats import Scheme
 from harness.pipeline.plan import Plan
 from harness.quantize.allocation import Auto
 from harness.solvers import Solver
@@ -18,7 +18,6 @@ from harness.store import writable
 from harness.structure.structure import Structure
 from harness.transforms import ModelShape, Transform, file
 from harness.transforms.identity import Identity
-from harness.transforms.smoothquant import SmoothQuant
 
 
 def check_parts(
@@ -95,100 +94,6 @@ def check_widths(scheme: Scheme, auto: Auto | None, structure: Structure) -> Non
         for role, format in parts.items():
             if format is not None:
                 format.check(width, f"format.overrides: {role}.group_size", name)
-
-
-def check_budget(auto: Auto, scheme: Scheme, structure: Structure) -> None:
-    """Refuse a budget below every candidate, and an allocation of nothing."""
-    least = min(format.bits for format in auto.candidates.values())
-    if least > auto.bits_per_weight:
-        raise ConfigError(
-            f"format.auto.bits_per_weight={auto.bits_per_weight}: the smallest candidate has "
-            f"{least} bits; raise it, or add a smaller candidate."
-        )
-    linears = sum(
-        len(site.linears) for layer in range(structure.layers) for site in structure.expanded(layer)
-    )
-    # Those outside the blocks are never allocated.
-    decided = sum(
-        layer is not None and "weight" in parts for (layer, _), parts in scheme.overrides.items()
-    )
-    if decided == linears:
-        raise ConfigError(
-            "format.auto with format.overrides of every linear: nothing is left to allocate; "
-            "drop one of them."
-        )
-
-
-def check_solver(
-    solver: Solver,
-    name: str | None,
-    scheme: Scheme,
-    auto: Auto | None,
-    transforms: Sequence[Transform],
-    context: ModelShape,
-) -> list[str]:
-    """Refuse what the solver cannot do with these formats and transforms; returns warnings.
-
-    name: what the option of solver is called.
-    """
-    # Each once: linears that share a format would repeat its warnings.
-    formats = list(dict.fromkeys(_weight_formats(scheme, auto)))
-    doubts = [warning for format in formats for warning in solver.check(format)]
-    warnings = list(dict.fromkeys(doubts))
-    warnings += solver.check_together(formats, _scalable(scheme, transforms, context))
-    if solver.prepares and any(isinstance(transform, SmoothQuant) for transform in transforms):
-        raise ConfigError(
-            f"solver={name} with smoothquant (transform or transform.smooth): both scale the same "
-            "channels; use one of them."
-        )
-    if solver.hessian_input == "quantized" and not _reads_quantized(solver, scheme):
-        bits = 16 if scheme.act is None else scheme.act.bits
-        raise ConfigError(
-            f"solver.hessian_input=quantized with solver={name} and format.act.bits={bits}: "
-            "there is no Hessian of quantized activations; set solver.hessian_input=fp."
-        )
-    return warnings
-
-
-def hessian_input(solver: Solver, scheme: Scheme, transforms: Sequence[Transform]) -> str:
-    """What solver.hessian_input=auto means here."""
-    if _reads_quantized(solver, scheme) and any(t.free_decoder for t in transforms):
-        return "quantized"
-    return "fp"
-
-
-def _reads_quantized(solver: Solver, scheme: Scheme) -> bool:
-    """Whether there is a Hessian of quantized activations."""
-    return scheme.any("act") and "hessian" in solver.needs
-
-
-def _weight_formats(scheme: Scheme, auto: Auto | None) -> Iterator[Format]:
-    """The formats that a weight may take."""
-    formats = [scheme.weight]
-    if auto is not None:
-        formats += auto.candidates.values()
-    formats += [parts.get("weight") for parts in scheme.overrides.values()]
-    yield from (format for format in formats if format is not None)
-
-
-def _scalable(
-    scheme: Scheme, transforms: Sequence[Transform], context: ModelShape
-) -> dict[str, str]:
-    """{site: free | shared | fixed} of the sites whose linears are quantized
-    (solvers.Block.scalable)."""
-    encoded = {site for transform in transforms for site in transform.encodes(context)}
-    kinds = {}
-    for site, linears in context.readers.items():
-        if not any(scheme.weights(layer, linears) for layer in range(context.layers)):
-            continue
-        kinds[site] = "free"
-        # Several query heads read one value head, and so share its scales.
-        if site == "o_in" and context.turns and context.heads > context.kv_heads:
-            kinds[site] = "shared"
-        # An encoder stands between the site and what would take its scale, or nothing takes it.
-        if site in encoded or not context.merges(site):
-            kinds[site] = "fixed"
-    return kinds
 
 
 def placement_facts(plan: Plan, transform: Transform) -> dict:

@@ -1,24 +1,22 @@
 """A run as decided but not begun: what it consists of, and the ids that follow from that.
 
-`quant_id` covers what produces the quantized model, `run_id` adds what is evaluated and how. Both
-are computed without torch, so that finished work is shown at once. build.py builds the rest.
+`quant_id` covers what produces the quantized model, `run_id` adds what is evaluated and how: ids.py
+says of what. Both need no torch, so that finished work is shown at once. build.py builds the rest.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from harness.calibration.corpus import Corpus, Samples
-from harness.config.build import ROOT, build, fingerprint, option
+from harness.config.build import build, fingerprint
 from harness.config.checks import integer, one_of, typed
 from harness.config.errors import ConfigError
 from harness.evaluation.base import Evaluation
-from harness.evaluation.shipped import evaluations, fingerprints
+from harness.evaluation.shipped import evaluations
 from harness.models.source import ModelSource
+from harness.pipeline import ids
 from harness.pipeline.sections import (
     check_export,
     check_files,
@@ -30,7 +28,6 @@ from harness.pipeline.texts import Windows, check_length, corpus_of, evaluated, 
 from harness.tracking import Tracker
 
 BOS = ("auto", "first", "window", "none")
-MIN_TOKENS = 128  # solver.min_tokens as conf/solver has it
 
 
 @dataclass(frozen=True)
@@ -65,17 +62,17 @@ class Plan:
     def __post_init__(self):
         settings = self.settings
         model = self._model()
-        tested = [
-            [[c.name, c.fingerprint("evaluation")] for c in self.corpora],
-            vars(self.evaluation),
-            self.model.amp,
-        ]
-        tested += fingerprints(self.evaluations)
-        # What the model asks for is the model's, and part of its id already.
-        if self.bos != "auto":
-            tested.append({"bos": self.bos})
+        tested = ids.of_evaluation(
+            self.corpora, self.evaluation, self.model.amp, self.evaluations, self.bos
+        )
         # What makes the quantized model, and so which runs share solved blocks.
-        made = [model, self._format(), self._transform(), self._solver(), settings["seed"]]
+        made = [
+            model,
+            self._format(),
+            self._transform(),
+            ids.of_solver(settings["solver"]),
+            settings["seed"],
+        ]
         if self.quantizes:  # errors of layers are kept with the blocks
             made.append(settings["eval"]["layer_windows"])
         if self.calibrates:
@@ -85,26 +82,18 @@ class Plan:
             str(self.choices.get(group) or group)
             for group in ("model", "format", "transform", "solver")
         )
-        ids = {
+        found = {
             "quant_id": f"{labels}-{fingerprint(made)}",
             "run_id": f"{labels}-{fingerprint(made, tested, settings['export'])}",
             "baseline_id": fingerprint(model, tested),
         }
-        for name, value in ids.items():
+        for name, value in found.items():
             object.__setattr__(self, name, value)  # frozen, and computed from the rest
 
     @property
     def device_kind(self) -> str:
-        """cpu or cuda; numbers depend on that and on nothing finer.
-
-        Looks for a device file, so that torch stays out.
-        """
-        name = self.settings["device"]
-        if name != "auto":
-            return name.partition(":")[0]
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-        there = any(Path("/dev").glob("nvidia[0-9]*")) and not hidden
-        return "cuda" if there else "cpu"
+        """cpu or cuda; numbers depend on that and on nothing finer."""
+        return ids.device_kind(self.settings["device"])
 
     @property
     def calibrated(self) -> str | None:
@@ -125,7 +114,7 @@ class Plan:
         """An expert with fewer tokens is calibrated on all of its layer's; None: every one is."""
         if self.experts == "all":
             return None
-        return self.settings["solver"].get("min_tokens", MIN_TOKENS)
+        return self.settings["solver"].get("min_tokens", ids.MIN_TOKENS)
 
     @property
     def quantizes(self) -> bool:
@@ -183,42 +172,15 @@ class Plan:
 
     def _calibration(self) -> list:
         """What of the calibration text changes numbers."""
-        asked = [] if self.bos == "auto" else [{"bos": self.bos}]
-        if self.experts != "routed":
-            asked.append({"experts": self.experts})
-        return [self.calibration_corpus.fingerprint("calibration"), vars(self.calibration), *asked]
+        return ids.of_calibration(self.calibration_corpus, self.calibration, self.bos, self.experts)
 
     def _format(self) -> dict:
-        """The format's settings, with what stands behind the options that overrides and candidates
-        name, and what changes those."""
-        section = self.settings["format"]
-        names = {_candidate(name) for name in _strings(section["auto"])}
-        names |= set(_strings(section["overrides"]))
-        options = {name: name.partition(":")[0] for name in sorted(names)}
-        named = {name: option("format", stem) for name, stem in options.items() if _is_option(stem)}
-        if not named:
-            return section
-        if self.settings["export"].get("serves"):
-            # What it changes in the section itself stands there already.
-            named["serves"] = self.settings["export"]["serves"]
-        return {**section, "named": named}
-
-    def _solver(self) -> dict:
-        """The solver's settings. One that came later says nothing where it is as if it were not
-        there: what was solved before is found."""
-        section = self.settings["solver"]
-        usual = section.get("min_tokens") == MIN_TOKENS
-        return {key: x for key, x in section.items() if key != "min_tokens" or not usual}
+        """What of the format changes numbers."""
+        return ids.of_format(self.settings["format"], self.settings["export"])
 
     def _transform(self) -> dict:
-        """The transform's settings as far as they change a number: not where its matrices go, and
-        what is in a file read."""
-        section = {key: x for key, x in self.settings["transform"].items() if key != "save"}
-        path = section.get("load")
-        if isinstance(path, str) and Path(path).is_file():
-            # A file may be moved, or written again under its name.
-            section["load"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-        return section
+        """What of the transform changes numbers."""
+        return ids.of_transform(self.settings["transform"])
 
     def check(self) -> None:
         """Texts and model are there and the texts long enough (ConfigError, DataError). Loads no
@@ -285,25 +247,3 @@ def make_plan(
         bos=one_of("data.bos", data.get("bos", "auto"), BOS),
         given=tuple(name for name in map(setting_of, overrides) if "." in name),
     )
-
-
-def _strings(value: object) -> list[str]:
-    """All strings among the values of nested settings."""
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list):
-        return []
-    return [text for item in value for text in _strings(item)]
-
-
-def _candidate(name: str) -> str:
-    """What a candidate of format=auto stands for, `OPTION:itself` where that is another's: intN is
-    int4 with other bits."""
-    return f"int4:{name}" if name[3:].isdigit() else name
-
-
-def _is_option(name: str) -> bool:
-    """Whether conf/format has it; what it has not is refused when the format is built."""
-    return (ROOT / "conf" / "format" / f"{name}.yaml").is_file()

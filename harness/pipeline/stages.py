@@ -4,8 +4,7 @@ placed, formats allocated, weights solved."""
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from harness.models.adapter import Adapter
 from harness.pipeline.build import Components
 from harness.pipeline.combinations import placement_facts
 from harness.pipeline.state import LoadedJob
+from harness.pipeline.told import doubts, reported, starved
 from harness.quantize import blocks
 from harness.quantize.allocation import Auto, allocate, sensitivities
 from harness.quantize.weights import solved
@@ -218,7 +218,7 @@ def quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
             solver,
             calibration,
             job.run,
-            _told(job, count, advance),
+            reported(job, count, advance),
             settings["seed"],
             stage=job.reporter.stage,
             folder=job.scratch if on_disk else None,
@@ -231,81 +231,12 @@ def quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
                 qtensors = solved(adapter, scheme, job.run, index)
                 save_encodings(job.run.path / solver.encodings, index, qtensors)
     layers = job.metrics["layers"]
-    job.metrics["warnings"] += _doubts(layers)
+    job.metrics["warnings"] += doubts(layers)
     if job.plan.enough is not None:
-        job.metrics["warnings"] += _starved(layers, job.plan.enough)
+        job.metrics["warnings"] += starved(layers, job.plan.enough)
     if solver is not None:
         job.metrics["warnings"] += solver.idle(layers)
     weights = sum(layer.get("weights", 0) for layer in layers)
     bits = sum(layer.get("bits", 0) for layer in layers)
     if weights:  # without a solver none are counted
         job.metrics["bits_per_weight"] = bits / weights
-
-
-def _told(
-    job: LoadedJob, blocks: int, advance: Callable[..., None]
-) -> Callable[[int, list[dict], dict], None]:
-    """What is done with a block's reports once it is solved: kept, logged, shown."""
-
-    def done(index: int, layers: list[dict], output: dict) -> None:
-        job.metrics["layers"] += layers
-        errors = [
-            math.nan if layer["rel_error"] is None else layer["rel_error"] for layer in layers
-        ]
-        mean = sum(errors) / len(errors)
-        note = f"relative output error {mean:.4f}"
-        if index == blocks:  # embedding and head: no block, so no point of its curves
-            job.tracker.log(_outside(layers), step=0)
-            advance(note)
-            return
-        points = {"block/rel_error": mean, "block/worst_rel_error": max(errors)}
-        points |= {f"block/{key}": value for key, value in output.items() if value is not None}
-        first = layers[0]
-        if "loss_after" in first:  # of the block, so every layer has it
-            points |= {f"block/{key}": first[key] for key in ("loss_before", "loss_after")}
-            note += f", loss {first['loss_before']:.4g} to {first['loss_after']:.4g}"
-        job.tracker.log(points, step=index)
-        advance(note)
-
-    return done
-
-
-def _doubts(layers: Sequence[Mapping]) -> list[str]:
-    """Warnings of linears that a solver could not treat as it was told to."""
-    warnings = []
-    fallbacks = [layer["name"] for layer in layers if layer.get("fallback")]
-    if fallbacks:
-        warnings.append(
-            f"{len(fallbacks)} linears fell back to RTN (singular H): {', '.join(fallbacks)}"
-        )
-    damped = [layer["name"] for layer in layers if layer.get("redamped")]
-    if damped:
-        warnings.append(
-            f"{len(damped)} linears needed more damping than solver.damp: {', '.join(damped)}"
-        )
-    return warnings
-
-
-def _starved(layers: Sequence[Mapping], enough: int) -> list[str]:
-    """A warning of experts that the router gave too few tokens to calibrate on."""
-    experts = [layer for layer in layers if "routed" in layer]
-    few = [layer for layer in experts if layer["every"]]
-    if not few:
-        return []
-    least = min(few, key=lambda layer: layer["routed"])
-    return [
-        f"{len(few)} of {len(experts)} linears of experts were calibrated on all tokens of their "
-        f"layer, for the router gave them fewer than solver.min_tokens={enough} (fewest: "
-        f"{least['routed']}, {least['name']})"
-    ]
-
-
-def _outside(layers: Sequence[Mapping]) -> dict:
-    """{"outside/lm_head/rel_error": ..} of what stands outside the blocks."""
-    measured = {layer["name"].rpartition(".")[2]: layer for layer in layers}
-    return {
-        f"outside/{name}/{key}": layer[key]
-        for name, layer in measured.items()
-        for key in ("rel_error", "sqnr_db")
-        if layer.get(key) is not None
-    }

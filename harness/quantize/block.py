@@ -22,7 +22,7 @@ from harness.models.experts import is_last
 from harness.models.quant_linear import QuantLinear, SiteInput
 from harness.quantize.weights import stored, swap_in
 from harness.solvers import Problem, Solution, Solver
-from harness.structure.structure import Site
+from harness.structure.site import Site
 
 TOGETHER = 2**27  # numbers that solving experts at once may hold: 512 MiB of float32
 

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.structure.norms import NormKind
-from harness.structure.structure import Attention, Matrix, Site, Structure
+from harness.structure.site import Matrix, Site
+from harness.structure.structure import Attention, Structure
 
 WIDE = 10_000  # columns of a file or a pipe, which have no width of their own
 ROTATIONS = {"O(n)": "any rotation", "fixes 1": "one that leaves the vector of ones alone"}

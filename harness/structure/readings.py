@@ -1,4 +1,4 @@
-"""The sites of a recorded model: what matrix products read, and what they come from."""
+"""The readings of a recorded model: what matrix products read, and what that comes from."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from harness.structure.graph import (
     parameter,
     positions,
     root,
+    scales,
 )
 from harness.structure.norms import NormKind
-from harness.structure.structure import Feed
+from harness.structure.site import Feed
 from harness.structure.tape import Call, Value
 
 CHOICES = {"topk", "argmax", "sort"}
@@ -179,6 +180,22 @@ def norm_before(
         return None
     module, kind = norms[call]
     return call, module, kind
+
+
+def alone(graph: Graph, norm: Call) -> bool:
+    """Whether matrix products are all that reads a norm's output, and read it as one tensor."""
+    activations: set[Value] = set()
+    pending = graph.into(norm.outputs[0])
+    while pending:
+        call = pending.pop()
+        product = graph.products.get(call.outputs[0])
+        if scales(call):  # by a number, for every reader alike
+            pending += graph.into(call.outputs[0])
+        elif product is None:
+            return False
+        else:
+            activations.add(root(product.x))
+    return len(activations) == 1
 
 
 def behind(graph: Graph, value: Value, scores: list[Scores]) -> Scores | None:

@@ -1,0 +1,108 @@
+"""What of a run's settings changes numbers: what its ids are made of, and nothing else.
+
+What only names a thing, or says where it goes, stays out, so that equal work is found under any
+name. A setting that came later says nothing where it is as if it were not there: what was stored
+before is found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from harness.calibration.corpus import Corpus
+from harness.config.build import ROOT, option
+from harness.evaluation.base import Evaluation
+from harness.evaluation.shipped import fingerprints
+from harness.pipeline.texts import Windows
+
+MIN_TOKENS = 128  # solver.min_tokens as conf/solver has it
+
+
+def device_kind(name: str) -> str:
+    """cpu or cuda, of the setting `device`; looks for a device file, so that torch stays out."""
+    if name != "auto":
+        return name.partition(":")[0]
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    there = any(Path("/dev").glob("nvidia[0-9]*")) and not hidden
+    return "cuda" if there else "cpu"
+
+
+def of_evaluation(
+    corpora: Sequence[Corpus],
+    windows: Windows,
+    amp: str | None,
+    evaluations: Mapping[str, Evaluation],
+    bos: str,
+) -> list:
+    """What is evaluated, and how."""
+    tested = [[[c.name, c.fingerprint("evaluation")] for c in corpora], vars(windows), amp]
+    tested += fingerprints(evaluations)
+    # What the model asks for is the model's, and part of its id already.
+    if bos != "auto":
+        tested.append({"bos": bos})
+    return tested
+
+
+def of_calibration(corpus: Corpus, windows: Windows, bos: str, experts: str) -> list:
+    """The calibration text, and what is read of it."""
+    asked = [] if bos == "auto" else [{"bos": bos}]
+    if experts != "routed":
+        asked.append({"experts": experts})
+    return [corpus.fingerprint("calibration"), vars(windows), *asked]
+
+
+def of_format(section: Mapping, export: Mapping) -> dict:
+    """The format's settings, with what stands behind the options that overrides and candidates
+    name, and what changes those."""
+    names = {_candidate(name) for name in _strings(section["auto"])}
+    names |= set(_strings(section["overrides"]))
+    options = {name: name.partition(":")[0] for name in sorted(names)}
+    named = {name: option("format", stem) for name, stem in options.items() if _is_option(stem)}
+    if not named:
+        return dict(section)
+    if export.get("serves"):
+        # What it changes in the section itself stands there already.
+        named["serves"] = export["serves"]
+    return {**section, "named": named}
+
+
+def of_solver(section: Mapping) -> dict:
+    """The solver's settings."""
+    usual = section.get("min_tokens") == MIN_TOKENS
+    return {key: x for key, x in section.items() if key != "min_tokens" or not usual}
+
+
+def of_transform(section: Mapping) -> dict:
+    """The transform's settings as far as they change a number: not where its matrices go, and what
+    is in a file read."""
+    kept = {key: x for key, x in section.items() if key != "save"}
+    path = kept.get("load")
+    if isinstance(path, str) and Path(path).is_file():
+        # A file may be moved, or written again under its name.
+        kept["load"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return kept
+
+
+def _strings(value: object) -> list[str]:
+    """All strings among the values of nested settings."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        return []
+    return [text for item in value for text in _strings(item)]
+
+
+def _candidate(name: str) -> str:
+    """What a candidate of format=auto stands for, `OPTION:itself` where that is another's: intN is
+    int4 with other bits."""
+    return f"int4:{name}" if name[3:].isdigit() else name
+
+
+def _is_option(name: str) -> bool:
+    """Whether conf/format has it; what it has not is refused when the format is built."""
+    return (ROOT / "conf" / "format" / f"{name}.yaml").is_file()
