@@ -175,8 +175,12 @@ def _plain(config: object) -> dict:
         raise  # hints.py says which setting there is not
     except InterpolationResolutionError as error:
         why = str(error).splitlines()[0]
+        written = OmegaConf.to_container(config, resolve=False)
+        for key in str(error.full_key).split("."):
+            written = written[key] if isinstance(written, dict) else written
         raise ConfigError(
-            f"{error.full_key}: what it is taken from has another form ({why}); set one of the two."
+            f"{error.full_key}={written}: what it is taken from has another form ({why}); set one "
+            "of the two."
         ) from None
     assert isinstance(values, dict)
     return values
