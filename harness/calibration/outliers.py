@@ -27,7 +27,8 @@ def profiles(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], dict]:
 
     windows: token ids [N, L].
     """
-    stream = Stream(adapter, windows[:WINDOWS])
+    # experts as the router feeds them, together: one that got little adds little
+    stream = Stream(adapter, windows[:WINDOWS], enough=0)
     profiles = {}
     for layer, block in enumerate(adapter.blocks):
         with adapter.open(layer):

@@ -83,7 +83,8 @@ class StreamedModel:
     ) -> dict[Where, T]:
         observed = set(sites)
         results: dict[Where, T] = {}
-        stream = Stream(self.adapter, self.windows)
+        # experts as the router feeds them, together: one that got little adds little
+        stream = Stream(self.adapter, self.windows, enough=0)
         with self.stage(title, len(self.adapter.blocks)) as advance:
             for layer, block in enumerate(self.adapter.blocks):
                 with self.adapter.open(layer):
