@@ -70,6 +70,12 @@ def warnings(tmp_path, *overrides):
             "data.calibration.order",
             "nothing to calibrate",
         ),
+        (["solver.min_tokens=64"], "solver.min_tokens", "a model that has no routed experts"),
+        (
+            ["data.calibration.experts=all"],
+            "data.calibration.experts",
+            "a model that has no routed experts",
+        ),
     ],
     ids=str,
 )

@@ -93,8 +93,12 @@ def components(plan: Plan) -> Components:
         warnings.append(
             f"{', '.join(left)} stay float: experts that transformers' interface does not run"
         )
-    if plan.experts == "all" and not structure.mixes:
-        warnings.append("data.calibration.experts=all: this model has no routed experts")
+    if not structure.mixes:
+        warnings += [
+            f"{key} has no effect with a model that has no routed experts"
+            for key in ("data.calibration.experts", "solver.min_tokens")
+            if key in plan.given
+        ]
     exporter = _exporter(plan, scheme, structure)
     if exporter is not None:
         dtype = _stored_dtype(settings["model"]["dtype"], facts)

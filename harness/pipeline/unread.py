@@ -43,6 +43,8 @@ def _muted(plan: Plan, built: Mapping[str, Part]) -> Iterator[tuple[str, str, st
             yield f"format.{part}", f"format.{part}.bits", f"format.{part}.bits=16"
     if not plan.calibrates:
         yield "data.calibration", "", "nothing to calibrate"
+    if plan.experts == "all":
+        yield "solver.min_tokens", "", "data.calibration.experts=all"
     if plan.settings["tracking"].get("wandb") is False:
         yield "tracking", "tracking.wandb", "tracking.wandb=false"
     yield from _unserved(plan, bool(shared))
