@@ -27,7 +27,8 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 
-from harness.calibration.passage import leaf, recorded
+from harness.calibration.passage import leaf
+from harness.calibration.recording import recorded
 from harness.calibration.stream import Stream, arriving
 from harness.config.errors import DataError
 from harness.models.adapter import Adapter, structure_of

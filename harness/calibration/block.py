@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from harness.calibration.passage import arguments_at
+from harness.calibration.recording import arguments_at
 from harness.calibration.stream import Stream
 from harness.calibration.subject import Log, Stage, quiet, unlogged
 from harness.formats import Format, Scheme

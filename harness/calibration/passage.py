@@ -11,46 +11,18 @@ more), one whole-batch forward (all intermediate activations at once).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from harness.calibration.recording import arguments_at, recorded
 from harness.models.experts import inside, is_last, routed
 from harness.models.offload import trim
 from harness.structure.site import Site
 from harness.structure.tape import Tape, Value, tensors_of
 
 Room = Callable[[Tensor, int], Tensor]  # (like, elements) -> an empty [elements]
-
-
-class Reached(Exception):
-    """Carries the arguments with which a module was about to be called; the module does not run."""
-
-    def __init__(self, args: tuple, kwargs: dict):
-        super().__init__()
-        self.args, self.kwargs = args, kwargs
-
-
-def arguments_at(module: nn.Module, run: Callable[[], object]) -> tuple[tuple, dict]:
-    """Call `run()` up to the moment `module` would be entered.
-
-    Returns the (args, kwargs) of that call. Raises RuntimeError where it never comes.
-    """
-
-    def stop(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        raise Reached(args, kwargs)
-
-    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        run()
-    except Reached as reached:
-        return reached.args, reached.kwargs
-    finally:
-        handle.remove()
-    raise RuntimeError(f"the forward never reached {type(module).__name__}")
 
 
 @dataclass(frozen=True)
@@ -67,19 +39,6 @@ class Arriving:
 
     def __iter__(self) -> Iterator[Tensor]:
         return self.activations
-
-
-@torch.no_grad()
-def recorded(block: nn.Module, hidden: Tensor, kwargs: dict, apart: Iterable[nn.Module]) -> Tape:
-    """The tape of a block's forward; apart: modules whose content may change, its leaves."""
-    tape = Tape(tensors_of((hidden, kwargs)))
-    with ExitStack() as hooks:
-        for module in apart:
-            hooks.enter_context(tape.leaf(module))
-        with tape:
-            result = block(hidden, **kwargs)
-    tape.finish(result)
-    return tape
 
 
 class Passage:

@@ -141,13 +141,15 @@ class GPTQ(Solver):
         quantized = iter(self._columns([begun[index] for index in solvable], units))
         solutions = []
         for each, damp in zip(begun, damps):
-            report = {"damp": damp, "dead_columns": int(each.dead.sum())}
-            if damp is None:
-                weights, stored = each.problem.weights, each.scales
-                report |= {"redamped": False, "fallback": "rtn"}
-            else:
+            report = {
+                "damp": damp,
+                "redamped": damp is not None and damp > self.damp,
+                "fallback": "rtn" if damp is None else None,
+                "dead_columns": int(each.dead.sum()),
+            }
+            weights, stored = each.problem.weights, each.scales
+            if damp is not None:
                 weights, stored = next(quantized)
-                report |= {"redamped": damp > self.damp, "fallback": None}
             # values that lie on the lattice lose nothing when they are encoded
             qtensors = {
                 name: each.problem.formats[name].quantize(weight, scales=stored[name])
