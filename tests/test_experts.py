@@ -8,10 +8,13 @@ import zoo
 from composed import small
 from test_gptq import FORMATS, N, draw, hessian, inputs, loss
 
+from harness.calibration.stream import ENOUGH
+from harness.config.build import option
 from harness.formats import Integer, Scheme
 from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.tiny import byte_tokenizer
+from harness.pipeline import ids as ids_of_runs
 from harness.pipeline.job import execute
 from harness.quantize.blocks import quantize
 from harness.solvers import GPTQ, RTN, Problem, Solver
@@ -94,6 +97,12 @@ def test_awq_clips_each_expert_by_its_own_hessian(then):
         assert together.report == alone.report
         assert together.report["clipped"] > 0
         assert agreement(alone, together) > 0.97
+
+
+def test_the_usual_number_of_tokens_is_one_number():
+    """Stored runs are found by leaving it out of their ids, so every place has to mean the same."""
+    assert {option("solver", name)["min_tokens"] for name in ("rtn", "gptq", "awq")} == {ENOUGH}
+    assert GPTQ().min_tokens == ids_of_runs.MIN_TOKENS == ENOUGH
 
 
 class Watching(GPTQ):

@@ -27,6 +27,7 @@ from harness.pipeline.sections import exporter_fields, unnamed
 from harness.pipeline.transforms import transforms_of
 from harness.pipeline.unread import unread
 from harness.quantize.allocation import Auto, auto_of
+from harness.quantize.named import linears
 from harness.quantize.overrides import resolve
 from harness.solvers import Solver
 from harness.structure.structure import Structure
@@ -191,16 +192,10 @@ def _possible(scheme: Scheme, auto: Auto | None, structure: Structure) -> list[S
     if auto is None:
         return [scheme]
     alike = [replace(scheme, weight=format) for format in auto.candidates.values()]
-    places = (
-        (layer, name)
-        for layer in range(structure.layers)
-        for site in structure.expanded(layer)
-        for name in site.linears
-    )
     # and one in which linears differ
     mixed = {
         place: {"weight": format, **scheme.overrides.get(place, {})}
-        for place, format in zip(places, cycle(auto.candidates.values()))
+        for place, format in zip(linears(structure), cycle(auto.candidates.values()))
     }
     return [scheme, *alike, replace(scheme, overrides={**scheme.overrides, **mixed})]
 

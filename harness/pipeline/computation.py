@@ -117,7 +117,8 @@ def confirm(model: nn.Module, told: Structure) -> None:
         if getattr(loaded, field) != getattr(told, field):
             raise DataError(
                 f"model: the {field} of the {told.architecture} that was loaded are not those that "
-                "its config tells; config and files may be of different models"
+                "its config tells; take config and files of one model, and the transformers "
+                "release that it asks for"
             )
 
 

@@ -35,7 +35,7 @@ from harness.config.errors import ConfigError, DataError
 from harness.formats import Format, Scales
 from harness.solvers.base import Problem, Solution, Solver
 from harness.solvers.columns import Columns, DynamicLattice, Lattice, ManyColumns, StaticLattice
-from harness.solvers.inverses import Begun, inverses
+from harness.solvers.inverses import Begun, finite, inverses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class GPTQ(Solver):
         """A problem with its Hessian, scales and order; raises DataError."""
         assert problem.hessian is not None  # as `needs` asks
         hessian = problem.hessian.to(self._dtype)
-        if not hessian.diagonal().isfinite().all():  # no entry is greater than those
+        if not finite(hessian):
             raise DataError(
                 f"the activations read by {', '.join(problem.weights)} contain NaN or Inf; "
                 "check the model and its dtype"
