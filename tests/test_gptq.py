@@ -223,9 +223,11 @@ def test_more_damping_is_reported():
         assert torch.equal(hopeless.qtensors[n].dequantize(), q.dequantize())
 
 
-def test_not_a_number_is_refused():
+@pytest.mark.parametrize("place", [(3, 3), (3, 7)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_finite_number_is_refused(place, value):
     h = hessian(inputs())
-    h[3, 3] = float("nan")
+    h[place] = value
     with pytest.raises(DataError, match="w0"):
         GPTQ().solve(problem(FORMATS["nvfp4"], h))
 
