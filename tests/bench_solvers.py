@@ -80,7 +80,7 @@ def _site(width: int, rows: int, batches: int) -> dict[str, tuple[float, float]]
         time.process_time,
     )
     start = clock()
-    statistics = Statistics(width, 2048 * batches, x.device, hessian=True)
+    statistics = Statistics(width, 2048 * batches, x.device, curvature=width)
     for _ in range(batches):
         statistics.add(x)
     statistics.finish()

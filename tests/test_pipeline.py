@@ -390,7 +390,7 @@ def test_a_walk_goes_through_the_sites_and_on_with_what_their_linears_become():
 
 def test_statistics_hold_the_whole_hessian_the_range_and_every_other_row():
     x = torch.randn(700, 1000, generator=torch.Generator().manual_seed(2))
-    statistics = Statistics(1000, 700, x.device, hessian=True)
+    statistics = Statistics(1000, 700, x.device, curvature=1000)
     for part in x.split(300):
         statistics.add(part)
     statistics.finish()

@@ -17,14 +17,18 @@ SAMPLE_ROWS = 256  # a sample has at least so many, where there are
 class Statistics:
     """Running statistics of one site over the calibration tokens.
 
-    hessian: [n, n] float32, `2/N sum x^T x` once `finish()` was called; None unless needed.
+    hessian: [n, n] float32, `2/N sum x^T x` once `finish()` was called; the blocks of its diagonal
+        [n / k, k, k] where k, the `curvature` that is wanted, is less than n; None where that is 0.
     range: [2] float32, least and greatest value (with 0).
     sample: every k-th token's row [s, n] float32, at least 256 where there are so many, for
         measuring output errors.
     """
 
-    def __init__(self, width: int, tokens: int, device: torch.device | str, hessian: bool):
-        self.hessian = torch.zeros(width, width, device=device) if hessian else None
+    def __init__(self, width: int, tokens: int, device: torch.device | str, curvature: int):
+        self.hessian = None
+        if curvature:
+            blocks = () if curvature == width else (width // curvature,)
+            self.hessian = torch.zeros(*blocks, curvature, curvature, device=device)
         self.range = torch.zeros(2, device=device)
         self.tokens = 0
         self._stride = max(1, tokens // SAMPLE_ROWS)
@@ -44,6 +48,10 @@ class Statistics:
         self.tokens += len(x)
         if self.hessian is not None:
             z = x.float() if product_of is None else product_of.reshape(x.shape).float()
+            if self.hessian.ndim == 3:
+                parts = z.unflatten(-1, self.hessian.shape[:2]).transpose(0, 1)
+                self.hessian.baddbmm_(parts.mT, parts)
+                return
             for lo in range(0, z.shape[1], PANEL):
                 # the product is symmetric: each panel of rows stops at its own diagonal block
                 hi = lo + PANEL
@@ -68,7 +76,9 @@ class Statistics:
 
     def finish(self) -> None:
         """Mirror the half that was computed and scale to the mean; once, after the last `add`."""
-        if self.hessian is not None:
+        if self.hessian is None:
+            return
+        if self.hessian.ndim == 2:
             for lo in range(PANEL, len(self.hessian), PANEL):
                 self.hessian[:lo, lo : lo + PANEL] = self.hessian[lo : lo + PANEL, :lo].T
-            self.hessian *= 2.0 / self.tokens  # of the mean squared output error
+        self.hessian *= 2.0 / self.tokens  # of the mean squared output error

@@ -22,7 +22,7 @@ end.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -35,6 +35,8 @@ from harness.formats.qtensor import QTensor, Scales
 
 # Elements worked on at once on a CPU, so that input, output and one temporary stay in its cache.
 CHUNK = 2**17
+# Observers that leave the choice of a weight's scales to its solver, which has a Hessian.
+UNDER_HESSIAN = ("hessian", "hessian_diagonal")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Format(ABC):
 
     granularity: tensor | channel (weight row) | token (activation row) | group (of group_size
         elements).
-    observer: minmax | mse (its knobs in `mse`).
+    observer: minmax | mse (its knobs in `mse`) | hessian | hessian_diagonal (of weights: solvers
+        choose among `neighbours` of minmax's scales; solvers/search.py).
     compute_dtype: float32 | input.
     pad: error | zero, for a last axis that the group does not divide.
     role: weight | activation; a weight must be finite, and degenerate integer groups differ.
@@ -70,11 +73,21 @@ class Format(ABC):
             object.__setattr__(self, "mse", MSE.of(self.mse, f"{name}: mse"))
         self._choose("granularity", "tensor", "channel", "token", "group")
         boolean(f"{name}: symmetric", self.symmetric)
-        self._choose("observer", "minmax", "mse")
+        self._choose("observer", "minmax", "mse", *UNDER_HESSIAN)
         self._choose("compute_dtype", "float32", "input")
         self._choose("pad", "error", "zero")
         self._choose("role", "weight", "activation")
         integer(f"{name}: group_size", self.group_size, optional=True)
+        if self.under_hessian and self.role == "activation":
+            raise ConfigError(
+                f"{name}: observer={self.observer} is for weights: an activation's scales follow "
+                "from what is read; set observer=minmax or mse."
+            )
+        if self.under_hessian and self.granularity == "tensor":
+            raise ConfigError(
+                f"{name}: observer={self.observer} with granularity=tensor: one scale spans rows "
+                "that have nothing in common; set granularity=channel or group, or observer=mse."
+            )
         if (self.role, self.granularity) in (("weight", "token"), ("activation", "channel")):
             other = {"token": "channel", "channel": "token"}[self.granularity]
             raise ConfigError(
@@ -101,6 +114,11 @@ class Format(ABC):
     def unread(self) -> tuple[str, ...]:
         """Fields without effect as the others are set."""
         return () if self.observer == "mse" else ("mse",)
+
+    @property
+    def under_hessian(self) -> bool:
+        """Whether scales are to be chosen by the error under the Hessian of what is read."""
+        return self.observer in UNDER_HESSIAN
 
     @property
     def zero_bits(self) -> int:
@@ -243,6 +261,21 @@ class Format(ABC):
         Rounded as they are stored; the global scale stays.
         """
         return replace(scales, scale=(scales.scale * factor).to(scales.scale.dtype))
+
+    def neighbours(self, scales: Scales) -> Iterator[Scales]:
+        """Other scales that a search by error may try around those of the extremes, nearest first.
+
+        Ranges shrunk to .975, .95, .. .2 here.
+        """
+        for step in range(1, 33):
+            yield self.rescaled(scales, scales.scale.new_full((), 1 - step / 40))
+
+    def project(self, x: Tensor, scales: Scales) -> Tensor:
+        """decode(encode(x)) [*lead, n] in float32, without codes where the arithmetic is that."""
+        if self._element(x.dtype) != torch.float32:
+            return self.decode(self.encode(x, scales), scales)
+        lattice = (t.unsqueeze(-1) for t in self.lattice(scales))
+        return self.join(self.snap(self.split(x).float(), *lattice), x.shape)
 
     def encode(self, x: Tensor, scales: Scales) -> Tensor:
         """Codes [*lead, n] (int8 or uint8) of x [*lead, n]."""

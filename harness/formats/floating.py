@@ -98,6 +98,11 @@ class Floating(Format):
                 (eff,) = self.lattice(self._store(*candidate, global_scale, dtype), blocks.dtype)
             yield candidate, self.snap(blocks, eff.unsqueeze(-1))
 
+    def neighbours(self, scales: Scales) -> Iterator[Scales]:
+        """Eighths of an octave, 4 below to 10 above: beyond them, hardly ever is one the best."""
+        for eighths in sorted(range(-4, 11), key=abs)[1:]:
+            yield self.rescaled(scales, scales.scale.new_full((), 2 ** (eighths / 8)))
+
     def snap(self, x: Tensor, eff: Tensor, out: Tensor | None = None) -> Tensor:
         return self.grid.round_(torch.div(x, eff, out=out), self.fp4_ties).mul_(eff)
 

@@ -260,6 +260,31 @@ class Integer(Format):
                 candidate = self._parameters(lo, p * s, dtype)
             yield candidate, self.snap(blocks, *(t.unsqueeze(-1) for t in candidate))
 
+    def neighbours(self, scales: Scales) -> Iterator[Scales]:
+        """Symmetric: the step times .975, .95, .. .2. Asymmetric: times .96, .92, .. .2, with both
+        ends, the lower, or the upper end of the range moving."""
+        if scales.zero is None:
+            yield from super().neighbours(scales)
+            return
+        for step in range(1, 21):
+            p = 1 - step / 25
+            shrunk = self.rescaled(scales, scales.scale.new_full((), p))
+            for zero in self._zeros(scales, p):
+                yield replace(shrunk, zero=zero)
+
+    def _zeros(self, scales: Scales, p: float) -> Iterator[Tensor]:
+        """Zero points of ranges that are p as wide: about zero, from their upper end, from their
+        lower end."""
+        assert scales.zero is not None
+        if self.zp == "float_offset":
+            reach = (1 - p) * (2**self.bits - 1) * scales.scale.float()
+            yield from (p * scales.zero, scales.zero + reach, scales.zero)
+            return
+        yield scales.zero
+        for end in (self.qmax, self.qmin):
+            zero = (end - (end - scales.zero) / p).round()
+            yield zero.clamp(self.qmin, self.qmax) if self.spans_zero else zero
+
     # elements
 
     def lattice(self, scales: Scales, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:

@@ -15,7 +15,8 @@ Sources: OCP Microscaling (MX) v1.0, section 6.3; torchao (ceil, even, rceil); F
 (fpquant).
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -92,6 +93,12 @@ class MX(Floating):
         # only powers of two can be stored, so the factor is rounded to one
         code = (scales.scale + factor.log2().round()).clamp(0, NAN - 1)
         return Scales(code.to(torch.uint8).where(scales.scale != NAN, NAN))
+
+    def neighbours(self, scales: Scales) -> Iterator[Scales]:
+        """Twice and half the scale; nothing clips at twice that of mx_scale=floor."""
+        for offset in (1, -1):
+            code = (scales.scale.short() + offset).clamp(0, NAN - 1).to(torch.uint8)
+            yield replace(scales, scale=code.where(scales.scale != NAN, NAN))
 
     def _element(self, dtype: torch.dtype) -> torch.dtype:
         """float32 but for FP-Quant's scale.

@@ -86,8 +86,11 @@ def components(plan: Plan) -> Components:
             solvable.check_budget(auto, scheme, structure)
         warnings += solvable.check_solver(solver, name, scheme, auto, transforms, context)
         if solver.hessian_input == "auto":
-            hessian_input = solvable.hessian_input(solver, scheme, transforms)
+            hessian_input = solvable.hessian_input(solver, scheme, auto, transforms)
             solver = replace(solver, hessian_input=hessian_input)
+        setting = "solver.hessian_input"
+        if setting in plan.given and not solvable.reads_hessian(solver, scheme, auto):
+            warnings.append(f"{setting} has no effect with {type(solver).__name__} as it is set")
     warnings += combinations.learning_warnings(plan, transforms)
     left = structure.float_experts
     if left and plan.quantizes:

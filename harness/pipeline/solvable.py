@@ -52,6 +52,12 @@ def check_solver(
     """
     # Each once: linears that share a format would repeat its warnings.
     formats = list(dict.fromkeys(_weight_formats(scheme, auto)))
+    for format in formats:
+        if format.under_hessian and not solver.curvature([format], format.group_size or 1):
+            raise ConfigError(
+                f"format.weight.observer={format.observer} with solver={name}: it finds scales "
+                "without a Hessian; use format.weight.observer=minmax, or solver=rtn, gptq or awq."
+            )
     doubts = [warning for format in formats for warning in solver.check(format)]
     warnings = list(dict.fromkeys(doubts))
     warnings += solver.check_together(formats, _scalable(scheme, transforms, context))
@@ -60,7 +66,7 @@ def check_solver(
             f"solver={name} with smoothquant (transform or transform.smooth): both scale the same "
             "channels; use one of them."
         )
-    if solver.hessian_input == "quantized" and not _reads_quantized(solver, scheme):
+    if solver.hessian_input == "quantized" and not _reads_quantized(solver, scheme, auto):
         bits = 16 if scheme.act is None else scheme.act.bits
         raise ConfigError(
             f"solver.hessian_input=quantized with solver={name} and format.act.bits={bits}: "
@@ -69,16 +75,24 @@ def check_solver(
     return warnings
 
 
-def hessian_input(solver: Solver, scheme: Scheme, transforms: Sequence[Transform]) -> str:
+def hessian_input(
+    solver: Solver, scheme: Scheme, auto: Auto | None, transforms: Sequence[Transform]
+) -> str:
     """What solver.hessian_input=auto means here."""
-    if _reads_quantized(solver, scheme) and any(t.free_decoder for t in transforms):
+    if _reads_quantized(solver, scheme, auto) and any(t.free_decoder for t in transforms):
         return "quantized"
     return "fp"
 
 
-def _reads_quantized(solver: Solver, scheme: Scheme) -> bool:
+def reads_hessian(solver: Solver, scheme: Scheme, auto: Auto | None) -> bool:
+    """Whether the solver, or the observer of a format, reads any of a Hessian."""
+    formats = _weight_formats(scheme, auto)
+    return any(solver.curvature([format], format.group_size or 1) for format in formats)
+
+
+def _reads_quantized(solver: Solver, scheme: Scheme, auto: Auto | None) -> bool:
     """Whether there is a Hessian of quantized activations."""
-    return scheme.any("act") and "hessian" in solver.needs
+    return scheme.any("act") and reads_hessian(solver, scheme, auto)
 
 
 def _weight_formats(scheme: Scheme, auto: Auto | None) -> Iterator[Format]:

@@ -22,6 +22,7 @@ from harness.models import merge
 from harness.models.adapter import Adapter
 from harness.pipeline.build import Components
 from harness.pipeline.combinations import placement_facts
+from harness.pipeline.solvable import reads_hessian
 from harness.pipeline.state import LoadedJob
 from harness.pipeline.told import doubts, reported, starved
 from harness.quantize import blocks
@@ -192,7 +193,9 @@ def _reads(parts: Components) -> bool:
     acts = [scheme.act, *(formats.get("act") for formats in scheme.overrides.values())]
     if any(act is not None and act.needs_static for act in acts):
         return True
-    return solver is not None and bool(solver.needs or solver.prepares or solver.scope == "block")
+    if solver is None:
+        return False
+    return solver.prepares or solver.scope == "block" or reads_hessian(solver, scheme, parts.auto)
 
 
 def quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:

@@ -28,6 +28,7 @@ from harness.config.errors import ConfigError
 from harness.formats import Format
 from harness.models.adapter import Adapter
 from harness.quantize.overrides import as_served
+from harness.solvers.search import under_hessian
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,8 @@ def sensitivities(
         with adapter.open(layer):
             for site, activations in stream.walk(block):
                 shared = block.get_submodule(site.linears[0]).site
-                statistics = Statistics(
-                    adapter.width(site, layer), stream.tokens, adapter.device, hessian=True
-                )
+                width = adapter.width(site, layer)
+                statistics = Statistics(width, stream.tokens, adapter.device, curvature=width)
                 for x in activations:
                     statistics.add(shared.encode(x))
                 statistics.finish()
@@ -152,7 +152,10 @@ def _candidates(
     errors = {}
     bits = {}
     for name, format in candidates.items():
-        quantized = format.quantize(weight)
+        scales = format.scales(weight)
+        if format.under_hessian:
+            scales = under_hessian(weight, format, scales, hessian)
+        quantized = format.quantize(weight, scales)
         noise = quantized.dequantize().float() - weight.float()
         # the diagonal of noise H noise^T, without the rest of it
         errors[name] = float(((noise @ hessian) * noise).sum(1) @ fisher)

@@ -167,24 +167,26 @@ class SolvedBlock:
         hessian: with that, where the solver needs it.
         """
         formats = self.scheme.weights(self.index, site.linears)
-        if self.solver is None or not formats or "hessian" not in self.solver.needs:
-            hessian = False
+        curvature = 0
+        if hessian and self.solver is not None and formats:
+            width = self.adapter.width(site, self.index)
+            curvature = self.solver.curvature(formats.values(), width)
         report = {}
         if arriving.routed is not None:
             report = {"routed": arriving.routed, "every": arriving.every}
         if not arriving.every or is_last(site.linears[0]):
-            return Gathered(self._statistics(site, arriving, stream, hessian), report)
+            return Gathered(self._statistics(site, arriving, stream, curvature), report)
         # experts that see all tokens see the same tensor
-        key = (site.activation, self.acts[site.name], hessian)
+        key = (site.activation, self.acts[site.name], curvature)
         if key not in self._shared:
-            self._shared[key] = self._statistics(site, arriving, stream, hessian)
+            self._shared[key] = self._statistics(site, arriving, stream, curvature)
         return Gathered(self._shared[key], report)
 
     def _statistics(
-        self, site: Site, arriving: Arriving, stream: Stream, hessian: bool
+        self, site: Site, arriving: Arriving, stream: Stream, curvature: int
     ) -> Statistics:
         reader = self._linear(site.linears[0])
-        statistics = Statistics(reader.in_features, stream.tokens, reader.weight.device, hessian)
+        statistics = Statistics(reader.in_features, stream.tokens, reader.weight.device, curvature)
         for x in arriving:
             encoded = self.inputs[site.name].encode(x)
             statistics.observe(encoded, self.acts[site.name], self.solver)

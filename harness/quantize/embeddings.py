@@ -93,8 +93,10 @@ class Embeddings:
         """Solve the head for what leaves the stream, swap it in and report on it."""
         name = self.adapter.structure.head
         solver = self.solver
-        needed = self.weight is not None and solver is not None and "hessian" in solver.needs
-        statistics = Statistics(linear.in_features, stream.tokens, linear.weight.device, needed)
+        curvature = 0
+        if self.weight is not None and solver is not None:
+            curvature = solver.curvature([self.weight], linear.in_features)
+        statistics = Statistics(linear.in_features, stream.tokens, linear.weight.device, curvature)
         for x in stream.leave():
             statistics.observe(linear.site.encode(x), self.act, solver)
         statistics.finish()

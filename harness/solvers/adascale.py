@@ -46,7 +46,7 @@ class AdaScale(Solver):
     mix: share of the elements taken from the quantized prefix.
     """
 
-    unread: ClassVar[tuple[str, ...]] = ("sequencing", "hessian_input")
+    unread: ClassVar[tuple[str, ...]] = ("sequencing",)
     scope: ClassVar[str] = "block"
     encodings: ClassVar[str] = "encodings"
 

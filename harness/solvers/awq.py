@@ -21,7 +21,7 @@ of 512.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -33,8 +33,9 @@ from harness.formats import Format, FourOverSix, Scales
 from harness.solvers.base import Block, Problem, Solution, Solver
 from harness.solvers.gptq import GPTQ
 from harness.solvers.rtn import RTN
+from harness.solvers.search import least, raw
 
-CLIPS = tuple(1 - step / 20 for step in range(10))
+CLIPS = tuple(1 - step / 20 for step in range(1, 10))
 UNSCALED = {  # why a site of that freedom (Block.scalable) gets no scale
     "fixed": "an encoder stands before it",
     "shared": "heads share its values, solver.gqa=skip",
@@ -182,7 +183,7 @@ class AWQ(Solver):
                     continue
                 before = scales[name]
                 scales[name] = clipped(weight, problem.formats[name], before, problem.hessian)
-                count += int((_raw(scales[name].scale) != _raw(before.scale)).sum())
+                count += int((raw(scales[name].scale) != raw(before.scale)).sum())
         return replace(problem, scales=scales), count
 
 
@@ -196,49 +197,22 @@ def clipped(weight: Tensor, format: Format, scales: Scales, hessian: Tensor) -> 
     """Scales of a weight [out, n] whose extremes are shrunk, group by group.
 
     By the factor with the least error under the diagonal blocks of the Hessian [n, n]; as they are
-    where the format is not clippable.
+    where the format is not clippable. A factor of 1 leaves the scales as they are, and wins ties.
     """
     if not clippable(format):
         return scales
-    blocks = format.split(weight.float())  # [out, groups, g]
-    groups, width = blocks.shape[-2:]
-    grid = hessian.view(groups, width, groups, width)
-    within = grid.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [groups, g, g]
-    peak = blocks.abs().amax(-1, keepdim=True)
     # the extremes of what was clamped are the range: nothing is left to search
     plain = replace(format, observer="minmax")
 
-    def errors(candidate: Scales) -> Tensor:
-        rounded = format.decode(format.encode(weight, candidate), candidate)
-        noise = format.split(rounded).sub_(blocks).transpose(0, 1)
-        return (noise @ within).mul_(noise).sum(-1).T.contiguous()  # [out, groups]
+    def shrunk(rows: Tensor, scales: Scales) -> Iterator[Scales]:
+        blocks = format.split(rows.float())
+        peak = blocks.abs().amax(-1, keepdim=True)
+        for factor in CLIPS:
+            limit = factor * peak
+            clamped = format.join(blocks.clamp(-limit, limit), rows.shape).to(rows.dtype)
+            yield plain.scales(clamped, global_scale=scales.global_scale)
 
-    best = scales
-    # a factor of 1 leaves the scales as they are, and wins ties
-    lowest = errors(scales)
-    for factor in CLIPS[1:]:
-        limit = factor * peak
-        shrunk = format.join(blocks.clamp(-limit, limit), weight.shape).to(weight.dtype)
-        candidate = plain.scales(shrunk, global_scale=scales.global_scale)
-        error = errors(candidate)
-        better = error < lowest
-        lowest = torch.where(better, error, lowest)
-        best = _pick(better, candidate, best)
-    return best
-
-
-def _pick(better: Tensor, candidate: Scales, best: Scales) -> Scales:
-    """Scale by scale, `candidate` where it is better."""
-    raw = torch.where(better, _raw(candidate.scale), _raw(best.scale))
-    zero = None
-    if candidate.zero is not None and best.zero is not None:
-        zero = torch.where(better, candidate.zero, best.zero)
-    return replace(best, scale=raw.view(candidate.scale.dtype), zero=zero)
-
-
-def _raw(scale: Tensor) -> Tensor:
-    """Stored scales so that they can be compared and picked: those in float8 as bytes."""
-    return scale.view(torch.uint8) if scale.element_size() == 1 else scale
+    return least(weight, format, scales, hessian, shrunk)
 
 
 def _is_change(key: str) -> bool:

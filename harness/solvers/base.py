@@ -7,7 +7,8 @@ tells people.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from harness.config.checks import boolean, integer, one_of
 from harness.formats import Format, QTensor, Scales
+from harness.solvers.search import under_hessian
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,9 @@ class Problem:
     """One site.
 
     weights: {name: [out, in]} in model dtype, already transformed. formats: {name: weight format}.
-    hessian: [in, in] float32 of what these weights read, or None when the solver did not ask for
-    it. scales: {name: Scales} where they are decided already.
+    hessian: float32 of what these weights read, [in, in] or, where no more was asked for, blocks of
+    its diagonal [in / k, k, k]; None when the solver did not ask for it. scales: {name: Scales}
+    where they are decided already.
     """
 
     weights: Mapping[str, Tensor]
@@ -168,6 +171,19 @@ class Solver:
         have given the same weights."""
         return []
 
+    def curvature(self, formats: Iterable[Format], width: int) -> int:
+        """How much of the Hessian [width, width] it reads for linears of these weight formats.
+
+        The width of the blocks of its diagonal: `width` where all of it is read, 0 where none is.
+        """
+        if "hessian" in self.needs:
+            return width
+        groups = [format.group(width) for format in formats if format.under_hessian]
+        if not groups or self.scope == "block":
+            return 0
+        size = math.lcm(*groups)
+        return width if width % size else size
+
     @property
     def windows(self) -> int | None:
         """Calibration windows in a micro-batch; None leaves that to the stream."""
@@ -203,7 +219,8 @@ class Solver:
     def static_scales(self, problem: Problem) -> dict[str, Scales]:
         """Each weight's scales by its format's observer, from the weights as they are.
 
-        Those that are decided already stay. A global scale is shared by the weights of the site
+        And from the problem's Hessian, where the observer reads one. Those that are decided already
+        stay. A global scale is shared by the weights of the site
         whose format is the same.
         """
         if problem.scales is not None:
@@ -220,5 +237,9 @@ class Solver:
                     if theirs == format
                 ]
             amax = torch.stack([peer.abs().amax() for peer in peers]).amax()
-            scales[name] = format.scales(weight, global_scale=format.global_from_amax(amax))
+            found = format.scales(weight, global_scale=format.global_from_amax(amax))
+            if format.under_hessian:
+                assert problem.hessian is not None  # as `curvature` asks
+                found = under_hessian(weight, format, found, problem.hessian)
+            scales[name] = found
         return scales

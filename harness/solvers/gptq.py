@@ -75,6 +75,11 @@ class GPTQ(Solver):
                 "solver.scales=dynamic with format.weight.pad=zero: the last group is short; "
                 "use scales=static."
             )
+        if self.scales == "dynamic" and format.under_hessian:
+            raise ConfigError(
+                f"solver.scales=dynamic with format.weight.observer={format.observer}: its choice "
+                "is made once, from W as it was; use solver.scales=static or observer=mse."
+            )
         if self.scales == "dynamic" and format.granularity != "group":
             return [
                 f"solver.scales=dynamic with format.weight.granularity={format.granularity}: a row "

@@ -10,6 +10,7 @@ Differences: other formats are taken, too; they have one rule, which stays.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -34,6 +35,9 @@ class MinMax(RTN):
             f"solver=minmax with {type(format).__name__} (symmetric={format.symmetric}): {why}, "
             "so this is rtn with observer=minmax"
         ]
+
+    def curvature(self, formats: Iterable[Format], width: int) -> int:
+        return 0
 
     def solve(self, problem: Problem) -> Solution:
         formats = {name: minmax(format) for name, format in problem.formats.items()}

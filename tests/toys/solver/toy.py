@@ -4,7 +4,6 @@ is."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from harness.config.checks import number
 from harness.solvers.base import Problem, Solution, Solver
@@ -13,8 +12,6 @@ from harness.solvers.base import Problem, Solution, Solver
 @dataclass(frozen=True, kw_only=True)
 class Shrink(Solver):
     """factor: c, in [0, 1]."""
-
-    unread: ClassVar[tuple[str, ...]] = ("hessian_input",)
 
     factor: float = 0.99
 
