@@ -20,8 +20,10 @@ class Statistics:
     hessian: [n, n] float32, `2/N sum x^T x` once `finish()` was called; the blocks of its diagonal
         [n / k, k, k] where k, the `curvature` that is wanted, is less than n; None where that is 0.
     range: [2] float32, least and greatest value (with 0).
+    drift: [n, n] float32, `2/N sum (x_f - x)^T x` once `finish()` was called, with x as the Hessian
+        sees it; None where `add` was never given x_f, what the untouched model has there.
     sample: every k-th token's row [s, n] float32, at least 256 where there are so many, for
-        measuring output errors.
+        measuring output errors. reference: the same rows of x_f, or the sample itself.
     """
 
     def __init__(self, width: int, tokens: int, device: torch.device | str, curvature: int):
@@ -33,9 +35,16 @@ class Statistics:
         self.tokens = 0
         self._stride = max(1, tokens // SAMPLE_ROWS)
         self._sample = torch.empty(-(-tokens // self._stride), width, device=device)
+        self.drift: Tensor | None = None
+        self._reference: Tensor | None = None
 
-    def add(self, x: Tensor, product_of: Tensor | None = None) -> None:
-        """Take in activations [..., n]; the Hessian sees `product_of` instead, where given."""
+    def add(
+        self, x: Tensor, product_of: Tensor | None = None, untouched: Tensor | None = None
+    ) -> None:
+        """Take in activations [..., n]; the Hessian sees `product_of` instead, where given.
+
+        untouched: what the same tokens have there in the untouched model.
+        """
         x = x.reshape(-1, x.shape[-1])
         low, high = torch.aminmax(x)
         low = torch.minimum(self.range[0], low)
@@ -45,6 +54,8 @@ class Statistics:
         first = -(-self.tokens // self._stride)
         rows = x[first * self._stride - self.tokens :: self._stride]
         self._sample[first : first + len(rows)] = rows
+        if untouched is not None:
+            self._compare(x if product_of is None else product_of, untouched, first)
         self.tokens += len(x)
         if self.hessian is not None:
             z = x.float() if product_of is None else product_of.reshape(x.shape).float()
@@ -57,25 +68,56 @@ class Statistics:
                 hi = lo + PANEL
                 self.hessian[lo:hi, :hi].addmm_(z[:, lo:hi].T, z[:, :hi])
 
-    def observe(self, x: Tensor, act: Format | None, solver: Solver | None) -> None:
-        """Take in encoded activations [..., n] that `act` will quantize, for `solver`'s Hessian."""
+    def _compare(self, x: Tensor, untouched: Tensor, first: int) -> None:
+        """Take in what the untouched model has where this one has x; first: row of the sample."""
+        if self.drift is None:
+            width = x.shape[-1]
+            self.drift = torch.zeros(width, width, device=x.device)
+            self._reference = torch.empty_like(self._sample)
+        assert self._reference is not None
+        z = x.reshape(-1, x.shape[-1]).float()
+        beside = untouched.reshape(z.shape).float()
+        rows = beside[first * self._stride - self.tokens :: self._stride]
+        self._reference[first : first + len(rows)] = rows
+        self.drift.addmm_((beside - z).T, z)
+
+    def observe(
+        self,
+        x: Tensor,
+        act: Format | None,
+        solver: Solver | None,
+        untouched: Tensor | None = None,
+    ) -> None:
+        """Take in encoded activations [..., n] that `act` will quantize, for `solver`'s Hessian.
+
+        untouched: what the same tokens have there in the untouched model, encoded.
+        """
         quantized = solver is not None and solver.hessian_input == "quantized"
         if self.hessian is None or act is None or not quantized:
-            self.add(x)
+            self.add(x, untouched=untouched)
             return
         global_scale = None
         if act.needs_static:
             # not known before the last micro-batch: each one's own range stands in for it
             global_scale = act.calibrated(*torch.aminmax(x))
-        self.add(x, act.fake(x, global_scale=global_scale))
+        self.add(x, act.fake(x, global_scale=global_scale), untouched)
 
     @property
     def sample(self) -> Tensor:
         """The kept rows [s, n], float32; fewer where fewer tokens came than were announced."""
         return self._sample[: -(-self.tokens // self._stride)]
 
+    @property
+    def reference(self) -> Tensor:
+        """What the untouched model has in the sample's rows [s, n]; the sample, if not told."""
+        if self._reference is None:
+            return self.sample
+        return self._reference[: -(-self.tokens // self._stride)]
+
     def finish(self) -> None:
         """Mirror the half that was computed and scale to the mean; once, after the last `add`."""
+        if self.drift is not None:
+            self.drift *= 2.0 / self.tokens
         if self.hessian is None:
             return
         if self.hessian.ndim == 2:

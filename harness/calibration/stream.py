@@ -155,11 +155,14 @@ class Stream:
             self._alone = dict(zip(self.adapter.blocks, contexts))
         return self.hidden[0][:1], self._alone[block]
 
-    def walk(self, block: nn.Module, stay: bool = False) -> Iterator[tuple[Site, Arriving]]:
+    def walk(
+        self, block: nn.Module, stay: bool = False, twin: nn.Module | None = None
+    ) -> Iterator[tuple[Site, Arriving]]:
         """Pass a block site by site, each with what it reads, one micro-batch at a time.
 
         A caller reads as much of it as it wants, once, and may then change the site's linears: the
         stream goes on with what they have become. stay: on a copy, so that the stream does not.
+        twin: a copy of the block, which is passed in its place.
         """
         index = list(self.adapter.blocks).index(block)
         sites = self.adapter.sites(index)
@@ -167,7 +170,9 @@ class Stream:
         if stay:
             copy = self._room(self._hidden, self._hidden.numel()).view_as(self._hidden)
             hidden = copy.copy_(self._hidden).split(self._batch)
-        passage = Passage(block, sites, hidden, self.block_kwargs[block], self._room, self._enough)
+        passed = block if twin is None else twin
+        kwargs = self.block_kwargs[block]
+        passage = Passage(passed, sites, hidden, kwargs, self._room, self._enough)
         for site in sites:
             yield site, passage.arriving(site)
         if not stay:

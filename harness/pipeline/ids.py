@@ -18,7 +18,9 @@ from harness.evaluation.base import Evaluation
 from harness.evaluation.shipped import fingerprints
 from harness.pipeline.texts import Windows
 
-MIN_TOKENS = 128  # solver.min_tokens as conf/solver has it
+# Settings of solvers that came later, where they change nothing: as conf/solver has them.
+MIN_TOKENS = 128
+LATER: dict[str, object] = {"min_tokens": MIN_TOKENS, "stream": "weights", "propagate": "none"}
 
 
 def device_kind(name: str) -> str:
@@ -71,8 +73,12 @@ def of_format(section: Mapping, export: Mapping) -> dict:
 
 def of_solver(section: Mapping) -> dict:
     """The solver's settings."""
-    usual = section.get("min_tokens") == MIN_TOKENS
-    return {key: x for key, x in section.items() if key != "min_tokens" or not usual}
+    propagates = section.get("propagate", "none") != "none"
+    return {
+        key: x
+        for key, x in section.items()
+        if LATER.get(key, ()) != x and (propagates or not key.startswith("propagate_"))
+    }
 
 
 def of_transform(section: Mapping) -> dict:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from harness.config.checks import nearest
 from harness.config.errors import ConfigError
 from harness.formats import Format, Scheme
 from harness.quantize.allocation import Auto
@@ -72,7 +73,29 @@ def check_solver(
             f"solver.hessian_input=quantized with solver={name} and format.act.bits={bits}: "
             "there is no Hessian of quantized activations; set solver.hessian_input=fp."
         )
+    _check_propagation(solver, transforms, context)
     return warnings
+
+
+def _check_propagation(
+    solver: Solver, transforms: Sequence[Transform], context: ModelShape
+) -> None:
+    """Refuse propagated errors where there is nothing to compare with, and unknown sites."""
+    if solver.propagate == "none":
+        return
+    if any(transform.free_decoder for transform in transforms):
+        raise ConfigError(
+            f"solver.propagate={solver.propagate} with a transform whose decoder is free: what the "
+            "weights are for is not what the untouched model reads; use solver.propagate=none."
+        )
+    if tuple(solver.propagate_skip) == Solver().propagate_skip:
+        return
+    for site in solver.propagate_skip:
+        if site not in context.widths:
+            raise ConfigError(
+                f"solver.propagate_skip={list(solver.propagate_skip)}: there is no site {site}."
+                f"{nearest(site, context.widths)} Legal: {', '.join(context.widths)}."
+            )
 
 
 def hessian_input(

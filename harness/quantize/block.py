@@ -6,38 +6,25 @@ by side.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby, islice, zip_longest
 
 from torch import Tensor
 
 from harness.calibration.block import BlockScales, BlockView
 from harness.calibration.passage import Arriving
-from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
 from harness.formats import Scheme
 from harness.models.adapter import Adapter
-from harness.models.experts import is_last
-from harness.models.quant_linear import QuantLinear, SiteInput
+from harness.models.quant_linear import QuantLinear
+from harness.quantize.gathering import Gathered, Gathering, site_input
 from harness.quantize.weights import stored, swap_in
 from harness.solvers import Problem, Solution, Solver
+from harness.solvers.propagation import compensated
 from harness.structure.site import Site
 
 TOGETHER = 2**27  # numbers that solving experts at once may hold: 512 MiB of float32
-
-
-def site_input(adapter: Adapter, index: int, site: Site) -> SiteInput:
-    """The SiteInput that the linears of a site share."""
-    return adapter.blocks[index].get_submodule(site.linears[0]).site
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """Statistics of what a site's linears read; report: what is said of its router, if any."""
-
-    statistics: Statistics
-    report: dict
 
 
 class SolvedBlock:
@@ -66,7 +53,6 @@ class SolvedBlock:
         self.tensors: dict[str, Tensor] = {}
         self.layers: list[dict] = []
         self.output: dict = {}
-        self._shared: dict[tuple, Statistics] = {}
         if record is not None:
             self.tensors, report = record
             self.layers = report["layers"]
@@ -76,37 +62,77 @@ class SolvedBlock:
         """Pass the stream through, solving each site on the way.
 
         Where the solver works on whole blocks, all sites are solved first. original: the stream
-        through the unquantized blocks, for a solver of scope block.
+        through the unquantized blocks, for a solver of scope block or one that propagates.
         """
-        whole = self.solver is not None and "block" in (self.solver.sequencing, self.solver.scope)
-        if original is not None:
+        if original is not None and self._by_block:
             if self.record is None:
                 view.original = [hidden.clone() for hidden in original.hidden]
             original.advance(self.block)
             view.targets = original.hidden
+        shared = self._prepare(view)
+        beside: Iterator[tuple[Site, Arriving]] = iter(())
+        if original is not None and not self._by_block:
+            # after what was merged, so that both read the same features
+            beside = original.walk(self.block, twin=copy.deepcopy(self.block))
+        whole = self.solver is not None and "block" in (self.solver.sequencing, self.solver.scope)
         if self.record is not None:
-            self.install()
-        else:
-            shared = {}
-            if self.solver is not None and self.solver.prepares:
-                shared = self.solver.prepare(view)
-                self.tensors |= {f"{site}.merged": scale for site, scale in view.merged.items()}
-            if whole:
-                self._solve_whole(stream, view, shared)
-        self._shared.clear()
+            self._load()
+        elif whole:
+            self._solve_whole(stream, view, shared)
+        self._pass(stream, beside, shared, whole)
+
+    def _prepare(self, view: BlockView) -> Mapping:
+        """Merge what the solver merges into the block, or the record has; the solver's report."""
+        if self.record is not None:
+            self._merge()
+        elif self.solver is not None and self.solver.prepares:
+            report = self.solver.prepare(view)
+            self.tensors |= {f"{site}.merged": scale for site, scale in view.merged.items()}
+            return report
+        return {}
+
+    def _pass(
+        self,
+        stream: Stream,
+        beside: Iterator[tuple[Site, Arriving]],
+        shared: Mapping,
+        whole: bool,
+    ) -> None:
+        """Pass the stream through, and the untouched one beside it.
+
+        Sites are solved on the way, unless they have been: by a record, or as a whole block.
+        """
+        gathering = self._gathering(stream)
         walk = stream.walk(self.block)
         for sites in self._together():
             arrived = list(islice(walk, len(sites)))
-            if self.record is not None:
-                continue  # it needs no statistics, but the stream must get past the block
-            gathered = [self._gather(*each, stream, hessian=not whole) for each in arrived]
-            if whole:
-                for site, found in zip(sites, gathered):
-                    self._calibrate(site, found.statistics.range)
-            else:
-                self._solve(sites, gathered, shared)
-            del gathered  # Hessians, before there are others
-        next(walk, None)  # on to the block's end
+            untouched = [arriving for _, arriving in islice(beside, len(sites))]
+            if self.record is None:
+                gathered = [
+                    gathering.gather(site, arriving, not whole, there)
+                    for (site, arriving), there in zip_longest(arrived, untouched)
+                ]
+                if whole:
+                    for site, found in zip(sites, gathered):
+                        self._calibrate(site, found.statistics.range)
+                else:
+                    self._solve(sites, gathered, shared)
+                del gathered  # Hessians, before there are others
+            if self.solver is not None and self.solver.stream == "both":
+                for site in sites:
+                    self.inputs[site.name].format = self.acts[site.name]
+        for streamed in (walk, beside):
+            next(streamed, None)  # on to the block's end
+        for given in self.inputs.values():
+            given.format = None
+
+    def _gathering(self, stream: Stream) -> Gathering:
+        return Gathering(self.adapter, self.scheme, self.solver, self.index, stream.tokens)
+
+    @property
+    def _by_block(self) -> bool:
+        """Whether the solver looks at the block as a whole."""
+        return self.solver is not None and self.solver.scope == "block"
 
     def _together(self) -> Iterator[list[Site]]:
         """The sites in their order, those of experts as many at once as memory may hold."""
@@ -125,11 +151,19 @@ class SolvedBlock:
         Nothing is streamed.
         """
         # before the weights: what is loaded holds these scales, and is not to be scaled again
+        self._merge()
+        self._load()
+
+    def _merge(self) -> None:
+        """Merge the scales of the record."""
         scales = BlockScales(self.adapter, self.index)
         for site in self.sites:
             if f"{site.name}.merged" in self.tensors:
                 scale = self.tensors[f"{site.name}.merged"]
                 scales.merge(site.name, scale.to(self.adapter.device))
+
+    def _load(self) -> None:
+        """Take weights and activation scales from the record."""
         for site in self.sites:
             self._calibrate(site, self.tensors[f"{site.name}.range"])
             formats = {} if self.solver is None else self.scheme.weights(self.index, site.linears)
@@ -146,8 +180,9 @@ class SolvedBlock:
     def _solve_whole(self, stream: Stream, view: BlockView, shared: Mapping) -> None:
         """Solve all sites from the unquantized block, which leaves the stream where it is."""
         assert self.solver is not None
+        gathering = self._gathering(stream)
         gathered = {
-            site.name: self._gather(site, arriving, stream)
+            site.name: gathering.gather(site, arriving)
             for site, arriving in stream.walk(self.block, stay=True)
         }
         if self.solver.scope == "site":
@@ -159,40 +194,6 @@ class SolvedBlock:
             qtensors = {name: q for name, q in solution.qtensors.items() if name in site.linears}
             self._settle(site, gathered[site.name], Solution(qtensors, solution.report))
 
-    def _gather(
-        self, site: Site, arriving: Arriving, stream: Stream, hessian: bool = True
-    ) -> Gathered:
-        """Statistics of what a site's linears are about to read.
-
-        hessian: with that, where the solver needs it.
-        """
-        formats = self.scheme.weights(self.index, site.linears)
-        curvature = 0
-        if hessian and self.solver is not None and formats:
-            width = self.adapter.width(site, self.index)
-            curvature = self.solver.curvature(formats.values(), width)
-        report = {}
-        if arriving.routed is not None:
-            report = {"routed": arriving.routed, "every": arriving.every}
-        if not arriving.every or is_last(site.linears[0]):
-            return Gathered(self._statistics(site, arriving, stream, curvature), report)
-        # experts that see all tokens see the same tensor
-        key = (site.activation, self.acts[site.name], curvature)
-        if key not in self._shared:
-            self._shared[key] = self._statistics(site, arriving, stream, curvature)
-        return Gathered(self._shared[key], report)
-
-    def _statistics(
-        self, site: Site, arriving: Arriving, stream: Stream, curvature: int
-    ) -> Statistics:
-        reader = self._linear(site.linears[0])
-        statistics = Statistics(reader.in_features, stream.tokens, reader.weight.device, curvature)
-        for x in arriving:
-            encoded = self.inputs[site.name].encode(x)
-            statistics.observe(encoded, self.acts[site.name], self.solver)
-        statistics.finish()
-        return statistics
-
     def _solve(self, sites: Sequence[Site], gathered: Sequence[Gathered], shared: Mapping) -> None:
         """Solve some sites and swap their weights in.
 
@@ -203,7 +204,13 @@ class SolvedBlock:
             formats = self.scheme.weights(self.index, site.linears)
             weights = {name: self._linear(name).weight for name in formats}
             if self.solver is not None and weights:
-                problems[site.name] = Problem(weights, formats, found.statistics.hessian)
+                problem = Problem(
+                    weights, formats, found.statistics.hessian, drift=found.statistics.drift
+                )
+                if self.solver.propagate == "qep":
+                    alpha, damp = self.solver.propagate_alpha, self.solver.propagate_damp
+                    problem = compensated(problem, alpha, damp)
+                problems[site.name] = problem
         solutions = {}
         if self.solver is not None and problems:
             solutions = dict(zip(problems, self.solver.solve_together(list(problems.values()))))

@@ -23,8 +23,9 @@ from harness.calibration.subject import quiet, unlogged
 from harness.formats import Scheme
 from harness.models.adapter import Adapter
 from harness.models.offload import trim
-from harness.quantize.block import SolvedBlock, site_input
+from harness.quantize.block import SolvedBlock
 from harness.quantize.embeddings import Embeddings
+from harness.quantize.gathering import site_input
 from harness.quantize.weights import decibel, relative
 from harness.solvers import Solver
 from harness.store import Run
@@ -66,7 +67,7 @@ def quantize(
     if at_once is not None:
         streaming = partial(streaming, tokens_at_once=at_once * windows.shape[1])
     original = stream = error = None
-    if missing and solver is not None and solver.scope == "block":
+    if missing and solver is not None and (solver.scope == "block" or solver.propagate != "none"):
         original = streaming()
     # the original stream has begun: it sees the embedding before this rounds it
     outside.embed(run)

@@ -25,7 +25,8 @@ def swap_in(
 ) -> dict[str, dict]:
     """Load the dequantized weights of one site.
 
-    Returns {linear: report} with the relative output error on the sample.
+    Returns {linear: report} with the relative output error on the sample: against what the
+    untouched model makes of these rows, where that was watched.
 
     counts: report bits and weights of linears that stay float too.
     """
@@ -34,7 +35,7 @@ def swap_in(
     inputs = sample if act is None else act.fake(sample, global_scale=global_scale)
     for name, linear in linears.items():
         report = reports[name] = {"name": names[name], "sqnr_db": None}
-        reference = sample @ linear.weight.float().T
+        reference = statistics.reference @ linear.weight.float().T
         if name in qtensors:
             values = qtensors[name].dequantize()
             report["sqnr_db"] = decibel(relative(values, linear.weight))

@@ -16,7 +16,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from harness.config.checks import boolean, integer, one_of
+from harness.config.checks import boolean, integer, number, one_of
+from harness.config.errors import ConfigError
 from harness.formats import Format, QTensor, Scales
 from harness.solvers.search import under_hessian
 
@@ -28,13 +29,15 @@ class Problem:
     weights: {name: [out, in]} in model dtype, already transformed. formats: {name: weight format}.
     hessian: float32 of what these weights read, [in, in] or, where no more was asked for, blocks of
     its diagonal [in / k, k, k]; None when the solver did not ask for it. scales: {name: Scales}
-    where they are decided already.
+    where they are decided already. drift: [in, in] float32, 2/N sum (x_f - x)^T x where x_f is what
+    they read in the untouched model; None where nobody asked for it.
     """
 
     weights: Mapping[str, Tensor]
     formats: Mapping[str, Format]
     hessian: Tensor | None = None
     scales: Mapping[str, Scales] | None = None
+    drift: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,11 @@ class Solver:
         as fused kernels demand.
     min_tokens: an expert of a mixture that the router gave fewer is calibrated on all tokens of its
         layer.
+    stream: what later sites read of the solved ones: `weights` = their weights quantized, `both` =
+        their activations too.
+    propagate: none | qep, by which weights first undo what earlier layers did (propagation.py);
+        propagate_alpha: how much of it; propagate_damp: its damping, a share of mean(diag H);
+        propagate_skip: sites left out. Routed experts always are: their tokens differ.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -143,12 +151,26 @@ class Solver:
     hessian_input: str = "auto"
     fuse_global_scale: bool = True
     min_tokens: int = 128
+    stream: str = "weights"
+    propagate: str = "none"
+    propagate_alpha: float = 0.5
+    propagate_damp: float = 1.0
+    propagate_skip: Sequence[str] = ("down_in",)
 
     def __post_init__(self):
         one_of("solver.sequencing", self.sequencing, ("sites", "block"))
         one_of("solver.hessian_input", self.hessian_input, ("auto", "fp", "quantized"))
         boolean("solver.fuse_global_scale", self.fuse_global_scale)
         integer("solver.min_tokens", self.min_tokens)
+        one_of("solver.stream", self.stream, ("weights", "both"))
+        one_of("solver.propagate", self.propagate, ("none", "qep"))
+        number("solver.propagate_alpha", self.propagate_alpha, 0, 1)
+        number("solver.propagate_damp", self.propagate_damp, 0, 1e6)
+        if self.propagate != "none" and self.sequencing == "block":
+            raise ConfigError(
+                f"solver.propagate={self.propagate} with solver.sequencing=block: errors are "
+                "undone from site to site; use solver.sequencing=sites."
+            )
 
     def told(self, scored: frozenset[str]) -> Solver:
         """This solver for one model; scored: its linears that queries and keys are made by."""
@@ -176,7 +198,7 @@ class Solver:
 
         The width of the blocks of its diagonal: `width` where all of it is read, 0 where none is.
         """
-        if "hessian" in self.needs:
+        if "hessian" in self.needs or self.propagate != "none":
             return width
         groups = [format.group(width) for format in formats if format.under_hessian]
         if not groups or self.scope == "block":
