@@ -11,6 +11,7 @@ import pytest
 import torch
 import zoo
 from composed import small
+from composites import compose
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -168,6 +169,18 @@ def test_blocks_on_disk_give_the_same_file(tmp_path):
     )  # fmt: skip
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_stands_beside_a_text_decoder_is_as_it_was(tmp_path):
+    folder, model = tmp_path / "model", compose("gemma3")
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    outcome, out = run(tmp_path, "model=hf", f"model.path={folder}", *WEIGHTS)
+    before, after = (load_file(path / "model.safetensors") for path in (folder, out))
+    assert before.keys() == after.keys()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(changed) == outcome.metrics["export"]["weights"]
+    assert not any(structure_of(model.config).beside(name) for name in changed)
 
 
 def test_activations_and_cache_are_floats_there_and_that_is_said(tmp_path):
