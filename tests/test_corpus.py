@@ -163,6 +163,57 @@ def test_hub_text_is_read_from_the_local_cache(monkeypatch, tmp_path):
     assert HubText("someone/prose", "small", "test", documents=2).text("evaluation") == "c\n\nd"
 
 
+def test_a_set_of_one_split_evaluates_on_what_follows_and_conversations_are_what_is_said(
+    monkeypatch, tmp_path
+):
+    from datasets import Dataset
+
+    turns = [
+        {
+            "topic": f"t{n}",
+            "said": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}],
+        }
+        for n in range(5)
+    ]
+    rows = Dataset.from_list(turns)
+    names = {"columns": ["topic", "said"], "calibration_split": "one", "documents": 2}
+    corpus = HubText("someone/talk", "small", None, **names)
+    asked = []
+    monkeypatch.setattr(HubText, "_rows", lambda self, split: asked.append(split) or rows)
+    assert corpus.text("calibration") == "t0\n\nq0\n\na\n\nt1\n\nq1\n\na"
+    assert corpus.text("evaluation") == "t2\n\nq2\n\na\n\nt3\n\nq3\n\na"
+    assert asked == ["one", "one"]
+    assert corpus.fingerprint("calibration") == "someone/talk/small@main/one[:2]/topic+said"
+    assert corpus.fingerprint("evaluation") == "someone/talk/small@main/one[2:4]/topic+said"
+    values = [{"from": "human", "value": "why"}, {"from": "gpt", "value": "so"}]
+    rows = Dataset.from_list([{"system": "", "said": values}])
+    other = HubText("a/b", "c", None, columns=["system", "said"], documents=1)
+    assert other.text("calibration") == "why\n\nso"
+    with pytest.raises(DataError, match="no text in its column topic; it has system, said"):
+        corpus.text("calibration")
+
+
+def test_fingerprints_of_a_set_that_has_both_splits_stay():
+    whole = HubText("a/b", "c", "test")
+    assert [whole.fingerprint(part) for part in PARTS] == ["a/b/c@main/train", "a/b/c@main/test"]
+    some = HubText("a/b", "c", "validation", documents=2000, revision="v1")
+    marks = [some.fingerprint(part) for part in PARTS]
+    assert marks == ["a/b/c@v1/train[:2000]", "a/b/c@v1/validation[:2000]"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"evaluation_split": None}, r"documents=null with data\.evaluation_split=null"),
+        ({"evaluation_split": "test", "columns": []}, r"data\.columns=\[\]"),
+        ({"evaluation_split": "test", "calibration_split": None}, r"calibration_split=None"),
+    ],
+)
+def test_a_set_that_cannot_be_read_so_is_refused(settings, error):
+    with pytest.raises(ConfigError, match=error):
+        HubText("a/b", "c", **settings)
+
+
 def test_the_sources_of_the_library_are_there_whole():
     corpus = Stdlib()
     calibration, evaluation = (corpus.text(part) for part in PARTS)

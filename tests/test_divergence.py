@@ -129,24 +129,24 @@ def test_block_error_is_that_of_the_quantized_block(tmp_path):
 
 def test_marks_say_what_a_number_is():
     found = marks(
-        "wiki", True, False, {"wiki": (8, 145), "pydoc": (58, 58)}, {"piqa": 200, "arc": None}
+        ["wiki"], True, False, {"wiki": (8, 145), "pydoc": (58, 58)}, {"piqa": 200, "arc": None}
     )
     assert found["wiki"] == ["same corpus as calibration", "adapted", "first 8 of 145 windows"]
     assert found["pydoc"] == []
     assert found["piqa"] == ["first 200 documents"]
     assert found["arc"] == []
-    assert marks(None, False, False, {"wiki": (145, 145)}, {})["wiki"] == ["only corpus"]
-    assert marks("wiki", False, False, {"wiki": (1, 1), "b": (1, 1)}, {})["wiki"] == [
+    assert marks((), False, False, {"wiki": (145, 145)}, {})["wiki"] == ["only corpus"]
+    assert marks(["wiki"], False, False, {"wiki": (1, 1), "b": (1, 1)}, {})["wiki"] == [
         "same corpus as calibration"
     ]
-    assert marks("wiki", True, True, {"wiki": (1, 1), "b": (1, 1)}, {})["b"] == [
+    assert marks(["wiki"], True, True, {"wiki": (1, 1), "b": (1, 1)}, {})["b"] == [
         "learned elsewhere"
     ]
 
 
 def test_an_evaluation_that_reads_part_of_a_corpus_leaves_its_marks():
     texts = {"wiki": (8, 145), "pydoc": (58, 58)}
-    found = marks("wiki", False, False, texts, {"wiki": 20})
+    found = marks(["wiki"], False, False, texts, {"wiki": 20})
     assert found["wiki"] == [
         "same corpus as calibration",
         "first 8 of 145 windows",

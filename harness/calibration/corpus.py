@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -150,12 +150,15 @@ class Samples(Corpus):
 
 
 class HubText(Corpus):
-    """A text data set of the Hugging Face hub: its rows' `text` joined by blank lines.
+    """A text data set of the Hugging Face hub: the texts of its rows joined by blank lines.
 
-    The split `train` calibrates, `evaluation_split` evaluates.
+    `calibration_split` calibrates, `evaluation_split` evaluates; null where a set has one split
+    only, whose first `documents` rows calibrate and the next evaluate.
 
     With `documents` only the first so many rows of each split are streamed, for sets too large to
     download. A set that was downloaded before is read from the local cache without asking the hub.
+    columns: what of a row is text, in this order; a conversation is what is said in it, without
+    the marks of any model's chat template.
 
     Raises DataError where the hub cannot be reached and the set is not in the cache.
     """
@@ -164,26 +167,40 @@ class HubText(Corpus):
         self,
         dataset: str,
         config: str,
-        evaluation_split: str,
+        evaluation_split: str | None,
         *,
+        calibration_split: str = "train",
+        columns: Sequence[str] = ("text",),
         revision: str | None = None,
         documents: int | None = None,
         name: str | None = None,
     ):
-        names = {"dataset": dataset, "config": config, "evaluation_split": evaluation_split}
+        names = {"dataset": dataset, "config": config, "calibration_split": calibration_split}
+        if evaluation_split is not None:
+            names["evaluation_split"] = evaluation_split
         for field, value in names.items():
             if not isinstance(value, str):
                 raise ConfigError(f"data.{field}={value}: needs a name")
+        if not columns:
+            raise ConfigError("data.columns=[]: needs the name of a column, e.g. [text]")
         if documents is not None and (type(documents) is not int or documents < 1):
             raise ConfigError(
                 f"data.documents={documents} must be a positive whole number, "
                 "or null for all of them"
             )
+        if documents is None and evaluation_split is None:
+            raise ConfigError(
+                "data.documents=null with data.evaluation_split=null: the first documents "
+                "calibrate and the next evaluate; say how many, or name a split that evaluates"
+            )
         self.dataset = dataset
         self.config = config
-        self.evaluation_split = evaluation_split
+        self.splits = (calibration_split, evaluation_split or calibration_split)
+        self.columns = tuple(columns)
         self.revision = revision
         self.documents = documents
+        # rows of each split that are the other part's
+        self.skipped = (0, 0 if evaluation_split is not None else documents or 0)
         self.name = name or dataset.split("/")[-1]
 
     def check(self) -> None:
@@ -197,18 +214,41 @@ class HubText(Corpus):
                 raise self._unreachable(error) from error
 
     def text(self, part: str) -> str:
-        split = ("train", self.evaluation_split)[_index(part)]
+        start, stop = self._range(part)
         try:
-            rows = [row["text"] for row in islice(self._rows(split), self.documents)]
+            rows = [*islice(self._rows(self.splits[_index(part)]), start, stop)]
         except Exception as error:  # as in `check`
             raise self._unreachable(error) from error
-        return "\n\n".join(rows)
+        return "\n\n".join(self._written(row) for row in rows)
 
     def fingerprint(self, part: str) -> str:
         # not of the text: a finished run is found without asking the hub
-        split = ("train", self.evaluation_split)[_index(part)]
-        first = "" if self.documents is None else f"[:{self.documents}]"
-        return f"{self.dataset}/{self.config}@{self.revision or 'main'}/{split}{first}"
+        start, stop = self._range(part)
+        rows = "" if stop is None else f"[{start or ''}:{stop}]"
+        columns = "" if self.columns == ("text",) else f"/{'+'.join(self.columns)}"
+        split = self.splits[_index(part)]
+        return f"{self.dataset}/{self.config}@{self.revision or 'main'}/{split}{rows}{columns}"
+
+    def _range(self, part: str) -> tuple[int, int | None]:
+        """The rows of its split that a part takes."""
+        start = self.skipped[_index(part)]
+        return start, None if self.documents is None else start + self.documents
+
+    def _written(self, row: Mapping) -> str:
+        """The text of a row. Raises DataError where a column is not there."""
+        texts: list[str] = []
+        for column in self.columns:
+            held = row.get(column)
+            if not isinstance(held, str | list):
+                raise DataError(
+                    f"data={self.name}: a row of {self.dataset} has no text in its column "
+                    f"{column}; it has {', '.join(row)}"
+                )
+            if isinstance(held, str):
+                texts.append(held)
+            else:  # turns, of which some sets say `from` and `value`
+                texts += [turn["content"] if "content" in turn else turn["value"] for turn in held]
+        return "\n\n".join(text for text in texts if text or len(self.columns) == 1)
 
     def _rows(self, split: str) -> Iterable:
         """The rows of a split, from the cache or the hub."""

@@ -38,7 +38,8 @@ class StreamedModel:
     """A swapped model with calibration windows [N, L].
 
     stage(title, total) shows progress; gains are what `fuse_norms` gave, if the norms are fused;
-    log(values, step) keeps points of curves. See transforms.CalibrationModel.
+    log(values, step) keeps points of curves; texts: of how many the windows are in turn, each of
+    which is in `train` and in `held` then. See transforms.CalibrationModel.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class StreamedModel:
         stage: Stage = quiet,
         gains: Mapping[Where, Tensor] | None = None,
         log: Log = unlogged,
+        texts: int = 1,
     ):
         self.adapter = adapter
         self.roles: Mapping[str, Role] = adapter.roles
@@ -58,8 +60,8 @@ class StreamedModel:
         self.windows = windows
         self.train = windows
         self.held = windows
-        if len(windows) > 1:  # a single window has to serve as both
-            count = max(1, len(windows) // HELD)
+        if len(windows) > texts:  # a single window of a text has to serve as both
+            count = max(texts, len(windows) // HELD)
             self.train = windows[:-count]
             self.held = windows[-count:]
 

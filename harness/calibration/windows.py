@@ -105,6 +105,16 @@ def windows(
     return cut if bos is None else torch.cat([cut.new_full((count, 1), bos), cut], dim=1)
 
 
+def in_turn(texts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Windows of k texts, `[N_i, L]` each, one of each text in turn, `[N, L]`.
+
+    The n-th is window n // k of text n mod k, until that text has no more: shares are equal, one
+    window apart at most, and any first windows are a mixture, too.
+    """
+    count = min(len(cut) * len(texts) + place for place, cut in enumerate(texts))
+    return torch.stack([texts[n % len(texts)][n // len(texts)] for n in range(count)])
+
+
 def without(tokens: torch.Tensor, bos: int | None) -> torch.Tensor:
     """Tokens `[N]` less a BOS at their start."""
     return tokens[1:] if len(tokens) and int(tokens[0]) == bos else tokens

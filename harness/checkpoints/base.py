@@ -73,13 +73,15 @@ class Exporter(ABC):
     """One layout of checkpoints.
 
     name: as `export=` calls it. tolerance: relative perplexity difference that loading back may
-    show, None where it must be the same. library: who loads it, by the hub's word; package: what
-    transformers needs besides to read it. A field of the option that is none of the common ones
+    show, None where it must be the same. weights_alone: whoever loads it reads activations, keys
+    and values as floats. library: who loads it, by the hub's word; package: what transformers needs
+    besides to read it. A field of the option that is none of the common ones
     (sections.EXPORT) is an argument of the class.
     """
 
     name: str
     tolerance: float | None = None
+    weights_alone: bool = False
     library: str = "transformers"
     package: str | None = None
 

@@ -38,6 +38,7 @@ def card(metadata: Mapping, exporter: Exporter) -> str:
         "## What it measures",
         _figures(metadata),
         _marks(metadata),
+        _floats(metadata, exporter),
         "## How it was made",
         _fenced(metadata["command"] or "(not recorded)", "sh"),
         _origin(metadata),
@@ -119,6 +120,18 @@ def _marks(metadata: Mapping) -> str:
     if not lines:
         return ""
     return "\n".join([f"Letters beside a number: {legend(marks.values())}.", "", *lines])
+
+
+def _floats(metadata: Mapping, exporter: Exporter) -> str:
+    """What the figures are of and the files are not, where they hold weights alone."""
+    bits = metadata["bits"]
+    quantized = [PARTS[part] for part in ("activations", "kv") if bits[part]["bits"] != 16]
+    if not exporter.weights_alone or not quantized:
+        return ""
+    return (
+        f"These files hold weights alone: the figures are with {' and '.join(quantized)} quantized "
+        "as below, which a model loaded from them reads as floats."
+    )
 
 
 def _origin(metadata: Mapping) -> str:

@@ -167,7 +167,7 @@ def _cache(kv: KVCache | None) -> dict:
 def _calibration(data: Mapping, option: str | None, used: Mapping) -> dict:
     """Of a text of one's own the file's name only: where it lies is nobody's business.
 
-    used: the windows there were.
+    used: the windows there were, and the names of several corpora.
     """
     section = data["calibration"]
     windows = {key: section[key] for key in ("windows", "length", "order")}

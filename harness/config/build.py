@@ -41,7 +41,13 @@ FIELDS = {  # {section: {setting: its type}} of what no class is built from
         "run_root": str,
     },
     "data.calibration": WINDOWS
-    | {"order": str, "path": str | None, "activations": str, "experts": str},
+    | {
+        "order": str,
+        "path": str | None,
+        "corpora": list[str] | None,
+        "activations": str,
+        "experts": str,
+    },
     "format": {
         "name": str,
         "weight": Mapping,

@@ -10,11 +10,11 @@ only corpus                   nothing shows whether a gain holds elsewhere
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 
 def marks(
-    calibrated: str | None,
+    calibrated: Collection[str],
     learned: bool,
     loaded: bool,
     measured: Mapping[str, tuple[int, int]],
@@ -22,14 +22,14 @@ def marks(
 ) -> dict[str, list[str]]:
     """{corpus or task: [marks]}.
 
-    calibrated: name of the corpus that calibrated, if any did; learned: whether a transform learned
-    from it; loaded: or came from a file; measured: {corpus: (windows evaluated, windows there
-    are)}; tasks: {task: limit of its documents or None}.
+    calibrated: names of the corpora that calibrated; learned: whether a transform learned from
+    them; loaded: or came from a file; measured: {corpus: (windows evaluated, windows there are)};
+    tasks: {task: limit of its documents or None}.
     """
     told: dict[str, list[str]] = {}
     for corpus, (windows, whole) in measured.items():
         told[corpus] = []
-        if corpus == calibrated:
+        if corpus in calibrated:
             told[corpus].append("same corpus as calibration")
             if learned and not loaded:
                 told[corpus].append("adapted")

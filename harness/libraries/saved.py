@@ -9,7 +9,7 @@ apply_renamings, apply_converters
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -64,7 +64,7 @@ class Saved:
         experts = min(experts, 2)  # the others are like these
         # saved in place of the weights, the numbers of the rows tell where each of them goes
         numbers = torch.arange(experts * rows).view(experts, rows, 1)
-        saved = self._saved(parameter, numbers.mT if turned else numbers)
+        saved = self.tensors({parameter: numbers.mT if turned else numbers})
         parts: dict[tuple[str, range], None] = {}
         for name, tensor in saved.items():
             if tensor.shape[1:] != (1,):
@@ -79,14 +79,22 @@ class Saved:
             parts[f"{head}.*.{tail}", there] = None
         return tuple(parts) if len(parts) * experts == len(saved) else ()
 
-    def _saved(self, parameter: str, tensor: Tensor) -> dict[str, Tensor]:
-        """{name in a file: tensor} of what stands in a parameter's place."""
-        target, pattern = apply_converters(parameter, self._converters)
-        if pattern is None:
-            return {apply_renamings(target, self._renamings): tensor}
+    def tensors(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{name in a file: tensor} of {parameter: what stands in its place}, memory of its own each
+        where several share one. All parameters of a block belong together."""
+        result: dict[str, Tensor] = {}
+        gathered: dict[str, WeightConverter] = {}
         by_pattern = {p: each for each in self._converters for p in each.source_patterns}
-        converter = copy.deepcopy(by_pattern[pattern])
-        converter.add_tensor(target, parameter, pattern, cast(Any, tensor))
-        made = converter.convert(target, model=self._model, config=self._model.config)
-        tensors = {name: each[0] if isinstance(each, list) else each for name, each in made.items()}
-        return {apply_renamings(name, self._renamings): each for name, each in tensors.items()}
+        for parameter, tensor in parameters.items():
+            target, pattern = apply_converters(parameter, self._converters)
+            if pattern is None:
+                result[self.name(parameter)] = tensor
+                continue
+            converter = gathered.setdefault(target, copy.deepcopy(by_pattern[pattern]))
+            converter.add_tensor(target, parameter, pattern, cast(Any, tensor))
+        for target, converter in gathered.items():
+            made = converter.convert(target, model=self._model, config=self._model.config)
+            for name, each in made.items():
+                tensor = each[0] if isinstance(each, list) else each
+                result[apply_renamings(name, self._renamings)] = tensor.clone()
+        return result

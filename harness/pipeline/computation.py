@@ -6,13 +6,20 @@ load -> baseline -> transform, fold, gate -> blocks: statistics, solve, swap, sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from harness.calibration.windows import NEEDED, bos_gain, refuse_unknown_ids, windows, without
+from harness.calibration.windows import (
+    NEEDED,
+    bos_gain,
+    in_turn,
+    refuse_unknown_ids,
+    windows,
+    without,
+)
 from harness.config.errors import ConfigError, DataError
 from harness.evaluation.caveats import marks
 from harness.evaluation.divergence import Reference
@@ -21,6 +28,7 @@ from harness.models.attention import attach
 from harness.models.source import assert_finite
 from harness.pipeline import export, measure, stages
 from harness.pipeline.state import Job, LoadedJob
+from harness.pipeline.texts import sharing
 from harness.structure.derive import derive
 from harness.structure.structure import Structure
 
@@ -98,9 +106,12 @@ def _read_texts(job: LoadedJob, adapter: Adapter) -> Tensor:
     calibration = next(iter(job.texts.values()))
     texts = evaluated
     if plan.calibrates:
-        ids = _begun(measure.tokens(job, plan.calibration_corpus, "calibration"), bos, where)
-        texts = evaluated | {"calibration": ids}
-        calibration = _calibration(job, ids, every)
+        read = [measure.tokens(job, c, "calibration") for c in plan.calibration_corpora]
+        begun = [_begun(ids, bos, where) for ids in read]
+        texts = evaluated | {
+            f"{c.name} (calibration)": ids for c, ids in zip(plan.calibration_corpora, begun)
+        }
+        calibration = _calibration(job, begun, every)
     # A tokenizer of another model gives ids that would end in an error deep inside torch.
     for name, ids in texts.items():
         refuse_unknown_ids(name, ids, _rows(adapter))
@@ -161,15 +172,26 @@ def _rows(adapter: Adapter) -> int:
     return adapter.model.get_input_embeddings().num_embeddings
 
 
-def _calibration(job: LoadedJob, ids: Tensor, bos: int | None) -> Tensor:
-    """The calibration windows [N, L] of a text's token ids; bos: that begins each."""
-    cut = job.plan.calibration.within(len(ids))
+def _calibration(job: LoadedJob, texts: Sequence[Tensor], bos: int | None) -> Tensor:
+    """The calibration windows [N, L] of the token ids of all texts that calibrate; bos: that begins
+    each."""
+    corpora = job.plan.calibration_corpora
+    whole = job.plan.calibration.within(min(map(len, texts)))
     seed = job.plan.settings["seed"]
-    calibration = windows(ids, cut.length, cut.count, cut.order, seed, bos=bos)
+    pieces = []
+    for corpus, ids, cut in zip(corpora, texts, whole.shares(len(texts))):
+        with sharing(corpus, corpora):
+            pieces.append(windows(ids, cut.length, cut.count, cut.order, seed, bos=bos))
+    calibration = in_turn(pieces)
     count, length = calibration.shape
-    job.metrics["calibration"] = {"windows": count, "length": length}
-    if cut.count is None:
-        job.metrics["notes"]["calibration"] = f"{count} x {length} tokens"
+    used: dict[str, int | str] = {"windows": count, "length": length}
+    note = f"{count} x {length} tokens"
+    if len(corpora) > 1:
+        used["corpus"] = " + ".join(corpus.name for corpus in corpora)
+        note += f" of {used['corpus']}"
+    job.metrics["calibration"] = used
+    if whole.count is None or len(corpora) > 1:
+        job.metrics["notes"]["calibration"] = note
     return calibration
 
 

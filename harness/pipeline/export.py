@@ -3,8 +3,8 @@
 The reload gate compares what a user of the checkpoint gets with what was evaluated: every quantized
 weight in every bit, in the dtype in which the file is served, and, in that of the evaluation, the
 perplexity of the first two windows of each corpus, within the layout's tolerance (of weights
-rounded as the file holds them). Whatever fails leaves no folder of that name, and an older one as
-it was.
+rounded as the file holds them; of float activations where it holds weights alone). Whatever fails
+leaves no folder of that name, and an older one as it was.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from harness.config.errors import DataError
 from harness.evaluation.perplexity import perplexity, window_losses
 from harness.formats import QTensor
 from harness.models.adapter import Adapter
+from harness.models.attention import HeadsInput
+from harness.models.quant_linear import SiteInput
 from harness.pipeline.state import LoadedJob
 from harness.quantize.weights import Solved
 from harness.store import locked, write, write_json
@@ -121,6 +123,8 @@ def _gate(job: LoadedJob, exporter: Exporter, snapshot: Snapshot, folder: Path) 
     if stored is not None:
         _round(snapshot, stored)
         cast(model, stored, dtype)
+    if exporter.weights_alone:
+        _read_floats(snapshot)
     loaded = Adapter(model)
     streaming = job.offloaded is not None  # the loaded model is in memory
     ppl = {}
@@ -177,6 +181,14 @@ def _round(snapshot: Snapshot, dtype: torch.dtype) -> None:
                 quantized = qtensors.get(name if layer is None else f"{inside}{layer}.{name}")
                 if quantized is not None:
                     module.weight.copy_(_decoded(quantized, dtype))
+
+
+def _read_floats(snapshot: Snapshot) -> None:
+    """Have the evaluated model, which is not needed any more, quantize no activation, key or
+    value."""
+    for module in snapshot.adapter.model.modules():
+        if isinstance(module, SiteInput | HeadsInput):
+            module.format = None
 
 
 def _replace(final: Path, beside: Path) -> None:

@@ -48,12 +48,13 @@ def of_evaluation(
     return tested
 
 
-def of_calibration(corpus: Corpus, windows: Windows, bos: str, experts: str) -> list:
-    """The calibration text, and what is read of it."""
+def of_calibration(corpora: Sequence[Corpus], windows: Windows, bos: str, experts: str) -> list:
+    """The calibration texts in their order, and what is read of them."""
     asked = [] if bos == "auto" else [{"bos": bos}]
     if experts != "routed":
         asked.append({"experts": experts})
-    return [corpus.fingerprint("calibration"), vars(windows), *asked]
+    texts = [corpus.fingerprint("calibration") for corpus in corpora]
+    return [texts if len(texts) > 1 else texts[0], vars(windows), *asked]
 
 
 def of_format(section: Mapping, export: Mapping) -> dict:

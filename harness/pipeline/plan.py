@@ -24,7 +24,15 @@ from harness.pipeline.sections import (
     check_serves,
     setting_of,
 )
-from harness.pipeline.texts import Windows, check_length, corpus_of, evaluated, windows_of
+from harness.pipeline.texts import (
+    Windows,
+    calibrating,
+    check_length,
+    corpus_of,
+    evaluated,
+    sharing,
+    windows_of,
+)
 from harness.tracking import Tracker
 
 BOS = ("auto", "first", "window", "none")
@@ -34,10 +42,10 @@ BOS = ("auto", "first", "window", "none")
 class Plan:
     """What a run consists of, as far as it is built without torch.
 
-    settings: the resolved configuration. choices: {group: option}. calibration_corpus, calibration:
-    the text that calibrates and its windows; corpora, evaluation: those that are evaluated. bos:
-    where a BOS stands in them. experts: which tokens calibrate routed experts.
-    evaluations: {name: what is measured}. given: settings that the command line names.
+    settings: the resolved configuration. choices: {group: option}. calibration_corpora,
+    calibration: the texts that calibrate in turn, and their windows; corpora, evaluation: those
+    that are evaluated. bos: where a BOS stands in them. experts: which tokens calibrate routed
+    experts. evaluations: {name: what is measured}. given: settings that the command line names.
 
     quant_id, run_id, baseline_id: the keys under which the store keeps the solved blocks, the
     result, and the untouched model's figures.
@@ -46,7 +54,7 @@ class Plan:
     settings: dict
     choices: dict[str, str | None]
     model: ModelSource
-    calibration_corpus: Corpus
+    calibration_corpora: tuple[Corpus, ...]
     calibration: Windows
     corpora: tuple[Corpus, ...]
     evaluation: Windows
@@ -96,18 +104,19 @@ class Plan:
         return ids.device_kind(self.settings["device"])
 
     @property
-    def calibrated(self) -> str | None:
-        """Name of the corpus whose text calibrates: that of an evaluated one where it is the same
+    def calibrated(self) -> tuple[str, ...]:
+        """Names of the corpora whose texts calibrate: that of an evaluated one where it is the same
         text, whoever named it."""
         if not self.calibrates:
-            return None
-        mark = self.calibration_corpus.fingerprint("calibration")
-        same = (
-            c.name
-            for c in self.corpora
-            if not isinstance(c, Samples) and c.fingerprint("calibration") == mark
+            return ()
+        evaluated = {
+            c.fingerprint("calibration"): c.name
+            for c in reversed(self.corpora)
+            if not isinstance(c, Samples)
+        }
+        return tuple(
+            evaluated.get(c.fingerprint("calibration"), c.name) for c in self.calibration_corpora
         )
-        return next(same, self.calibration_corpus.name)
 
     @property
     def enough(self) -> int | None:
@@ -172,7 +181,8 @@ class Plan:
 
     def _calibration(self) -> list:
         """What of the calibration text changes numbers."""
-        return ids.of_calibration(self.calibration_corpus, self.calibration, self.bos, self.experts)
+        texts = self.calibration_corpora
+        return ids.of_calibration(texts, self.calibration, self.bos, self.experts)
 
     def _format(self) -> dict:
         """What of the format changes numbers."""
@@ -185,8 +195,9 @@ class Plan:
     def check(self) -> None:
         """Texts and model are there and the texts long enough (ConfigError, DataError). Loads no
         weight."""
-        if self.calibrates:
-            self.calibration_corpus.check()
+        texts = self.calibration_corpora if self.calibrates else ()
+        for corpus in texts:
+            corpus.check()
         for evaluation in self.evaluations.values():
             evaluation.check()
         for corpus in self.corpora:
@@ -194,17 +205,20 @@ class Plan:
         self.model.check()
         for corpus in self.corpora:
             check_length("eval.perplexity", self.evaluation, corpus.text("evaluation"))
-        if self.calibrates and self.calibration.count is not None:
-            check_length(
-                "data.calibration", self.calibration, self.calibration_corpus.text("calibration")
-            )
+        if self.calibration.count is not None:
+            for corpus, share in zip(texts, self.calibration.shares(len(texts))):
+                with sharing(corpus, texts):
+                    check_length("data.calibration", share, corpus.text("calibration"))
         # By what it says: a file may hold what an evaluated corpus has under another name.
         tested = {corpus.fingerprint("evaluation") for corpus in self.corpora}
-        if self.calibrates and self.calibration_corpus.fingerprint("calibration") in tested:
-            raise ConfigError(
-                f"data.calibration.path={self.settings['data']['calibration']['path']} is the text "
-                "that is evaluated; calibrate on another one."
-            )
+        for corpus in texts:
+            if corpus.fingerprint("calibration") in tested:
+                field = "data.calibration.path" if isinstance(corpus, Samples) else "data"
+                name = corpus.path if isinstance(corpus, Samples) else corpus.name
+                raise ConfigError(
+                    f"{field}={name} calibrates with the text that is evaluated; calibrate on "
+                    "another one."
+                )
 
 
 def make_plan(
@@ -221,7 +235,6 @@ def make_plan(
     check_serves(settings["export"])
     check_files(settings["transform"])
     data = settings["data"]
-    own_text = data["calibration"]["path"]
     one_of("data.calibration.activations", data["calibration"]["activations"], ("memory", "disk"))
     corpus = corpus_of(data)
     calibration = windows_of("data.calibration", data["calibration"])
@@ -233,7 +246,7 @@ def make_plan(
         settings=settings,
         choices=dict(choices),
         model=model,
-        calibration_corpus=corpus if own_text is None else Samples(own_text),
+        calibration_corpora=calibrating(data["calibration"], calibration, corpus),
         calibration=calibration,
         corpora=corpora,
         evaluation=evaluation,

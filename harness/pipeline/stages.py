@@ -61,7 +61,14 @@ def transform(job: LoadedJob, adapter: Adapter, calibration: Tensor, probe: Tens
         # What a transform learns are its own matrices.
         for parameter in adapter.model.parameters():
             parameter.requires_grad_(False)
-        subject = StreamedModel(adapter, calibration, job.reporter.stage, gains, job.tracker.log)
+        subject = StreamedModel(
+            adapter,
+            calibration,
+            job.reporter.stage,
+            gains,
+            job.tracker.log,
+            texts=len(job.plan.calibration_corpora),
+        )
         changed = _place(job, adapter, subject)
         if all(transform.exact for transform in transforms):
             after = _logits(adapter, probe)

@@ -5,13 +5,16 @@ Imports no torch; calibration/windows.py cuts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from harness.calibration.corpus import Corpus, TextFolder
+from harness.calibration.corpus import Corpus, Samples, TextFolder
 from harness.config.build import build, option
 from harness.config.checks import integer, one_of
 from harness.config.errors import ConfigError, DataError
+
+MIXED = "data.calibration.corpora"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,13 @@ class Windows:
         if self.count is not None:
             return self
         return replace(self, length=max(2, min(self.length, tokens)))
+
+    def shares(self, texts: int) -> list[Windows]:
+        """Those of each of so many texts that give them in turn."""
+        if self.count is None:
+            return [self] * texts
+        counts = (len(range(place, self.count, texts)) for place in range(texts))
+        return [replace(self, count=count) for count in counts]
 
 
 def windows_of(field: str, section: Mapping) -> Windows:
@@ -47,7 +57,7 @@ def evaluated(names: Sequence[str], data: Corpus) -> tuple[Corpus, ...]:
         )
     corpora: dict[str, Corpus] = {}
     for name in names:
-        corpus = data if name == "data" else _other("eval.perplexity.corpora", name)
+        corpus = data if name == "data" else _other("eval.perplexity.corpora", name, "evaluation")
         mark = corpus.fingerprint("evaluation")
         if any(other.name == corpus.name and key != mark for key, other in corpora.items()):
             raise ConfigError(
@@ -56,6 +66,57 @@ def evaluated(names: Sequence[str], data: Corpus) -> tuple[Corpus, ...]:
             )
         corpora.setdefault(mark, corpus)  # under the first of its names
     return tuple(corpora.values())
+
+
+def calibrating(section: Mapping, windows: Windows, data: Corpus) -> tuple[Corpus, ...]:
+    """The corpora that calibrate in equal shares, by the section data.calibration.
+
+    data: the run's own, called `data` there; a text of one's own (`path`) takes its place. Raises
+    ConfigError, DataError.
+    """
+    path = section["path"]
+    own = data if path is None else Samples(path)
+    names = section["corpora"]
+    if names is None:
+        return (own,)
+    if not names:
+        raise ConfigError(f"{MIXED}=[]: needs at least one corpus, e.g. [data, stdlib], or null.")
+    if path is not None and "data" not in names:
+        raise ConfigError(
+            f"data.calibration.path={path} with {MIXED}={names}: it stands for `data`, which is "
+            "not among them; name it there, or set data.calibration.path=null."
+        )
+    corpora: dict[str, Corpus] = {}
+    for name in names:
+        corpus = own if name == "data" else _other(MIXED, name, "calibration")
+        mark = corpus.fingerprint("calibration")
+        if mark in corpora:
+            raise ConfigError(
+                f"{MIXED}={names}: {name} is the text that {corpora[mark].name} is, and shares are "
+                "equal; name it once."
+            )
+        if any(other.name == corpus.name for other in corpora.values()):
+            raise ConfigError(
+                f"{MIXED}: two different texts are called {corpus.name}; set data.name to another."
+            )
+        corpora[mark] = corpus
+    if windows.count is not None and windows.count < len(corpora):
+        raise ConfigError(
+            f"data.calibration.windows={windows.count} with {MIXED}={names}: needs a window of "
+            "each at least; raise the first, or name fewer."
+        )
+    return tuple(corpora.values())
+
+
+@contextmanager
+def sharing(corpus: Corpus, corpora: Sequence[Corpus]) -> Iterator[None]:
+    """Says whose share it is that a text is too short for, where it is one of several."""
+    try:
+        yield
+    except DataError as error:
+        if len(corpora) == 1:
+            raise
+        raise DataError(f"{MIXED}: the share of {corpus.name}: {error}") from None
 
 
 def check_length(field: str, windows: Windows, text: str | list[str]) -> None:
@@ -73,11 +134,11 @@ def check_length(field: str, windows: Windows, text: str | list[str]) -> None:
         )
 
 
-def _other(field: str, name: str) -> Corpus:
-    """An evaluation corpus by the name of a data option, or by its folder."""
+def _other(field: str, name: str, part: str) -> Corpus:
+    """A corpus by the name of a data option, or by its folder; it has that part."""
     try:
         corpus = TextFolder(name) if "/" in name else corpus_of(option("data", name))
-        corpus.fingerprint("evaluation")  # raises where there is no such text
+        corpus.fingerprint(part)  # raises where there is no such text
         return corpus
     except (ConfigError, DataError) as error:
         raise type(error)(f"{field}={name}: {error}") from None

@@ -153,9 +153,11 @@ def _change(figure: Figure | None, base: Figure | None) -> str:
 
 def _exported(export: Mapping) -> str:
     sizes = export["sizes"]
+    saved = sizes["reduction_percent"]
+    change = "less" if saved >= 0 else "more"  # of a float32 model written as one
     return (
         f"exported: {export['path']} ({sizes['after'] / 1e6:.1f} MB of weights, untouched in "
-        f"fp16 {sizes['before'] / 1e6:.1f}, {sizes['reduction_percent']:.1f} % less)"
+        f"fp16 {sizes['before'] / 1e6:.1f}, {abs(saved):.1f} % {change})"
     )
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from harness.libraries.transformers import forget_functions
 from harness.structure.composite import model_class, separate
 
 
-def skeleton(config: PreTrainedConfig) -> nn.Module:
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The language model of a config, in bfloat16 on the device `meta`, evaluation mode.
 
     Its head is its own, whatever the config says, for what is done to one may not reach the other.
