@@ -7,6 +7,7 @@ import torch
 import zoo
 from composed import small
 from preserved import exact_model, logits, tiny_shape, token_ids
+from safetensors.torch import load_file
 
 from harness.calibration.subject import StreamedModel
 from harness.config.build import build, option
@@ -237,6 +238,18 @@ def test_moments_are_those_of_what_the_linears_of_a_site_read_and_of_all_their_r
     assert not torch.equal(site[0, "down_in"].encoder, site[0, "mlp_in"].encoder)
 
 
+def test_experts_stand_for_one_linear_and_their_router_for_none():
+    adapter = Adapter(zoo.make("mixtral"))
+    swap(adapter)
+    mlp = adapter.blocks[1].mlp
+    codec = fitted(adapter).online[1, "mlp_in"]
+    # two of four experts read each token: all of them together read each twice
+    inputs = cut(recorded(adapter, mlp.gate))
+    weights = cut(torch.cat([linear.weight for linear in mlp.experts.gate_up_proj]).double())
+    encoder, _ = closed_form(inputs, weights, 0.01)
+    close(codec.encoder @ codec.encoder.mT, encoder @ encoder.mT, 1e-3)
+
+
 def test_values_take_the_matrix_of_a_head():
     """Two value heads, three query heads on each, which share what their value head takes."""
     adapter = exact_model("llama")
@@ -302,6 +315,26 @@ def test_what_is_learned_is_that_of_a_group(tmp_path):
         (event,) = [e for e in map(json.loads, lines) if e["event"] == "placement"]
         sources.append(event["source"])
     assert sources == ["learned", "learned", "store", "store", "store"]
+
+
+def test_fp_quant_holds_one_matrix_a_site(tmp_path):
+    """And reads inputs with the very matrix that was evaluated."""
+    act = ["format=mxfp4", "format.act.mx_scale=fpquant"]
+    export = ["export=fp_quant", f"export.path={tmp_path / 'o'}", "transform.share=blocks"]
+    outcome = run(tmp_path, *act, *export, f"transform.save={tmp_path / 'kept.safetensors'}")
+    written = load_file(f"{outcome.metrics['export']['path']}/model.safetensors")
+    kept = load_file(tmp_path / "kept.safetensors")
+    encoder = kept["online.1.down_in.encoder"]
+    held = written["model.layers.1.mlp.down_proj.forward_hadamard_matrix"]
+    assert torch.equal(held.double(), encoder) and held.shape == (32, 32)
+    close(encoder @ kept["online.1.down_in.decoder"], torch.eye(32, dtype=F64))
+
+
+@pytest.mark.parametrize("way", ["transform.share=none", "transform.merge=true"])
+def test_fp_quant_holds_no_other(tmp_path, way):
+    settings = ["format=mxfp4", "format.act.mx_scale=fpquant", "transform.share=site", way]
+    with pytest.raises(ConfigError, match=r"^transform=wush .* transform\.share=blocks"):
+        run(tmp_path, *settings, "export=fp_quant", f"export.path={tmp_path / 'o'}")
 
 
 @pytest.mark.parametrize("way", [[], ["transform.merge=true", "transform.share=site"]], ids=str)
