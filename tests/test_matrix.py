@@ -100,7 +100,7 @@ def test_solvers_that_see_more_than_a_site(tmp_path, solver, transform, bits):
     )
 
 
-@pytest.mark.parametrize("transform", ["identity", "hadamard", "pca", *ROTATED, "adacodec"])
+@pytest.mark.parametrize("transform", ["identity", "hadamard", "pca", "wush", *ROTATED, "adacodec"])
 def test_every_kind_of_transform_with_a_quantized_cache(tmp_path, transform):
     ppl = {}
     for bits in (16, 8, 4):
@@ -115,7 +115,8 @@ def test_every_kind_of_transform_with_a_quantized_cache(tmp_path, transform):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize(
-    "transform", ["quarot", "pca", "smoothquant", "spinquant", "jointquant", "learned_rotation"]
+    "transform",
+    ["quarot", "pca", "wush", "smoothquant", "spinquant", "jointquant", "learned_rotation"],
 )
 def test_exact_transforms_pass_the_gate_on_every_family(tmp_path, transform, family):
     outcome = run(tmp_path, transform, f"model.family={family}", "format.kv.bits=4")
@@ -174,7 +175,7 @@ def test_every_way_of_quarot(tmp_path, options):
     assert outcome.metrics["notes"]["gate"]["max"] < 1e-4
 
 
-@pytest.mark.parametrize("transform", ["identity", "hadamard", "pca", "dartquant"])
+@pytest.mark.parametrize("transform", ["identity", "hadamard", "pca", "wush", "dartquant"])
 def test_smoothquant_stacks_under_others(tmp_path, transform):
     plain = run(tmp_path, transform, "format=int8")
     outcome = run(tmp_path, transform, "format=int8", "transform.smooth={alpha: 0.6}")
@@ -184,7 +185,7 @@ def test_smoothquant_stacks_under_others(tmp_path, transform):
     )
 
 
-@pytest.mark.parametrize("transform", ["spinquant", "dartquant", "adacodec", "pca"])
+@pytest.mark.parametrize("transform", ["spinquant", "dartquant", "adacodec", "pca", "wush"])
 def test_learned_matrices_are_the_same_bits_for_the_same_seed(tmp_path, transform):
     first, again, _ = (
         run(
@@ -203,7 +204,7 @@ def test_learned_matrices_are_the_same_bits_for_the_same_seed(tmp_path, transfor
         ).read_bytes()
 
 
-@pytest.mark.parametrize("transform", ["spinquant", "adacodec", "pca", "jointquant"])
+@pytest.mark.parametrize("transform", ["spinquant", "adacodec", "pca", "wush", "jointquant"])
 def test_saved_matrices_loaded_elsewhere_give_the_same_model(tmp_path, transform):
     path = tmp_path / "learned.safetensors"
     first = run(tmp_path / "a", transform, f"transform.save={path}")
@@ -470,6 +471,7 @@ WARNED = [
     ("smoothquant", [], "NVFP4"),
     ("smoothquant", ["format=mxfp4"], "MX"),
     ("hadamard", ["transform.block_size=16", "format=mxfp4"], "smaller than the format's group"),
+    ("wush", ["transform.block_size=16", "format=mxfp4"], "smaller than the format's group"),
 ]
 SILENT = [
     ("identity", []),
@@ -478,6 +480,7 @@ SILENT = [
     ("quarot", ["format=mxfp4"]),
     ("pca", ["format=int4", "format.weight.group_size=32", "transform.post_hadamard=true"]),
     ("pca", []),
+    ("wush", []),
     ("dct", []),
     ("quarot", ["format=int4", "format.weight.group_size=32", "format.kv.bits=4"]),
 ]
@@ -520,6 +523,7 @@ def test_what_is_said_to_be_another_is(tmp_path, options):
         ["transform=quarot", "transform.r4=off"],
         ["transform=adacodec", "transform.placement=merged"],
         ["transform=adacodec", "transform.placement=site"],
+        ["transform=wush", "transform.merge=true"],
     ],
     ids=str,
 )

@@ -17,6 +17,7 @@ TRANSFORMS = {
     "quarot": [],
     "pca": [],
     "hadamard": [],
+    "wush": ["transform.merge=true"],
     "jointquant": ["transform.r1.epochs=1"],
     "adacodec": ["transform.steps=1", "transform.batch=1"],
 }

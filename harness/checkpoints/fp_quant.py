@@ -14,10 +14,11 @@ Weights and inputs are both NVFP4 or both MXFP4, with one block matrix in front 
 
 g of MX is 3 for scales of 2^k / 3, else 1.
 
-H stands in the file and is read from there, so signs and any order of columns are held. Refused: a
-format alone, mixed ones, global scales that bfloat16 rounds (transformers loads them so), inputs
-scaled by other rules than those of the kernels. Floats are bfloat16, which transformers takes for
-this layout; 1 / sqrt(b) is exact in it for b = 16 and 64 only.
+H stands in the file and is read from there, so signs, any order of columns, and a matrix that is
+not orthogonal (WUSH's, one for all blocks of a site) are held. Refused: a format alone, mixed ones,
+global scales that bfloat16 rounds (transformers loads them so), inputs scaled by other rules than
+those of the kernels. Floats are bfloat16, which transformers takes for this layout; 1 / sqrt(b) is
+exact in it for b = 16 and 64 only.
 
 export.pseudo=true: transformers 5.23 loads it only with ignore_mismatched_sizes=True (it takes the
 absent scales to be of a wrong size), and fp_quant 0.3.2 adds a bias twice, so models with one are
@@ -51,6 +52,7 @@ from harness.transforms import Codec, ModelShape, Transform
 from harness.transforms.block_diagonal import common_blocks
 from harness.transforms.gsr import SequencyBlocks
 from harness.transforms.hadamard import HadamardBlocks
+from harness.transforms.wush import Wush
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,7 +121,8 @@ class FPQuant(Exporter):
             "export=fp_quant: loaded back by its documented layout; the kernels themselves need a "
             "GPU"
         ]
-        if order in (32, 128):
+        rounded = not any(isinstance(transform, Wush) for transform in online)
+        if order in (32, 128) and rounded:
             warnings.append(
                 f"transform.block_size={order} with export=fp_quant: 1/sqrt({order}) is rounded to "
                 "bfloat16, so inputs come out 1e-4 smaller; blocks of 16 and 64 are exact"
@@ -271,7 +274,8 @@ def _kind(codec: Codec | None) -> str:
     """FP-Quant's name of the matrix: a loader reads the file's, who quantizes anew needs a word."""
     if codec is None:
         return "identity"
-    return "gsr" if isinstance(codec, Blocks) else "hadamard"
+    # WUSH has no word there
+    return "gsr" if isinstance(codec, Blocks) and codec.decoder is None else "hadamard"
 
 
 def _order(online: Sequence[Transform], context: ModelShape, kind: type[Format]) -> int | None:
@@ -280,15 +284,20 @@ def _order(online: Sequence[Transform], context: ModelShape, kind: type[Format])
     Raises ConfigError for what is no such block.
     """
     for transform in online:
-        if len(online) > 1 or not isinstance(transform, HadamardBlocks | SequencyBlocks):
+        held = isinstance(transform, HadamardBlocks | SequencyBlocks | Wush)
+        if len(online) > 1 or not held or not _single(transform):
             refuse(
                 "transform",
                 transform.name,
                 f"{', '.join(transform.leaves(context))} would have to run online, where the "
-                "layout has one block matrix",
-                "use transform=hadamard, transform=gsr",
+                "layout has one block matrix at every site",
+                "use transform=hadamard, transform=gsr, transform=wush with transform.share=blocks "
+                "and transform.merge=false",
             )
-        orders = set(transform.orders(context.widths).values())
+        if isinstance(transform, Wush):
+            orders = {transform.order(context)}
+        else:
+            orders = set(transform.orders(context.widths).values())
         if len(orders) > 1 or not orders <= set(ORDERS[kind]):
             fitting = [order for order in common_blocks(context.widths) if order in ORDERS[kind]]
             way_out = "none divides every site; use transform=identity"
@@ -304,17 +313,19 @@ def _order(online: Sequence[Transform], context: ModelShape, kind: type[Format])
     return None
 
 
+def _single(transform: Transform) -> bool:
+    """Whether all blocks of a site have one matrix, and every site has one online."""
+    if isinstance(transform, Wush):
+        return transform.share != "none" and not transform.merge
+    return True
+
+
 def _matrix(codec: Codec | None, format: Format) -> Tensor:
     """H [b, b] of a site, float32; without a codec the identity of the format's group."""
     if codec is None:
         assert format.group_size is not None, "a block format has one"
         return torch.eye(format.group_size)
-    if (
-        isinstance(codec, Blocks)
-        and codec.decoder is None
-        and codec.encoder is not None
-        and codec.encoder.ndim == 2
-    ):
+    if isinstance(codec, Blocks) and codec.encoder is not None and codec.encoder.ndim == 2:
         return codec.encoder.float()
     if isinstance(codec, Rotation):
         return codec.matrix.dense(torch.float32)

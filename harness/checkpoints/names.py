@@ -66,6 +66,7 @@ SPELLING = {
     "rtn": "RTN",
     "smoothquant": "SmoothQuant",
     "spinquant": "SpinQuant",
+    "wush": "WUSH",
 }
 
 

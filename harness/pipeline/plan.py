@@ -143,11 +143,11 @@ class Plan:
             or section.get("smooth") is not None
         )
 
-    def fit_id(self, part: int, sees: tuple[str, ...]) -> str:
-        """The key of what one part of the transform learns, seeing these parts of the format; the
-        solver never changes it."""
+    def fit_id(self, part: int, sees: tuple[str, ...], settled: tuple[object, ...] = ()) -> str:
+        """The key of what one part of the transform learns, seeing these parts of the format, and
+        with what is settled by it; the solver never changes it."""
         section = self.settings["format"]
-        formats = [section[name] for name in sees]
+        formats = [*(section[name] for name in sees), *settled]
         # Overrides may be of any part that is seen.
         if sees and section["overrides"]:
             formats += [section["overrides"], self._format().get("named")]

@@ -137,7 +137,7 @@ def fitted(job: LoadedJob, part: int, transform: Transform, subject: StreamedMod
         job.run.event("placement", source=str(path))
         placement = file.load(path, transform, context)
     else:
-        key = job.plan.fit_id(part, transform.sees)
+        key = job.plan.fit_id(part, transform.sees, transform.settled(context))
         path = job.store.shared("placements", key).with_suffix(".safetensors")
         with job.store.holding(path):
             placement = None

@@ -214,6 +214,11 @@ class Transform(ABC):
         """The settings that a stored placement must share, to be loaded under these."""
         return {}
 
+    def settled(self, shape: ModelShape) -> tuple[object, ...]:
+        """What of the format changes what is learned besides the parts it sees: what an `auto`
+        comes to."""
+        return ()
+
     def complete(self, shape: ModelShape, placement: Placement) -> Placement:
         """A stored placement with what this run wants besides (R3 and R4 of the rotations)."""
         return placement

@@ -19,6 +19,7 @@ import torch
 from harness.codecs.codec import Codec
 from harness.codecs.placement import Placement, Where
 from harness.config.errors import ConfigError
+from harness.formats import Scheme
 from harness.transforms.base import CalibrationModel, ModelShape, Transform
 
 BLOCKS = (128, 64, 32, 16)
@@ -62,17 +63,7 @@ class BlockDiagonal(Transform):
         return tuple(shape.widths)
 
     def check(self, shape: ModelShape) -> list[str]:
-        smallest = min(self.orders(shape.widths).values())
-        groups = [
-            part.group_size
-            for part in (shape.scheme.weight, shape.scheme.act)
-            if part is not None and part.granularity == "group"
-        ]
-        return [
-            f"transform.block_size={smallest} is smaller than the format's group {group}"
-            for group in dict.fromkeys(groups)
-            if group is not None and smallest < group
-        ]
+        return smaller_than_groups(min(self.orders(shape.widths).values()), shape.scheme)
 
     def fit(self, shape: ModelShape, model: CalibrationModel | None) -> Placement:
         orders = self.orders(shape.widths)
@@ -105,6 +96,20 @@ class BlockDiagonal(Transform):
 def common_blocks(widths: Mapping[str, int]) -> list[int]:
     """The usual block sizes that divide every site, largest first."""
     return [g for g in BLOCKS if all(n % g == 0 for n in widths.values())]
+
+
+def smaller_than_groups(order: int, scheme: Scheme) -> list[str]:
+    """What is said of blocks that do not mix a whole group of the format."""
+    groups = [
+        part.group_size
+        for part in (scheme.weight, scheme.act)
+        if part is not None and part.granularity == "group"
+    ]
+    return [
+        f"transform.block_size={order} is smaller than the format's group {group}"
+        for group in dict.fromkeys(groups)
+        if group is not None and order < group
+    ]
 
 
 def alternatives(blocks: list[int]) -> str:
