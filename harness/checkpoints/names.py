@@ -55,6 +55,7 @@ SPELLING = {
     "dartquant": "DartQuant",
     "dct": "DCT",
     "dst": "DST",
+    "faar": "FAAR",
     "gptq": "GPTQ",
     "gsr": "GSR",
     "jointquant": "JointQuant",
@@ -64,6 +65,7 @@ SPELLING = {
     "quarot": "QuaRot",
     "rht": "RHT",
     "rtn": "RTN",
+    "signround": "SignRound",
     "smoothquant": "SmoothQuant",
     "spinquant": "SpinQuant",
 }

@@ -244,6 +244,13 @@ class Format(ABC):
         """
         return replace(scales, scale=(scales.scale * factor).to(scales.scale.dtype))
 
+    def clipped(self, scales: Scales, low: Tensor, high: Tensor) -> Scales:
+        """Stored scales of a range whose ends were multiplied by low and high [*lead, groups].
+
+        Rounded as they are stored; a lattice without zero points takes the greater of the two.
+        """
+        return self.rescaled(scales, torch.maximum(low, high))
+
     def encode(self, x: Tensor, scales: Scales) -> Tensor:
         """Codes [*lead, n] (int8 or uint8) of x [*lead, n]."""
         dtype = self._element(x.dtype)

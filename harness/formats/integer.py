@@ -260,6 +260,16 @@ class Integer(Format):
                 candidate = self._parameters(lo, p * s, dtype)
             yield candidate, self.snap(blocks, *(t.unsqueeze(-1) for t in candidate))
 
+    def clipped(self, scales: Scales, low: Tensor, high: Tensor) -> Scales:
+        if scales.zero is None:
+            return super().clipped(scales, low, high)
+        s, z = self.lattice(scales)
+        first, last = (self._value(torch.full_like(s, code), s, z) for code in self.reach)
+        factor = (last * high - first * low) / (last - first)
+        moved = self.rescaled(scales, factor)
+        zero = self._zero_point(first * low, moved.scale.to(s))
+        return replace(moved, zero=zero + 0.0)  # -0 + 0 = +0
+
     # elements
 
     def lattice(self, scales: Scales, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
