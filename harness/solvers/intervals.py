@@ -7,13 +7,13 @@ k is 1.2 at first, with which h(v0) (hi - lo) = w - lo, and grows, which pushes 
 stored is what h(v0 + v) is nearer to. v = 0 is rounding to nearest in both.
 
 The ends L, U of an offset's lattice move with ratios a, b in (0, 1], one for both where it is
-symmetric about 0. Rounding passes gradients straight, clamping only inside. So w^ has the gradient
-of
+symmetric about 0. Rounding passes gradients straight, clamping only inside: w^ has the gradient of
 
-    v (hi - lo) + (w^ - w) log(b U - a L) inside the ends,    a L below,    b U above
+    v (hi - lo) + w' + (w^ - w') log(b U - a L),    w' = w inside, a L below, b U above
 
-with all but v, a, b held fast. On integers hi - lo is the scale s, and this is the gradient of
-s (clamp(round(w / s + v) + z) - z) with s = (b U - a L) / N and z = round(-a L / s).
+with both factors in brackets held fast, and the first term inside only. On integers hi - lo is the
+scale s, and this is the gradient of s (clamp(round(w / s + v) + z) - z) with s = (b U - a L) / N
+and z = round(-a L / s).
 """
 
 from __future__ import annotations
@@ -93,12 +93,14 @@ class Offset(Between):
             margin = self.format.slack * place.lattice[0]
             below = moved < place.least - margin
             above = moved > place.greatest + margin
-            inside = ~(below | above)
+            gap = gap.masked_fill(below | above, 0)
             first, last = ends(self.format, columns(self.format, self.start))
         a, b = (ratio.unsqueeze(-1) for ratio in self._ratios())
-        width = (b * last - a * first).clamp_min(TINY)
-        slope = inside * (v * gap + (value - place.blocks) * width.log())
-        slope = slope + below * a * first + above * b * last
+        low = a * first
+        high = b * last
+        near = torch.where(below, low, torch.where(above, high, place.blocks))
+        width = (high - low).clamp_min(TINY)
+        slope = v * gap + near + (value - near.detach()) * width.log()
         # slope in gradient, value in value: a difference of equals is exactly 0
         rounded = value + (slope - slope.detach())
         return self._joined(rounded).to(self.weight.dtype)
