@@ -358,3 +358,12 @@ def test_killed_and_resumed_is_the_same_bits(tmp_path, monkeypatch, solver):
     for index in range(2):
         assert resumed.run.block(index).read_bytes() == whole.run.block(index).read_bytes()
     assert resumed.metrics["stages"] == whole.metrics["stages"]
+
+
+@pytest.mark.parametrize("solver", ["signround", "adascale"])
+def test_a_block_without_any_weight_to_quantize_is_passed_by(tmp_path, solver):
+    short = [f"solver={solver}", f"solver.{'steps' if solver == 'signround' else 'iterations'}=2"]
+    outcome = execute(*small(tmp_path, *short, "format.overrides={first_1: 16}"))
+    assert outcome.status == "done", outcome.error
+    best = [layer.get("best_step") for layer in outcome.metrics["layers"]]
+    assert None in best and any(step is not None for step in best)

@@ -143,5 +143,5 @@ class Interval(Between):
 
 
 def _pushed(u: Tensor, k: float) -> Tensor:
-    """h(u)"""
+    """h(u) of slope k."""
     return (k * (u.sigmoid() - 0.5) + 0.5).clamp(0, 1)

@@ -14,9 +14,10 @@ rounding by v (intervals.py):
 Differences: v is a share of the interval between the neighbours, which is the step on integers;
 AutoRound's float formats add v steps, which is too little where intervals are wide and too much
 where they are narrow. Ratios multiply the range of the format's observer, so that v = 0 is rtn bit
-for bit. Float and symmetric integer formats have one ratio, for one end decides their scale. The
-best iterate by the held-out tenth of the calibration windows is kept, the start included. h is
-pushed by a slope that grows, not by a penalty: it needs no weight of its own, and 200 steps do.
+for bit. Float and symmetric integer formats have one ratio, for one end decides their scale.
+Micro-batches come in turn, activations are not quantized meanwhile, and the best iterate by the
+held-out tenth of the calibration windows is kept, the start included. h is pushed by a slope that
+grows, not by a penalty: that has no weight to choose, and needs few steps.
 """
 
 from __future__ import annotations
