@@ -27,6 +27,7 @@ LEARNERS = {
     "jointquant-r1": (["transform=jointquant", "transform.r1.epochs=3"], "r1/whip", None),
     "jointquant-r2": (["transform=jointquant", "transform.r2.epochs=3"], "r2/whip", None),
     "adascale": (["solver=adascale", "solver.iterations=5", "format=int4"], "adascale/loss", 5 * 2),
+    "signround": (["solver=signround", "solver.steps=5"], "signround/loss", 5 * 2),
 }
 
 
@@ -39,7 +40,7 @@ def curve(outcome, name: str) -> list[tuple[int, float]]:
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_a_learner_logs_a_point_a_step(tmp_path, learner):
     overrides, name, steps = LEARNERS[learner]
-    rest = [f"solver={'adascale' if learner == 'adascale' else 'rtn'}"]
+    rest = [] if overrides[0].startswith("solver=") else ["solver=rtn"]
     outcome = execute(*small(tmp_path, *rest, *overrides))
     assert outcome.status == "done", outcome.error
     points = curve(outcome, name)

@@ -171,6 +171,12 @@ def test_a_run_says_which_experts_were_given_too_little(saved_mixtral, tmp_path)
     assert not any("solver.min_tokens" in line for line in metrics["warnings"])
 
 
+def test_experts_that_a_step_gives_no_token_stay_as_they_are(saved_mixtral, tmp_path):
+    learned = ["solver=signround", "solver.steps=3", "solver.batch=1"]
+    outcome = execute(*small(tmp_path, *saved_mixtral, *learned, "data.calibration.length=8"))
+    assert outcome.status == "done", outcome.error
+
+
 @pytest.mark.parametrize("transform", ["identity", "quarot"])
 def test_a_mixture_in_16_bits_is_held_to_its_own_noise(saved_mixtral, tmp_path, transform):
     """Experts that add up in another order have other last bits, transformed or not."""

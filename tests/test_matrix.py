@@ -88,9 +88,10 @@ def test_codecs_that_have_learned_nothing_leave_the_model(tmp_path, options):
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("transform", ["identity", "quarot"])
-@pytest.mark.parametrize("solver", ["adascale", "awq", "minmax"])
+@pytest.mark.parametrize("solver", ["adascale", "awq", "faar", "minmax", "signround"])
 def test_solvers_that_see_more_than_a_site(tmp_path, solver, transform, bits):
-    quick = {"adascale": ["solver.iterations=2"], "awq": ["solver.grid=3"]}.get(solver, [])
+    short = {"adascale": "iterations=2", "awq": "grid=3", "faar": "steps=2", "signround": "steps=2"}
+    quick = [f"solver.{short[solver]}"] if solver in short else []
     int4 = ["format=int4", "format.weight.group_size=32", f"format.kv.bits={bits}"]
     outcome = run(tmp_path, transform, f"solver={solver}", *int4, *quick)
     assert outcome.status == "done", outcome.error
@@ -415,6 +416,11 @@ REFUSED = [
         ["solver=adascale", "solver.lwc=false", "solver.flexround=false"],
         ["solver.lwc", "solver.flexround"],
     ),
+    (
+        "identity",
+        ["solver=signround", "solver.rounding=interval"],
+        ["solver.clip=true", "solver.rounding=interval"],
+    ),
     ("identity", ["format=int4", "format.act.range=static"], ["range=static", "granularity=token"]),
 ]
 
@@ -464,6 +470,7 @@ WARNED = [
         ["solver=adascale", "solver.iterations=0"],
         "adascale changed nothing against minmax",
     ),
+    ("identity", ["solver=faar", "solver.steps=0"], "signround changed nothing against rtn"),
     ("pca", ["format=int4", "format.weight.group_size=32"], "post_hadamard"),
     ("pca", ["format=mxfp4"], "MXFP4"),
     ("pca", ["format=mxfp8"], "with MXFP8"),

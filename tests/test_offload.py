@@ -73,6 +73,7 @@ def test_calibration_activations_on_disk(tmp_path):
 SOLVERS = {
     "awq": ["solver.grid=3"],
     "adascale": ["solver.iterations=3"],
+    "signround": ["solver.steps=3", "solver.batch=1"],
     "minmax": [
         "format=int4",
         "format.weight.group_size=32",

@@ -130,12 +130,13 @@ def test_float_formats_name_the_way_out():
         resolved({"down_proj": 8}, "nvfp4")
 
 
-@pytest.mark.parametrize("solver", ["rtn", "gptq", "minmax", "adascale", "awq"])
+@pytest.mark.parametrize("solver", ["rtn", "gptq", "minmax", "adascale", "awq", "signround"])
 def test_a_mixed_run_stores_and_reports_what_it_says(tmp_path, solver):
     overrides = (
         "{embed_tokens: 8, lm_head: {weight: 8, act: int8}, down_proj: 8, first_1: {up_proj: 16}}"
     )
-    quick = {"adascale": ["solver.iterations=2"], "awq": ["solver.grid=3"]}.get(solver, [])
+    short = {"adascale": "iterations=2", "awq": "grid=3", "signround": "steps=2"}
+    quick = [f"solver.{short[solver]}"] if solver in short else []
     cfg, choices = small(
         tmp_path, "format=int4", f"solver={solver}", f"format.overrides={overrides}", *quick
     )

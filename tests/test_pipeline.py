@@ -35,6 +35,8 @@ QUICK = {
     "adascale": ["solver.iterations=2"],
     "adascale_paper": ["solver.iterations=2"],
     "awq": ["solver.grid=3"],
+    "faar": ["solver.steps=2"],
+    "signround": ["solver.steps=2"],
 }
 
 

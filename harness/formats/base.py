@@ -46,7 +46,7 @@ class Format(ABC):
     granularity: tensor | channel (weight row) | token (activation row) | group (of group_size
         elements).
     observer: minmax | mse (its knobs in `mse`) | hessian | hessian_diagonal (of weights: solvers
-        choose among `neighbours` of minmax's scales; solvers/search.py).
+        choose among `nearby` of minmax's scales; solvers/search.py).
     compute_dtype: float32 | input.
     pad: error | zero, for a last axis that the group does not divide.
     role: weight | activation; a weight must be finite, and degenerate integer groups differ.
@@ -262,7 +262,14 @@ class Format(ABC):
         """
         return replace(scales, scale=(scales.scale * factor).to(scales.scale.dtype))
 
-    def neighbours(self, scales: Scales) -> Iterator[Scales]:
+    def clipped(self, scales: Scales, low: Tensor, high: Tensor) -> Scales:
+        """Stored scales of a range whose ends were multiplied by low and high [*lead, groups].
+
+        Rounded as they are stored; a lattice without zero points takes the greater of the two.
+        """
+        return self.rescaled(scales, torch.maximum(low, high))
+
+    def nearby(self, scales: Scales) -> Iterator[Scales]:
         """Other scales that a search by error may try around those of the extremes, nearest first.
 
         Ranges shrunk to .975, .95, .. .2 here.

@@ -98,7 +98,7 @@ class Floating(Format):
                 (eff,) = self.lattice(self._store(*candidate, global_scale, dtype), blocks.dtype)
             yield candidate, self.snap(blocks, eff.unsqueeze(-1))
 
-    def neighbours(self, scales: Scales) -> Iterator[Scales]:
+    def nearby(self, scales: Scales) -> Iterator[Scales]:
         """Eighths of an octave, 4 below to 10 above: beyond them, hardly ever is one the best."""
         for eighths in sorted(range(-4, 11), key=abs)[1:]:
             yield self.rescaled(scales, scales.scale.new_full((), 2 ** (eighths / 8)))

@@ -260,30 +260,27 @@ class Integer(Format):
                 candidate = self._parameters(lo, p * s, dtype)
             yield candidate, self.snap(blocks, *(t.unsqueeze(-1) for t in candidate))
 
-    def neighbours(self, scales: Scales) -> Iterator[Scales]:
-        """Symmetric: the step times .975, .95, .. .2. Asymmetric: times .96, .92, .. .2, with both
-        ends, the lower, or the upper end of the range moving."""
+    def clipped(self, scales: Scales, low: Tensor, high: Tensor) -> Scales:
         if scales.zero is None:
-            yield from super().neighbours(scales)
-            return
-        for step in range(1, 21):
-            p = 1 - step / 25
-            shrunk = self.rescaled(scales, scales.scale.new_full((), p))
-            for zero in self._zeros(scales, p):
-                yield replace(shrunk, zero=zero)
+            return super().clipped(scales, low, high)
+        s, z = self.lattice(scales)
+        first, last = (self._value(torch.full_like(s, code), s, z) for code in self.reach)
+        factor = (last * high - first * low) / (last - first)
+        moved = self.rescaled(scales, factor)
+        zero = self._zero_point(first * low, moved.scale.to(s))
+        return replace(moved, zero=zero + 0.0)  # -0 + 0 = +0
 
-    def _zeros(self, scales: Scales, p: float) -> Iterator[Tensor]:
-        """Zero points of ranges that are p as wide: about zero, from their upper end, from their
-        lower end."""
-        assert scales.zero is not None
-        if self.zp == "float_offset":
-            reach = (1 - p) * (2**self.bits - 1) * scales.scale.float()
-            yield from (p * scales.zero, scales.zero + reach, scales.zero)
+    def nearby(self, scales: Scales) -> Iterator[Scales]:
+        """Symmetric: the step times .975, .95, .. .2. Asymmetric: ranges whose ends, lower end or
+        upper end are multiplied by .96, .92, .. .2."""
+        if scales.zero is None:
+            yield from super().nearby(scales)
             return
-        yield scales.zero
-        for end in (self.qmax, self.qmin):
-            zero = (end - (end - scales.zero) / p).round()
-            yield zero.clamp(self.qmin, self.qmax) if self.spans_zero else zero
+        one = torch.ones_like(scales.zero)
+        for step in range(1, 21):
+            shrunk = one * (1 - step / 25)
+            for low, high in ((shrunk, shrunk), (shrunk, one), (one, shrunk)):
+                yield self.clipped(scales, low, high)
 
     # elements
 

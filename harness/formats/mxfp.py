@@ -94,7 +94,7 @@ class MX(Floating):
         code = (scales.scale + factor.log2().round()).clamp(0, NAN - 1)
         return Scales(code.to(torch.uint8).where(scales.scale != NAN, NAN))
 
-    def neighbours(self, scales: Scales) -> Iterator[Scales]:
+    def nearby(self, scales: Scales) -> Iterator[Scales]:
         """Twice and half the scale; nothing clips at twice that of mx_scale=floor."""
         for offset in (1, -1):
             code = (scales.scale.short() + offset).clamp(0, NAN - 1).to(torch.uint8)

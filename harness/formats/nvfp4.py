@@ -125,11 +125,12 @@ class NVFP4(Floating):
         return Scales(u.clamp(max=E4M3.max).to(torch.float8_e4m3fn), None, global_scale)
 
     def rescaled(self, scales: Scales, factor: Tensor) -> Scales:
-        # from the least E4M3 number on, so that no scale becomes 0
-        scale = E4M3.decode(scales.scale.view(torch.uint8)) * factor
-        return replace(scales, scale=scale.clamp(2.0**-9, E4M3.max).to(torch.float8_e4m3fn))
+        # from the least E4M3 number on, so that no scale becomes 0; one of 0 (FourOverSix) stays
+        before = E4M3.decode(scales.scale.view(torch.uint8))
+        scale = (before * factor).clamp(2.0**-9, E4M3.max).masked_fill(before == 0, 0)
+        return replace(scales, scale=scale.to(torch.float8_e4m3fn))
 
-    def neighbours(self, scales: Scales) -> Iterator[Scales]:
+    def nearby(self, scales: Scales) -> Iterator[Scales]:
         """The E4M3 codes up to 4 below and 10 above: of -20 .. +12, all but .4 % of the best."""
         code = scales.scale.view(torch.uint8).short()
         for offset in sorted(range(-4, 11), key=abs)[1:]:

@@ -189,7 +189,9 @@ class SolvedBlock:
             for sites in self._together():
                 self._solve(sites, [gathered[site.name] for site in sites], shared)
             return
-        solution = self.solver.solve_block(view)
+        solution = Solution({}, {})
+        if view.formats:  # else all linears of this block stay as they are
+            solution = self.solver.solve_block(view)
         for site in self.sites:
             qtensors = {name: q for name, q in solution.qtensors.items() if name in site.linears}
             self._settle(site, gathered[site.name], Solution(qtensors, solution.report))

@@ -9,5 +9,17 @@ from harness.solvers.base import Block, Problem, Solution, Solver
 from harness.solvers.gptq import GPTQ
 from harness.solvers.minmax import MinMax
 from harness.solvers.rtn import RTN
+from harness.solvers.signround import SignRound
 
-__all__ = ["AWQ", "GPTQ", "RTN", "AdaScale", "Block", "MinMax", "Problem", "Solution", "Solver"]
+__all__ = [
+    "AWQ",
+    "GPTQ",
+    "RTN",
+    "AdaScale",
+    "Block",
+    "MinMax",
+    "Problem",
+    "SignRound",
+    "Solution",
+    "Solver",
+]

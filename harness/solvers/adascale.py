@@ -19,9 +19,8 @@ groups, whose scale is rounded as it is stored at every step.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -30,12 +29,10 @@ from torch import Tensor
 from harness.config.checks import boolean, integer, number
 from harness.config.errors import ConfigError
 from harness.formats import Format, FourOverSix
-from harness.solvers.base import Block, Problem, Solution, Solver
+from harness.solvers.base import Block, Solution, Solver
+from harness.solvers.learning import distance, learn, problems
 from harness.solvers.minmax import MinMax, minmax
 from harness.solvers.rounding import Rounding
-
-HELD = 10  # every tenth micro-batch, at the end, chooses the best iterate
-CHECKS = 8  # times the held-out loss is taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +99,9 @@ class AdaScale(Solver):
         """Raises RuntimeError where the loss is no longer finite."""
         # min-max, whatever observer the format has: it is what Delta is a multiple of
         roundings: dict[str, Rounding] = {}
-        for linears in block.sites.values():
-            formats = {n: minmax(block.formats[n]) for n in linears if n in block.formats}
-            if not formats:
-                continue
-            # site by site, whose linears may share a global scale
-            weights = block.weights
-            problem = Problem({name: weights[name] for name in formats}, formats)
-            start = self.static_scales(problem)
+        for problem in problems(block):
+            formats = {name: minmax(format) for name, format in problem.formats.items()}
+            start = self.static_scales(replace(problem, formats=formats))
             for name, format in formats.items():
                 weight = problem.weights[name]
                 roundings[name] = Rounding(weight, format, start[name], self.lwc, self.flexround)
@@ -118,81 +110,31 @@ class AdaScale(Solver):
         return Solution({name: r.qtensor() for name, r in roundings.items()}, report)
 
     def _learn(self, block: Block, roundings: Mapping[str, Rounding]) -> dict:
-        train, held = _split(len(block.quantized))
         clip = [p for rounding in roundings.values() for p in rounding.clip()]
         shape = [p for rounding in roundings.values() for p in rounding.shape()]
-        parameters = clip + shape
         groups = [{"params": clip, "lr": self.lr_clip}, {"params": shape, "lr": self.lr_round}]
         # fused: one pass over all parameters, which are as many as the weights
         adam = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
         rates = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, self.iterations))
-        every = max(1, self.iterations // CHECKS)
-        first = self._held_out(block, roundings, held)
-        lowest = first
-        best_step = 0
-        best: list[Tensor] | None = None  # the start needs no copy: it is zero
-        with block.stage("adascale", max(1, self.iterations)) as advance:
-            for step in range(1, self.iterations + 1):
-                loss = self._loss(block, roundings, (step - 1) % train)
-                if not loss.isfinite():
-                    raise RuntimeError(
-                        f"adascale: the loss is {loss.item()} after {step - 1} steps; "
-                        "lower solver.lr_round and solver.lr_clip"
-                    )
-                adam.zero_grad()
-                loss.backward()
-                adam.step()
-                rates.step()
-                point = {"adascale/loss": loss.item()}
-                if step % every == 0 or step == self.iterations:
-                    now = self._held_out(block, roundings, held)
-                    point["adascale/held_out"] = now
-                    if now < lowest:
-                        lowest = now
-                        best_step = step
-                        best = [p.detach().clone() for p in parameters]
-                block.log(point, block.index * self.iterations + step)
-                advance(f"loss {point['adascale/loss']:.4g}")
-        with torch.no_grad():
-            for index, parameter in enumerate(parameters):
-                if best is None:
-                    parameter.zero_()
-                else:
-                    parameter.copy_(best[index])
-        return {"loss_before": first, "loss_after": lowest, "best_step": best_step}
 
-    def _loss(self, block: Block, roundings: Mapping[str, Rounding], index: int) -> Tensor:
-        """Of micro-batch `index`, each element of which is from one stream or the other."""
+        def weights() -> dict[str, Tensor]:
+            return {name: rounding() for name, rounding in roundings.items()}
+
+        def descend(step: int, index: int) -> float:
+            hidden = self._mixed(block, index)
+            loss = distance(block.forward(index, hidden, weights()), block.targets[index])
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            rates.step()
+            return loss.item()
+
+        remedy = "lower solver.lr_round and solver.lr_clip"
+        return learn(block, "adascale", self.iterations, clip + shape, weights, descend, remedy)
+
+    def _mixed(self, block: Block, index: int) -> Tensor:
+        """Micro-batch `index`, each element of which is from one stream or the other."""
         quantized = block.quantized[index]
         original = block.original[index]
         draws = torch.rand(original.shape, generator=block.generator).to(original.device)
-        hidden = torch.where(draws < self.mix, quantized, original)
-        weights = {name: rounding() for name, rounding in roundings.items()}
-        return distance(block.forward(index, hidden, weights), block.targets[index])
-
-    @torch.no_grad()
-    def _held_out(self, block: Block, roundings: Mapping[str, Rounding], held: range) -> float:
-        """Mean loss on the held-out micro-batches as the block will really read them."""
-        weights = {name: rounding() for name, rounding in roundings.items()}
-        losses = [
-            distance(block.forward(i, block.quantized[i], weights), block.targets[i]) for i in held
-        ]
-        mean = float(torch.stack(losses).mean())
-        # NaN is neither more nor less than anything; infinity is never the least
-        return mean if math.isfinite(mean) else math.inf
-
-
-def _split(count: int) -> tuple[int, range]:
-    """(how many of the first micro-batches are learned from, the others)."""
-    if count == 1:  # which has to serve as both
-        return 1, range(1)
-    train = count - max(1, count // HELD)
-    return train, range(train, count)
-
-
-def distance(output: Tensor, target: Tensor) -> Tensor:
-    """(output - target)^2 summed over the sequence, averaged over batch and channels.
-
-    [B, L, n] each.
-    """
-    return (output.float() - target.float()).square().sum(1).mean()
+        return torch.where(draws < self.mix, quantized, original)

@@ -4,7 +4,7 @@ r"""Scales by search: of several candidates, each group takes the one of least e
                                                 H = 2/N sum x^T x that the group b multiplies
     hessian_diagonal:  sum_j H_jj e_j^2 instead
 
-Candidates are the neighbours of the scales that the extremes give (`Format.neighbours`), nearest
+Candidates are scales near those that the extremes give (`Format.nearby`), nearest
 first; one replaces another only where its error is strictly less, so ties stay with the extremes.
 Source: ScaleSweep (arXiv 2606.07618) and ModelOpt's "local Hessian". Differences: for every format
 with scales of groups or channels, not E4M3's alone; E4M3 codes -4 .. +10 instead of -20 .. +12.
@@ -31,11 +31,11 @@ def under_hessian(weight: Tensor, format: Format, scales: Scales, hessian: Tenso
     hessian: [n, n], or blocks of its diagonal [n / k, k, k], k a multiple of the group.
     """
 
-    def neighbours(rows: Tensor, scales: Scales) -> Iterable[Scales]:
-        return format.neighbours(scales)
+    def nearby(rows: Tensor, scales: Scales) -> Iterable[Scales]:
+        return format.nearby(scales)
 
     diagonal = format.observer == "hessian_diagonal"
-    return least(weight, format, scales, hessian, neighbours, diagonal)
+    return least(weight, format, scales, hessian, nearby, diagonal)
 
 
 def least(
