@@ -42,8 +42,8 @@ class Components:
 
     structure: the model's, from its config. scheme: the formats, overrides resolved. auto: how
     those of the weights are to be allocated, if at all. transforms: to be placed one after the
-    other. solver: None leaves weights as they are. tuner: None leaves what it solved. context: what transforms may know of the model.
-    exporter: None where nothing is exported.
+    other. solver: None leaves weights as they are. tuner: None leaves what was solved. context:
+    what transforms may know of the model. exporter: None where nothing is exported.
     """
 
     structure: Structure

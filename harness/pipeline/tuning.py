@@ -52,9 +52,11 @@ def tune(job: LoadedJob, adapter: Adapter, calibration: Tensor, tuner: Tuner) ->
         source = "store"
         if any(run.load_part(part) is None for part in parts):
             source = "tuned"
-            student = _student(job, adapter, calibration)
+            progress = Progress(run, f"tune.{plan.tune_id}")
+            student = _student(job, adapter, calibration, progress)
             _save(run, adapter, parts, tuner.tune(student))
-            student.kept.path.unlink(missing_ok=True)
+            del student  # and the untouched model with it
+            progress.path.unlink(missing_ok=True)
         for linear in _linears(adapter).values():
             linear.keeps = False
             linear.solved = None
@@ -98,7 +100,7 @@ def _linears(adapter: Adapter) -> dict[str, QuantLinear]:
     }
 
 
-def _student(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> Student:
+def _student(job: LoadedJob, adapter: Adapter, calibration: Tensor, progress: Progress) -> Student:
     """The solved model with its teacher, which is loaded again: transforms and solvers work in
     place."""
     qtensors: dict[str, QTensor] = {}
@@ -114,7 +116,7 @@ def _student(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> Student:
         {name: weight for name, weight in before.items() if weight is not None},
         Teacher(StreamedModel(untouched, calibration)),
         job.amp,
-        Progress(job.run, f"tune.{job.plan.tune_id}"),
+        progress,
     )
 
 

@@ -1,6 +1,6 @@
 """Distillation after solving: the whole model as it is served follows the untouched one.
 
-    min over theta of  mean_t KL(p_t || q_t(theta)),      p untouched, q quantized, from their logits
+    min over theta of  mean_t KL(p_t || q_t(theta)),      p of the untouched model, q of this one
 
 theta is whatever a subclass makes weights of, and besides the gains of norms and the biases of
 linears. The embedding, the head and whatever else the model has stay as they are. Activations, keys
