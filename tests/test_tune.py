@@ -3,6 +3,7 @@ an end that is what was learned, whatever the solver, the format, the transform.
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from harness.config.errors import ConfigError
 from harness.formats import FP4, MX, NVFP4, FourOverSix, Integer
 from harness.models.tiny import Tiny
 from harness.pipeline import ids
+from harness.pipeline.build import components
 from harness.pipeline.job import execute
 from harness.pipeline.plan import make_plan
 from harness.tune.cells import rounded, within
@@ -23,7 +25,7 @@ from harness.tune.scales import LearnedScales, Scaled
 from harness.tune.weights import Master
 
 F64 = torch.float64
-TUNERS = sorted(path.stem for path in (ROOT / "conf" / "tune").glob("*.yaml"))
+TUNERS = sorted({path.stem for path in (ROOT / "conf" / "tune").glob("*.yaml")} - {"none"})
 FORMATS = {
     "int4_channel": Integer(),
     "int4_group": Integer(granularity="group", group_size=16),
@@ -271,8 +273,9 @@ def test_a_step_of_adam_is_relative():
 
 
 def run(tmp_path, *overrides):
-    quick = ["tune.steps=4", "tune.batch=1"] if any("tune=" in o for o in overrides) else []
-    return execute(*small(tmp_path, "solver=rtn", *quick, *overrides))
+    quick = {name: ["tune.steps=4", "tune.batch=1"] for name in TUNERS}
+    chosen = next((o.partition("=")[2] for o in overrides if o.startswith("tune=")), None)
+    return execute(*small(tmp_path, "solver=rtn", *quick.get(chosen, []), *overrides))
 
 
 def tuned(outcome):
@@ -417,7 +420,7 @@ FORMAT_OPTIONS = {
 
 
 @pytest.mark.parametrize("format", FORMAT_OPTIONS)
-@pytest.mark.parametrize("tuner", [name for name in TUNERS if name != "none"])
+@pytest.mark.parametrize("tuner", TUNERS)
 def test_every_tuner_with_every_format_solver_and_transform(tmp_path, tuner, format):
     exported = ["export=harness", f"export.path={tmp_path / 'out'}"]
     for solver, transform in (("rtn", "hadamard"), ("gptq", "quarot")):
@@ -585,3 +588,10 @@ def test_a_rate_that_reaches_no_other_scale_is_told():
     assert "MX" in LearnedScales(lr=1e-3, steps=200).check(formats)[0]
     assert LearnedScales(lr=5e-3, steps=200).check(formats) == []
     assert len(LearnedScales(lr=1e-4, steps=200).check(formats)) == 2
+
+
+def test_what_is_switched_off_is_not_read(tmp_path):
+    cfg, choices = small(tmp_path, "tune=scales", "tune.norms=false", "solver=rtn")
+    given = ("tune.norms", "tune.lr_norms", "tune.steps")
+    told = components(replace(make_plan(settings(cfg), choices), given=given)).warnings
+    assert told == ["tune.lr_norms has no effect with LearnedScales as it is set"]

@@ -44,6 +44,7 @@ def tune(job: LoadedJob, adapter: Adapter, calibration: Tensor, tuner: Tuner) ->
     """
     run = job.run
     plan = job.plan
+    before = _released(adapter)
     parts = [f"{index:04d}.{plan.tune_id}" for index in range(len(adapter.blocks) + 1)]
     shared = job.store.shared("tuning", f"{plan.quant_id}-{plan.tune_id}")
     with job.stage("tune"), job.store.holding(shared):
@@ -53,13 +54,10 @@ def tune(job: LoadedJob, adapter: Adapter, calibration: Tensor, tuner: Tuner) ->
         if any(run.load_part(part) is None for part in parts):
             source = "tuned"
             progress = Progress(run, f"tune.{plan.tune_id}")
-            student = _student(job, adapter, calibration, progress)
+            student = _student(job, adapter, calibration, before, progress)
             _save(run, adapter, parts, tuner.tune(student))
             del student  # and the untouched model with it
             progress.path.unlink(missing_ok=True)
-        for linear in _linears(adapter).values():
-            linear.keeps = False
-            linear.solved = None
         run.event("tune", source=source, key=plan.tune_id)
         run.tuned = plan.tune_id
         notes = _install(job, adapter, parts)
@@ -100,20 +98,36 @@ def _linears(adapter: Adapter) -> dict[str, QuantLinear]:
     }
 
 
-def _student(job: LoadedJob, adapter: Adapter, calibration: Tensor, progress: Progress) -> Student:
+def _released(adapter: Adapter) -> dict[str, Tensor]:
+    """{absolute name: the weight that was solved} of those that were kept, which they are no
+    longer."""
+    found = {}
+    for name, linear in _linears(adapter).items():
+        linear.keeps = False
+        if linear.solved is not None:
+            found[name] = linear.solved
+            linear.solved = None
+    return found
+
+
+def _student(
+    job: LoadedJob,
+    adapter: Adapter,
+    calibration: Tensor,
+    before: dict[str, Tensor],
+    progress: Progress,
+) -> Student:
     """The solved model with its teacher, which is loaded again: transforms and solvers work in
     place."""
     qtensors: dict[str, QTensor] = {}
     for index in range(len(adapter.blocks)):
         qtensors |= solved(adapter, job.parts.scheme, job.run, index)
-    linears = _linears(adapter)
-    before = {name: linears[name].solved for name in qtensors}
     model, _ = job.plan.model.load(adapter.device)
     untouched = Adapter(model, structure=adapter.structure)
     return Student(
         StreamedModel(adapter, calibration, job.reporter.stage, log=job.tracker.log),
         qtensors,
-        {name: weight for name, weight in before.items() if weight is not None},
+        before,
         Teacher(StreamedModel(untouched, calibration)),
         job.amp,
         progress,

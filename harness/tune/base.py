@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,13 +40,13 @@ class Student:
     model: with the calibration text; weights dequantized, activations and the KV cache quantized
     (straight-through where a gradient is taken), transforms online. qtensors: {absolute name:
     QTensor} of the quantized linears of its blocks. solved: {absolute name: the float weight [out,
-    in] that was solved}; empty where the tuner asks for none. teacher: the untouched model. amp:
-    autocast dtype of forwards. kept: for progress.
+    in] that was solved}, the tuner's own, to be dropped once it is used; empty where it asks for
+    none. teacher: the untouched model. amp: autocast dtype of forwards. kept: for progress.
     """
 
     model: StreamedModel
     qtensors: Mapping[str, QTensor]
-    solved: Mapping[str, Tensor]
+    solved: dict[str, Tensor]
     teacher: Teacher
     amp: torch.dtype | None
     kept: Kept
@@ -81,16 +81,16 @@ class Tuned:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuner(ABC):
-    """One way to tune.
+    """One way to tune."""
 
-    unread: settings without effect as the others are set. needs_solved: whether it wants the float
-    weights that were solved, as much memory as the model.
-    """
-
-    unread: ClassVar[tuple[str, ...]] = ()
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Settings without effect as the others are set."""
+        return ()
 
     @property
     def needs_solved(self) -> bool:
+        """Whether it wants the float weights that were solved, as much memory as the model."""
         return False
 
     def check(self, formats: Sequence[Format]) -> list[str]:

@@ -65,6 +65,10 @@ class Distillation(Tuner):
         boolean("tune.norms", self.norms)
         number("tune.lr_norms", self.lr_norms, 0, 1)
 
+    @property
+    def unread(self) -> tuple[str, ...]:
+        return () if self.norms else ("lr_norms",)
+
     @abstractmethod
     def follow(self, q: QTensor, weight: Tensor | None) -> Quantized:
         """What a solved weight is made of while it is learned; at first it gives q's values.
@@ -74,7 +78,8 @@ class Distillation(Tuner):
 
     def tune(self, student: Student) -> Tuned:
         linears = {
-            name: self.follow(q, student.solved.get(name)) for name, q in student.qtensors.items()
+            name: self.follow(q, student.solved.pop(name, None))
+            for name, q in student.qtensors.items()
         }
         rates: dict[str, tuple[Tensor, float]] = {}
         for name, linear in linears.items():
@@ -209,16 +214,18 @@ class Moving:
 def _made(adapter: Adapter, making: Mapping[str, Callable[[], Tensor]]) -> Iterator[None]:
     """Within it, each of these tensors is made anew when its module runs.
 
-    Only then, so that experts that are not asked cost nothing. Afterwards the model has what it had
-    before.
+    Only then, so that experts that are not asked cost nothing. On leaving, the model has the latest
+    values.
     """
-    before = {}
+    places = []
     handles = []
     for name, make in making.items():
         owner, _, leaf = name.rpartition(".")
         module = adapter.model.get_submodule(owner)
-        held = module._parameters if leaf in module._parameters else module._buffers
-        before[name] = (held, leaf, held[leaf])
+        parameter = module._parameters.get(leaf)
+        # a buffer, a weight, is not kept: the model would be in memory twice
+        held = module._buffers if parameter is None else module._parameters
+        places.append((held, leaf, make, parameter))
 
         def put(module, args, held=held, leaf=leaf, make=make) -> None:
             held[leaf] = make()
@@ -229,5 +236,6 @@ def _made(adapter: Adapter, making: Mapping[str, Callable[[], Tensor]]) -> Itera
     finally:
         for handle in handles:
             handle.remove()
-        for held, leaf, tensor in before.values():
-            held[leaf] = tensor
+        with torch.no_grad():
+            for held, leaf, make, parameter in places:
+                held[leaf] = make() if parameter is None else parameter.copy_(make())

@@ -4,7 +4,8 @@
 
 Scales and zero points stay the solver's, so the first iterate is the solved model in every bit;
 afterwards w is quantized by them again. Adam's rate is relative to the root mean square of each
-weight. Takes about five times the memory of the model (w, its gradient, two moments, the best).
+weight. Takes about seven times the memory of the model (the untouched one, w_q, w, its gradient,
+two moments, the best).
 
 Source: QAD (arXiv 2601.20088). Differences: it starts from any solver's weights instead of round to
 nearest, on frozen scales instead of ones that follow w; the text is the calibration's, some hundred
