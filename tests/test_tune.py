@@ -9,19 +9,25 @@ import pytest
 import torch
 import zoo
 from composed import ROOT, small
+from preserved import exact_model, logits, token_ids
 
 import harness
+from harness.calibration.subject import StreamedModel
 from harness.checkpoints.about import held
 from harness.config.build import option, settings
 from harness.config.errors import ConfigError
 from harness.formats import FP4, MX, NVFP4, FourOverSix, Integer
+from harness.models.merge import swap
 from harness.models.tiny import Tiny
 from harness.pipeline import ids
 from harness.pipeline.build import components
 from harness.pipeline.job import execute
 from harness.pipeline.plan import make_plan
+from harness.report.settings import apart
+from harness.transforms.learn import Teacher
+from harness.tune import Student
 from harness.tune.cells import rounded, within
-from harness.tune.distill import Moving
+from harness.tune.distill import Moving, made
 from harness.tune.scales import LearnedScales, Scaled
 from harness.tune.weights import Master
 
@@ -598,3 +604,53 @@ def test_what_is_switched_off_is_not_read(tmp_path):
     given = ("tune.norms", "tune.lr_norms", "tune.steps")
     told = components(replace(make_plan(settings(cfg), choices), given=given)).warnings
     assert told == ["tune.lr_norms has no effect with LearnedScales as it is set"]
+
+
+@pytest.mark.parametrize("codes", ["fixed", "dual"])
+def test_the_gradient_of_the_divergence_is_its_difference(codes):
+    """Through the whole model in float64, in one direction of the scales of two linears."""
+    adapter, untouched = exact_model("llama"), exact_model("llama")
+    swap(adapter)
+    windows = token_ids(2)
+    teacher = Teacher(StreamedModel(untouched, windows))
+    student = Student(StreamedModel(adapter, windows), {}, {}, teacher, None, Nowhere())
+    modules = {}
+    for name in (adapter.name(0, "self_attn.q_proj"), adapter.name(1, "mlp.down_proj")):
+        weight = adapter.model.get_submodule(name).weight
+        modules[f"{name}.weight"] = scaled(SMOOTH["int4"].quantize(weight), weight, codes)
+    # codes that are made by a scale of their own are constants here: only decoding moves smoothly
+    moving = [module.post for module in modules.values()]
+    ways = [draw(*each.shape, seed=7, dtype=F64) for each in moving]
+
+    def divergence():
+        p, q = (logits(each, windows[:1]).log_softmax(-1) for each in (untouched, adapter))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    with torch.enable_grad(), made(adapter, modules):
+        loss = student.loss(windows[:1], again=False)
+        loss.backward()
+        assert float(loss.detach()) == pytest.approx(divergence(), rel=1e-5)
+        slope = float(sum((each.grad * way).sum() for each, way in zip(moving, ways)))
+        values = []
+        for h in (1e-4, -2e-4):
+            for each, way in zip(moving, ways):
+                each.data += h * way
+            values.append(divergence())
+    assert slope == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-4)
+
+
+class Nowhere:
+    """Keeps nothing."""
+
+    def load(self):
+        return None
+
+    def save(self, tensors, values):
+        pass
+
+
+def test_a_tuned_run_is_told_apart():
+    """From runs of before there was the choice, too, which are those without a tuner."""
+    choices = [{"solver": "rtn"}, {"solver": "rtn", "tune": "none"}]
+    rows = [{"choices": each} for each in (*choices, {"solver": "rtn", "tune": "scales"})]
+    assert apart(rows, [{"seed": "0"}] * 3) == ["", "", "tune=scales"]

@@ -92,7 +92,7 @@ class Distillation(Tuner):
         moving = Moving(rates, self.steps)
         making: dict[str, Callable[[], Tensor]] = {f"{n}.weight": x for n, x in linears.items()}
         making |= {name: one.served for name, one in floats.items()}
-        with torch.enable_grad(), _made(student.adapter, making):
+        with torch.enable_grad(), made(student.adapter, making):
             best = self._learn(student, moving)
         moving.take(best.values)
         notes = {"tune_held_out": [best.first, best.loss], "tune_best_step": best.step}
@@ -211,7 +211,7 @@ class Moving:
 
 
 @contextmanager
-def _made(adapter: Adapter, making: Mapping[str, Callable[[], Tensor]]) -> Iterator[None]:
+def made(adapter: Adapter, making: Mapping[str, Callable[[], Tensor]]) -> Iterator[None]:
     """Within it, each of these tensors is made anew when its module runs.
 
     Only then, so that experts that are not asked cost nothing. On leaving, the model has the latest
