@@ -29,6 +29,7 @@ GROUPS = (
     "format",
     "transform",
     "solver",
+    "tune",
     "eval",
     "export",
     "tracking",

@@ -15,6 +15,7 @@ GROUPS = (
     "format",
     "transform",
     "solver",
+    "tune",
     "eval",
     "export",
     "tracking",

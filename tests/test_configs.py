@@ -14,13 +14,14 @@ from harness.config.errors import ConfigError
 from harness.formats import Format
 from harness.pipeline.transforms import transforms_of
 from harness.solvers import Solver
+from harness.tune import Tuner
 
 OPTIONS = [
     (p.parent.name, p.stem)
     for p in sorted((ROOT / "conf").glob("*/*.yaml")) + sorted((ROOT / "sweeps").glob("*.yaml"))
 ]
 NAMES = ["/".join(option) for option in OPTIONS]
-NAMED = ("format", "transform", "solver", "eval", "export")
+NAMED = ("format", "transform", "solver", "tune", "eval", "export")
 
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS, ids=NAMES)
@@ -50,14 +51,14 @@ def test_help_lists_what_hydra_leaves_out():
 
 
 @pytest.mark.parametrize(
-    ("group", "name"), [o for o in OPTIONS if o[0] in ("transform", "solver", "format")]
+    ("group", "name"), [o for o in OPTIONS if o[0] in ("transform", "solver", "tune", "format")]
 )
 def test_option_builds(group, name):
     cfg, _ = composed(f"{group}={name}")
     settings = {
         k: v for k, v in OmegaConf.to_container(cfg[group], resolve=True).items() if k != "name"
     }
-    if (group, name) == ("solver", "none"):
+    if (group, name) in (("solver", "none"), ("tune", "none")):
         assert settings == {"_target_": None}
     elif group == "format":
         parts = {part: build(settings[part], group, base) for part, base in PARTS.items()}
@@ -71,9 +72,9 @@ def test_option_builds(group, name):
         }
         assert settings["_target_"].rpartition(".")[0] in built
     else:
+        base = {"solver": Solver, "tune": Tuner}[group]
         assert (
-            type(build(settings, group, Solver)).__module__
-            == settings["_target_"].rpartition(".")[0]
+            type(build(settings, group, base)).__module__ == settings["_target_"].rpartition(".")[0]
         )
 
 

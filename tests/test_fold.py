@@ -2,6 +2,7 @@
 live equals merged."""
 
 from contextlib import nullcontext
+from functools import partial
 from itertools import product
 
 import pytest
@@ -35,7 +36,8 @@ from harness.transforms import (
     merge,
 )
 from harness.transforms.layerwise import Ridge
-from harness.transforms.learn import Descent, Orthogonal, Teacher, held_out_loss
+from harness.transforms.learn import Descent, Orthogonal, Teacher, placed_loss
+from harness.transforms.loop import held_out
 from harness.transforms.pca import PCA, principal_axes
 from harness.transforms.quarot import QuaRot
 from harness.transforms.sampling import Covariance
@@ -580,7 +582,8 @@ def test_learning_returns_the_matrices_of_the_least_held_out_loss(objective, lr,
     before, least = placement.notes["held_out_loss"]
     assert least < before if improves else least == before
     teacher = Teacher(subject) if objective == "kd" else None
-    assert held_out_loss(subject, scheme, placement, teacher) == pytest.approx(least, rel=1e-3)
+    loss = partial(placed_loss, subject, scheme, placement, teacher)
+    assert held_out(subject, loss) == pytest.approx(least, rel=1e-3)
     codecs = [
         placement.residual,
         *placement.merged.values(),

@@ -12,7 +12,7 @@ FLOORS = [
     {"transforms"},
     {"models"},
     {"calibration"},
-    {"evaluation", "quantize"},
+    {"evaluation", "quantize", "tune"},
     {"report"},
     {"checkpoints"},
     {"pipeline"},

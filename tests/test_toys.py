@@ -1,4 +1,4 @@
-"""A new format, exporter, tracker, transform or solver is one Python file and one YAML.
+"""A new format, exporter, tracker, transform, solver or tuner is one Python file and one YAML.
 
 Each of those under tests/toys is put into a copy of the project, where nothing else is changed, and
 used from the command line; what is parametrised over conf/ meets it, too.
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from composed import ROOT, SMALL
+from safetensors.torch import load_file
 
 from harness.calibration.shipped import Pydoc
 
@@ -24,6 +26,7 @@ ROOMS = {
     "tracking": "tracking",
     "transform": "transforms",
     "solver": "solvers",
+    "tune": "tune",
 }
 LOAD = """
 import sys, torch, harness
@@ -164,6 +167,19 @@ def test_a_transform_passes_the_gate_and_a_solver_quantizes(run):
     assert got.metrics["notes"]["gate"]["max"] < 1e-4
     assert rise(got.metrics) == pytest.approx(1, rel=0.2)
     assert {layer["factor"] for layer in got.metrics["layers"]} == {0.98}
+
+
+def test_a_tuner_changes_what_was_solved(run, exports):
+    got = run("format=fp4", "solver=rtn", "tune=toy", "tune.factor=1.25", "export=harness", exports)
+    assert got.status == 0, got.told
+    assert got.metrics["notes"]["grown"] == 1.25
+    assert got.metrics["export"]["name"].startswith("tiny-llama-RTN.Toy_")
+    assert rise(got.metrics) == pytest.approx(1, rel=0.3)
+    grown, solved = sorted((got.folder / "blocks").glob("0001.*"), key=lambda path: len(path.name))[
+        ::-1
+    ]
+    name = "mlp.up_proj.scale"
+    assert torch.allclose(load_file(grown)[name], 1.25 * load_file(solved)[name])
 
 
 def test_what_is_parametrised_over_options_meets_the_toys(python):

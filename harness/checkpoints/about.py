@@ -25,12 +25,15 @@ def about(folder: Path) -> dict:
 
 
 def held(folder: Path) -> dict[str, str | None]:
-    """{"format": `int4-w4a4kv4`, "transform", "solver"} as the file names them.
+    """{"format": `int4-w4a4kv4`, "transform", "solver"} as the file names them, "tune" if it does.
 
     None for what it does not say in one short word.
     """
     metadata = about(folder)
     method = {name: _word(_at(metadata, "method", name)) for name in ("transform", "solver")}
+    tuner = _word(_at(metadata, "method", "tune"))
+    if tuner is not None:
+        method["tune"] = tuner
     return {"format": _format(metadata), **method}
 
 

@@ -72,7 +72,7 @@ def _methods(metadata: Mapping) -> list[str]:
     method = metadata["method"]
     return [
         spelled(option)
-        for option in (method["transform"], method["solver"])
+        for option in (method["transform"], method["solver"], method.get("tune"))
         if option not in (None, "identity", "none")
     ]
 

@@ -3,7 +3,7 @@
 The model card is written from it too.
 
     {"name", "model", "base_model", "revision", "license", "seed", "class",
-     "method": {"transform", "solver"},
+     "method": {"transform", "solver", and "tune" where there is one},
      "calibration": {"corpus", "windows", "length", "order"},
      "bits": {"weights", "activations", "kv", "head":
               {"format", "bits", "group_size", "granularity", "symmetric"}},
@@ -66,7 +66,7 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
         "base_model": remote,
         "revision": section.get("revision") if remote else None,
         "license": section.get("license"),
-        "method": {"transform": choices["transform"], "solver": choices["solver"]},
+        "method": _method(choices),
         "seed": settings["seed"],
         "class": model_class(adapter.model.config).__name__,
         "calibration": _calibration(
@@ -129,6 +129,14 @@ def _public(command: str | None) -> str | None:
 def _spelled(format: Format) -> str:
     spelling = word(format)
     return f"int{spelling}" if isinstance(spelling, int) else spelling
+
+
+def _method(choices: Mapping[str, str | None]) -> dict[str, str | None]:
+    """The options that made it."""
+    method = {name: choices[name] for name in ("transform", "solver")}
+    if choices.get("tune") not in (None, "none"):
+        method["tune"] = choices["tune"]
+    return method
 
 
 def _part(format: Format | None) -> dict:

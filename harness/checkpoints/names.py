@@ -186,8 +186,8 @@ class Name:
     ) -> Name:
         """The name of a run's checkpoint, before or after the run.
 
-        head: the output head's module. The method is transform and solver, QuaRot.GPTQ, or the one
-        of them that there is. Raises ConfigError naming the field of `export`.
+        head: the output head's module. The method is transform, solver and tuner, QuaRot.GPTQ, or
+        those of them that there are. Raises ConfigError naming the field of `export`.
         """
         section = settings["export"]
         transform = choices["transform"]
@@ -196,7 +196,7 @@ class Name:
         words = {part: str(section[part]) for part in WORDS if section[part] is not None}
         methods = [
             spelled(option)
-            for option in (transform, choices["solver"])
+            for option in (transform, choices["solver"], choices.get("tune"))
             if option is not None and option not in ("identity", "none")
         ]
         weight = _mixed(scheme, "weight")
@@ -261,7 +261,7 @@ def hub_id(model: Mapping) -> str | None:
 
 
 def spelled(option: str) -> str:
-    """An option of transform or solver as its method is spelled: jq_seed is JQSeed."""
+    """An option of transform, solver or tune as its method is spelled: jq_seed is JQSeed."""
     return "".join(SPELLING.get(part) or part.capitalize() for part in option.split("_"))
 
 

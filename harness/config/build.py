@@ -31,6 +31,7 @@ FIELDS = {  # {section: {setting: its type}} of what no class is built from
         "format": Mapping,
         "transform": Mapping,
         "solver": Mapping,
+        "tune": Mapping,
         "eval": Mapping,
         "export": Mapping,
         "tracking": Mapping,

@@ -66,7 +66,7 @@ class QuantLinear(nn.Module):
     """A linear that reads its site, with a weight [out, in] dequantized from a QTensor, or float.
 
     decoder and encoder: of this linear alone, on its input and output, where they are not merged
-    into its weight.
+    into its weight. keeps: whether `load` leaves the weight that was there before in `solved`.
     """
 
     weight: Tensor
@@ -80,6 +80,8 @@ class QuantLinear(nn.Module):
         self.site = site
         self.decoder: Codec | None = None
         self.encoder: Codec | None = None
+        self.keeps = False
+        self.solved: Tensor | None = None
 
     @property
     def in_features(self) -> int:
@@ -93,6 +95,8 @@ class QuantLinear(nn.Module):
 
     def load(self, values: Tensor) -> None:
         """Take dequantized values [out, in] into the weight's own memory."""
+        if self.keeps:
+            self.solved = self.weight.clone()
         self.weight.copy_(values)  # and no new tensor, so that the model is in memory once
 
     def forward(self, x: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from harness.solvers import Solver
 from harness.structure.structure import Structure
 from harness.tracking import Tracker
 from harness.transforms import ModelShape, Transform
+from harness.tune import Tuner
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Components:
 
     structure: the model's, from its config. scheme: the formats, overrides resolved. auto: how
     those of the weights are to be allocated, if at all. transforms: to be placed one after the
-    other. solver: None leaves weights as they are. context: what transforms may know of the model.
-    exporter: None where nothing is exported.
+    other. solver: None leaves weights as they are. tuner: None leaves what was solved. context:
+    what transforms may know of the model. exporter: None where nothing is exported.
     """
 
     structure: Structure
@@ -50,6 +51,7 @@ class Components:
     auto: Auto | None
     transforms: list[Transform]
     solver: Solver | None
+    tuner: Tuner | None
     context: ModelShape
     tracker: Tracker
     exporter: Exporter | None
@@ -92,6 +94,9 @@ def components(plan: Plan) -> Components:
         if setting in plan.given and not solvable.reads_hessian(solver, scheme, auto):
             warnings.append(f"{setting} has no effect with {type(solver).__name__} as it is set")
     warnings += combinations.learning_warnings(plan, transforms)
+    tuner = _tuner(settings["tune"])
+    if tuner is not None:
+        warnings += combinations.check_tuner(plan, tuner, solver, scheme, auto, structure)
     left = structure.float_experts
     if left and plan.quantizes:
         warnings.append(
@@ -117,11 +122,21 @@ def components(plan: Plan) -> Components:
         "format.act": scheme.act,
         "format.kv": scheme.kv,
         "solver": solver,
+        "tune": tuner,
         "transform": transforms[-1],
     }
     warnings += unread(plan, built)
     return Components(
-        structure, scheme, auto, transforms, solver, context, plan.tracker, exporter, warnings
+        structure,
+        scheme,
+        auto,
+        transforms,
+        solver,
+        tuner,
+        context,
+        plan.tracker,
+        exporter,
+        warnings,
     )
 
 
@@ -170,6 +185,13 @@ def _solver(section: Mapping) -> Solver | None:
     if not section.get("_target_"):
         return None
     return build(unnamed(section), "solver", Solver)
+
+
+def _tuner(section: Mapping) -> Tuner | None:
+    """What tunes the solved weights; None for tune=none."""
+    if not section.get("_target_"):
+        return None
+    return build(unnamed(section), "tune", Tuner)
 
 
 def _exporter(plan: Plan, scheme: Scheme, structure: Structure) -> Exporter | None:

@@ -13,11 +13,13 @@ from harness.config.errors import ConfigError
 from harness.formats import Scheme
 from harness.pipeline.plan import Plan
 from harness.quantize.allocation import Auto
+from harness.quantize.named import linears
 from harness.solvers import Solver
 from harness.store import writable
 from harness.structure.structure import Structure
 from harness.transforms import ModelShape, Transform, file
 from harness.transforms.identity import Identity
+from harness.tune import Tuner
 
 
 def check_parts(
@@ -166,3 +168,29 @@ def learning_warnings(plan: Plan, transforms: Sequence[Transform]) -> list[str]:
         return []
     name = plan.settings["transform"]["name"]
     return [f"transform={name} with model.weights=disk: learning end to end holds the whole model"]
+
+
+def check_tuner(
+    plan: Plan,
+    tuner: Tuner,
+    solver: Solver | None,
+    scheme: Scheme,
+    auto: Auto | None,
+    structure: Structure,
+) -> list[str]:
+    """Refuse what cannot be tuned (ConfigError), before any weight is loaded; returns warnings."""
+    name = f"tune={plan.settings['tune'].get('name')}"
+    candidates = [] if auto is None else list(auto.candidates.values())
+    formats = [scheme.part("weight", *where) for where in linears(structure)]
+    found = list(dict.fromkeys(format for format in [*candidates, *formats] if format is not None))
+    if solver is None or not found:
+        raise ConfigError(
+            f"{name} with no weight of a block quantized: there is nothing to tune; set tune=none, "
+            "or a format of weights with solver=rtn or gptq."
+        )
+    if plan.settings["model"].get("weights") == "disk":
+        raise ConfigError(
+            f"{name} with model.weights=disk: it holds the whole model, and the untouched one; set "
+            "model.weights=memory, or tune=none."
+        )
+    return tuner.check(found)

@@ -1,7 +1,7 @@
 """What a run computes, stage after stage; stages.py says what each does to the model.
 
 load -> baseline -> transform, fold, gate -> blocks: statistics, solve, swap, save
-     -> evaluate -> export
+     -> tune -> evaluate -> export
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from harness.evaluation.divergence import Reference
 from harness.models.adapter import Adapter
 from harness.models.attention import attach
 from harness.models.source import assert_finite
-from harness.pipeline import export, measure, stages
+from harness.pipeline import export, measure, stages, tuning
 from harness.pipeline.state import Job, LoadedJob
 from harness.pipeline.texts import sharing
 from harness.structure.derive import derive
@@ -210,6 +210,7 @@ def _marks(job: LoadedJob, evaluated: Mapping[str, Tensor]) -> dict[str, list[st
             name: (len(job.texts[name]), len(ids) // length) for name, ids in evaluated.items()
         },
         tasks=limits,
+        tuned=job.parts.tuner is not None,
     )
 
 
@@ -221,6 +222,7 @@ def _quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
         scheme = stages.allocation(job, adapter, calibration, auto)
         job.parts = replace(job.parts, scheme=scheme)
     scheme = job.parts.scheme
+    tuning.keep_solved(job, adapter)
     if scheme.any("weight") or scheme.any("act"):
         # Several evaluations of one quantized model solve it once.
         with job.store.holding(job.store.shared("solving", job.plan.quant_id)):
@@ -228,3 +230,5 @@ def _quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
     if scheme.kv is not None:
         for heads in attach(adapter):
             heads.format = scheme.kv
+    if job.parts.tuner is not None:
+        tuning.tune(job, adapter, calibration, job.parts.tuner)

@@ -82,6 +82,13 @@ def of_solver(section: Mapping) -> dict:
     }
 
 
+def of_tune(section: Mapping) -> list:
+    """The tuner's settings; nothing where there is none, for runs from before there were any."""
+    if not section.get("_target_"):
+        return []
+    return [{key: x for key, x in section.items() if key != "name"}]
+
+
 def of_transform(section: Mapping) -> dict:
     """The transform's settings as far as they change a number: not where its matrices go, and what
     is in a file read."""

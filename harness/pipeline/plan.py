@@ -47,8 +47,8 @@ class Plan:
     that are evaluated. bos: where a BOS stands in them. experts: which tokens calibrate routed
     experts. evaluations: {name: what is measured}. given: settings that the command line names.
 
-    quant_id, run_id, baseline_id: the keys under which the store keeps the solved blocks, the
-    result, and the untouched model's figures.
+    quant_id, tune_id, run_id, baseline_id: the keys under which the store keeps the solved blocks,
+    what a tuner made of them (empty: there is none), the result, and the untouched model's figures.
     """
 
     settings: dict
@@ -64,6 +64,7 @@ class Plan:
     experts: str = "routed"
     given: tuple[str, ...] = ()
     quant_id: str = field(init=False)
+    tune_id: str = field(init=False)
     run_id: str = field(init=False)
     baseline_id: str = field(init=False)
 
@@ -90,9 +91,12 @@ class Plan:
             str(self.choices.get(group) or group)
             for group in ("model", "format", "transform", "solver")
         )
+        tuned = ids.of_tune(settings["tune"])
         found = {
             "quant_id": f"{labels}-{fingerprint(made)}",
-            "run_id": f"{labels}-{fingerprint(made, tested, settings['export'])}",
+            # Beside solved blocks, whose key says all else.
+            "tune_id": fingerprint(tuned, self.model.amp) if tuned else "",
+            "run_id": f"{labels}-{fingerprint(made, tested, settings['export'], *tuned)}",
             "baseline_id": fingerprint(model, tested),
         }
         for name, value in found.items():
@@ -232,6 +236,8 @@ def make_plan(
     check_export(settings["export"])
     if not settings["solver"].get("_target_"):
         typed("solver.", settings["solver"], {"name": str, "_target_": None})
+    if not settings["tune"].get("_target_"):
+        typed("tune.", settings["tune"], {"name": str, "_target_": None})
     check_serves(settings["export"])
     check_files(settings["transform"])
     data = settings["data"]

@@ -30,7 +30,7 @@ def check_fixed(
     settings: Mapping, choices: Mapping[str, str | None], overrides: Sequence[str]
 ) -> None:
     """Refuse what looks like a setting and is what an option is: its name, its class."""
-    for group in ("format", "transform", "solver", "eval", "export"):
+    for group in ("format", "transform", "solver", "tune", "eval", "export"):
         name = settings[group].get("name")
         if choices.get(group) not in (None, name):
             raise ConfigError(

@@ -235,11 +235,7 @@ def quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
             log=job.tracker.log,
             enough=job.plan.enough,
         )
-        if solver is not None and solver.encodings is not None:
-            # From the files of the blocks, for some may be of an earlier attempt.
-            for index in range(total):
-                qtensors = solved(adapter, scheme, job.run, index)
-                save_encodings(job.run.path / solver.encodings, index, qtensors)
+        write_encodings(job, adapter)
     layers = job.metrics["layers"]
     job.metrics["warnings"] += doubts(layers)
     if job.plan.enough is not None:
@@ -250,3 +246,14 @@ def quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
     bits = sum(layer.get("bits", 0) for layer in layers)
     if weights:  # without a solver none are counted
         job.metrics["bits_per_weight"] = bits / weights
+
+
+def write_encodings(job: LoadedJob, adapter: Adapter) -> None:
+    """The integer weights' encodings, for a solver that has a folder of them."""
+    solver = job.parts.solver
+    if solver is None or solver.encodings is None:
+        return
+    # From the files of the blocks, for some may be of an earlier attempt.
+    for index in range(len(adapter.blocks) + job.parts.scheme.outside):
+        qtensors = solved(adapter, job.parts.scheme, job.run, index)
+        save_encodings(job.run.path / solver.encodings, index, qtensors)

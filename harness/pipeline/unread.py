@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from harness.formats import Format, KVCache
     from harness.solvers import Solver
     from harness.transforms import Transform
+    from harness.tune import Tuner
 
-    Part = Format | KVCache | Solver | Transform | None
+    Part = Format | KVCache | Solver | Transform | Tuner | None
 
 
 def unread(plan: Plan, built: Mapping[str, Part] | None = None) -> list[str]:

@@ -107,13 +107,17 @@ class Solved(Mapping[str, QTensor]):
 def solved(adapter: Adapter, scheme: Scheme, run: Run, index: int) -> dict[str, QTensor]:
     """{absolute name: QTensor} of a solved block.
 
-    index: one after the last is what stands outside the blocks.
+    index: one after the last is what stands outside the blocks. Where the run is tuned, a tuner's
+    tensors stand in for the solver's.
     """
     record = run.load_block(index)
     structure = adapter.structure
     if record is None:
         return {}
     tensors, _ = record
+    if run.tuned:
+        changed, _ = run.load_part(f"{index:04d}.{run.tuned}") or ({}, {})
+        tensors = tensors | changed
     if index < len(adapter.blocks):
         layer = index
         names = [name for site in adapter.sites(index) for name in site.linears]

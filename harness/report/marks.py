@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 LEGEND = {
     "c": "same corpus as calibration",
-    "a": "adapted, a learned transform was trained on it",
+    "a": "adapted, a learned transform or a tuner was trained on it",
     "f": "learned matrices from a file, perhaps of this corpus",
     "s": "a subset, the first windows or documents only",
     "o": "the only corpus, nothing shows whether it holds elsewhere",

@@ -14,7 +14,8 @@ from harness.tracking.base import without_secrets
 # Ten times faster, where PyYAML was built with it.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 SILENT = ("run_root", "tracking", "on_error", "force")  # of these no number depends on
-GROUPS = ("data", "eval", "export")  # choices that have no column of their own
+# {choice that has no column of its own: the option of runs from before there was one}
+GROUPS = {"data": None, "eval": None, "export": None, "tune": "none"}
 
 
 def dotted(row: Mapping) -> dict[str, str]:
@@ -66,8 +67,8 @@ def _compared(choices: Mapping[str, str | None], settings: Mapping[str, str]) ->
         for key, value in settings.items()
         if value != "{}" and key.partition(".")[0] not in SILENT
     }
-    for group in GROUPS:
-        option = choices.get(group)
+    for group, before in GROUPS.items():
+        option = choices.get(group, before)
         if option:
             compared[group] = option
     return compared

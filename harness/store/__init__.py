@@ -1,7 +1,7 @@
 """The run store: `runs/<run_id>/` holds everything a run knows, trackers are mirrors.
 
     config.yaml environment.json status.json metrics.json events.jsonl lock blocks/NNNN.safetensors
-    outliers.json samples/<stage>/<task>.json tracking/
+    blocks/NNNN.<tuner>.safetensors outliers.json samples/<stage>/<task>.json tracking/
     _shared/<kind>/<key>.{json,safetensors,lock}   records many runs read, outside any run
     _sweeps/<sweep>/<job>.json                     one record a sweep job
 

@@ -34,6 +34,8 @@ class Run:
         self._say = say
         # Of the learned matrices and the allocation under which this run's blocks are solved.
         self.placement = ""
+        # Of the tuner whose tensors stand in for those of solved blocks; empty: none's.
+        self.tuned = ""
         self._damaged: dict[Path, str] = {}
         self._digests: dict[str, str] = {}
         self._started = False
@@ -124,22 +126,35 @@ class Run:
         if self._started:
             self.event("damaged", file=str(path), why=why)
 
+    def part(self, name: str) -> Path:
+        """Where a part of the quantized model lies: block 7 is `0007`, what a tuner made of it
+        `0007.KEY`."""
+        return self.path / "blocks" / f"{name}.safetensors"
+
     def block(self, index: int) -> Path:
         """Where block `index` lies once it is solved."""
-        return self.path / "blocks" / f"{index:04d}.safetensors"
+        return self.part(f"{index:04d}")
+
+    def save_part(self, name: str, tensors: dict, report: dict) -> None:
+        """Write a part's tensors and its report in one step."""
+        text = json.dumps(finite({**report, "placement": self.placement}))
+        save_tensors(self.part(name), tensors, {"report": text})
 
     def save_block(self, index: int, tensors: dict, report: dict) -> None:
-        """Write a solved block's tensors and its report in one step."""
-        text = json.dumps(finite({**report, "placement": self.placement}))
-        save_tensors(self.block(index), tensors, {"report": text})
+        """`save_part` of a solved block."""
+        self.save_part(f"{index:04d}", tensors, report)
         self.event("block", index=index)
 
     def load_block(self, index: int) -> tuple[dict, dict] | None:
-        """(tensors, report) of a solved block.
+        """`load_part` of a solved block."""
+        return self.load_part(f"{index:04d}")
 
-        None where it is missing, damaged, or solved under other matrices.
+    def load_part(self, name: str) -> tuple[dict, dict] | None:
+        """(tensors, report) of a part.
+
+        None where it is missing, damaged, or made under other matrices.
         """
-        record = load_tensors(self.block(index), self.damaged)
+        record = load_tensors(self.part(name), self.damaged)
         if record is None:
             return None
         tensors, metadata = record

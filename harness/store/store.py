@@ -49,9 +49,10 @@ class Store:
             yield
 
     def adopt_blocks(self, run: Run, quant_id: str) -> int:
-        """Link solved blocks of another run with the same quant_id into `run`.
+        """Link solved blocks of another run with the same quant_id into `run`, and what tuners made
+        of them.
 
-        Returns how many blocks `run` then has.
+        Returns how many solved blocks `run` then has.
         """
         for other in self.runs():
             if other.path == run.path or other.status.get("quant_id") != quant_id:
@@ -62,4 +63,4 @@ class Store:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with contextlib.suppress(OSError):  # no links on this file system: solved again
                         os.link(path, target)
-        return len(list(run.path.glob("blocks/[0-9]*.safetensors")))
+        return sum(path.stem.isdigit() for path in run.path.glob("blocks/[0-9]*.safetensors"))

@@ -1,14 +1,11 @@
 """Learning orthogonal matrices end to end: a loss of the whole model (losses.py), weights frozen.
 
 The live forward (CalibrationModel.unmerged) applies the codecs to activations, with
-straight-through quantizers, so no gradient of a weight is ever taken. The matrices of the iterate
-with the least loss on held-out windows are returned, the start being one of the candidates: the
-loss returned is never above the one begun with.
+straight-through quantizers, so no gradient of a weight is ever taken. The loop is loop.py's.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -20,10 +17,10 @@ from harness.config.checks import integer, number, one_of
 from harness.config.errors import ConfigError
 from harness.formats import Scheme
 from harness.linalg.stiefel import CAPS, CayleySGD, cayley, project
+from harness.transforms import loop
 from harness.transforms.base import CalibrationModel
 from harness.transforms.losses import loss_of
 
-CHECKS = 8  # how often the held-out loss is taken
 OPTIMIZERS = ("cayley", "fixed_point", "cayley_adam")
 
 
@@ -102,31 +99,18 @@ class Orthogonal:
         return {name: matrix.clone() for name, matrix in self.matrices().items()}
 
 
-class Best:
-    """Keeps the matrices with the least held-out loss; the start is the first candidate."""
-
-    def __init__(self, moving: Orthogonal, loss: float, steps: int):
-        self.steps = steps
-        self.matrices = moving.snapshot()
-        self.step = 0
-        self.first = loss
-        self.loss = loss
-
-    def due(self, step: int) -> bool:
-        """Whether the held-out loss is to be taken after a step: CHECKS times, and at the end."""
-        return step % max(1, self.steps // CHECKS) == 0 or step == self.steps
-
-    def offer(self, step: int, matrices: dict[str, Tensor], loss: float) -> None:
-        """A candidate."""
-        if loss < self.loss:
-            self.matrices = matrices
-            self.step = step
-            self.loss = loss
+class Best(loop.Best):
+    """Keeps the matrices with the least held-out loss."""
 
     def projected(self) -> dict[str, Tensor]:
         """The best matrices on the group exactly, float64 on the CPU."""
-        # steps in float32 leave the group by their rounding, and what is folded is float64
-        return {name: project(matrix.double()).cpu() for name, matrix in self.matrices.items()}
+        return projected(self.values)
+
+
+def projected(matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices on the group exactly, float64 on the CPU."""
+    # steps in float32 leave the group by their rounding, and what is folded is float64
+    return {name: project(matrix.double()).cpu() for name, matrix in matrices.items()}
 
 
 class Teacher:
@@ -168,61 +152,43 @@ def end_to_end(
     """
     moving = Orthogonal({name: matrix.to(model.device) for name, matrix in start.items()}, descent)
     teacher = Teacher(model) if objective == "kd" else None
-    # else every window is passed once, and keeping its states would only cost memory
-    again = descent.steps * descent.batch > len(model.train)
-    losses: list[float] = []
-    held = held_out_loss(model, scheme, build(moving.snapshot()), teacher)
-    # the start is a candidate: learning never returns anything worse
-    best = Best(moving, held, descent.steps)
-    with model.stage(f"learning ({objective}, held out {held:.4f})", descent.steps) as advance:
-        for step in range(1, descent.steps + 1):
-            indices = torch.arange((step - 1) * descent.batch, step * descent.batch)
-            # in turn, and from the start again when all were seen
-            windows = model.train[indices % len(model.train)]
-            loss = 0.0
-            # one window at a time: memory does not grow with the batch
-            for ids in windows.split(1):
-                target = teacher and teacher.logits(ids, again)
-                with model.unmerged(build(moving.matrices()), scheme):
-                    part = loss_of(model.logits(ids), ids, target) / len(windows)
-                    part.backward()
-                loss += float(part.detach())
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the {objective} loss is {loss} in step {step} of {descent.steps}: "
-                    f"lower transform.lr={descent.lr} or transform.max_angle={descent.max_angle}, "
-                    "start from a Hadamard matrix (INT4) or identity (NVFP4), and check that the "
-                    "format does not clip too far"
-                )
-            losses.append(loss)
-            moving.step()
-            point = {"learn/loss": loss}
-            if best.due(step):
-                matrices = moving.snapshot()
-                held = held_out_loss(model, scheme, build(matrices), teacher)
-                point["learn/held_out"] = held
-                best.offer(step, matrices, held)
-            model.log(point, step)
-            advance(f"loss {loss:.4f}, held out {held:.4f}, best {best.loss:.4f}")
+    course = loop.Course(
+        descent.steps,
+        descent.batch,
+        objective,
+        "learn",
+        f"lower transform.lr={descent.lr} or transform.max_angle={descent.max_angle}, start from a "
+        "Hadamard matrix (INT4) or identity (NVFP4), and check that the format does not clip too "
+        "far",
+    )
+
+    def loss(ids: Tensor, again: bool) -> Tensor:
+        return placed_loss(model, scheme, build(moving.matrices()), teacher, ids, again)
+
+    best = loop.descend(model, moving, loss, course)
     notes = {
         "objective": objective,
         "steps": descent.steps,
         "tokens_a_step": descent.batch * model.train.shape[1],
-        "train_loss": [losses[0], losses[-1]] if losses else [None, None],
+        "train_loss": [best.train[0], best.train[-1]] if best.train else [None, None],
         "held_out_loss": [best.first, best.loss],
         "best_step": best.step,
     }
-    return best.projected(), notes
+    return projected(best.values), notes
 
 
-@torch.no_grad()
-def held_out_loss(
-    model: CalibrationModel, scheme: Scheme, placement: Placement, teacher: Teacher | None
-) -> float:
-    """Mean loss of a placement on the held-out windows: kd with a teacher, lm without."""
-    total = 0.0
-    for ids in model.held.split(1):
-        target = teacher and teacher.logits(ids, again=True)
-        with model.unmerged(placement, scheme):
-            total += float(loss_of(model.logits(ids), ids, target))
-    return total / len(model.held)
+def placed_loss(
+    model: CalibrationModel,
+    scheme: Scheme,
+    placement: Placement,
+    teacher: Teacher | None,
+    ids: Tensor,
+    again: bool,
+) -> Tensor:
+    """The loss of a placement on ids [B, L]: kd with a teacher, lm without.
+
+    again: whether the ids come again.
+    """
+    target = teacher and teacher.logits(ids, again)
+    with model.unmerged(placement, scheme):
+        return loss_of(model.logits(ids), ids, target)
