@@ -42,7 +42,7 @@ class Format(ABC):
     """The knobs that all formats share.
 
     granularity: tensor | channel (weight row) | token (activation row) | group (of group_size
-        elements).
+        elements); FP8 has another.
     observer: minmax | mse (its knobs in `mse`).
     compute_dtype: float32 | input.
     pad: error | zero, for a last axis that the group does not divide.
@@ -59,6 +59,7 @@ class Format(ABC):
     pad: str = "error"
     role: str = "weight"
 
+    granularities = ("tensor", "channel", "token", "group")
     signed = False  # whether codes are two's complement integers
     slack = 0.0  # steps beyond the outermost lattice points that round to them without a clamp
     needs_static = False  # whether scales need a calibrated global_scale
@@ -68,7 +69,7 @@ class Format(ABC):
         if not isinstance(self.mse, MSE):
             # the one way to set a field of a frozen class
             object.__setattr__(self, "mse", MSE.of(self.mse, f"{name}: mse"))
-        self._choose("granularity", "tensor", "channel", "token", "group")
+        self._choose("granularity", *self.granularities)
         boolean(f"{name}: symmetric", self.symmetric)
         self._choose("observer", "minmax", "mse")
         self._choose("compute_dtype", "float32", "input")
@@ -81,7 +82,7 @@ class Format(ABC):
                 f"{name}: granularity={self.granularity} is not for role={self.role}; "
                 f"set granularity={other}."
             )
-        if (self.granularity == "group") != (self.group_size is not None):
+        if (self.granularity in ("group", "block")) != (self.group_size is not None):
             raise ConfigError(
                 f"{name}: group_size={self.group_size} contradicts granularity={self.granularity}: "
                 "a group needs a size, and nothing else has one (group_size=null)."
@@ -116,6 +117,15 @@ class Format(ABC):
         return self.granularity == "tensor" or patient
 
     # geometry
+
+    @property
+    def spans_rows(self) -> bool:
+        """Whether rows share a scale."""
+        return self.granularity == "tensor"
+
+    def per_row(self, t: Tensor, rows: int) -> Tensor:
+        """A tensor of `lattice`, of a matrix [rows, n], with what each row has: [rows, groups]."""
+        return t.expand(rows, -1)
 
     def group(self, n: int) -> int:
         """Elements that share a scale on a last axis of n.
@@ -280,8 +290,8 @@ class Format(ABC):
         return straight_through(x, dq) if ste else dq
 
     def _fake(self, x: Tensor, global_scale: Tensor | None) -> Tensor:
-        # a GPU has no such cache to fit, and a group of everything cannot be had in pieces
-        if x.device.type != "cpu" or self.granularity == "tensor":
+        # a GPU has no such cache to fit, and a group of several rows cannot be had in pieces
+        if x.device.type != "cpu" or self.spans_rows:
             out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
             return self._fake_rows(x, global_scale, out)
         rows = x.reshape(-1, x.shape[-1])
@@ -302,7 +312,8 @@ class Format(ABC):
         scales = self._scales(observed, global_scale, x.dtype)
         lattice = (t.unsqueeze(-1) for t in self.lattice(scales, work.dtype))
         # without a cast or padding at the end, the result can be written where it belongs
-        if work.dtype == out.dtype and work.numel() == out.numel():
+        whole = work.numel() == out.numel() and self.granularity != "block"
+        if whole and work.dtype == out.dtype:
             self.snap(work, *lattice, out=self.split(out))
             return out
         return out.copy_(self.join(self.snap(work, *lattice), x.shape))

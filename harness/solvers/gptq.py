@@ -70,11 +70,14 @@ class GPTQ(Solver):
             )
 
     def check(self, format: Format) -> list[str]:
-        if self.scales == "dynamic" and format.pad == "zero":
-            raise ConfigError(
-                "solver.scales=dynamic with format.weight.pad=zero: the last group is short; "
-                "use scales=static."
-            )
+        short = {"format.weight.pad=zero": format.pad == "zero"}
+        short["format.weight.granularity=block"] = format.granularity == "block"
+        for setting in (name for name, may in short.items() if may):
+            if self.scales == "dynamic":
+                raise ConfigError(
+                    f"solver.scales=dynamic with {setting}: the last group is short; "
+                    "use scales=static."
+                )
         if self.scales == "dynamic" and format.granularity != "group":
             return [
                 f"solver.scales=dynamic with format.weight.granularity={format.granularity}: a row "
