@@ -32,6 +32,7 @@ from harness.config.build import build, settings
 from harness.config.errors import ConfigError, DataError
 from harness.formats import (
     FP4,
+    FP8,
     MX,
     NVFP4,
     Format,
@@ -92,6 +93,10 @@ STATIC = Integer(
     scale_dtype="bf16",
     **SERVED,
 )
+F8 = FP8(scale_dtype="bf16")
+F8_TOKEN = FP8(granularity="token", role="activation", compute_dtype="input")
+F8_TENSOR = FP8(granularity="tensor", role="activation", compute_dtype="input", scale_dtype="bf16")
+KV8 = KVCache(kind="fp8", bits=8, compute_dtype="input")
 SCHEMES = {  # family, formats, the layout of the linears
     "nvfp4": ("qwen3", Scheme(weight=NV, act=NV_ACT), "nvfp4-pack-quantized"),
     "nvfp4 weights": ("llama", Scheme(weight=NV), "nvfp4-pack-quantized"),
@@ -132,6 +137,45 @@ SCHEMES = {  # family, formats, the layout of the linears
         Scheme(weight=weight(8, "tensor", symmetric=False), act=STATIC),
         "int-quantized",
     ),
+    "fp8": ("qwen2", Scheme(weight=F8, act=F8_TOKEN), "float-quantized"),
+    "fp8 weights": ("llama", Scheme(weight=F8), "float-quantized"),
+    "fp8 static": (
+        "mistral",
+        Scheme(
+            weight=replace(F8, granularity="tensor"),
+            act=replace(F8_TENSOR, range="static"),
+        ),
+        "float-quantized",
+    ),
+    "fp8 unit": (
+        "llama",
+        Scheme(
+            weight=replace(F8, granularity="tensor", range="unit"),
+            act=replace(F8_TENSOR, range="unit", scale_dtype="float32"),
+        ),
+        "float-quantized",
+    ),
+    "fp8 block": (  # 192 columns and 384 rows: the last squares of 128 are short
+        "qwen3",
+        Scheme(
+            weight=replace(F8, granularity="block", group_size=128),
+            act=replace(F8_TOKEN, granularity="group", group_size=32),
+        ),
+        "float-quantized",
+    ),
+    "fp8 group": (
+        "llama",
+        Scheme(weight=replace(F8, granularity="group", group_size=64), act=F8_TOKEN),
+        "float-quantized",
+    ),
+    "w4a8 fp8": ("llama", Scheme(weight=G64, act=F8_TOKEN), "pack-quantized"),
+    "fp8 kv8": ("llama", Scheme(weight=F8, act=F8_TOKEN, kv=KV8), "float-quantized"),
+    "kv8 fp8": ("qwen3", Scheme(kv=replace(KV8, scale="unit")), "dense"),
+    "mxfp4 kv4": (
+        "llama",
+        Scheme(weight=mx("e2m1"), kv=KVCache(kind="mxfp4", bits=4)),
+        "mxfp4-pack-quantized",
+    ),
     "w4a16kv4": ("llama", Scheme(weight=G64, kv=KV4), "pack-quantized"),
     "kv4": ("llama", Scheme(kv=KV4), "dense"),
     "mixed": ("qwen2", Scheme(weight=NV, act=NV_ACT, overrides=MIXED), "mixed-precision"),
@@ -144,6 +188,7 @@ DTYPES = {
     "mxfp8-quantized": {"F8_E4M3"},
     "pack-quantized": {"I32"},
     "int-quantized": {"I8"},
+    "float-quantized": {"F8_E4M3"},
     "mixed-precision": {"U8", "I32", "I8", "BF16"},
 }
 ROTATED = ("nvfp4", "nvfp4 weights", "mxfp4", "w4a16", "w4a16 asymmetric", "w4a8", "w8a8", "mixed")

@@ -9,9 +9,17 @@ from composed import composed
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize, quantize
 from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp
-from test_attention import IDS, close, decoded, error, float_model, logits, plant_key_outliers
+from test_attention import (
+    IDS,
+    close,
+    decoded,
+    error,
+    float_model,
+    logits,
+    plant_key_outliers,
+    rotation,
+)
 from test_attention import quantize as cached
-from test_attention import rotation
 from test_formats import data, extremes, identical
 
 from harness.checkpoints import layouts

@@ -15,12 +15,14 @@ A weight is [m, n], of b bits, here:
 
 D is the dtype in which the file is served, bfloat16 or float16. E4M3 is stored as float8_e4m3fn,
 E8M0 as its code in uint8. Besides: weight_global_scale is g, float32 [1]; weight_shape is int64
-[2]. One scale a tensor is [1], one a block [ceil(m / 128), ceil(n / 128)]. Asymmetric integers have a weight_zero_point, int8 [m, groups], in pack-quantized packed along
-the rows: int32 [ceil(m b / 32), groups]. dense: only inputs are quantized.
+[2]. One scale a tensor is [1], one a square of FP8 [ceil(m / 128), ceil(n / 128)]. Asymmetric
+integers have a weight_zero_point, int8 [m, groups], in pack-quantized packed along the rows: int32
+[ceil(m b / 32), groups]. dense: only inputs are quantized.
 
 Codes stand in a stream of bits, the first lowest: code i of a row in bits i b .. i b + b - 1,
 integers as q + 2^(b - 1). Static inputs add input_global_scale (NVFP4) or input_scale (FP8) and
-input_zero_point (integers). An FP8 cache of plain casts has k_scale and v_scale, [1]. Checked against compressed-tensors 0.20.
+input_zero_point (integers). An FP8 cache of plain casts has k_scale and v_scale, [1]. Checked
+against compressed-tensors 0.20.
 """
 
 from __future__ import annotations

@@ -65,40 +65,20 @@ def _input(format: Format) -> Iterable[tuple[str, tuple, str]]:
     yield "observer", ("minmax",), "ranges at run time are the extremes"
     if not isinstance(format, FP8):  # of which refuse_padding asks for the widths
         yield "pad", ("error",), "groups divide the width"
-    if isinstance(format, Integer):
-        static = format.range == "static"
-        yield "zp", ("rounded",), "zero points are whole numbers"
-        if static:
-            yield "scale_dtype", ("bf16",), "a stored scale is loaded in the checkpoint's dtype"
-        else:
-            yield "scale_dtype", ("float32", "input"), "scales at run time are as computed"
-            yield "clip", (1.0,), "ranges at run time are the extremes"
-        yield "int_range", ("full",), "codes reach -2^(bits - 1)"
-        if format.symmetric and not static:
-            yield (
-                "int_scale",
-                ("half_range",),
-                "a symmetric scale at run time is the greatest magnitude over (2^bits - 1) / 2",
-            )
-        if not format.symmetric:
-            yield (
-                "zp_order",
-                ("add_then_round",),
-                "at run time the zero point is added before rounding",
-            )
-            yield "zp_range", ("signed",), "zero points at run time are signed codes"
-    else:
-        yield "fp4_ties", ("even",), "a tie at run time goes to the even code"
-    if isinstance(format, FP8):
-        yield "element", ELEMENTS[format.bits], "the layout has no such element"
+    if isinstance(format, Integer | FP8):
         if format.range == "static":
             yield "scale_dtype", ("bf16",), "a stored scale is loaded in the checkpoint's dtype"
         else:
             yield "scale_dtype", ("float32", "input"), "scales at run time are as computed"
+    if isinstance(format, Integer):
+        yield from _integer_input(format)
+    else:
+        yield "fp4_ties", ("even",), "a tie at run time goes to the even code"
+    if isinstance(format, MX | FP8):
+        yield "element", ELEMENTS[format.bits], "the layout has no such element"
     if isinstance(format, NVFP4) and format.global_scale not in ("fixed", "none"):
         yield "scope", ("static",), "the global scale of an activation is stored"
     if isinstance(format, MX):
-        yield "element", ELEMENTS[format.bits], "the layout has no such element"
         yield "mx_scale", ("even",), "scales at run time are rounded that way"
         if format.element == "e4m3":
             yield (
@@ -114,6 +94,28 @@ def _input(format: Format) -> Iterable[tuple[str, tuple, str]]:
             )
     else:  # an MX scale and its elements are exact in any dtype
         yield "compute_dtype", ("input",), "scales at run time are computed in the model's dtype"
+
+
+def _integer_input(format: Integer) -> Iterable[tuple[str, tuple, str]]:
+    """The same of what integers alone have."""
+    static = format.range == "static"
+    yield "zp", ("rounded",), "zero points are whole numbers"
+    if not static:
+        yield "clip", (1.0,), "ranges at run time are the extremes"
+    yield "int_range", ("full",), "codes reach -2^(bits - 1)"
+    if format.symmetric and not static:
+        yield (
+            "int_scale",
+            ("half_range",),
+            "a symmetric scale at run time is the greatest magnitude over (2^bits - 1) / 2",
+        )
+    if not format.symmetric:
+        yield (
+            "zp_order",
+            ("add_then_round",),
+            "at run time the zero point is added before rounding",
+        )
+        yield "zp_range", ("signed",), "zero points at run time are signed codes"
 
 
 def refuse_padding(format: Format, field: str, shape: ModelShape) -> None:
@@ -207,6 +209,7 @@ def cache_scheme(kv: KVCache | None, head_dim: int) -> dict | None:
         )
     part = kv.part("key")
     about = described(part)
+    assert about is not None  # a part is a format
     if part.granularity == "token":  # all of a head's vector
         about |= {"strategy": "group", "group_size": head_dim}
     return about

@@ -9,11 +9,12 @@ read as part of the base). Everything behind is read from the right: the tag, th
 what came before quantization, which is told apart by its words (TRAININGS, PEFT).
 
 The tag is w<weights>_g<group>_a<activations>_kv<cache>_head<output head>. Integers are their bits,
-16 is not quantized (fp16 for the head), a floating format is its word: nvfp4, fouroversix, fp4,
-fp8, mxfp4, mxfp6, mxfp8 (fp8.e5m2, mxfp6.e3m2, mxfp8.e5m2). mixed4: single linears differ from 4; auto4.5:
-allocated under 4.5 bits a weight. No g means one scale a channel, as in names written elsewhere, so
-that one model has one spelling; gtensor is one scale a tensor, g128x128 one a square. Foreign names may leave out a and
-kv, which means 8 there, and the head, which means fp16; headw4 is read as head4.
+16 is not quantized (fp16 for the head), a floating format is its word: nvfp4, fouroversix, if4,
+fp4, fp8, mxfp4, mxfp6, mxfp8 (fp8.e5m2, mxfp6.e3m2, mxfp8.e5m2). mixed4: single linears differ from
+4; auto4.5: allocated under 4.5 bits a weight. No g means one scale a channel, as in names written
+elsewhere, so that one model has one spelling; gtensor is one scale a tensor, g128x128 one a square.
+Foreign names may leave out a and kv, which means 8 there, and the head, which means fp16; headw4 is
+read as head4.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ class Name:
     """The parts of a name.
 
     weight, act, kv, head: bits of an integer format or the word of another; group: elements a
-    scale, "128x128", "tensor", or None (channel). Raises ValueError for a part that would not be read back as
-    it is.
+    scale, "128x128", "tensor", or None (channel). Raises ValueError for a part that would not be
+    read back as it is.
     """
 
     base: str

@@ -3,7 +3,7 @@
 base        Format, what all share          qtensor     codes and scales, as they are stored
 integer     INT-b                           observers   minmax and mse, the range of a group
 floating    fp4, fp8, nvfp4, fouroversix,   packing     two codes a byte, eight a word
-            mxfp                            cache       keys and values
+            if4, mxfp                       cache       keys and values
 grids       casts to small floats           scheme      the formats of a model
 """
 
@@ -13,6 +13,7 @@ from harness.formats.fouroversix import FourOverSix
 from harness.formats.fp4 import FP4
 from harness.formats.fp8 import FP8
 from harness.formats.grids import E2M1, E2M3, E3M2, E4M3, E5M2, Grid
+from harness.formats.if4 import IF4
 from harness.formats.integer import Integer
 from harness.formats.mxfp import MX
 from harness.formats.nvfp4 import NVFP4
@@ -29,6 +30,7 @@ __all__ = [
     "E5M2",
     "FP4",
     "FP8",
+    "IF4",
     "MSE",
     "MX",
     "NVFP4",

@@ -13,7 +13,7 @@ scales of 1); ModelOpt (NVFP4_KV, whose float32 scale is calibrated, once a laye
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -73,8 +73,7 @@ class KVCache:
         try:
             self.part("key")
         except ConfigError as error:
-            message = str(error).replace(f"{type(self).__name__}: ", "KVCache: ", 1)
-            raise ConfigError(message.replace("Integer: ", "KVCache: ", 1)) from None
+            raise ConfigError(f"KVCache: {str(error).partition(': ')[2]}") from None
 
     @property
     def unread(self) -> tuple[str, ...]:
@@ -86,23 +85,32 @@ class KVCache:
 
     def part(self, name: str) -> Format:
         """The format of one head's vectors [.., head_dim]; name: key | value."""
-        shared = {"role": "activation", "compute_dtype": self.compute_dtype}
+        format = self._integer(name) if self.kind == "integer" else self._floating()
+        return replace(format, compute_dtype=self.compute_dtype)
+
+    @property
+    def _geometry(self) -> tuple[str, int | None]:
+        """granularity and group_size of what takes any."""
+        if self.group_size in (None, -1):  # all that `fake` lays in a row
+            return "token", None
+        return "group", self.group_size
+
+    def _floating(self) -> Format:
         if self.kind == "mxfp4":
-            return MX(mx_scale="even", **shared)
+            return MX(mx_scale="even", role="activation")
+        unit = self.scale == "unit"
         if self.kind == "nvfp4":
-            return NVFP4(
-                scope="token", global_scale="none" if self.scale == "unit" else "amax", **shared
-            )
-        granularity = "group"
-        group_size = self.group_size
-        if group_size in (None, -1):  # all that `fake` lays in a row
-            granularity = "token"
-            group_size = None
-        if self.kind != "integer":
-            shared["element"] = "e5m2" if self.kind == "fp8_e5m2" else "e4m3"
-            if self.scale == "unit":
-                return FP8(granularity="tensor", range="unit", **shared)
-            return FP8(granularity=granularity, group_size=group_size, **shared)
+            return NVFP4(scope="token", global_scale="none" if unit else "amax", role="activation")
+        element = "e5m2" if self.kind == "fp8_e5m2" else "e4m3"
+        if unit:
+            return FP8(granularity="tensor", range="unit", element=element, role="activation")
+        granularity, group_size = self._geometry
+        return FP8(
+            granularity=granularity, group_size=group_size, element=element, role="activation"
+        )
+
+    def _integer(self, name: str) -> Integer:
+        granularity, group_size = self._geometry
         return Integer(
             bits=self.bits,
             granularity=granularity,
@@ -113,7 +121,7 @@ class KVCache:
             zp=self.zp,
             zp_order=self.zp_order,
             zp_range=self.zp_range,
-            **shared,
+            role="activation",
         )
 
     def check(self, head_dim: int, field: str, where: str) -> None:
