@@ -75,7 +75,9 @@ class IF4(FourOverSix):
         q = torch.where(integer, q * (6 / 7), q)
         return q.div_(torch.full((), self.PRODUCT, device=q.device))  # see `over`
 
-    def _encode(self, x: Tensor, inverse: Tensor, s: Tensor, amax: Tensor, integer: Tensor) -> Tensor:
+    def _encode(
+        self, x: Tensor, inverse: Tensor, s: Tensor, amax: Tensor, integer: Tensor
+    ) -> Tensor:
         y = x * inverse
         levels = _level(y).to(torch.int8).view(torch.uint8) & 0xF
         return torch.where(

@@ -70,13 +70,11 @@ class GPTQ(Solver):
             )
 
     def check(self, format: Format) -> list[str]:
-        short = {"format.weight.pad=zero": format.pad == "zero"}
-        short["format.weight.granularity=block"] = format.granularity == "block"
-        for setting in (name for name, may in short.items() if may):
-            if self.scales == "dynamic":
+        for field, value in (("pad", "zero"), ("granularity", "block")):
+            if self.scales == "dynamic" and getattr(format, field) == value:
                 raise ConfigError(
-                    f"solver.scales=dynamic with {setting}: the last group is short; "
-                    "use scales=static."
+                    f"solver.scales=dynamic with format.weight.{field}={value}: the last group is "
+                    "short; use scales=static."
                 )
         if self.scales == "dynamic" and format.granularity != "group":
             return [
