@@ -28,6 +28,7 @@ from harness.config.errors import ConfigError
 from harness.formats import E4M3, E5M2, FP8, Format, KVCache, QTensor
 from harness.models.attention import HeadsInput
 from harness.models.attention import cache as empty
+from harness.pipeline import ids
 from harness.solvers import AWQ, GPTQ, RTN
 from harness.solvers.base import Problem
 from harness.solvers.rounding import Rounding
@@ -392,6 +393,16 @@ def test_caches_that_do_not_exist_are_refused(knobs, message):
 def test_a_head_that_blocks_do_not_divide_is_refused():
     with pytest.raises(ConfigError, match=r"format\.kv\.group_size.* does not divide the width 48"):
         KVCache(kind="mxfp4").check(48, "format.kv.group_size", "the key/value heads")
+
+
+def test_settings_that_came_later_leave_the_ids_of_integer_caches_alone():
+    section = settings(composed("format=w4a4kv4")[0])["format"]
+    before = {key: x for key, x in section["kv"].items() if key not in ("kind", "scale")}
+    assert len(before) == len(section["kv"]) - 2
+    assert ids.of_format(section, {}) == {**section, "kv": before}
+    for changed in ({"kind": "fp8", "bits": 8}, {"scale": "unit"}, {"group_size": 16}):
+        other = {**section, "kv": section["kv"] | changed}
+        assert ids.of_format(other, {}) != ids.of_format(section, {})
 
 
 # presets

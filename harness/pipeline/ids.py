@@ -77,7 +77,7 @@ def of_format(section: Mapping, export: Mapping) -> dict:
 
 def _as_before(section: Mapping) -> dict:
     """A format's settings without those of the cache that came later, where they say nothing."""
-    cache = {key: x for key, x in section["kv"].items() if CACHE.get(key) != x}
+    cache = {key: x for key, x in section["kv"].items() if (key, x) not in CACHE.items()}
     return {**section, "kv": cache}
 
 
