@@ -124,9 +124,15 @@ class FP8(Floating):
 
     # scales
 
+    @property
+    def _given(self) -> bool:
+        """Whether the greatest magnitude is another's: calibrated, or that of a site's weights."""
+        shared = (self.role, self.granularity, self.range) == ("weight", "tensor", "dynamic")
+        return shared or self.needs_static
+
     def global_from_amax(self, amax: Tensor) -> Tensor | None:
-        """amax itself, of what has one scale."""
-        if self.granularity != "tensor" or self.range == "unit":
+        """amax itself, float32, where the scale follows from what is given."""
+        if not self._given:
             return None
         amax = amax.detach().float()
         return amax.reshape(1) if amax.ndim == 0 else amax
@@ -139,8 +145,7 @@ class FP8(Floating):
                 "FP8: range=static needs a calibrated range and got none; "
                 "calibrate activations, or set range=dynamic."
             )
-        shared = self.role == "weight" and self.granularity == "tensor"
-        return global_scale if shared or self.needs_static else None
+        return global_scale if self._given else None
 
     def _scales(self, blocks: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Scales:
         """global_scale: the greatest magnitude [1] that stands for that of the blocks."""
