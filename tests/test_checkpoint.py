@@ -53,6 +53,17 @@ CASES = {
         "format.kv.bits=8",
         "model.family=qwen2",
     ],
+    "squares": [
+        "transform=quarot",
+        "format=fp8_block",
+        "solver=gptq",
+        "format.kv={kind: nvfp4, bits: 4}",
+    ],
+    "static fp8": [
+        "format=fp8_static",
+        "format.kv={kind: fp8, bits: 8, scale: unit}",
+        "format.overrides={down_proj: if4}",
+    ],
     "merged": ["format=fouroversix", "solver=awq", "solver.grid=2"],
     "mixed": [
         "transform=quarot",

@@ -32,6 +32,7 @@ from harness.config.build import build, settings
 from harness.config.errors import ConfigError, DataError
 from harness.formats import (
     FP4,
+    FP8,
     MX,
     NVFP4,
     Format,
@@ -92,6 +93,10 @@ STATIC = Integer(
     scale_dtype="bf16",
     **SERVED,
 )
+F8 = FP8(scale_dtype="bf16")
+F8_TOKEN = FP8(granularity="token", role="activation", compute_dtype="input")
+F8_TENSOR = FP8(granularity="tensor", role="activation", compute_dtype="input", scale_dtype="bf16")
+KV8 = KVCache(kind="fp8", bits=8, compute_dtype="input")
 SCHEMES = {  # family, formats, the layout of the linears
     "nvfp4": ("qwen3", Scheme(weight=NV, act=NV_ACT), "nvfp4-pack-quantized"),
     "nvfp4 weights": ("llama", Scheme(weight=NV), "nvfp4-pack-quantized"),
@@ -132,6 +137,45 @@ SCHEMES = {  # family, formats, the layout of the linears
         Scheme(weight=weight(8, "tensor", symmetric=False), act=STATIC),
         "int-quantized",
     ),
+    "fp8": ("qwen2", Scheme(weight=F8, act=F8_TOKEN), "float-quantized"),
+    "fp8 weights": ("llama", Scheme(weight=F8), "float-quantized"),
+    "fp8 static": (
+        "mistral",
+        Scheme(
+            weight=replace(F8, granularity="tensor"),
+            act=replace(F8_TENSOR, range="static"),
+        ),
+        "float-quantized",
+    ),
+    "fp8 unit": (
+        "llama",
+        Scheme(
+            weight=replace(F8, granularity="tensor", range="unit"),
+            act=replace(F8_TENSOR, range="unit", scale_dtype="float32"),
+        ),
+        "float-quantized",
+    ),
+    "fp8 block": (  # 192 columns and 384 rows: the last squares of 128 are short
+        "qwen3",
+        Scheme(
+            weight=replace(F8, granularity="block", group_size=128),
+            act=replace(F8_TOKEN, granularity="group", group_size=32),
+        ),
+        "float-quantized",
+    ),
+    "fp8 group": (
+        "llama",
+        Scheme(weight=replace(F8, granularity="group", group_size=64), act=F8_TOKEN),
+        "float-quantized",
+    ),
+    "w4a8 fp8": ("llama", Scheme(weight=G64, act=F8_TOKEN), "pack-quantized"),
+    "fp8 kv8": ("llama", Scheme(weight=F8, act=F8_TOKEN, kv=KV8), "float-quantized"),
+    "kv8 fp8": ("qwen3", Scheme(kv=replace(KV8, scale="unit")), "dense"),
+    "mxfp4 kv4": (
+        "llama",
+        Scheme(weight=mx("e2m1"), kv=KVCache(kind="mxfp4", bits=4)),
+        "mxfp4-pack-quantized",
+    ),
     "w4a16kv4": ("llama", Scheme(weight=G64, kv=KV4), "pack-quantized"),
     "kv4": ("llama", Scheme(kv=KV4), "dense"),
     "mixed": ("qwen2", Scheme(weight=NV, act=NV_ACT, overrides=MIXED), "mixed-precision"),
@@ -144,6 +188,7 @@ DTYPES = {
     "mxfp8-quantized": {"F8_E4M3"},
     "pack-quantized": {"I32"},
     "int-quantized": {"I8"},
+    "float-quantized": {"F8_E4M3"},
     "mixed-precision": {"U8", "I32", "I8", "BF16"},
 }
 ROTATED = ("nvfp4", "nvfp4 weights", "mxfp4", "w4a16", "w4a16 asymmetric", "w4a8", "w8a8", "mixed")
@@ -441,6 +486,22 @@ REFUSED = {
     "format.weight.element=e3m2": Scheme(weight=mx("e3m2")),
     "format.weight.mx_scale=fpquant": Scheme(weight=mx("e2m1", mx_scale="fpquant")),
     "format.weight=FP4": Scheme(weight=FP4()),
+    "format.weight.element=e5m2": Scheme(weight=replace(F8, element="e5m2")),
+    "format.weight.scale_dtype=float32": Scheme(weight=FP8()),
+    "format.act.scale_dtype=float32": Scheme(
+        weight=F8, act=replace(F8_TENSOR, range="static", scale_dtype="float32")
+    ),
+    "format.act.compute_dtype=float32": Scheme(
+        weight=F8, act=replace(F8_TOKEN, compute_dtype="float32")
+    ),
+    "format.act.group_size=128": Scheme(  # of 192 and 384 features
+        weight=F8, act=replace(F8_TOKEN, granularity="group", group_size=128, pad="zero")
+    ),
+    "format.kv.bits=4 and format.kv.kind=nvfp4": Scheme(
+        kv=KVCache(kind="nvfp4", compute_dtype="input")
+    ),
+    "format.kv.bits=8 and format.kv.kind=fp8_e5m2": Scheme(kv=replace(KV8, kind="fp8_e5m2")),
+    "format.kv.bits=8 and format.kv.group_size=-1": Scheme(kv=replace(KV8, group_size=-1)),
     "format.act=FourOverSix": Scheme(weight=NV, act=FourOverSix(role="activation", scope="static")),
     "format.act.scope=token": Scheme(weight=NV, act=NVFP4(role="activation", scope="token")),
     "format.weight.scale_dtype=input": Scheme(weight=replace(G64, scale_dtype="input")),
@@ -554,6 +615,10 @@ def activations(dtype: torch.dtype) -> torch.Tensor:
         ["format=int8", "format.act.granularity=group", "format.act.group_size=32"],
         ["format=int8", "format.act.symmetric=true", "format.act.int_scale=half_range"],
         ["format=nvfp4"],
+        ["format=fp8"],
+        ["format=w4a8_fp8"],
+        ["format=fp8", "format.act.granularity=tensor"],
+        ["format=fp8_block", "format.act.group_size=32"],
         ["format=mxfp4", "format.act.mx_scale=even"],
         ["format=mxfp6", "format.act.mx_scale=even"],
         ["format=mxfp8", "format.act.mx_scale=even", "format.act.mx_even_mbits=1"],
@@ -576,22 +641,32 @@ def test_activations_are_evaluated_as_they_are_served(chosen, dtype):
 
 @pytest.mark.skipif(not CACHED, reason="the installed releases quantize no cache")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("group", ["null", "16"])
-def test_keys_and_values_are_evaluated_as_they_are_served(group, dtype):
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ["format=w4a4kv4"],
+        ["format=w4a4kv4", "format.kv.group_size=16"],
+        ["format=fp8_kv"],
+        ["format=fp8_kv", "format.kv.group_size=16"],
+        ["format=fp8_kv", "format.kv.scale=unit"],
+        ["format=mxfp4_kv"],
+    ],
+    ids=str,
+)
+def test_keys_and_values_are_evaluated_as_they_are_served(chosen, dtype):
     cfg, _ = composed(
-        "export=compressed_tensors",
-        "format=w4a4kv4",
-        "format.kv.clip_k=1.0",
-        "format.kv.clip_v=1.0",
-        f"format.kv.group_size={group}",
+        "export=compressed_tensors", "format.kv.clip_k=1.0", "format.kv.clip_v=1.0", *chosen
     )
     kv = build(settings(cfg)["format"]["kv"], "format.kv", KVCache)
     x, args = (
         activations(dtype).view(2, 96, 2, 32).transpose(1, 2),
         QuantizationArgs(**layouts.cache_scheme(kv, 32)),
     )
-    served = fake_quantize(x, *compute_dynamic_scales_and_zp(x, args, None), args)
-    assert torch.equal(kv.fake(x, "key"), served)
+    if args.dynamic:
+        scales = compute_dynamic_scales_and_zp(x, args, None)
+    else:
+        scales = entries.cache_entries(kv)["k_scale"].to(dtype), None
+    assert torch.equal(kv.fake(x, "key"), fake_quantize(x, *scales, args))
 
 
 def test_a_static_scale_is_that_of_the_evaluation():
@@ -615,9 +690,10 @@ INTEGERS = [
     "w8a8 static",
     *["w4a16kv4"][:CACHED],
 ]
+FP8S = ["fp8", "fp8 static", "fp8 block", "w4a8 fp8", *["fp8 kv8", "kv8 fp8"][: 2 * CACHED]]
 
 
-@pytest.mark.parametrize("case", [*INTEGERS, "nvfp4", "mxfp4", "mixed"])
+@pytest.mark.parametrize("case", [*INTEGERS, *FP8S, "nvfp4", "mxfp4", "mixed"])
 def test_a_bfloat16_run_is_served_bit_for_bit(tmp_path, case):
     family, scheme, _ = SCHEMES[case]
     made = make(tmp_path / "checkpoint", family, scheme, rotate=False, dtype=torch.bfloat16)

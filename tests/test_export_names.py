@@ -140,10 +140,18 @@ def test_runs_of_a_sweep_have_names_of_their_own():
     formats = (
         "nvfp4",
         "fouroversix",
+        "if4",
         "mxfp4",
         "mxfp6",
         "mxfp8",
         "fp4",
+        "fp8",
+        "fp8_static",
+        "fp8_block",
+        "fp8_kv",
+        "nvfp4_kv",
+        "mxfp4_kv",
+        "w4a8_fp8",
         "int4",
         "int8",
         "w4a4kv4",
@@ -160,6 +168,11 @@ def test_runs_of_a_sweep_have_names_of_their_own():
     assert len({str(name) for name in names}) == len(names)
     assert all(Name.parse(str(name)) == name for name in names)
     assert str(names[0]) == "SmolLM2-135M-Instruct-GPTQ_wnvfp4_g16_anvfp4_kv16_headfp16"
+    block = run_name("format=fp8_block", "format.kv={kind: nvfp4, bits: 4}")
+    assert str(block) == "SmolLM2-135M-Instruct-GPTQ_wfp8_g128x128_afp8_kvnvfp4_headfp16"
+    e5m2 = run_name("format=fp8_static", "format.weight.element=e5m2")
+    assert str(e5m2) == "SmolLM2-135M-Instruct-GPTQ_wfp8.e5m2_gtensor_afp8_kv16_headfp16"
+    assert all(Name.parse(str(name)) == name for name in (block, e5m2))
     jq_seed = run_name("format=int4", "transform=jq_seed")
     assert str(jq_seed) == "SmolLM2-135M-Instruct-JQSeed.GPTQ_w4_g64_a4_kv16_headfp16"
 

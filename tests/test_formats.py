@@ -15,6 +15,7 @@ from harness.formats import (
     E4M3,
     E5M2,
     FP4,
+    FP8,
     MSE,
     MX,
     NVFP4,
@@ -60,6 +61,12 @@ FORMATS = {
     "fp4": FP4(),
     "fp4_channel_bf16": FP4(granularity="channel", group_size=None, scale_dtype="bf16"),
     "fp4_input": FP4(compute_dtype="input", fp4_ties="zero"),
+    "fp8": FP8(),
+    "fp8_e5m2": FP8(granularity="group", group_size=32, element="e5m2"),
+    "fp8_tensor_bf16": FP8(granularity="tensor", scale_dtype="bf16"),
+    "fp8_block": FP8(granularity="block", group_size=16),
+    "fp8_block_mse": FP8(granularity="block", group_size=32, observer="mse"),
+    "fp8_unit": FP8(granularity="tensor", range="unit"),
     "nvfp4": NVFP4(),
     "nvfp4_away": NVFP4(fp4_ties="away"),
     "nvfp4_256": NVFP4(global_scale="amax_256"),
@@ -104,10 +111,12 @@ SYMMETRIC = [name for name, format in FORMATS.items() if format.symmetric and na
 ACTIVATIONS = {
     name: replace(format, role="activation")
     for name, format in FORMATS.items()
-    if format.granularity != "channel"
+    if format.granularity not in ("channel", "block")
 } | {
     "fp4_tensor": FP4(granularity="tensor", group_size=None, role="activation"),
     "fouroversix_token": FourOverSix(scope="token", role="activation"),
+    "fp8_token": FP8(granularity="token", role="activation"),
+    "fp8_static": FP8(granularity="tensor", range="static", role="activation"),
     "nvfp4_static": NVFP4(scope="static", role="activation"),
     "int8_static": Integer(bits=8, granularity="tensor", range="static", role="activation"),
     "int2_static_mse": Integer(
@@ -247,11 +256,12 @@ def test_snapped_values_are_representable(format):
 
 @named()
 def test_columns_snap_like_the_matrix(format):
-    if format.granularity == "tensor" or format.compute_dtype == "input":
+    if format.compute_dtype == "input":
         pytest.skip("columns of a float32 working copy")
     w = data(40, 128)
     scales = format.scales(w)
-    lattice, group = format.lattice(scales), format.group(w.shape[-1])
+    lattice = [format.per_row(t, len(w)) for t in format.lattice(scales)]
+    group = format.group(w.shape[-1])
     columns = w.clone()
     for j in range(w.shape[-1]):
         column = columns[:, j].clone()
@@ -574,6 +584,8 @@ def fitting(format, role):
 
 @named()
 def test_nan_activations_stay_visible(format):
+    if format.granularity == "block":
+        pytest.skip("squares are of weights")
     format = replace(format, role="activation", **fitting(format, "activation"))
     x = data(4, 64)
     x[1, 3] = torch.nan
@@ -581,7 +593,9 @@ def test_nan_activations_stay_visible(format):
     everything = format.granularity == "tensor" or getattr(format, "scope", "token") == "tensor"
     if getattr(format, "global_scale", "") in ("fixed", "none"):
         everything = False
-    if everything:
+    if getattr(format, "range", "") == "unit":
+        assert torch.equal(dq.isnan(), x.isnan())
+    elif everything:
         assert dq.isnan().all()
     elif getattr(format, "scope", "") == "token":
         assert torch.equal(

@@ -3,17 +3,18 @@
 For what needs no code of ours at run time.
 
 Held: the formats of `layouts`, mixed over linears as one likes, the head too; routed experts
-(experts.py); integer keys and values (`kv_cache_scheme`, which transformers applies); all that is
-merged into weights. Tensors are called as transformers saves them. Refused: what stays online.
-compressed-tensors has a `transform_config`, but transformers (5.23) drops it on loading, so a file
-that counted on it would compute something else without a word.
+(experts.py); keys and values of integers, FP8 and MXFP4 (`kv_cache_scheme`, which transformers
+applies, and vLLM where scales are stored: FP8, scale=unit); all that is merged into weights.
+Tensors are called as transformers saves them. Refused: what stays online. compressed-tensors has a
+`transform_config`, but transformers (5.23) drops it on loading, so a file that counted on it would
+compute something else without a word.
 
 The file is served in bfloat16; of a float16 model of integers in float16 (NVFP4 and MX weights are
 unpacked to bfloat16 even then, on which float16 inputs fail). A loaded weight is the decoded one,
 rounded once to that dtype. Floats (norms, embeddings, biases, a head that is not quantized) are
-stored in it; scales of integers are, too, since transformers casts them to the checkpoint's dtype
-on loading and decodes in that: codes and zero points are exact in it and (q - z) s is rounded once.
-NVFP4 is decoded in float32, MX exactly.
+stored in it; scales of integers and FP8 are, too, since transformers casts them to the checkpoint's
+dtype on loading and decodes in that: codes and zero points are exact in it and (q - z) s is rounded
+once. NVFP4 is decoded in float32, MX exactly.
 
 Activations, keys and values are quantized at run time by the rules of `export.serves`, which the
 formats take before anything is solved: in the model's dtype, zero points signed and added before
@@ -89,12 +90,14 @@ class CompressedTensors(Exporter):
         refuse_experts(scheme, context, formats)
         for format, field in formats.items():
             layouts.refuse(format, field)
+            layouts.refuse_padding(format, field, context)
         return self._warnings(scheme, formats, dtype)
 
     def _warnings(self, scheme: Scheme, formats: Iterable[Format], dtype: str) -> list[str]:
         """What is held, and yet not everywhere computed as it was evaluated."""
         warnings = []
-        if scheme.kv is not None:
+        static = bool(entries.cache_entries(scheme.kv))  # the one kind that engines know
+        if scheme.kv is not None and not static:
             warnings.append(
                 "format.kv with export=compressed_tensors: transformers applies it, vLLM does not"
             )
@@ -126,6 +129,10 @@ class CompressedTensors(Exporter):
         evaluated = snapshot.adapter.model.dtype
         served = self.stored(snapshot)
         experts = parts_of(snapshot.adapter.structure)
+        structure = snapshot.adapter.structure
+        for layer, attention in structure.attention.items():
+            for entry, tensor in entries.cache_entries(snapshot.scheme.kv).items():
+                yield f"{structure.blocks}.{layer}.{attention.module}.{entry}", tensor.to(served)
         for name, module in modules(snapshot.adapter):
             q = snapshot.qtensors.get(name)
             if q is not None:

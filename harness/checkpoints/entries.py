@@ -10,16 +10,19 @@ A weight is [m, n], of b bits, here:
 | mxfp8-quantized      | weight float8_e4m3fn [m, n]             | E8M0 [m, n / 32] |              |
 | pack-quantized       | weight_packed int32 [m, ceil(n b / 32)] | D [m, groups]    | shape        |
 | int-quantized        | weight int8 [m, n]                      | D [m, groups]    |              |
+| float-quantized      | weight float8_e4m3fn [m, n]             | D [m, groups]    |              |
 | dense                | weight D [m, n]                         |                  |              |
 
 D is the dtype in which the file is served, bfloat16 or float16. E4M3 is stored as float8_e4m3fn,
 E8M0 as its code in uint8. Besides: weight_global_scale is g, float32 [1]; weight_shape is int64
-[2]. Asymmetric integers have a weight_zero_point, int8 [m, groups], in pack-quantized packed along
-the rows: int32 [ceil(m b / 32), groups]. dense: only inputs are quantized.
+[2]. One scale a tensor is [1], one a square of FP8 [ceil(m / 128), ceil(n / 128)]. Asymmetric
+integers have a weight_zero_point, int8 [m, groups], in pack-quantized packed along the rows: int32
+[ceil(m b / 32), groups]. dense: only inputs are quantized.
 
 Codes stand in a stream of bits, the first lowest: code i of a row in bits i b .. i b + b - 1,
-integers as q + 2^(b - 1). Static inputs add input_global_scale (NVFP4) or input_scale and
-input_zero_point (integers). Checked against compressed-tensors 0.20.
+integers as q + 2^(b - 1). Static inputs add input_global_scale (NVFP4) or input_scale (FP8) and
+input_zero_point (integers). An FP8 cache of plain casts has k_scale and v_scale, [1]. Checked
+against compressed-tensors 0.20.
 """
 
 from __future__ import annotations
@@ -31,7 +34,17 @@ import torch
 from torch import Tensor
 
 from harness.config.errors import DataError
-from harness.formats import MX, NVFP4, Format, FourOverSix, Integer, QTensor, pack_nibbles
+from harness.formats import (
+    FP8,
+    MX,
+    NVFP4,
+    Format,
+    FourOverSix,
+    Integer,
+    KVCache,
+    QTensor,
+    pack_nibbles,
+)
 
 
 def served(dtype: torch.dtype | None, formats: Iterable[Format]) -> torch.dtype:
@@ -48,7 +61,7 @@ def served(dtype: torch.dtype | None, formats: Iterable[Format]) -> torch.dtype:
 def weight_entries(q: QTensor, kind: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """{entry: tensor} of a quantized weight [out, in] in layout `kind`.
 
-    dtype: that of scales of integers.
+    dtype: that of float scales.
     """
     format = q.format
     scale = q.scales.scale
@@ -64,6 +77,9 @@ def weight_entries(q: QTensor, kind: str, dtype: torch.dtype = torch.bfloat16) -
         if kind == "mxfp8-quantized":
             return {"weight": q.codes.view(torch.float8_e4m3fn), "weight_scale": scale}
         return {"weight_packed": pack_bits(q.codes, format.bits), "weight_scale": scale}
+    if isinstance(format, FP8):
+        scale = scale.reshape(1) if format.granularity == "tensor" else scale
+        return {"weight": q.codes.view(torch.float8_e4m3fn), "weight_scale": scale.to(dtype)}
     assert isinstance(format, Integer), "layouts.refuse lets no other through"
     return _integer_entries(q, format, kind, dtype)
 
@@ -105,15 +121,23 @@ def input_entries(
     if isinstance(format, NVFP4):
         g = format.global_from_amax(torch.zeros(1)) if seen is None else seen.reshape(1).clone()
         return {"input_global_scale": g}
-    if not isinstance(format, Integer) or format.range != "static":
+    if not isinstance(format, Integer | FP8) or format.range == "dynamic":
         return {}
-    assert seen is not None, "a static range is calibrated before anything is evaluated"
-    scales = format.scales(seen.new_zeros(1, 1, dtype=evaluated), seen)
+    # a static range is calibrated before anything is evaluated, that of a plain cast is none
+    zeros = torch.zeros(1, 1, dtype=evaluated, device=None if seen is None else seen.device)
+    scales = format.scales(zeros, seen)
     entries = {"input_scale": scales.scale.reshape(1)}
-    if scales.zero is not None:
+    if isinstance(format, Integer) and scales.zero is not None:
         zero = (scales.zero - _offset(format)).to(torch.int8)
         entries["input_zero_point"] = zero.reshape(1)
     return entries
+
+
+def cache_entries(kv: KVCache | None) -> dict[str, Tensor]:
+    """{entry: tensor} of an attention module whose keys and values have scales known beforehand."""
+    if kv is None or (kv.kind, kv.scale) != ("fp8", "unit"):
+        return {}
+    return {"k_scale": torch.ones(1), "v_scale": torch.ones(1)}
 
 
 def stored_global_scale(q: QTensor) -> Tensor:

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from harness.config.errors import ConfigError
-from harness.formats import MX, NVFP4, Format, FourOverSix, Integer, KVCache
+from harness.formats import FP8, MX, NVFP4, Format, FourOverSix, Integer, KVCache
 from harness.libraries.compressed_tensors import cache_refusal
 from harness.transforms import ModelShape
 
 WAY_OUT = "or use export=harness"
-HELD = {"weight": (NVFP4, FourOverSix, MX, Integer), "activation": (NVFP4, MX, Integer)}
+HELD = {"weight": (NVFP4, FourOverSix, MX, FP8, Integer), "activation": (NVFP4, MX, FP8, Integer)}
 ELEMENTS = {4: ("e2m1",), 6: ("e2m3",), 8: ("e4m3",)}  # of MX, by bits
 
 
@@ -45,14 +45,16 @@ def _weight(format: Format) -> Iterable[tuple[str, tuple, str]]:
     """
     yield "pad", ("error",), "groups divide the width"
     if isinstance(format, MX):
-        yield "element", ELEMENTS[format.bits], "the layout has no such element"
         yield "mx_scale", ("even", "floor", "ceil", "rceil"), "its scales are no powers of two"
-    if isinstance(format, Integer):
+    if isinstance(format, MX | FP8):
+        yield "element", ELEMENTS[format.bits], "the layout has no such element"
+    if isinstance(format, Integer | FP8):
         yield (
             "scale_dtype",
             ("bf16",),
             "scales are loaded in the checkpoint's dtype, so codes must come from such",
         )
+    if isinstance(format, Integer):
         yield "zp", ("rounded",), "zero points are whole numbers"
         if not format.spans_zero:
             yield "incl0", ("always",), "zero points are codes, so zero lies in every range"
@@ -61,35 +63,22 @@ def _weight(format: Format) -> Iterable[tuple[str, tuple, str]]:
 def _input(format: Format) -> Iterable[tuple[str, tuple, str]]:
     """(key, what it may be, why) of an activation, which others compute from these few words."""
     yield "observer", ("minmax",), "ranges at run time are the extremes"
-    yield "pad", ("error",), "groups divide the width"
-    if isinstance(format, Integer):
-        static = format.range == "static"
-        yield "zp", ("rounded",), "zero points are whole numbers"
-        if static:
+    if not isinstance(format, FP8):  # of which refuse_padding asks for the widths
+        yield "pad", ("error",), "groups divide the width"
+    if isinstance(format, Integer | FP8):
+        if format.range == "static":
             yield "scale_dtype", ("bf16",), "a stored scale is loaded in the checkpoint's dtype"
         else:
             yield "scale_dtype", ("float32", "input"), "scales at run time are as computed"
-            yield "clip", (1.0,), "ranges at run time are the extremes"
-        yield "int_range", ("full",), "codes reach -2^(bits - 1)"
-        if format.symmetric and not static:
-            yield (
-                "int_scale",
-                ("half_range",),
-                "a symmetric scale at run time is the greatest magnitude over (2^bits - 1) / 2",
-            )
-        if not format.symmetric:
-            yield (
-                "zp_order",
-                ("add_then_round",),
-                "at run time the zero point is added before rounding",
-            )
-            yield "zp_range", ("signed",), "zero points at run time are signed codes"
+    if isinstance(format, Integer):
+        yield from _integer_input(format)
     else:
         yield "fp4_ties", ("even",), "a tie at run time goes to the even code"
+    if isinstance(format, MX | FP8):
+        yield "element", ELEMENTS[format.bits], "the layout has no such element"
     if isinstance(format, NVFP4) and format.global_scale not in ("fixed", "none"):
         yield "scope", ("static",), "the global scale of an activation is stored"
     if isinstance(format, MX):
-        yield "element", ELEMENTS[format.bits], "the layout has no such element"
         yield "mx_scale", ("even",), "scales at run time are rounded that way"
         if format.element == "e4m3":
             yield (
@@ -107,6 +96,39 @@ def _input(format: Format) -> Iterable[tuple[str, tuple, str]]:
         yield "compute_dtype", ("input",), "scales at run time are computed in the model's dtype"
 
 
+def _integer_input(format: Integer) -> Iterable[tuple[str, tuple, str]]:
+    """The same of what integers alone have."""
+    static = format.range == "static"
+    yield "zp", ("rounded",), "zero points are whole numbers"
+    if not static:
+        yield "clip", (1.0,), "ranges at run time are the extremes"
+    yield "int_range", ("full",), "codes reach -2^(bits - 1)"
+    if format.symmetric and not static:
+        yield (
+            "int_scale",
+            ("half_range",),
+            "a symmetric scale at run time is the greatest magnitude over (2^bits - 1) / 2",
+        )
+    if not format.symmetric:
+        yield (
+            "zp_order",
+            ("add_then_round",),
+            "at run time the zero point is added before rounding",
+        )
+        yield "zp_range", ("signed",), "zero points at run time are signed codes"
+
+
+def refuse_padding(format: Format, field: str, shape: ModelShape) -> None:
+    """Refuse a format that fills up the last group of an activation, where any is short."""
+    for site, width in shape.widths.items():
+        if format.pad == "zero" and format.group_size and width % format.group_size:
+            raise ConfigError(
+                f"{field}.group_size={format.group_size} with export=compressed_tensors: whoever "
+                f"loads the file needs groups that divide the width {width} of {site}; take "
+                f"another group, {WAY_OUT}."
+            )
+
+
 def layout(weight: Format | None, act: Format | None, alone: bool) -> str:
     """The layout of a linear's weight.
 
@@ -120,6 +142,8 @@ def layout(weight: Format | None, act: Format | None, alone: bool) -> str:
         return "nvfp4-pack-quantized"
     if isinstance(weight, MX):
         return "mxfp8-quantized" if weight.bits == 8 else f"mxfp{weight.bits}-pack-quantized"
+    if isinstance(weight, FP8):
+        return "float-quantized"
     if weight.bits == 8 and isinstance(act, Integer):
         return "int-quantized"
     return "pack-quantized" if weight.symmetric or alone else "int-quantized"
@@ -145,7 +169,9 @@ def described(format: Format | None) -> dict | None:
         return about | scale
     if isinstance(format, MX):
         return about | {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
-    if isinstance(format, Integer) and format.range == "static":
+    if format.granularity == "block":
+        about |= {"group_size": None, "block_structure": [format.group_size] * 2}
+    if isinstance(format, Integer | FP8) and format.range != "dynamic":
         about |= {"dynamic": False, "observer": "static_minmax"}
     return about
 
@@ -164,49 +190,57 @@ def config_group(
 
 
 def cache_scheme(kv: KVCache | None, head_dim: int) -> dict | None:
-    """`kv_cache_scheme`: integers in dynamic groups of a head's vector, one scale and zero point
-    each. Raises ConfigError for what the layout does not hold.
+    """`kv_cache_scheme`: dynamic groups of a head's vector, or scales of 1 (FP8, scale=unit), which
+    stand in the file. Raises ConfigError for what the layout does not hold.
     """
     if kv is None:
         return None
-    for key, legal, why in (
-        (
-            "symmetric",
-            (False,),
-            "symmetric scales at run time are another multiple of the greatest magnitude",
-        ),
-        ("clip_k", (1.0,), "ranges at run time are the extremes"),
-        ("clip_v", (1.0,), "ranges at run time are the extremes"),
-        ("zp", ("rounded",), "zero points are whole numbers"),
-        ("compute_dtype", ("input",), "scales at run time are computed in the model's dtype"),
-        ("zp_order", ("add_then_round",), "at run time the zero point is added before rounding"),
-        ("zp_range", ("signed",), "zero points at run time are signed codes"),
-    ):
+    for key, legal, why in _cache(kv):
         if getattr(kv, key) not in legal:
+            wanted = "null" if legal[0] is None else str(legal[0]).lower()
             raise ConfigError(
                 f"format.kv.bits={kv.bits} and format.kv.{key}={getattr(kv, key)} with "
-                f"export=compressed_tensors: {why}; set format.kv.{key}={str(legal[0]).lower()}, "
-                f"{WAY_OUT}."
+                f"export=compressed_tensors: {why}; set format.kv.{key}={wanted}, {WAY_OUT}."
             )
-    if kv.group_size == -1:
-        raise ConfigError(
-            f"format.kv.bits={kv.bits} and format.kv.group_size=-1 with export=compressed_tensors: "
-            f"a group lies inside one head; set format.kv.group_size=null, {WAY_OUT}."
-        )
     if (why := cache_refusal()) is not None:
         raise ConfigError(
             f"format.kv.bits={kv.bits} with export=compressed_tensors: {why}; install releases "
             f"that agree (those of requirements.lock do), {WAY_OUT}."
         )
-    group = kv.group_size or head_dim
-    return {
-        "num_bits": kv.bits,
-        "type": "int",
-        "symmetric": False,
-        "strategy": "group",
-        "group_size": group,
-        "dynamic": True,
-    }
+    part = kv.part("key")
+    about = described(part)
+    assert about is not None  # a part is a format
+    if part.granularity == "token":  # all of a head's vector
+        about |= {"strategy": "group", "group_size": head_dim}
+    return about
+
+
+def _cache(kv: KVCache) -> Iterable[tuple[str, tuple, str]]:
+    """(key, what it may be, why) of keys and values."""
+    yield (
+        "kind",
+        ("integer", "fp8", "mxfp4"),
+        "other elements it has not, and the scale of NVFP4 is calibrated there",
+    )
+    if kv.kind == "integer":
+        yield (
+            "symmetric",
+            (False,),
+            "symmetric scales at run time are another multiple of the greatest magnitude",
+        )
+        yield "clip_k", (1.0,), "ranges at run time are the extremes"
+        yield "clip_v", (1.0,), "ranges at run time are the extremes"
+        yield "zp", ("rounded",), "zero points are whole numbers"
+        yield (
+            "zp_order",
+            ("add_then_round",),
+            "at run time the zero point is added before rounding",
+        )
+        yield "zp_range", ("signed",), "zero points at run time are signed codes"
+    if kv.kind != "mxfp4":  # exact in any dtype
+        yield "compute_dtype", ("input",), "scales at run time are computed in the model's dtype"
+    if kv.group_size == -1:
+        yield "group_size", (None,), "a group lies inside one head"
 
 
 def refuse_linears(export: str, shape: ModelShape, experts: bool = False) -> None:

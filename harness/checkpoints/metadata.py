@@ -161,15 +161,11 @@ def _part(format: Format | None) -> dict:
 def _cache(kv: KVCache | None) -> dict:
     if kv is None:
         return _part(None)
-    granularity = {None: "head", -1: "token"}.get(kv.group_size, "group")
-    size = kv.group_size if granularity == "group" else None
-    return {
-        "format": f"int{kv.bits}",
-        "bits": kv.bits,
-        "group_size": size,
-        "granularity": granularity,
-        "symmetric": kv.symmetric,
-    }
+    part = kv.part("key")
+    granularity = part.granularity
+    if granularity == "token":
+        granularity = "head" if kv.group_size is None else "token"
+    return _part(part) | {"granularity": granularity}
 
 
 def _calibration(data: Mapping, option: str | None, used: Mapping) -> dict:

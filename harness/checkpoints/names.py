@@ -9,11 +9,12 @@ read as part of the base). Everything behind is read from the right: the tag, th
 what came before quantization, which is told apart by its words (TRAININGS, PEFT).
 
 The tag is w<weights>_g<group>_a<activations>_kv<cache>_head<output head>. Integers are their bits,
-16 is not quantized (fp16 for the head), a floating format is its word: nvfp4, fouroversix, fp4,
-mxfp4, mxfp6, mxfp8 (mxfp6.e3m2, mxfp8.e5m2). mixed4: single linears differ from 4; auto4.5:
-allocated under 4.5 bits a weight. No g means one scale a channel, as in names written elsewhere, so
-that one model has one spelling; gtensor is one scale a tensor. Foreign names may leave out a and
-kv, which means 8 there, and the head, which means fp16; headw4 is read as head4.
+16 is not quantized (fp16 for the head), a floating format is its word: nvfp4, fouroversix, if4,
+fp4, fp8, mxfp4, mxfp6, mxfp8 (fp8.e5m2, mxfp6.e3m2, mxfp8.e5m2). mixed4: single linears differ from
+4; auto4.5: allocated under 4.5 bits a weight. No g means one scale a channel, as in names written
+elsewhere, so that one model has one spelling; gtensor is one scale a tensor, g128x128 one a square.
+Foreign names may leave out a and kv, which means 8 there, and the head, which means fp16; headw4 is
+read as head4.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ FORMAT = r"[1-9]\d*|[a-z]{2,}\d[a-z0-9.]*|(?:mixed)?fouroversix"
 LETTERS = {"weight": "w", "group": "g", "act": "a", "kv": "kv", "head": "head"}
 TAG = {  # from the right
     "head": re.compile(rf"headw?({FORMAT})"),
-    "kv": re.compile(r"kv([1-9]\d*)"),
+    "kv": re.compile(rf"kv({FORMAT})"),
     "act": re.compile(rf"a({FORMAT})"),
-    "group": re.compile(r"g([1-9]\d*|tensor)"),
+    "group": re.compile(r"g([1-9]\d*(?:x[1-9]\d*)?|tensor)"),
     "weight": re.compile(rf"w({FORMAT})"),
 }
 ELEMENTS = {"e2m1": "mxfp4", "e2m3": "mxfp6", "e4m3": "mxfp8"}
@@ -77,8 +78,8 @@ class Name:
     """The parts of a name.
 
     weight, act, kv, head: bits of an integer format or the word of another; group: elements a
-    scale, "tensor", or None (channel). Raises ValueError for a part that would not be read back as
-    it is.
+    scale, "128x128", "tensor", or None (channel). Raises ValueError for a part that would not be
+    read back as it is.
     """
 
     base: str
@@ -89,7 +90,7 @@ class Name:
     weight: int | str = 16
     group: int | str | None = None
     act: int | str = 16
-    kv: int = 16
+    kv: int | str = 16
     head: int | str = "fp16"
 
     def __post_init__(self):
@@ -174,7 +175,7 @@ class Name:
                 group=tag.get("group"),
                 # names written elsewhere leave these out, and then mean 8
                 act=tag.get("act", 8),
-                kv=int(tag.get("kv", 8)),
+                kv=tag.get("kv", 8),
                 head=tag.get("head", "fp16"),
             )
         except ValueError as error:
@@ -216,7 +217,7 @@ class Name:
                 weight=weight,
                 group=group,
                 act=_mixed(scheme, "act"),
-                kv=16 if scheme.kv is None else scheme.kv.bits,
+                kv=16 if scheme.kv is None else word(scheme.kv.part("key")),
                 head="fp16" if top is None else word(top),
             )
         except ValueError as error:
@@ -269,12 +270,14 @@ def word(format: Format | None) -> int | str:
     """The bits of an integer format, the word of another, 16 for none."""
     if format is None:
         return 16
-    from harness.formats import MX, Integer  # torch, which a name can be parsed without
+    from harness.formats import FP8, MX, Integer  # torch, which a name can be parsed without
 
     if type(format) is Integer:
         return format.bits
     if type(format) is MX:
         return ELEMENTS.get(format.element) or f"mxfp{format.bits}.{format.element}"
+    if type(format) is FP8 and format.element != "e4m3":
+        return f"fp8.{format.element}"
     kind = type(format).__name__.lower()
     return kind if kind == "fouroversix" or kind[-1].isdigit() else f"{kind}{format.bits}"
 
@@ -283,6 +286,8 @@ def _group(format: Format | None) -> int | str | None:
     """Elements a scale of the weights; None is one a channel."""
     if format is not None and format.granularity == "tensor":
         return "tensor"
+    if format is not None and format.granularity == "block":
+        return f"{format.group_size}x{format.group_size}"
     return None if format is None else format.group_size
 
 

@@ -2,21 +2,25 @@
 
 base        Format, what all share          qtensor     codes and scales, as they are stored
 integer     INT-b                           observers   minmax and mse, the range of a group
-floating    fp4, nvfp4, fouroversix, mxfp   packing     two codes a byte, eight a word
+floating    fp4, fp8, nvfp4, fouroversix,   packing     two codes a byte, eight a word
+            if4, mxfp                       cache       keys and values
 grids       casts to small floats           scheme      the formats of a model
 """
 
 from harness.formats.base import Format, straight_through
+from harness.formats.cache import KVCache
 from harness.formats.fouroversix import FourOverSix
 from harness.formats.fp4 import FP4
+from harness.formats.fp8 import FP8
 from harness.formats.grids import E2M1, E2M3, E3M2, E4M3, E5M2, Grid
+from harness.formats.if4 import IF4
 from harness.formats.integer import Integer
 from harness.formats.mxfp import MX
 from harness.formats.nvfp4 import NVFP4
 from harness.formats.observers import MSE, absmax, error
 from harness.formats.packing import pack_nibbles, pack_words, unpack_nibbles, unpack_words
 from harness.formats.qtensor import QTensor, Scales
-from harness.formats.scheme import KVCache, Scheme
+from harness.formats.scheme import Scheme
 
 __all__ = [
     "E2M1",
@@ -25,6 +29,8 @@ __all__ = [
     "E4M3",
     "E5M2",
     "FP4",
+    "FP8",
+    "IF4",
     "MSE",
     "MX",
     "NVFP4",

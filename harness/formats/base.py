@@ -44,7 +44,7 @@ class Format(ABC):
     """The knobs that all formats share.
 
     granularity: tensor | channel (weight row) | token (activation row) | group (of group_size
-        elements).
+        elements); FP8 has another.
     observer: minmax | mse (its knobs in `mse`) | hessian | hessian_diagonal (of weights: solvers
         choose among `nearby` of minmax's scales; solvers/search.py).
     compute_dtype: float32 | input.
@@ -62,6 +62,7 @@ class Format(ABC):
     pad: str = "error"
     role: str = "weight"
 
+    granularities = ("tensor", "channel", "token", "group")
     signed = False  # whether codes are two's complement integers
     slack = 0.0  # steps beyond the outermost lattice points that round to them without a clamp
     needs_static = False  # whether scales need a calibrated global_scale
@@ -71,7 +72,7 @@ class Format(ABC):
         if not isinstance(self.mse, MSE):
             # the one way to set a field of a frozen class
             object.__setattr__(self, "mse", MSE.of(self.mse, f"{name}: mse"))
-        self._choose("granularity", "tensor", "channel", "token", "group")
+        self._choose("granularity", *self.granularities)
         boolean(f"{name}: symmetric", self.symmetric)
         self._choose("observer", "minmax", "mse", *UNDER_HESSIAN)
         self._choose("compute_dtype", "float32", "input")
@@ -83,10 +84,10 @@ class Format(ABC):
                 f"{name}: observer={self.observer} is for weights: an activation's scales follow "
                 "from what is read; set observer=minmax or mse."
             )
-        if self.under_hessian and self.granularity == "tensor":
+        if self.under_hessian and self.spans_rows:
             raise ConfigError(
-                f"{name}: observer={self.observer} with granularity=tensor: one scale spans rows "
-                "that have nothing in common; set granularity=channel or group, or observer=mse."
+                f"{name}: observer={self.observer} with granularity={self.granularity}: a scale "
+                "spans rows; set granularity=channel or group, or observer=mse."
             )
         if (self.role, self.granularity) in (("weight", "token"), ("activation", "channel")):
             other = {"token": "channel", "channel": "token"}[self.granularity]
@@ -94,7 +95,7 @@ class Format(ABC):
                 f"{name}: granularity={self.granularity} is not for role={self.role}; "
                 f"set granularity={other}."
             )
-        if (self.granularity == "group") != (self.group_size is not None):
+        if (self.granularity in ("group", "block")) != (self.group_size is not None):
             raise ConfigError(
                 f"{name}: group_size={self.group_size} contradicts granularity={self.granularity}: "
                 "a group needs a size, and nothing else has one (group_size=null)."
@@ -134,6 +135,15 @@ class Format(ABC):
         return self.granularity == "tensor" or patient
 
     # geometry
+
+    @property
+    def spans_rows(self) -> bool:
+        """Whether rows share a scale."""
+        return self.granularity == "tensor"
+
+    def per_row(self, t: Tensor, rows: int) -> Tensor:
+        """A tensor of `lattice`, of a matrix [rows, n], with what each row has: [rows, groups]."""
+        return t.expand(rows, -1)
 
     def group(self, n: int) -> int:
         """Elements that share a scale on a last axis of n.
@@ -320,8 +330,8 @@ class Format(ABC):
         return straight_through(x, dq) if ste else dq
 
     def _fake(self, x: Tensor, global_scale: Tensor | None) -> Tensor:
-        # a GPU has no such cache to fit, and a group of everything cannot be had in pieces
-        if x.device.type != "cpu" or self.granularity == "tensor":
+        # a GPU has no such cache to fit, and a group of several rows cannot be had in pieces
+        if x.device.type != "cpu" or self.spans_rows:
             out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
             return self._fake_rows(x, global_scale, out)
         rows = x.reshape(-1, x.shape[-1])
@@ -342,7 +352,8 @@ class Format(ABC):
         scales = self._scales(observed, global_scale, x.dtype)
         lattice = (t.unsqueeze(-1) for t in self.lattice(scales, work.dtype))
         # without a cast or padding at the end, the result can be written where it belongs
-        if work.dtype == out.dtype and work.numel() == out.numel():
+        whole = work.numel() == out.numel() and self.granularity != "block"
+        if whole and work.dtype == out.dtype:
             self.snap(work, *lattice, out=self.split(out))
             return out
         return out.copy_(self.join(self.snap(work, *lattice), x.shape))

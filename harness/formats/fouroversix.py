@@ -11,6 +11,7 @@ mit-han-lab/fouroversix).
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +35,10 @@ class FourOverSix(NVFP4):
     ConfigError.
     """
 
-    global_scale: str = "amax_256"
+    PRODUCT: ClassVar[float] = 1536.0  # the greatest element times the greatest block scale
+    SCALE: ClassVar[str] = "amax_256"  # the one global_scale that goes with it
+
+    global_scale: str = SCALE
     choose: str = "mse"
 
     def __post_init__(self):
@@ -43,11 +47,11 @@ class FourOverSix(NVFP4):
         for field, only in (
             ("observer", "minmax"),
             ("compute_dtype", "float32"),
-            ("global_scale", "amax_256"),
+            ("global_scale", self.SCALE),
         ):
             if getattr(self, field) != only:
                 raise ConfigError(
-                    f"FourOverSix: {field}={getattr(self, field)} is not legal: "
+                    f"{type(self).__name__}: {field}={getattr(self, field)} is not legal: "
                     f"it defines its own scales, so only {field}={only}; NVFP4 takes the others."
                 )
 
@@ -56,10 +60,10 @@ class FourOverSix(NVFP4):
         amax = amax.detach().float()
         return amax.reshape(1) if amax.ndim == 0 else amax
 
-    @staticmethod
-    def encode_multiplier(amax: Tensor) -> Tensor:
+    @classmethod
+    def encode_multiplier(cls, amax: Tensor) -> Tensor:
         """1536 / amax, 1 where that overflows: the global scale g of a compressed-tensors file."""
-        E = torch.full_like(amax, 1536.0) / amax
+        E = torch.full_like(amax, cls.PRODUCT) / amax
         return E.masked_fill(E.isinf(), 1)
 
     def _scales(self, blocks: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Scales:
@@ -97,7 +101,9 @@ class FourOverSix(NVFP4):
         return self._value(self.grid.round_(torch.mul(x, inverse, out=out), self.fp4_ties), s, amax)
 
     def _value(self, q: Tensor, s: Tensor, amax: Tensor) -> Tensor:
-        return q.mul_(s).mul_(amax).div_(torch.full((), 1536.0, device=q.device))  # see `over`
+        return (
+            q.mul_(s).mul_(amax).div_(torch.full((), self.PRODUCT, device=q.device))
+        )  # see `over`
 
     def _encode(self, x: Tensor, inverse: Tensor, s: Tensor, amax: Tensor) -> Tensor:
         return self.grid.encode(self.grid.round_(x * inverse, self.fp4_ties), x < 0)

@@ -21,6 +21,7 @@ from harness.pipeline.texts import Windows
 # Settings of solvers that came later, where they change nothing: as conf/solver has them.
 MIN_TOKENS = 128
 LATER: dict[str, object] = {"min_tokens": MIN_TOKENS, "stream": "weights", "propagate": "none"}
+CACHE = {"kind": "integer", "scale": "dynamic"}  # of format.kv, as conf/format/none.yaml has them
 
 
 def device_kind(name: str) -> str:
@@ -60,16 +61,27 @@ def of_calibration(corpora: Sequence[Corpus], windows: Windows, bos: str, expert
 def of_format(section: Mapping, export: Mapping) -> dict:
     """The format's settings, with what stands behind the options that overrides and candidates
     name, and what changes those."""
+    section = _as_before(section)
     names = {_candidate(name) for name in _strings(section["auto"])}
     names |= set(_strings(section["overrides"]))
     options = {name: name.partition(":")[0] for name in sorted(names)}
-    named = {name: option("format", stem) for name, stem in options.items() if _is_option(stem)}
+    named = {
+        name: _as_before(option("format", stem))
+        for name, stem in options.items()
+        if _is_option(stem)
+    }
     if not named:
-        return dict(section)
+        return section
     if export.get("serves"):
         # What it changes in the section itself stands there already.
         named["serves"] = export["serves"]
     return {**section, "named": named}
+
+
+def _as_before(section: Mapping) -> dict:
+    """A format's settings without those of the cache that came later, where they say nothing."""
+    cache = {key: x for key, x in section["kv"].items() if (key, x) not in CACHE.items()}
+    return {**section, "kv": cache}
 
 
 def of_solver(section: Mapping) -> dict:

@@ -150,11 +150,11 @@ class Plan:
     def fit_id(self, part: int, sees: tuple[str, ...], settled: tuple[object, ...] = ()) -> str:
         """The key of what one part of the transform learns, seeing these parts of the format, and
         with what is settled by it; the solver never changes it."""
-        section = self.settings["format"]
+        section = self._format()
         formats = [*(section[name] for name in sees), *settled]
         # Overrides may be of any part that is seen.
         if sees and section["overrides"]:
-            formats += [section["overrides"], self._format().get("named")]
+            formats += [section["overrides"], section.get("named")]
         transform = {key: value for key, value in self._transform().items() if key != "name"}
         return fingerprint(
             self._model(), transform, part, formats, self._calibration(), self.settings["seed"]

@@ -189,7 +189,7 @@ class AWQ(Solver):
 
 def clippable(format: Format) -> bool:
     """Whether each group's error is a block of H, and the format leaves its range to others."""
-    blocks = format.granularity != "tensor" and format.pad != "zero"
+    blocks = not format.spans_rows and format.pad != "zero"
     return blocks and not isinstance(format, FourOverSix)
 
 

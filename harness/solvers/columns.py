@@ -55,7 +55,7 @@ class StaticLattice(Lattice):
             format = problem.formats[name]
             lattice = [
                 # column by column, as they are rounded
-                t.expand(count, -1).T.contiguous().unbind(0)
+                format.per_row(t, count).T.contiguous().unbind(0)
                 for t in format.lattice(scales[name])
             ]
             self.parts.append((format.snap, count, lattice, (order // group).tolist()))

@@ -70,11 +70,12 @@ class GPTQ(Solver):
             )
 
     def check(self, format: Format) -> list[str]:
-        if self.scales == "dynamic" and format.pad == "zero":
-            raise ConfigError(
-                "solver.scales=dynamic with format.weight.pad=zero: the last group is short; "
-                "use scales=static."
-            )
+        for field, value in (("pad", "zero"), ("granularity", "block")):
+            if self.scales == "dynamic" and getattr(format, field) == value:
+                raise ConfigError(
+                    f"solver.scales=dynamic with format.weight.{field}={value}: the last group is "
+                    "short; use scales=static."
+                )
         if self.scales == "dynamic" and format.under_hessian:
             raise ConfigError(
                 f"solver.scales=dynamic with format.weight.observer={format.observer}: its choice "

@@ -1,0 +1,140 @@
+"""KVCache: how keys (after RoPE and the R3 rotation) and values are kept.
+
+    integer         s and z of each vector of head_dim, or of groups of it
+    fp8, fp8_e5m2   s of the same
+    nvfp4           blocks of 16 with E4M3 scales, and a float32 scale of each vector
+    mxfp4           blocks of 32 with power-of-two scales (mx_scale=even, as engines take them)
+
+Each token is quantized by itself, so its scales are its own. scale=unit has none to be found: FP8
+as a plain cast, NVFP4 with block scales alone, as engines keep them that were given no calibrated
+scale. Sources: QuaRot (arXiv 2404.00456), section 4 (integers); vLLM (kv_cache_dtype=fp8 with
+scales of 1); ModelOpt (NVFP4_KV, whose float32 scale is calibrated, once a layer).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from harness.config.checks import integer, number, one_of
+from harness.config.errors import ConfigError
+from harness.formats.base import Format
+from harness.formats.fp8 import FP8
+from harness.formats.integer import Integer
+from harness.formats.mxfp import MX
+from harness.formats.nvfp4 import NVFP4
+
+BITS = {"integer": range(2, 9), "fp8": (8,), "fp8_e5m2": (8,), "nvfp4": (4,), "mxfp4": (4,)}
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values in one format. Besides `kind`, as in the table above:
+
+    bits: 2 .. 8 of integers, 8 of FP8, 4 of nvfp4 and mxfp4.
+    group_size: null (head_dim: one vector per token and head), a divisor of head_dim (integers and
+        FP8), or -1 (all heads of a token are one vector).
+    scale: dynamic | unit (FP8 and nvfp4).
+
+    Of integers alone, whose groups have zero in their range:
+
+    symmetric, zp_order, zp_range: as Integer has them; compute_dtype: of the others, too.
+    clip_k, clip_v: in (0, 1].
+    zp: rounded | float_offset (QuaRot's deployed cache).
+    """
+
+    bits: int = 4
+    symmetric: bool = False
+    group_size: int | None = None
+    clip_k: float = 0.95
+    clip_v: float = 0.95
+    zp: str = "rounded"
+    zp_order: str = "round_then_add"
+    zp_range: str = "unsigned"
+    compute_dtype: str = "float32"
+    kind: str = "integer"
+    scale: str = "dynamic"
+
+    def __post_init__(self):
+        one_of("KVCache: kind", self.kind, BITS)
+        one_of("KVCache: scale", self.scale, ("dynamic", "unit"))
+        integer("KVCache: bits", self.bits)
+        one_of("KVCache: bits", self.bits, BITS[self.kind])
+        if self.group_size != -1:
+            integer("KVCache: group_size", self.group_size, optional=True)
+            if self.kind in ("nvfp4", "mxfp4") and self.group_size is not None:
+                raise ConfigError(
+                    f"KVCache: group_size={self.group_size} with kind={self.kind}: its blocks have "
+                    "one size; set group_size=null, or -1."
+                )
+        number("KVCache: clip_k", self.clip_k, 1e-6, 1)
+        number("KVCache: clip_v", self.clip_v, 1e-6, 1)
+        try:
+            self.part("key")
+        except ConfigError as error:
+            raise ConfigError(f"KVCache: {str(error).partition(': ')[2]}") from None
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Fields without effect as the others are set."""
+        if self.kind == "integer":
+            return ("scale",)
+        integers = ("symmetric", "clip_k", "clip_v", "zp", "zp_order", "zp_range")
+        return (*integers, "scale") if self.kind == "mxfp4" else integers
+
+    def part(self, name: str) -> Format:
+        """The format of one head's vectors [.., head_dim]; name: key | value."""
+        format = self._integer(name) if self.kind == "integer" else self._floating()
+        return replace(format, compute_dtype=self.compute_dtype)
+
+    @property
+    def _geometry(self) -> tuple[str, int | None]:
+        """granularity and group_size of what takes any."""
+        if self.group_size in (None, -1):  # all that `fake` lays in a row
+            return "token", None
+        return "group", self.group_size
+
+    def _floating(self) -> Format:
+        if self.kind == "mxfp4":
+            return MX(mx_scale="even", role="activation")
+        unit = self.scale == "unit"
+        if self.kind == "nvfp4":
+            return NVFP4(scope="token", global_scale="none" if unit else "amax", role="activation")
+        element = "e5m2" if self.kind == "fp8_e5m2" else "e4m3"
+        if unit:
+            return FP8(granularity="tensor", range="unit", element=element, role="activation")
+        granularity, group_size = self._geometry
+        return FP8(
+            granularity=granularity, group_size=group_size, element=element, role="activation"
+        )
+
+    def _integer(self, name: str) -> Integer:
+        granularity, group_size = self._geometry
+        return Integer(
+            bits=self.bits,
+            granularity=granularity,
+            group_size=group_size,
+            symmetric=self.symmetric,
+            incl0="always",
+            clip=self.clip_k if name == "key" else self.clip_v,
+            zp=self.zp,
+            zp_order=self.zp_order,
+            zp_range=self.zp_range,
+            role="activation",
+        )
+
+    def check(self, head_dim: int, field: str, where: str) -> None:
+        """Refuse a head_dim that group_size does not divide (see Format.check)."""
+        self.part("key").check(head_dim, field, where)
+
+    def fake(self, x: Tensor, name: str) -> Tensor:
+        """Keys or values x [batch, kv_heads, tokens, head_dim] as the cache would return them.
+
+        name: key | value.
+        """
+        if self.group_size != -1:
+            return self.part(name).fake(x)
+        # a token's heads side by side make one group
+        tokens = x.transpose(1, 2)
+        return self.part(name).fake(tokens.flatten(2)).view(tokens.shape).transpose(1, 2)
