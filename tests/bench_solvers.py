@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,15 +20,17 @@ from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
 from harness.calibration.windows import tokenize, windows
 from harness.config.build import build, option
-from harness.formats import Integer
+from harness.formats import Integer, Scheme
 from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.source import ModelSource
-from harness.solvers import GPTQ, Problem
+from harness.solvers import GPTQ, Problem, Solver
 from harness.solvers.adascale import Rounding, distance
 from harness.solvers.columns import Columns, StaticLattice
 from harness.solvers.inverses import Begun, inverses
 from harness.solvers.minmax import minmax
+from harness.solvers.propagation import compensated
+from harness.solvers.search import under_hessian
 
 
 @torch.no_grad()
@@ -44,9 +47,8 @@ def gptq() -> None:
         for name, seconds in _site(adapter.width(site), rows, len(calibration) // 4).items():
             so_far = parts.get(name, (0.0, 0.0))
             parts[name] = tuple(a + b * len(adapter.blocks) for a, b in zip(so_far, seconds))
-    start = time.process_time()
-    quantized(model, nvfp4(), GPTQ(), calibration)
-    total = time.process_time() - start
+    total = _seconds(model, nvfp4(), GPTQ(), calibration)
+    more = {name: parts.pop(name) for name in ("scales under H", "propagated errors")}
     for name, (ours, floor) in parts.items():
         row(f"GPTQ, {name}: {ours:.1f} CPU s, floor {floor:.1f}", ours / total, "of all")
     row(
@@ -56,6 +58,21 @@ def gptq() -> None:
         "FP-Quant 319, llm-compressor 189 (elsewhere)",
     )
     row("ratio to the floor", total / sum(floor for _, floor in parts.values()), "", "at most 1.6")
+    for name, (ours, floor) in more.items():
+        row(f"{name}: {ours:.1f} CPU s, floor {floor:.1f}", ours / total, "of GPTQ")
+    searched = replace(nvfp4(), weight=replace(nvfp4().weight, observer="hessian"))
+    with_scales = _seconds(load()[0], searched, GPTQ(), calibration)
+    row("scales under H, all they cost", with_scales / total - 1, "of GPTQ", "at most .35")
+    qep = GPTQ(propagate="qep", stream="both", hessian_input="quantized")
+    with_both = _seconds(load()[0], searched, qep, calibration)
+    row("propagated errors, the same", (with_both - with_scales) / total, "of GPTQ", "at most .6")
+
+
+def _seconds(model, scheme: Scheme, solver: Solver, calibration) -> float:
+    """CPU seconds of quantizing the model."""
+    start = time.process_time()
+    quantized(model, scheme, solver, calibration)
+    return time.process_time() - start
 
 
 def _forwards(adapter: Adapter, calibration) -> tuple[float, float]:
@@ -115,7 +132,25 @@ def _site(width: int, rows: int, batches: int) -> dict[str, tuple[float, float]]
     codes = weight.to(torch.uint8)
     (codes[:, ::2] | (codes[:, 1::2] << 4)).contiguous()
     packing = packing, clock() - start
+    found = replace(format, observer="hessian")
+    start = clock()
+    under_hessian(weight, found, scales["w"], statistics.hessian)
+    searched, start = clock() - start, clock()
+    blocks = weight.view(rows, -1, 16).transpose(0, 1)
+    for _ in range(15):  # a product with its block of H of every candidate's error
+        (blocks @ h[:16, :16]).mul_(blocks).sum(-1)
+    searched = searched, clock() - start
+
+    drifting = Statistics(width, 2048 * batches, x.device, curvature=0)
+    start = clock()
+    for _ in range(batches):
+        drifting.add(x, untouched=x)
+    drift = statistics.hessian * 0.01
+    compensated(Problem({"w": weight}, {}, statistics.hessian, drift=drift), 0.5, 1.0)
+    propagated = clock() - start, hessians[1]  # one more moment, not symmetric
     return {
+        "scales under H": searched,
+        "propagated errors": propagated,
         "Hessians": hessians,
         "factorization": factorization,
         "updates": updates,
