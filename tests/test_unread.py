@@ -44,6 +44,7 @@ def warnings(tmp_path, *overrides):
             "Integer",
         ),
         (["solver=rtn", "solver.hessian_input=fp"], "solver.hessian_input", "RTN as it is set"),
+        (["solver.propagate_alpha=1"], "solver.propagate_alpha", "GPTQ as it is set"),
         (
             ["solver=adascale", "solver.sequencing=block"],
             "solver.sequencing",

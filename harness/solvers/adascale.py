@@ -43,7 +43,6 @@ class AdaScale(Solver):
     mix: share of the elements taken from the quantized prefix.
     """
 
-    unread: ClassVar[tuple[str, ...]] = ("sequencing",)
     scope: ClassVar[str] = "block"
     encodings: ClassVar[str] = "encodings"
 
@@ -54,6 +53,10 @@ class AdaScale(Solver):
     lwc: bool = True
     flexround: bool = True
     mix: float = 0.5
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        return ("sequencing",)
 
     def __post_init__(self):
         super().__post_init__()

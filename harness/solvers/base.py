@@ -121,7 +121,6 @@ class Solver:
     """(weights, statistics, format) -> QTensors.
 
     needs: the statistics wanted beyond the sample: {"hessian"}.
-    unread: settings without effect.
     scope: `site` = `solve` sees one site at a time; `block` = `solve_block` sees a whole block.
     prepares: whether `prepare` is to be called with each block before its sites are solved.
     encodings: the folder of the run that gets the integer weights' encodings.
@@ -142,7 +141,6 @@ class Solver:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    unread: ClassVar[tuple[str, ...]] = ()
     scope: ClassVar[str] = "site"
     prepares: ClassVar[bool] = False
     encodings: ClassVar[str | None] = None
@@ -171,6 +169,13 @@ class Solver:
                 f"solver.propagate={self.propagate} with solver.sequencing=block: errors are "
                 "undone from site to site; use solver.sequencing=sites."
             )
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Settings without effect as the others are set."""
+        if self.propagate != "none":
+            return ()
+        return ("propagate_alpha", "propagate_damp", "propagate_skip")
 
     def told(self, scored: frozenset[str]) -> Solver:
         """This solver for one model; scored: its linears that queries and keys are made by."""

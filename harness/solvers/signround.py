@@ -48,7 +48,6 @@ class SignRound(Solver):
     clip: learn a and b (offset).
     """
 
-    unread: ClassVar[tuple[str, ...]] = ("sequencing",)
     scope: ClassVar[str] = "block"
 
     rounding: str = "offset"
@@ -56,6 +55,10 @@ class SignRound(Solver):
     batch: int = 4
     lr: float | None = None
     clip: bool = True
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        return ("sequencing",)
 
     def __post_init__(self):
         super().__post_init__()
