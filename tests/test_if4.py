@@ -85,3 +85,15 @@ def test_what_if4_defines_itself_is_refused():
         IF4(global_scale="amax_256")
     with pytest.raises(ConfigError, match="IF4: observer=mse is not legal"):
         IF4(observer="mse")
+
+
+def test_a_scale_that_moves_keeps_its_elements():
+    """A search over scales never turns FP4 into INT4; the scale itself is NVFP4's."""
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
+    scales = IF4().scales(x, global_scale=x.abs().amax().reshape(1))
+    moved = IF4().rescaled(scales, torch.full(scales.scale.shape, 0.5))
+    before, after = (each.scale.view(torch.uint8) for each in (scales, moved))
+    assert torch.equal(before >= 0x80, after >= 0x80)
+    assert (before >= 0x80).any() and (before < 0x80).any()
+    halved = (before & 0x7F).view(torch.float8_e4m3fn).float() / 2
+    assert torch.equal((after & 0x7F).view(torch.float8_e4m3fn).float(), halved)

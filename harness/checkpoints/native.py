@@ -278,13 +278,15 @@ def _refuse_other_state(
     format, as one row tells.
     """
     row = format.quantize(torch.zeros(1, shape[-1])).state()
-    rows = shape[0]
+    groups = format.split(torch.empty(shape, device="meta")).shape[:-1].numel()
+    whole = dict.fromkeys(row, groups) | {
+        "codes": row["codes"].numel() * shape[0],
+        "global_scale": 1,
+    }
     for part in sorted({*row, *state}):
         if part in row and part in state:
-            shared = part == "global_scale" or (format.granularity == "tensor" and part != "codes")
-            whole = row[part].numel() * (1 if shared else rows)
             same = part != "codes" or state[part].dtype == row[part].dtype
-            if same and state[part].numel() == whole:
+            if same and state[part].numel() == whole[part]:
                 continue
         raise DataError(
             f"{RECORD} gives {name} the format {type(format).__name__}, and {part} in the file is "

@@ -11,7 +11,7 @@ FourOverSix has it. Source: Adaptive Block-Scaled Data Types (arXiv 2603.28765) 
 (repository mit-han-lab/fouroversix, `if4`), whose order of operations this is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -48,6 +48,14 @@ class IF4(FourOverSix):
         # through bytes: torch.where takes no float8
         code = torch.where(better, code | INT4, code)
         return Scales(code.view(torch.float8_e4m3fn), None, global_scale)
+
+    def rescaled(self, scales: Scales, factor: Tensor) -> Scales:
+        # the elements stay what they are
+        code = scales.scale.view(torch.uint8)
+        positive = (code & 0x7F).view(torch.float8_e4m3fn)
+        moved = super().rescaled(replace(scales, scale=positive), factor)
+        code = moved.scale.view(torch.uint8) | (code & INT4)
+        return replace(moved, scale=code.view(torch.float8_e4m3fn))
 
     def lattice(self, scales: Scales, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         """(1 / (s / E), 0 where s = 0;  s;  amax;  whether elements are INT4)"""

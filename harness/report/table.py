@@ -14,6 +14,7 @@ from rich.text import Text
 from harness.report.figures import Column, Figure, bearers, columns, figures, lost, number
 from harness.report.marks import legend, letters
 
+SILENT = (("export", "none"), ("tune", "none"))  # choices that say nothing
 CHECKLIST = (
     "a perplexity above 100 usually means one of: norm weights not fused before a rotation; an "
     "output head still tied to a rotated embedding; activations without a rotation, or clipped "
@@ -107,7 +108,11 @@ def _stage_table(
 ) -> Table:
     """The first column of a source names it, those after it belong to the same one."""
     labels = metrics["choices"] | metrics.get("holds", {})
-    title = " · ".join(f"{group}={option}" for group, option in labels.items() if option)
+    title = " · ".join(
+        f"{group}={option}"
+        for group, option in labels.items()
+        if option and (group, option) not in SILENT
+    )
     table = Table(title=Text(title), title_justify="left")
     table.add_column("stage")
     marks = bearers(shown, metrics.get("marks", {}))
