@@ -33,6 +33,7 @@ GROUPS = (
     "eval",
     "export",
     "tracking",
+    "recipe",
     "experiment",
     "sweeps",
 )

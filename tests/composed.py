@@ -19,6 +19,7 @@ GROUPS = (
     "eval",
     "export",
     "tracking",
+    "recipe",
     "experiment",
     "sweeps",
 )

@@ -1,6 +1,6 @@
 """Stored runs at the terminal.
 
-    python -m harness.report ls|show|diff|failed|prune|page [RUNS] ...
+    python -m harness.report ls|show|diff|board|failed|prune|page [RUNS] ...
 
 RUNS is the run root, else runs. Exit status: 0 done, 2 the arguments are wrong or name no run.
 Imports no torch.
@@ -34,6 +34,7 @@ from harness.report.selection import (
 from harness.report.settings import apart, dotted
 from harness.report.table import print_table, run_table, say, say_marks, terminal
 from harness.report.table import show as show_table
+from harness.store.files import write
 
 WORST = 5  # layers that `show` names
 STYLES = {"done": None, "running": "cyan"}  # of a line, by status; any other is red
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m harness.report", description="What the stored runs say."
     )
-    commands = parser.add_subparsers(required=True, metavar="ls|show|diff|failed|prune|page")
+    commands = parser.add_subparsers(required=True, metavar="ls|show|diff|board|failed|prune|page")
 
     def command(
         function: Callable[[argparse.Namespace], None], words: str, about: str
@@ -86,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
         "[RUNS] A B",
         "settings that differ, figures side by side, and whether the difference is chance",
     )
+    command(
+        board, filters, "finished runs of each model and format, best first, as Markdown"
+    ).add_argument("--out", type=Path, help="a file to write instead of showing it")
     command(failed, "RUNS", "failed and interrupted runs, and how to try them again")
     pruned = command(
         prune, filters, "remove failed and interrupted runs; without --yes only lists them"
@@ -204,6 +208,20 @@ def diff(arguments: argparse.Namespace) -> None:
     root, names = root_and_runs(arguments.words, 2)
     rows = stored.rows(root)
     show_difference(find(rows, names[0]), find(rows, names[1]))
+
+
+def board(arguments: argparse.Namespace) -> None:
+    """The leaderboard of the runs, shown or written."""
+    from harness.report.board import board as tables
+
+    root, filters = root_and_filters(arguments.words)
+    text = tables(filtered(stored.rows(root), filters))
+    if arguments.out is None:
+        say(text)
+        return
+    heading = "# Leaderboard\n\nWritten by `python -m harness.report board RUNS --out FILE`.\n\n"
+    write(arguments.out, heading + text)
+    say(str(arguments.out))
 
 
 def failed(arguments: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from harness.tracking.base import without_secrets
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 SILENT = ("run_root", "tracking", "on_error", "force")  # of these no number depends on
 # {choice that has no column of its own: the option of runs from before there was one}
-GROUPS = {"data": None, "eval": None, "export": None, "tune": "none"}
+GROUPS = {"data": None, "eval": None, "export": None, "recipe": None, "tune": "none"}
 
 
 def dotted(row: Mapping) -> dict[str, str]:

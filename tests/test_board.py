@@ -1,0 +1,50 @@
+"""The leaderboard, from the store alone."""
+
+import math
+
+from composed import small
+
+from harness.pipeline.job import execute
+from harness.report.__main__ import main
+from harness.report.board import board, score
+from harness.report.paired import losses
+from harness.report.rows import last, rows
+
+
+def test_runs_that_read_the_same_stand_in_one_table_best_first(tmp_path):
+    for recipe, windows in (("rtn", 3), ("hessian", 3), ("gptq", 3), ("gptq", 2)):
+        settings = [f"recipe={recipe}", f"eval.perplexity.windows={windows}"]
+        assert execute(*small(tmp_path, *settings)).status == "done"
+    root = tmp_path / "runs"
+    found = rows(root)
+    text = board(found)
+    assert text.count("## ") == 1  # of the one that read two windows there is no other
+    lines = [line.split(" | ") for line in text.splitlines() if "`" in line]
+    order = [line[0].removeprefix("| ") for line in lines]
+    by_recipe = {row["labels"]["recipe"]: row for row in found if _windows(row) == 3}
+    assert order == sorted(by_recipe, key=lambda name: score(by_recipe[name]))
+    first, second = (last(by_recipe[name])["losses"]["pydoc"] for name in order[:2])
+    assert lines[0][-2] == f"{losses(first, second)['p']:.2g}"
+    assert lines[-1][-2] == ""
+
+
+def _windows(row):
+    return len(last(row)["losses"]["pydoc"])
+
+
+def test_the_score_is_the_mean_loss():
+    row = {"status": "done", "stages": {"quantized": {"ppl": {"a": math.e, "b": math.e**3}}}}
+    assert score(row) == 2
+    row["stages"]["quantized"]["ppl"]["b"] = math.nan
+    assert score(row) == math.inf
+
+
+def test_it_is_written_by_one_command(tmp_path, capsys):
+    for solver in ("rtn", "gptq"):
+        execute(*small(tmp_path, f"solver={solver}"))
+    out = tmp_path / "BOARD.md"
+    assert main(["board", str(tmp_path / "runs"), "--out", str(out)]) == 0
+    assert out.read_text().startswith("# Leaderboard")
+    assert "| solver |" in out.read_text()
+    assert main(["board", str(tmp_path / "runs"), "solver=rtn"]) == 0
+    assert "No two finished runs" in capsys.readouterr().out

@@ -1,0 +1,45 @@
+"""Recipes: what one word composes, and that each runs on the formats it is measured on."""
+
+import pytest
+from composed import ROOT, small
+
+from harness.config.build import settings
+from harness.pipeline.job import execute
+from harness.pipeline.plan import make_plan
+
+RECIPES = sorted(path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml"))
+FORMATS = {"nvfp4": [], "mxfp4": [], "int4": ["format.weight.group_size=32"]}
+SPELLED = {
+    "rtn": ["solver=rtn"],
+    "gptq": ["solver=gptq", "solver.order=activation", "format.weight.observer=mse"],
+    "hessian": ["solver=rtn", "format.weight.observer=hessian"],
+    "propagated": [
+        "solver=gptq",
+        "solver.order=activation",
+        "solver.hessian_input=quantized",
+        "solver.stream=both",
+        "solver.propagate=qep",
+        "format.weight.observer=hessian",
+    ],
+}
+SPELLED["wush"] = [*SPELLED["propagated"], "transform=wush"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_the_run_that_its_settings_spell(tmp_path, recipe):
+    """Stored results of one are found by the other."""
+    one, other = (
+        make_plan(settings(cfg), choices)
+        for cfg, choices in (small(tmp_path, f"recipe={recipe}"), small(tmp_path, *SPELLED[recipe]))
+    )
+    assert one.run_id == other.run_id
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_run(tmp_path, recipe, format):
+    outcome = execute(*small(tmp_path, f"recipe={recipe}", f"format={format}", *FORMATS[format]))
+    assert outcome.status == "done", outcome.error
+    stages = outcome.metrics["stages"]
+    untouched, quantized = (stages[stage]["ppl"]["pydoc"] for stage in ("baseline", "quantized"))
+    assert quantized == pytest.approx(untouched, rel=0.3)
