@@ -1,11 +1,6 @@
 """Format: how a tensor becomes codes and scales.
 
-The last axis of a tensor is split in groups that share one scale:
-
-    x [*lead, n]  ->  blocks [*lead, groups, group]        scale, zero: [*lead, groups]
-
-(granularity `tensor` has one group over everything: blocks [1, .., 1, numel], scale [1, .., 1]).
-A format is four maps:
+A tensor is split in blocks that share one scale (geometry.py). A format is four maps:
 
     scales          observes the groups
     lattice         turns stored scales into the tensors that the arithmetic needs
@@ -30,6 +25,7 @@ from torch import Tensor
 
 from harness.config.checks import boolean, integer, one_of
 from harness.config.errors import ConfigError, DataError
+from harness.formats.geometry import Geometry
 from harness.formats.observers import MSE
 from harness.formats.qtensor import QTensor, Scales
 
@@ -40,7 +36,7 @@ UNDER_HESSIAN = ("hessian", "hessian_diagonal")
 
 
 @dataclass(frozen=True)
-class Format(ABC):
+class Format(Geometry, ABC):
     """The knobs that all formats share.
 
     granularity: tensor | channel (weight row) | token (activation row) | group (of group_size
@@ -62,7 +58,6 @@ class Format(ABC):
     pad: str = "error"
     role: str = "weight"
 
-    granularities = ("tensor", "channel", "token", "group")
     signed = False  # whether codes are two's complement integers
     slack = 0.0  # steps beyond the outermost lattice points that round to them without a clamp
     needs_static = False  # whether scales need a calibrated global_scale
@@ -133,53 +128,6 @@ class Format(ABC):
         """
         patient = self.observer == "mse" and self._mse.patience is not None  # until no group gains
         return self.granularity == "tensor" or patient
-
-    # geometry
-
-    @property
-    def spans_rows(self) -> bool:
-        """Whether rows share a scale."""
-        return self.granularity == "tensor"
-
-    def per_row(self, t: Tensor, rows: int) -> Tensor:
-        """A tensor of `lattice`, of a matrix [rows, n], with what each row has: [rows, groups]."""
-        return t.expand(rows, -1)
-
-    def group(self, n: int) -> int:
-        """Elements that share a scale on a last axis of n.
-
-        Raises ConfigError where they do not divide n and pad=error.
-        """
-        self.check(n, f"{type(self).__name__}.group_size", "tensor")
-        return self.group_size or n
-
-    def check(self, in_features: int, field: str, where: str) -> None:
-        """Refuse a width the group does not divide.
-
-        field: config field to name; where: site whose width it is.
-        """
-        if self.group_size and self.pad == "error" and in_features % self.group_size:
-            divisors = [d for d in range(1, in_features + 1) if in_features % d == 0]
-            format = field.rpartition(".")[0] or "the format"
-            raise ConfigError(
-                f"{field}={self.group_size} does not divide the width {in_features} of {where}; "
-                f"sizes that do: {', '.join(map(str, divisors))} (or set {format}.pad=zero)"
-            )
-
-    def split(self, x: Tensor) -> Tensor:
-        """x [*lead, n] -> blocks [*lead, groups, group], a view where there is nothing to pad."""
-        if self.granularity == "tensor":
-            return x.reshape(*[1] * x.ndim, -1)
-        group = self.group(x.shape[-1])
-        if x.shape[-1] % group:
-            x = torch.nn.functional.pad(x, (0, -x.shape[-1] % group))
-        return x.reshape(*x.shape[:-1], -1, group)
-
-    def join(self, blocks: Tensor, shape: torch.Size) -> Tensor:
-        """Inverse of split."""
-        if self.granularity == "tensor":
-            return blocks.reshape(shape)
-        return blocks.flatten(-2)[..., : shape[-1]]
 
     def _compute(self, dtype: torch.dtype) -> torch.dtype:
         """Dtype of the scales' arithmetic for a tensor stored as dtype."""
