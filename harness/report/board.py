@@ -24,8 +24,8 @@ CHOICES = ("recipe", "transform", "solver", "tune")  # what a row is made by
 def board(rows: Sequence[dict]) -> str:
     """The Markdown of all tables that finished runs make; rows as `rows.rows` gives them."""
     tables = [
-        _table(f"{model}, {format}", group)
-        for (model, format, *_), group in _groups(rows)
+        _table(f"{model}, {format}{_amount(tokens, read)}", group)
+        for (model, format, tokens, read), group in _groups(rows)
         if len(group) > 1
     ]
     if not tables:
@@ -45,6 +45,15 @@ def _groups(rows: Sequence[dict]) -> Iterator[tuple[tuple, list[dict]]]:
         key = (labels.get("model"), labels.get("format"), stage.get("tokens"), read)
         groups.setdefault(key, []).append(row)
     yield from sorted(groups.items(), key=lambda item: str(item[0]))
+
+
+def _amount(tokens: int | None, read: Sequence[tuple[str, int]]) -> str:
+    """`, 8 windows of 2048 tokens`, where a run says so."""
+    counts = {count for _, count in read}
+    windows = sum(count for _, count in read)
+    if not tokens or not windows or len(counts) > 1:
+        return ""
+    return f", {counts.pop()} windows of {tokens // windows} tokens"
 
 
 def _losses(stage: Mapping) -> Mapping:
