@@ -19,6 +19,7 @@ from harness.pipeline.job import execute
 from harness.pipeline.plan import make_plan
 from harness.pipeline.texts import Windows
 from harness.quantize import blocks
+from harness.tune.scales import LearnedScales
 
 RTN = ["format=int8", "format.act.range=static", "format.act.granularity=tensor", "solver=rtn"]
 
@@ -223,3 +224,20 @@ def test_an_evaluated_text_is_refused_among_others(tmp_path, corpora):
     (Path(corpora["verse"]) / "train.txt").write_text((folder / "test.txt").read_text())
     with pytest.raises(ConfigError, match="data=verse calibrates with the text that is evaluated"):
         make_plan(settings(cfg), choices).check()
+
+
+def test_a_tuner_is_held_to_each_text(tmp_path, monkeypatch):
+    """As transforms are: the last tenth of six windows alone would be one of one text."""
+    seen = []
+    tune = LearnedScales.tune
+
+    def watched(self, student):
+        seen.append(student.model)
+        return tune(self, student)
+
+    monkeypatch.setattr(LearnedScales, "tune", watched)
+    mixture = ["data.calibration.corpora=[data,stdlib]", "data.calibration.windows=6"]
+    outcome = execute(*small(tmp_path, "tune=scales", "tune.steps=1", "solver=rtn", *mixture))
+    assert outcome.status == "done", outcome.error
+    (model,) = seen
+    assert len(model.train) == 4 and len(model.held) == 2

@@ -124,8 +124,9 @@ def _student(
         qtensors |= solved(adapter, job.parts.scheme, job.run, index)
     model, _ = job.plan.model.load(adapter.device)
     untouched = Adapter(model, structure=adapter.structure)
+    texts = len(job.plan.calibration_corpora)
     return Student(
-        StreamedModel(adapter, calibration, job.reporter.stage, log=job.tracker.log),
+        StreamedModel(adapter, calibration, job.reporter.stage, log=job.tracker.log, texts=texts),
         qtensors,
         before,
         Teacher(StreamedModel(untouched, calibration)),

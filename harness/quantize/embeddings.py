@@ -50,6 +50,7 @@ class Embeddings:
             if self.record is not None:
                 quantized = stored(self.record[0], name, self.table, weight)
             else:
+                # rows are looked up, not multiplied: there is no Hessian for an observer to read
                 quantized = self.table.quantize(weight.detach())
                 self.tensors |= {f"{name}.{key}": value for key, value in quantized.state().items()}
                 noise = relative(quantized.dequantize(), weight)
