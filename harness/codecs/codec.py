@@ -45,6 +45,10 @@ class Codec(ABC):
     def absorb(self, weight: Tensor) -> Tensor:
         """W D^T for a reading weight [out, n], so that (y D) W^T = y (W D^T)^T."""
 
+    @abstractmethod
+    def operations(self, width: int) -> int:
+        """Multiplications and additions, in pairs, that x E takes for one x of `width` features."""
+
     def emit(self, weight: Tensor) -> Tensor:
         """E^T W for a writing weight [n, in], so that (x W^T) E = x (E^T W)^T."""
         return self.encode(weight.mT).mT
@@ -81,6 +85,9 @@ class Blocks(Codec):
             return self.encode(weight)
         return times(weight, self.decoder.mT)
 
+    def operations(self, width: int) -> int:
+        return 0 if self.encoder is None else width * self.encoder.shape[-1]
+
 
 @dataclass(frozen=True, eq=False)
 class Rotation(Codec):
@@ -97,6 +104,9 @@ class Rotation(Codec):
     def absorb(self, weight: Tensor) -> Tensor:
         return self.matrix.apply(weight)
 
+    def operations(self, width: int) -> int:
+        return width * self.matrix.steps
+
 
 @dataclass(frozen=True, eq=False)
 class Diagonal(Codec):
@@ -112,6 +122,9 @@ class Diagonal(Codec):
 
     def absorb(self, weight: Tensor) -> Tensor:
         return self.decode(weight)
+
+    def operations(self, width: int) -> int:
+        return width
 
     def _scale(self, x: Tensor) -> Tensor:
         return self.scale.to(x.device, torch.promote_types(x.dtype, torch.float32))
@@ -135,6 +148,9 @@ class Kronecker(Codec):
 
     def absorb(self, weight: Tensor) -> Tensor:
         return self._sides(weight, torch.linalg.inv(self.left), torch.linalg.inv(self.right).mT)
+
+    def operations(self, width: int) -> int:
+        return width * (len(self.left) + len(self.right))
 
     def _sides(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -163,6 +179,9 @@ class Chain(Codec):
             weight = codec.absorb(weight)
         return weight
 
+    def operations(self, width: int) -> int:
+        return sum(codec.operations(width) for codec in self.codecs)
+
 
 @dataclass(frozen=True, eq=False)
 class Repeated(Codec):
@@ -184,6 +203,9 @@ class Repeated(Codec):
 
     def absorb(self, weight: Tensor) -> Tensor:
         return self._heads(self.codec.absorb, weight)
+
+    def operations(self, width: int) -> int:
+        return self.repeat * self.codec.operations(width // self.repeat)
 
     def _heads(self, apply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         heads = x.unflatten(-1, (self.kv_heads, self.repeat, -1)).transpose(-3, -2)
@@ -208,6 +230,9 @@ class Rows(Codec):
 
     def absorb(self, weight: Tensor) -> Tensor:
         return self._rows(self.codec.absorb, weight)
+
+    def operations(self, width: int) -> int:
+        return self.codec.operations(len(self.rows))
 
     def _rows(self, apply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         rows = torch.tensor(self.rows, device=x.device)

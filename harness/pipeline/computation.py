@@ -25,6 +25,7 @@ from harness.evaluation.caveats import marks
 from harness.evaluation.divergence import Reference
 from harness.models.adapter import Adapter
 from harness.models.attention import attach
+from harness.models.online import online
 from harness.models.source import assert_finite
 from harness.pipeline import export, measure, stages, tuning
 from harness.pipeline.state import Job, LoadedJob
@@ -48,6 +49,7 @@ def compute(start: Job, device: torch.device) -> None:
     changed = False
     if not plan.model.quantized:  # what is quantized already is measured as it is
         changed = stages.transform(job, adapter, calibration, probe)
+    job.metrics["online"] = online(adapter)
     # What is exact need not be evaluated, for the gate has found the same logits; unless the run
     # quantizes nothing, and the transformed model is its result.
     inexact = not all(transform.exact for transform in job.parts.transforms)
