@@ -21,7 +21,7 @@ def command(tmp_path, *arguments, env=None):
 def test_one_run_and_the_stored_result(tmp_path):
     first = command(tmp_path, *SMALL)
     assert first.returncode == 0, first.stderr
-    for word in ("baseline", "quantized", "ppl pydoc", "bits/weight", "run directory", "peak MB"):
+    for word in ("baseline", "quantized", "ppl pydoc", "bits", "run directory", "peak MB"):
         assert word in first.stdout
     (directory,) = (p for p in (tmp_path / "runs").iterdir() if not p.name.startswith("_"))
     for name in (
