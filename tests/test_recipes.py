@@ -28,6 +28,7 @@ SPELLED = {
     ],
 }
 SPELLED["wush"] = [*SPELLED["propagated"], "transform=wush"]
+SPELLED["best"] = SPELLED["wush"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
