@@ -7,7 +7,7 @@
 k: the channels whose maximum exceeds `threshold` M, M the greatest of the site, up to a multiple of
 the groups of activations and weights; or `channels`, the same at every site. Sorted, groups hold
 channels of like range. Q(r) has block scales of its own and x's global scale. |r - Q(r)| <= |r| in
-every element, for 0 is among the points of which Q(r) is the nearest.
+every element where 0 is a lattice point, for Q(r) is the nearest.
 
 k columns of W are held and multiplied twice: bits per weight and flops are (1 + k / n) as many. P
 stays online as a gather, for which engines need no arithmetic: they quantize in that order.
