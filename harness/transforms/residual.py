@@ -75,6 +75,7 @@ class Residual(Transform):
 
         def collector(layer: int | None, site: str, width: int) -> Then[Tensor, Permutation]:
             assert layer is not None  # a site of a block, as all of them are
+            # of experts, all: a bound of what a token meets
             outputs[layer, site] = sum(len(weight) for weight in weights_at(model, layer, site))
             step = _step(shape, layer, site)
             return Then(Peak(), lambda peak: self._codec(peak, step))
