@@ -176,7 +176,9 @@ def test_every_way_of_quarot(tmp_path, options):
     assert outcome.metrics["notes"]["gate"]["max"] < 1e-4
 
 
-@pytest.mark.parametrize("transform", ["identity", "hadamard", "pca", "wush", "dartquant"])
+@pytest.mark.parametrize(
+    "transform", ["identity", "hadamard", "pca", "wush", "residual", "dartquant"]
+)
 def test_smoothquant_stacks_under_others(tmp_path, transform):
     plain = run(tmp_path, transform, "format=int8")
     outcome = run(tmp_path, transform, "format=int8", "transform.smooth={alpha: 0.6}")
@@ -375,6 +377,9 @@ REFUSED = [
     ("smoothquant", ["transform.alpha=1.5"], ["transform.alpha=1.5"]),
     ("smoothquant", ["transform.sites=[head_in]"], ["transform.sites", "head_in"]),
     ("pca", ["transform.block=7"], ["transform.block=7", "attn_in"]),
+    ("residual", ["format.act.bits=16"], ["format.act.bits=16", "transform=residual"]),
+    ("residual", ["format=fp8_static"], ["granularity=tensor", "transform=residual"]),
+    ("residual", ["transform.channels=24"], ["transform.channels=24", "attn_in", "16"]),
     (
         "pca",
         ["transform.post_hadamard=true", "transform.block=6"],
@@ -488,6 +493,7 @@ SILENT = [
     ("pca", ["format=int4", "format.weight.group_size=32", "transform.post_hadamard=true"]),
     ("pca", []),
     ("wush", []),
+    ("residual", []),
     ("dct", []),
     ("quarot", ["format=int4", "format.weight.group_size=32", "format.kv.bits=4"]),
 ]

@@ -18,6 +18,7 @@ TRANSFORMS = {
     "pca": [],
     "hadamard": [],
     "wush": ["transform.merge=true"],
+    "residual": [],
     "jointquant": ["transform.r1.epochs=1"],
     "adacodec": ["transform.steps=1", "transform.batch=1"],
 }

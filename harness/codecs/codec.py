@@ -7,6 +7,7 @@ which a symmetric E would hide). AdaCodec is the codec whose D is free.
     Blocks      E = diag(E_1, .., E_nb), dense for nb = 1
     Rotation    a (randomized) Hadamard matrix, applied fast
     Diagonal    E = diag(1 / s)
+    Permutation E = P, the features in another order
     Kronecker   E = L (x) R
     Chain       E = E_1 E_2 ..
     Repeated    one codec for all query heads of a key/value head
@@ -30,8 +31,11 @@ from harness.linalg.hadamard import Hadamard
 class Codec(ABC):
     """The pair (E, D) of one activation tensor of n features.
 
-    All maps keep the dtype, and are differentiable.
+    All maps keep the dtype, and are differentiable. twice: of so many leading features of x E the
+    quantizer's residual is quantized, too (Format.fake).
     """
+
+    twice = 0  # no annotation: a field only where a codec sets it
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
@@ -131,6 +135,26 @@ class Diagonal(Codec):
 
 
 @dataclass(frozen=True, eq=False)
+class Permutation(Codec):
+    """x -> x[.., order]; order [n] int64."""
+
+    order: Tensor
+    twice: int = 0
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.index_select(-1, self.order.to(x.device))
+
+    def decode(self, y: Tensor) -> Tensor:
+        return y.index_select(-1, self.order.argsort().to(y.device))
+
+    def absorb(self, weight: Tensor) -> Tensor:
+        return self.encode(weight)  # D = P^T
+
+    def operations(self, width: int) -> int:
+        return 0  # a gather
+
+
+@dataclass(frozen=True, eq=False)
 class Kronecker(Codec):
     """E = L (x) R, L [l, l], R [r, r], with the decoder L^-1 (x) R^-1.
 
@@ -163,6 +187,10 @@ class Chain(Codec):
     """E = E_1 E_2 .., undone in reverse."""
 
     codecs: Sequence[Codec]
+
+    @property
+    def twice(self) -> int:
+        return self.codecs[-1].twice  # the quantizer stands behind the last
 
     def encode(self, x: Tensor) -> Tensor:
         for codec in self.codecs:
@@ -241,6 +269,8 @@ class Rows(Codec):
 
 def _moved(value: object, device: torch.device, dtype: torch.dtype) -> object:
     """A codec's field with its tensors there; numbers and None stay."""
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        return value.to(device)  # indices
     if isinstance(value, Tensor | Codec):
         return value.to(device, dtype)
     if isinstance(value, Hadamard) and value.signs is not None:

@@ -3,8 +3,8 @@
     online = operations of all codecs that run on activations / operations of the linears' products
 
 for one token, a multiplication and an addition as one operation, Hadamard matrices as their fast
-transform. Of routed experts all are counted, on both sides. Kernels differ in what an operation
-takes; this is what they have to do.
+transform. The second products of residual channels count as codecs do, routed experts all, on both
+sides. Kernels differ in what an operation takes; this is what they have to do.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def online(adapter: Adapter) -> float:
         if isinstance(module, QuantLinear):
             widths[module.site] = module.in_features
             linears += module.in_features * module.out_features
+            added += module.site.twice * module.out_features
             added += _operations(module.decoder, module.in_features)
             added += _operations(module.encoder, module.out_features)
     for site, width in widths.items():

@@ -2,6 +2,9 @@
 
     y = Q_a(x E) W_q^T + b
 
+Of the first k features that a codec says are quantized `twice`, Q_a(z) = Q(z) + Q(z - Q(z)): the
+product of n + k features in which the residual of z meets the first k columns of W_q again.
+
 x E and Q_a belong to the site, not to the linear: q, k and v read one tensor, so it is encoded and
 quantized once. While a transform is learned nothing is merged, and the decoders run on activations
 too (models/unmerged.py): y = Q_a(x E) D W^T + b.
@@ -40,6 +43,11 @@ class SiteInput(nn.Module):
         """x E, before any quantizer: what a solver's statistics see."""
         return x if self.codec is None else self.codec.encode(x)
 
+    @property
+    def twice(self) -> int:
+        """k, the leading features of x E that are quantized twice."""
+        return 0 if self.codec is None else self.codec.twice
+
     def forward(self, x: Tensor) -> Tensor:
         if self._seen is not x:
             # rotations and rounding have a precision of their own
@@ -47,7 +55,10 @@ class SiteInput(nn.Module):
                 y = self.encode(x)
                 if self.format is not None:
                     y = self.format.fake(
-                        y, ste=torch.is_grad_enabled(), global_scale=self.global_scale
+                        y,
+                        ste=torch.is_grad_enabled(),
+                        global_scale=self.global_scale,
+                        twice=self.twice,
                     )
                 if self.decoder is not None:
                     y = self.decoder.decode(y)
@@ -92,6 +103,13 @@ class QuantLinear(nn.Module):
     def out_features(self) -> int:
         """The features it writes."""
         return self.weight.shape[0]
+
+    def held(self, bits: int) -> int:
+        """Bits of a weight of `bits` with its first k columns repeated, (1 + k / n) times as many.
+
+        k: what its site quantizes twice.
+        """
+        return bits + bits * self.site.twice // self.in_features
 
     def load(self, values: Tensor) -> None:
         """Take dequantized values [out, in] into the weight's own memory."""
