@@ -27,6 +27,7 @@ from harness.transforms.quarot import QuaRot
 
 TRANSFORMS = sorted(path.stem for path in (ROOT / "conf" / "transform").glob("*.yaml"))
 END_TO_END = {"spinquant", "spinquant_paper", "adacodec", "adacodec_paper", "learned_rotation"}
+END_TO_END |= {"flatquant", "block_affine"}
 QUICK = {name: ["transform.steps=2", "transform.batch=1"] for name in END_TO_END} | {
     name: ["transform.r1.epochs=1"] for name in ("dartquant", "jointquant", "jq_seed")
 }

@@ -9,11 +9,21 @@ too (models/unmerged.py): y = Q_a(x E) D W^T + b.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
-from harness.formats import Format
 from harness.transforms import Codec
+
+
+class Quantizer(Protocol):
+    """What quantizes an activation: a Format, or a Ranged one while something learns."""
+
+    def fake(self, x: Tensor, ste: bool = False, global_scale: Tensor | None = None) -> Tensor:
+        """x [..., n] quantized and dequantized."""
+        ...
 
 
 class SiteInput(nn.Module):
@@ -28,7 +38,7 @@ class SiteInput(nn.Module):
         super().__init__()
         self.readers = readers
         self.codec: Codec | None = None
-        self.format: Format | None = None
+        self.format: Quantizer | None = None
         self.decoder: Codec | None = None
         self.register_buffer("global_scale", None)
         # the latest activation and its result, kept until the last reader has had it
@@ -66,7 +76,9 @@ class QuantLinear(nn.Module):
     """A linear that reads its site, with a weight [out, in] dequantized from a QTensor, or float.
 
     decoder and encoder: of this linear alone, on its input and output, where they are not merged
-    into its weight. keeps: whether `load` leaves the weight that was there before in `solved`.
+    into its weight. stored: what its weight becomes before it is read, while a transform learns
+    from weights as they will be stored. keeps: whether `load` leaves the weight that was there
+    before in `solved`.
     """
 
     weight: Tensor
@@ -80,6 +92,7 @@ class QuantLinear(nn.Module):
         self.site = site
         self.decoder: Codec | None = None
         self.encoder: Codec | None = None
+        self.stored: Callable[[Tensor], Tensor] | None = None
         self.keeps = False
         self.solved: Tensor | None = None
 
@@ -103,5 +116,7 @@ class QuantLinear(nn.Module):
         x = self.site(x)
         if self.decoder is not None:
             x = self.decoder.decode(x)
-        y = nn.functional.linear(x, self.weight, self.bias)
+        # made anew at each forward: weights may lie on disk between two
+        weight = self.weight if self.stored is None else self.stored(self.weight)
+        y = nn.functional.linear(x, weight, self.bias)
         return y if self.encoder is None else self.encoder.encode(y)
