@@ -15,11 +15,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from harness.formats import Format
 from harness.transforms import Codec
 
 
 class Quantizer(Protocol):
-    """What quantizes an activation: a Format, or a Ranged one while something learns."""
+    """What quantizes an activation while something learns by it."""
 
     def fake(self, x: Tensor, ste: bool = False, global_scale: Tensor | None = None) -> Tensor:
         """x [..., n] quantized and dequantized."""
@@ -30,6 +31,7 @@ class SiteInput(nn.Module):
     """Encode, then quantize, an activation [..., n] for all `readers` linears that read it.
 
     decoder: undoes the encoding for every reader, where it is not merged into their weights.
+    ranged: stands in for the format while its ranges are learned.
     """
 
     global_scale: Tensor | None
@@ -38,7 +40,8 @@ class SiteInput(nn.Module):
         super().__init__()
         self.readers = readers
         self.codec: Codec | None = None
-        self.format: Quantizer | None = None
+        self.format: Format | None = None
+        self.ranged: Quantizer | None = None
         self.decoder: Codec | None = None
         self.register_buffer("global_scale", None)
         # the latest activation and its result, kept until the last reader has had it
@@ -55,8 +58,9 @@ class SiteInput(nn.Module):
             # rotations and rounding have a precision of their own
             with torch.autocast(x.device.type, enabled=False):
                 y = self.encode(x)
-                if self.format is not None:
-                    y = self.format.fake(
+                quantizer = self.ranged or self.format
+                if quantizer is not None:
+                    y = quantizer.fake(
                         y, ste=torch.is_grad_enabled(), global_scale=self.global_scale
                     )
                 if self.decoder is not None:
@@ -76,9 +80,9 @@ class QuantLinear(nn.Module):
     """A linear that reads its site, with a weight [out, in] dequantized from a QTensor, or float.
 
     decoder and encoder: of this linear alone, on its input and output, where they are not merged
-    into its weight. stored: what its weight becomes before it is read, while a transform learns
-    from weights as they will be stored. keeps: whether `load` leaves the weight that was there
-    before in `solved`.
+    into its weight. rounding: what its weight becomes before it is read, while a transform
+    learns from weights as they will be stored. keeps: whether `load` leaves the weight that was
+    there before in `solved`.
     """
 
     weight: Tensor
@@ -92,7 +96,7 @@ class QuantLinear(nn.Module):
         self.site = site
         self.decoder: Codec | None = None
         self.encoder: Codec | None = None
-        self.stored: Callable[[Tensor], Tensor] | None = None
+        self.rounding: Callable[[Tensor], Tensor] | None = None
         self.keeps = False
         self.solved: Tensor | None = None
 
@@ -117,6 +121,6 @@ class QuantLinear(nn.Module):
         if self.decoder is not None:
             x = self.decoder.decode(x)
         # made anew at each forward: weights may lie on disk between two
-        weight = self.weight if self.stored is None else self.stored(self.weight)
+        weight = self.weight if self.rounding is None else self.rounding(self.weight)
         y = nn.functional.linear(x, weight, self.bias)
         return y if self.encoder is None else self.encoder.encode(y)

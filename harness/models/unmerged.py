@@ -75,8 +75,9 @@ def unmerged(
         for handle in handles:
             handle.remove()
         for module in touched:
-            module.encoder = module.decoder = module.stored = None
-            module.site.codec = module.site.decoder = module.site.format = None
+            module.encoder = module.decoder = module.rounding = None
+            module.site.codec = module.site.decoder = None
+            module.site.format = module.site.ranged = None
         for heads in attached:
             heads.codec = heads.format = None
         # heads that were there before stay for whoever attached them
@@ -93,13 +94,15 @@ def _attach_codecs(
     act = None if scheme is None else scheme.part("act", role.layer, role.name)
     if act is not None:
         act = act.dynamic()  # nothing is calibrated yet: scales follow each tensor
+    module.site.format = act
     clips = placement.clips.get((role.layer, role.name), {})
-    module.site.format = act if act is None or not stored else Ranged(act, clips.get("act"))
+    if stored and act is not None:
+        module.site.ranged = Ranged(act, clips.get("act"))
     weight = None if scheme is None else scheme.part("weight", role.layer, role.name)
     if stored and weight is not None:
         quantizer = Ranged(replace(weight, observer="minmax"), clips.get("weight"))
-        module.stored = partial(_merged, placement.reading(role), quantizer)
-    elif (role.layer, role.name) in placement.decoders:
+        module.rounding = partial(_merged, placement.reading(role), quantizer)
+    elif stored or (role.layer, role.name) in placement.decoders:
         module.decoder = placement.reading(role)
     else:
         module.site.decoder = placement.reading(role)
