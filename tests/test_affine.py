@@ -43,6 +43,7 @@ def normal(*shape, seed=0):
 
 
 def close(found, wanted, tolerance=1e-10):
+    found, wanted = found.detach(), wanted.detach()
     assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
 
 
