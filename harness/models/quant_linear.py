@@ -12,6 +12,9 @@ too (models/unmerged.py): y = Q_a(x E) D W^T + b.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -19,10 +22,19 @@ from harness.formats import Format
 from harness.transforms import Codec
 
 
+class Quantizer(Protocol):
+    """What quantizes an activation while something learns by it."""
+
+    def fake(self, x: Tensor, ste: bool = False, global_scale: Tensor | None = None) -> Tensor:
+        """x [..., n] quantized and dequantized."""
+        ...
+
+
 class SiteInput(nn.Module):
     """Encode, then quantize, an activation [..., n] for all `readers` linears that read it.
 
     decoder: undoes the encoding for every reader, where it is not merged into their weights.
+    ranged: stands in for the format while its ranges are learned.
     """
 
     global_scale: Tensor | None
@@ -32,6 +44,7 @@ class SiteInput(nn.Module):
         self.readers = readers
         self.codec: Codec | None = None
         self.format: Format | None = None
+        self.ranged: Quantizer | None = None
         self.decoder: Codec | None = None
         self.register_buffer("global_scale", None)
         # the latest activation and its result, kept until the last reader has had it
@@ -53,13 +66,11 @@ class SiteInput(nn.Module):
             # rotations and rounding have a precision of their own
             with torch.autocast(x.device.type, enabled=False):
                 y = self.encode(x)
-                if self.format is not None:
-                    y = self.format.fake(
-                        y,
-                        ste=torch.is_grad_enabled(),
-                        global_scale=self.global_scale,
-                        twice=self.twice,
-                    )
+                ste = torch.is_grad_enabled()
+                if self.ranged is not None:
+                    y = self.ranged.fake(y, ste, self.global_scale)
+                elif self.format is not None:
+                    y = self.format.fake(y, ste, self.global_scale, self.twice)
                 if self.decoder is not None:
                     y = self.decoder.decode(y)
             self._seen = x
@@ -77,7 +88,9 @@ class QuantLinear(nn.Module):
     """A linear that reads its site, with a weight [out, in] dequantized from a QTensor, or float.
 
     decoder and encoder: of this linear alone, on its input and output, where they are not merged
-    into its weight. keeps: whether `load` leaves the weight that was there before in `solved`.
+    into its weight. rounding: what its weight becomes before it is read, while a transform
+    learns from weights as they will be stored. keeps: whether `load` leaves the weight that was
+    there before in `solved`.
     """
 
     weight: Tensor
@@ -91,6 +104,7 @@ class QuantLinear(nn.Module):
         self.site = site
         self.decoder: Codec | None = None
         self.encoder: Codec | None = None
+        self.rounding: Callable[[Tensor], Tensor] | None = None
         self.keeps = False
         self.solved: Tensor | None = None
 
@@ -121,5 +135,7 @@ class QuantLinear(nn.Module):
         x = self.site(x)
         if self.decoder is not None:
             x = self.decoder.decode(x)
-        y = nn.functional.linear(x, self.weight, self.bias)
+        # made anew at each forward: weights may lie on disk between two
+        weight = self.weight if self.rounding is None else self.rounding(self.weight)
+        y = nn.functional.linear(x, weight, self.bias)
         return y if self.encoder is None else self.encoder.encode(y)

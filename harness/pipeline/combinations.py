@@ -163,7 +163,7 @@ def check_attention(field: str, context: ModelShape) -> None:
 
 def learning_warnings(plan: Plan, transforms: Sequence[Transform]) -> list[str]:
     """What is to be said of transforms that learn from the whole model's output."""
-    whole = any(transform.learned and "act" in transform.sees for transform in transforms)
+    whole = any(transform.whole for transform in transforms)
     if not whole or plan.settings["model"].get("weights") != "disk":
         return []
     name = plan.settings["transform"]["name"]
