@@ -34,7 +34,7 @@ INT4 = Scheme(weight=Integer(granularity="group", group_size=32), act=TOKEN)
 NV = Scheme(weight=NVFP4(), act=NVFP4(role="activation"))
 WAYS = {
     "flatquant": (FlatQuant, INT4, {"lr": 0.01}),
-    "block_affine": (BlockAffine, NV, {"lr": 0.002, "init": "identity"}),
+    "block_affine": (BlockAffine, NV, {"lr": 0.02, "init": "identity"}),
 }
 
 
@@ -64,14 +64,14 @@ def test_a_matrix_begins_as_it_is_told_and_stays_invertible(start):
     close(learned.matrices()[0], start)
     before = learned.condition()
     assert before == pytest.approx(float(torch.linalg.cond(start).max()), rel=1e-8)
-    matrix, inverse = wander(learned).matrices()
+    matrix, inverse = (m.detach() for m in wander(learned).matrices())
     assert float((matrix - start).abs().max()) > 0.1
     assert float((matrix @ inverse - torch.eye(len(start.mT[0]), dtype=F64)).abs().max()) < 1e-11
     found = float(torch.linalg.cond(matrix).max())
     assert found == pytest.approx(learned.condition(), rel=1e-6)
     assert found < before * float((2 * learned.r.abs().max()).exp()) * (1 + 1e-6)
     # and in the precision that is learned in
-    matrix, inverse = learned.float().matrices()
+    matrix, inverse = (m.detach() for m in learned.float().matrices())
     assert float((matrix @ inverse - torch.eye(matrix.shape[-1])).abs().max()) < 1e-5
 
 
@@ -228,8 +228,12 @@ def fitted(adapter, way, scheme=None, windows=WINDOWS, objective="block", steps=
 
 
 def swapped(family="llama"):
+    """A tiny model with a channel of outliers in every group of what its norms write."""
     adapter = exact_model(family)
     adapter.model.requires_grad_(False)
+    for name, role in adapter.roles.items():
+        if role.kind == "norm" and role.layer is not None:
+            adapter.model.get_submodule(name).weight[::16] *= 8
     swap(adapter)
     return adapter
 
@@ -279,14 +283,17 @@ def errors(adapter, scheme, placement, windows):
         ]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_what_is_learned_serves_a_text_that_was_not_seen(way):
+@pytest.mark.parametrize(
+    "way, clip", [("flatquant", True), ("flatquant", False), ("block_affine", False)]
+)
+def test_what_is_learned_serves_a_text_that_was_not_seen(way, clip):
     adapter = swapped()
-    start, learned = (fitted(adapter, way, steps=steps) for steps in (0, 24))
+    start, learned = (fitted(adapter, way, steps=steps, clip=clip) for steps in (0, 24))
     other = token_ids(4, 32, seed=9)
     before, after = (errors(adapter, WAYS[way][1], p, other) for p in (start, learned))
     for first, last in zip(before, after):
-        assert last < 0.97 * first
+        assert last < 0.95 * first
+    assert bool(learned.clips) == clip
     first, last = learned.notes["held_out_loss"]
     assert last < first == pytest.approx(start.notes["held_out_loss"][1])
     # the held-out tenth is the last window, and no clip is left out of the figure
@@ -344,7 +351,7 @@ def test_learning_reads_what_will_be_stored():
 def test_distillation_moves_the_matrices_of_all_blocks(way):
     adapter = swapped()
     start, learned = (
-        fitted(adapter, way, objective="kd", steps=steps, lr=0.003) for steps in (0, 8)
+        fitted(adapter, way, objective="kd", steps=steps, lr=0.01) for steps in (0, 8)
     )
     first, last = learned.notes["held_out_loss"]
     assert last < first
