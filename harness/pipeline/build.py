@@ -6,8 +6,10 @@ way out.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import cycle
 
 import torch
@@ -152,12 +154,18 @@ def structure_from(facts: Mapping) -> Structure:
             "A newer release may have it."
         )
     try:
-        return structure_of(AutoConfig.for_model(**facts))
+        return _structure(json.dumps(facts))
     except Exception as error:  # a model's own code runs on tensors without content
         raise ConfigError(
             f"model: a forward of {kind} could not be looked through ({reason(error)}), so that "
             "its parts are unknown."
         ) from error
+
+
+@lru_cache(maxsize=8)
+def _structure(config: str) -> Structure:
+    """The structure of a config.json, from which alone it follows: jobs of a sweep share it."""
+    return structure_of(AutoConfig.for_model(**json.loads(config)))
 
 
 def _formats(settings: Mapping, structure: Structure) -> tuple[Scheme, Auto | None]:
