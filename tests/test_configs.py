@@ -63,9 +63,8 @@ def test_option_builds(group, name):
     elif group == "format":
         parts = {part: build(settings[part], group, base) for part, base in PARTS.items()}
         on = {part for part, format in parts.items() if format}
-        assert on == (
-            set() if name == "none" else {"weight", "act", *(["kv"] if "kv" in name else [])}
-        )
+        wanted = {"none": set(), "kivi2": {"kv"}, "kivi4": {"kv"}}
+        assert on == wanted.get(name, {"weight", "act", *(["kv"] if "kv" in name else [])})
     elif group == "transform":
         built = {
             type(transform).__module__ for transform in transforms_of({"name": name, **settings})

@@ -7,14 +7,25 @@
 
 Each token is quantized by itself, so its scales are its own. scale=unit has none to be found: FP8
 as a plain cast, NVFP4 with block scales alone, as engines keep them that were given no calibrated
-scale. Sources: QuaRot (arXiv 2404.00456), section 4 (integers); vLLM (kv_cache_dtype=fp8 with
-scales of 1); ModelOpt (NVFP4_KV, whose float32 scale is calibrated, once a layer).
+scale. With key_axis=channel it is G tokens of one channel of the keys that share a scale, for a
+channel that is large is so in every token:
+
+    K [tokens, head_dim]:  groups K[G i .. G i + G - 1, c]        V: groups of a token, as above
+
+With a window of R tokens the newest are floats. Token t reads quantized, of the tokens before it,
+the keys s < R floor(t / R), whose last R were full and were quantized then, and the values
+s < t - R (models/window.py).
+
+Sources: QuaRot (arXiv 2404.00456), section 4 (integers); KIVI (arXiv 2402.02750) and its code
+(windows, key_axis); vLLM (kv_cache_dtype=fp8 with scales of 1); ModelOpt (NVFP4_KV, whose float32
+scale is calibrated, once a layer).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from harness.config.checks import integer, number, one_of
@@ -36,9 +47,12 @@ class KVCache:
     group_size: null (head_dim: one vector per token and head), a divisor of head_dim (integers and
         FP8), or -1 (all heads of a token are one vector).
     scale: dynamic | unit (FP8 and nvfp4).
+    window: how many of the newest tokens stay floats; 0: each is quantized as it comes.
+    key_axis: token | channel (integers and FP8; with a window, which group_size divides).
 
-    Of integers alone, whose groups have zero in their range:
+    Of integers alone:
 
+    incl0: whether zero lies in every asymmetric range: always | never (KIVI).
     symmetric, zp_order, zp_range: as Integer has them; compute_dtype: of the others, too.
     clip_k, clip_v: in (0, 1].
     zp: rounded | float_offset (QuaRot's deployed cache).
@@ -55,6 +69,9 @@ class KVCache:
     compute_dtype: str = "float32"
     kind: str = "integer"
     scale: str = "dynamic"
+    incl0: str = "always"
+    key_axis: str = "token"
+    window: int = 0
 
     def __post_init__(self):
         one_of("KVCache: kind", self.kind, BITS)
@@ -70,17 +87,37 @@ class KVCache:
                 )
         number("KVCache: clip_k", self.clip_k, 1e-6, 1)
         number("KVCache: clip_v", self.clip_v, 1e-6, 1)
+        one_of("KVCache: incl0", self.incl0, ("always", "never"))
+        one_of("KVCache: key_axis", self.key_axis, ("token", "channel"))
+        integer("KVCache: window", self.window, low=0)
+        if self.key_axis == "channel":
+            self._check_channels()
         try:
             self.part("key")
         except ConfigError as error:
             raise ConfigError(f"KVCache: {str(error).partition(': ')[2]}") from None
 
+    def _check_channels(self) -> None:
+        """Refuse groups of tokens that the window would not fill."""
+        group = self.group_size
+        if group is None or group < 1:
+            raise ConfigError(
+                f"KVCache: key_axis=channel with group_size={group}: that many tokens share a "
+                "scale; set group_size=32 with kind=integer or fp8, or key_axis=token."
+            )
+        if not self.window or self.window % group:
+            raise ConfigError(
+                f"KVCache: key_axis=channel with window={self.window}: a group of {group} tokens "
+                f"is quantized once it is full; set window to a multiple of {group}, or "
+                "key_axis=token."
+            )
+
     @property
     def unread(self) -> tuple[str, ...]:
         """Fields without effect as the others are set."""
         if self.kind == "integer":
-            return ("scale",)
-        integers = ("symmetric", "clip_k", "clip_v", "zp", "zp_order", "zp_range")
+            return ("scale", "incl0") if self.symmetric else ("scale",)
+        integers = ("symmetric", "incl0", "clip_k", "clip_v", "zp", "zp_order", "zp_range")
         return (*integers, "scale") if self.kind == "mxfp4" else integers
 
     def part(self, name: str) -> Format:
@@ -116,7 +153,7 @@ class KVCache:
             granularity=granularity,
             group_size=group_size,
             symmetric=self.symmetric,
-            incl0="always",
+            incl0=self.incl0,
             clip=self.clip_k if name == "key" else self.clip_v,
             zp=self.zp,
             zp_order=self.zp_order,
@@ -128,13 +165,38 @@ class KVCache:
         """Refuse a head_dim that group_size does not divide (see Format.check)."""
         self.part("key").check(head_dim, field, where)
 
+    def old(self, token: int, name: str) -> int:
+        """How many tokens, from the first on, token number `token` (from 0) reads quantized where
+        there is a window. name: key | value."""
+        if name == "key":
+            return token - token % self.window
+        return max(0, token - self.window)
+
     def fake(self, x: Tensor, name: str) -> Tensor:
         """Keys or values x [batch, kv_heads, tokens, head_dim] as the cache would return them.
 
-        name: key | value.
+        name: key | value. Of keys with key_axis=channel, tokens in whole groups.
         """
+        if name == "key" and self.key_axis == "channel":
+            return self.part(name).fake(x.mT).mT
         if self.group_size != -1:
             return self.part(name).fake(x)
         # a token's heads side by side make one group
         tokens = x.transpose(1, 2)
         return self.part(name).fake(tokens.flatten(2)).view(tokens.shape).transpose(1, 2)
+
+    def token_bits(self, heads: int, head_dim: int) -> float:
+        """Stored bits of one token's quantized keys and values in one layer, scales included."""
+        x = (
+            torch.zeros(1, heads * head_dim)
+            if self.group_size == -1
+            else torch.zeros(heads, head_dim)
+        )
+        total = 0.0
+        for name in ("key", "value"):
+            if name == "key" and self.key_axis == "channel":
+                groups = torch.zeros(heads * head_dim, self.window)
+                total += self.part(name).quantize(groups).bits() / self.window
+            else:
+                total += self.part(name).quantize(x).bits()
+        return total
