@@ -190,8 +190,8 @@ def config_group(
 
 
 def cache_scheme(kv: KVCache | None, head_dim: int) -> dict | None:
-    """`kv_cache_scheme`: dynamic groups of a head's vector, or scales of 1 (FP8, scale=unit), which
-    stand in the file. Raises ConfigError for what the layout does not hold.
+    """`kv_cache_scheme`: dynamic groups of a head's vector, or scales that stand in the file (FP8:
+    1 with scale=unit, a layer's with scale=static). Raises ConfigError for what it does not hold.
     """
     if kv is None:
         return None

@@ -38,13 +38,16 @@ MASKED = ("eager", "sdpa")  # that take a mask of any form
 class HeadsInput(nn.Module):
     """R3 and the KV formats of one attention module.
 
-    Queries, keys and values are [B, heads, T, head_dim].
+    Queries, keys and values are [B, heads, T, head_dim]. scales: what is calibrated of key | value.
     """
+
+    _settled: tuple[int, int]
 
     def __init__(self):
         super().__init__()
         self.codec: Codec | None = None
         self.format: KVCache | None = None
+        self.scales: dict[str, Tensor] = {}
         self.before: str = "eager"  # the attention that is handed over to, and comes back
         # keys as a cache gave them out, and how many of its keys and values were quantized by then
         self._cached: Tensor | None = None
@@ -58,7 +61,7 @@ class HeadsInput(nn.Module):
         """Keys (rotated) or values as the cache returns them; part: key | value."""
         if self.format is None:
             return x
-        dq = self.format.fake(x.detach(), part)
+        dq = self.format.fake(x.detach(), part, self.scales.get(part))
         return straight_through(x, dq) if torch.is_grad_enabled() else dq
 
     @property
@@ -130,6 +133,16 @@ class QuantizedLayer(DynamicLayer):
             return x, settled
         new = self._heads.quantize(x[..., settled:due, :], part)
         return torch.cat([x[..., :settled, :], new, x[..., due:, :]], dim=-2), due
+
+
+def named(adapter: Adapter) -> dict[str, HeadsInput]:
+    """{absolute name of the attention module: its HeadsInput}, attached where there was none."""
+    names = [
+        adapter.name(layer, attention.module)
+        for layer, attention in adapter.structure.attention.items()
+        if attention.module is not None
+    ]
+    return dict(zip(names, attach(adapter)))
 
 
 def attach(adapter: Adapter) -> list[HeadsInput]:
