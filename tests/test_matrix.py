@@ -361,6 +361,8 @@ REFUSED = [
     ("quarot", ["transform.r1=7"], ["transform.r1=7", "192"]),
     ("quarot", ["transform.r1=6"], ["transform.r1=6"]),
     ("quarot", ["transform.r4=maybe"], ["transform.r4=maybe"]),
+    ("quarot", ["transform.r3=0"], ["transform.r3=0"]),
+    ("quarot", ["transform.r3=7"], ["transform.r3=7", "32"]),
     ("quarot", ["transform.smooth={alpha: 2}"], ["transform.smooth.alpha=2"]),
     (
         "quarot",

@@ -68,7 +68,7 @@ def unmerged(
         attached = attach(adapter)
     for heads in attached:
         heads.codec = placement.query_key
-        heads.format = kv
+        heads.format = None if kv is None else kv.dynamic()
     try:
         yield
     finally:

@@ -83,7 +83,8 @@ def components(plan: Plan) -> Components:
         combinations.check_attention(f"format.kv.bits={scheme.kv.bits}", context)
         scheme.kv.check(context.head_dim, "format.kv.group_size", "the key/value heads")
     combinations.check_residual(transforms, context)
-    warnings = [warning for transform in transforms for warning in transform.check(context)]
+    warnings = combinations.cache_warnings(plan, scheme)
+    warnings += [warning for transform in transforms for warning in transform.check(context)]
     combinations.check_placement_files(plan, transforms, context)
     if solver is not None:
         if auto is not None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from harness.calibration.cache import calibrate
 from harness.calibration.windows import (
     NEEDED,
     bos_gain,
@@ -230,6 +231,10 @@ def _quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
         with job.store.holding(job.store.shared("solving", job.plan.quant_id)):
             stages.quantize(job, adapter, calibration)
     if scheme.kv is not None:
+        if scheme.kv.needs_static:
+            count = len(adapter.blocks)
+            with job.stage("solve"), job.reporter.stage("keys and values", count) as advance:
+                calibrate(adapter, scheme.kv, calibration, advance)
         for heads in attach(adapter):
             heads.format = scheme.kv
     if job.parts.tuner is not None:
