@@ -80,13 +80,14 @@ def files(outcome):
     "solver",
     [
         ["solver=gptq", "solver.order=activation"],
+        ["solver=gptq", "solver.order=activation", "solver.propagate=gptaq"],
         ["solver=rtn", "format.weight.observer=hessian"],
         ["solver=awq", "solver.grid=3"],
     ],
-    ids=["gptq", "rtn", "awq"],
+    ids=["gptq", "gptaq", "rtn", "awq"],
 )
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, solver):
-    settings = ["format=nvfp4", *solver, *QEP]
+    settings = ["format=nvfp4", *QEP, *solver]
     whole = run(tmp_path / "a", *settings)
     assert whole.status == "done", whole.error
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -120,7 +121,9 @@ def test_what_arrives_at_the_end_is_nearer_to_the_untouched_model(tmp_path):
         assert outcome.status == "done", outcome.error
         return outcome.metrics["stages"]["quantized"]["divergence"]["pydoc"]["kl"]
 
-    assert divergence(*QEP) < divergence("solver.stream=both", "solver.hessian_input=quantized")
+    plain = divergence("solver.stream=both", "solver.hessian_input=quantized")
+    assert divergence(*QEP) < plain
+    assert divergence(*QEP, "solver.propagate=gptaq") < plain
 
 
 def test_what_came_later_leaves_ids_alone():

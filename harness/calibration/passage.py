@@ -47,7 +47,8 @@ class Passage:
     sites: its sites, whose linears may be changed once they are reached. hidden: the stream's
     views, one a micro-batch, which take the block's output at the end; kwargs: what the block is
     called with besides, of each. room: where kept values lie. enough: an expert that the router
-    gave fewer tokens is shown all of its layer's; None: every expert is.
+    gave fewer tokens is shown all of its layer's; None: every expert is. tidy: give freed memory
+    back at each site; what is passed beside another leaves that to it.
     """
 
     def __init__(
@@ -58,9 +59,11 @@ class Passage:
         kwargs: Sequence[dict],
         room: Room,
         enough: int | None = None,
+        tidy: bool = True,
     ):
         self.block = block
         self.enough = enough
+        self._tidy = tidy
         self._leaves = {name: block.get_submodule(name) for name in _leaf_names(sites)}
         self.hidden = hidden
         self.kwargs = kwargs
@@ -99,7 +102,8 @@ class Passage:
         """What the module that reads a site is called with, one micro-batch at a time."""
         module = self._leaves[leaf(site)]
         self._tape(0)
-        trim()  # the holes of a forward, into which what is kept would not fit
+        if self._tidy:
+            trim()  # the holes of a forward, into which what is kept would not fit
         for index in range(len(self.hidden)):
             tape = self._tape(index)
             if tape.reads_content:

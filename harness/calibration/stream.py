@@ -172,7 +172,8 @@ class Stream:
             hidden = copy.copy_(self._hidden).split(self._batch)
         passed = block if twin is None else twin
         kwargs = self.block_kwargs[block]
-        passage = Passage(passed, sites, hidden, kwargs, self._room, self._enough)
+        alone = twin is None
+        passage = Passage(passed, sites, hidden, kwargs, self._room, self._enough, alone)
         for site in sites:
             yield site, passage.arriving(site)
         if not stay:

@@ -124,6 +124,7 @@ class Solver:
     scope: `site` = `solve` sees one site at a time; `block` = `solve_block` sees a whole block.
     prepares: whether `prepare` is to be called with each block before its sites are solved.
     encodings: the folder of the run that gets the integer weights' encodings.
+    propagates: what `propagate` may be.
 
     sequencing: `sites` = later sites of a block see earlier ones quantized (true-sequential);
         `block` = one pass a block.
@@ -136,15 +137,17 @@ class Solver:
         layer.
     stream: what later sites read of the solved ones: `weights` = their weights quantized, `both` =
         their activations too.
-    propagate: none | qep, by which weights first undo what earlier layers did (propagation.py);
-        propagate_alpha: how much of it; propagate_damp: its damping, a share of mean(diag H);
-        propagate_skip: sites left out. Routed experts always are: their tokens differ.
+    propagate: how weights undo what earlier layers did, none | qep (before anything is rounded,
+        propagation.py) | gptaq (in gptq's loop, asymmetry.py); propagate_alpha: how much of it;
+        propagate_damp: its damping, a share of mean(diag H); propagate_skip: sites left out. Routed
+        experts always are: their tokens differ.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     scope: ClassVar[str] = "site"
     prepares: ClassVar[bool] = False
     encodings: ClassVar[str | None] = None
+    propagates: ClassVar[tuple[str, ...]] = ("none", "qep")
 
     sequencing: str = "sites"
     hessian_input: str = "auto"
@@ -162,9 +165,14 @@ class Solver:
         boolean("solver.fuse_global_scale", self.fuse_global_scale)
         integer("solver.min_tokens", self.min_tokens)
         one_of("solver.stream", self.stream, ("weights", "both"))
-        one_of("solver.propagate", self.propagate, ("none", "qep"))
+        one_of("solver.propagate", self.propagate, ("none", "qep", "gptaq"))
         number("solver.propagate_alpha", self.propagate_alpha, 0, 1)
         number("solver.propagate_damp", self.propagate_damp, 0, 1e6)
+        if self.propagate not in self.propagates:
+            raise ConfigError(
+                f"solver.propagate={self.propagate} with {type(self).__name__}: it stands in the "
+                "loop over columns that only gptq has; use solver=gptq or solver.propagate=qep."
+            )
         if self.propagate != "none" and self.sequencing == "block":
             raise ConfigError(
                 f"solver.propagate={self.propagate} with solver.sequencing=block: errors are "

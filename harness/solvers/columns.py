@@ -143,11 +143,24 @@ class Columns:
     receives q.
 
     unit [in, in]: U with unit diagonal. block: columns solved one by one between matrix products.
+    pull [in, in]: P, strictly upper, where w_j <- w_j + w_i P_ij besides (asymmetry.py).
     """
 
-    def __init__(self, work: Tensor, quantized: Tensor, unit: Tensor, lattice: Lattice, block: int):
+    def __init__(
+        self,
+        work: Tensor,
+        quantized: Tensor,
+        unit: Tensor,
+        lattice: Lattice,
+        block: int,
+        pull: Tensor | None = None,
+    ):
         self.work = work
-        self.unit = unit
+        # (what a column that is done leaves, how much of it is taken off each column after it)
+        self.carried = [(work, unit)]
+        if pull is not None:
+            # w_i itself is gone by then, but is d_i + q_i:  d U - w P = d (U - P) - q P
+            self.carried = [(work, unit - pull), (quantized, -pull)]
         self.lattice = lattice
         self.block = block
         self.columns = work.unbind(0)
@@ -170,45 +183,59 @@ class Columns:
         self.solve(mid, hi)
 
     def _pass_on(self, lo: int, mid: int, hi: int) -> None:
-        """The errors of columns lo..mid, onto mid..hi."""
-        self.work[mid:hi].addmm_(self.unit[lo:mid, mid:hi].T, self.work[lo:mid], alpha=-1)
+        """What columns lo..mid leave, onto mid..hi."""
+        for left, matrix in self.carried:
+            self.work[mid:hi].addmm_(matrix[lo:mid, mid:hi].T, left[lo:mid], alpha=-1)
 
     def _one_by_one(self, lo: int, hi: int) -> None:
-        errors, coefficients = self._within(lo, hi)
+        within = [self._within(lo, hi, *carried) for carried in self.carried]
         for k in range(hi - lo):
             column = self.columns[lo + k]
             output = self.outputs[lo + k]
             if k:  # all that the columns before it in this block have left, at once
-                self._take(column, errors, coefficients, k)
+                for left, coefficients in within:
+                    self._take(column, left, coefficients, k)
             self.lattice.snap(lo + k, column, output)
             column -= output  # d, which the columns after it take over
 
-    def _within(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
-        """The errors of a block as `_take` wants them, and what they are passed on with."""
-        return self.work[lo:hi].T, self.unit[lo:hi, lo:hi].T.contiguous()
+    def _within(self, lo: int, hi: int, left: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """What a block leaves as `_take` wants it, and what it is passed on with."""
+        return left[lo:hi].T, matrix[lo:hi, lo:hi].T.contiguous()
 
-    def _take(self, column: Tensor, errors: Tensor, coefficients: Tensor, k: int) -> None:
-        """The errors of a block's first k columns, onto its next."""
-        column.addmv_(errors[:, :k], coefficients[k, :k], alpha=-1)
+    def _take(self, column: Tensor, left: Tensor, coefficients: Tensor, k: int) -> None:
+        """What a block's first k columns leave, onto its next."""
+        column.addmv_(left[:, :k], coefficients[k, :k], alpha=-1)
 
 
 class ManyColumns(Columns):
     """The loop over several problems of one shape at once, each with an inverse of its own.
 
-    work, quantized [in, problems, rows], unit [problems, in, in].
+    work, quantized [in, problems, rows], unit, pull [problems, in, in].
     """
 
-    def __init__(self, work: Tensor, quantized: Tensor, unit: Tensor, lattice: Lattice, block: int):
-        super().__init__(work.flatten(1), quantized.flatten(1), unit, lattice, block)
+    def __init__(
+        self,
+        work: Tensor,
+        quantized: Tensor,
+        unit: Tensor,
+        lattice: Lattice,
+        block: int,
+        pull: Tensor | None = None,
+    ):
+        super().__init__(work.flatten(1), quantized.flatten(1), unit, lattice, block, pull)
         self.problems = work.transpose(0, 1)  # [problems, in, rows]
+        self.carried = [
+            (left.view_as(work).transpose(0, 1), matrix) for left, matrix in self.carried
+        ]
 
     def _pass_on(self, lo: int, mid: int, hi: int) -> None:
-        coefficients = self.unit[:, lo:mid, mid:hi].mT
-        self.problems[:, mid:hi].baddbmm_(coefficients, self.problems[:, lo:mid], alpha=-1)
+        for left, matrix in self.carried:
+            coefficients = matrix[:, lo:mid, mid:hi].mT
+            self.problems[:, mid:hi].baddbmm_(coefficients, left[:, lo:mid], alpha=-1)
 
-    def _within(self, lo: int, hi: int) -> tuple[Tensor, Tensor]:
-        return self.problems[:, lo:hi], self.unit[:, lo:hi, lo:hi].mT.contiguous()
+    def _within(self, lo: int, hi: int, left: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        return left[:, lo:hi], matrix[:, lo:hi, lo:hi].mT.contiguous()
 
-    def _take(self, column: Tensor, errors: Tensor, coefficients: Tensor, k: int) -> None:
-        after = column.view(len(errors), 1, -1)
-        after.baddbmm_(coefficients[:, k : k + 1, :k], errors[:, :k], alpha=-1)
+    def _take(self, column: Tensor, left: Tensor, coefficients: Tensor, k: int) -> None:
+        after = column.view(len(left), 1, -1)
+        after.baddbmm_(coefficients[:, k : k + 1, :k], left[:, :k], alpha=-1)

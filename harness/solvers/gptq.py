@@ -19,6 +19,8 @@ Differences from the usual code:
 - A Hessian that cannot be factored is damped ten times more, up to 1, then tried in float64; only
   then the site falls back to RTN, and the report says so.
 - Problems of one shape (experts of a layer) go through one loop, each with its own U.
+
+propagate=gptaq adds a term to the loop (asymmetry.py).
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from torch import Tensor
 from harness.config.checks import integer, number, one_of
 from harness.config.errors import ConfigError, DataError
 from harness.formats import Format, Scales
+from harness.solvers.asymmetry import pulls
 from harness.solvers.base import Problem, Solution, Solver
 from harness.solvers.columns import Columns, DynamicLattice, Lattice, ManyColumns, StaticLattice
 from harness.solvers.inverses import Begun, finite, inverses
@@ -49,6 +52,7 @@ class GPTQ(Solver):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    propagates: ClassVar[tuple[str, ...]] = ("none", "qep", "gptaq")
 
     damp: float = 0.01
     order: str = "default"
@@ -170,6 +174,9 @@ class GPTQ(Solver):
         """(weights on their lattices, scales as they are stored) of each problem."""
         if not begun:
             return
+        pull = None
+        if self.propagate == "gptaq":
+            pull = pulls(begun, self.propagate_alpha, self.propagate_damp, self._dtype)
         sides = []
         for each in begun:
             side = torch.cat(list(each.problem.weights.values())).to(self._dtype)
@@ -180,11 +187,12 @@ class GPTQ(Solver):
         quantized = torch.empty_like(work)
         lattice = self._lattice(begun)
         if len(begun) == 1:
-            Columns(work, quantized, units[0], lattice, self.block).solve(0, len(work))
+            one = None if pull is None else pull[0]
+            Columns(work, quantized, units[0], lattice, self.block, one).solve(0, len(work))
         else:
             shape = (len(work), len(begun), rows)
             many = work.view(shape), quantized.view(shape)
-            ManyColumns(*many, units, lattice, self.block).solve(0, len(work))
+            ManyColumns(*many, units, lattice, self.block, pull).solve(0, len(work))
         del work
         for each, columns in zip(begun, quantized.T.contiguous().split(rows)):
             values = columns
@@ -225,7 +233,8 @@ class GPTQ(Solver):
 
 def _shape(problem: Problem) -> tuple:
     """What problems have in common that are solved in one loop."""
-    return tuple(
+    linears = (
         (weight.shape, weight.dtype, weight.device, problem.formats[name])
         for name, weight in problem.weights.items()
     )
+    return (problem.drift is None, *linears)

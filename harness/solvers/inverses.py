@@ -69,10 +69,9 @@ def _dampings(damp: float) -> Iterator[float]:
         yield damp
 
 
-def _unit_uppers(
-    begun: Sequence[Begun], damp: float, dtype: torch.dtype
-) -> tuple[Tensor, list[bool]]:
-    """U of each at one damping, and whether it is finite."""
+def uppers(begun: Sequence[Begun], damp: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(U [problems, in, in] of each at one damping, in the order of its columns; whether each H was
+    positive definite [problems])."""
     # a Hessian is the largest thing a solver holds: what is made of it takes its copy's place
     if len(begun) == 1:
         units, leaf = begun[0].hessian.to(dtype, copy=True)[None], len(begun[0].order)
@@ -84,7 +83,14 @@ def _unit_uppers(
         damped.diagonal().add_(damp * damped.diagonal().mean())
         if each.reordered:
             damped.copy_(damped[each.order[:, None], each.order])
-    good = _invert(units, leaf)
+    return units, _invert(units, leaf)
+
+
+def _unit_uppers(
+    begun: Sequence[Begun], damp: float, dtype: torch.dtype
+) -> tuple[Tensor, list[bool]]:
+    """U of each with unit diagonal, and whether it is finite."""
+    units, good = uppers(begun, damp, dtype)
     units /= units.diagonal(dim1=-2, dim2=-1)[..., None].clone()
     return units, [fine and finite(each) for each, fine in zip(units, good.tolist())]
 

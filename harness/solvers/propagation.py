@@ -19,7 +19,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from harness.solvers.base import Problem
 
@@ -36,13 +35,10 @@ def compensated(problem: Problem, alpha: float, damp: float) -> Problem:
     factor, failed = torch.linalg.cholesky_ex(damped)
     if failed:  # features that are always 0, undamped
         return problem
-    drift = problem.drift.double()
-    moved = {name: _moved(weight, alpha, drift, factor) for name, weight in problem.weights.items()}
+    # D (L L^T)^-1 once, whose product with each W is all that is left
+    step = alpha * torch.cholesky_solve(problem.drift.double().T, factor).T
+    moved = {
+        name: torch.addmm(weight.double(), weight.double(), step).to(weight.dtype)
+        for name, weight in problem.weights.items()
+    }
     return replace(problem, weights=moved)
-
-
-def _moved(weight: Tensor, alpha: float, drift: Tensor, factor: Tensor) -> Tensor:
-    """W + alpha W D (L L^T)^-1 [out, n], in the weight's dtype."""
-    target = (weight.double() @ drift).T
-    step = torch.cholesky_solve(target, factor).T
-    return (weight.double() + alpha * step).to(weight.dtype)
