@@ -192,10 +192,10 @@ class Rotations(Transform):
             )
 
 
-def switch(field: str, value: str | bool) -> str:
+def switch(field: str, value: str | int | bool) -> str:
     """auto | on | off; YAML reads a bare on or off as a truth value."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if value not in ("auto", "on", "off"):
         raise ConfigError(f"{field}={value}: choose one of auto, on, off.")
-    return value
+    return str(value)
