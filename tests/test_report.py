@@ -295,6 +295,12 @@ def test_what_tells_runs_apart_names_what_one_would_type():
         for data, path in (("text", "/a"), ("text", "/b"), ("pydoc", "null"))
     ]
     assert told(*texts) == ["data.path=/a", "data.path=/b", "data=pydoc"]
+    recipes = [
+        ({"recipe": recipe, "solver": "gptq"}, {"solver.order": order, "solver.damp": damp})
+        for recipe, order, damp in (("a", "x", "1"), ("b", "y", "1"), ("b", "y", "2"))
+    ]
+    # what a recipe brings with it follows from it
+    assert told(*recipes) == ["recipe=a", "solver.damp=1", "solver.damp=2"]
 
 
 def test_ls_has_a_column_for_what_varies(root, capsys):

@@ -42,7 +42,7 @@ def apart(
     rows: Sequence[Mapping], settings: Sequence[Mapping[str, str]], columns: Collection[str] = ()
 ) -> list[str]:
     """For each row, with its dotted settings, `seed=1 weight.group_size=32`: what differs between
-    runs that chose the same option of the setting's group.
+    runs of one recipe that chose the same option of the setting's group.
 
     What an option brings with it follows from the choice and is left out, as is a value that more
     than half of the comparable runs have. A setting that a run has not is null. Runs without
@@ -56,8 +56,10 @@ def apart(
         alike = defaultdict(list)
         for index, run in enumerate(runs):
             if run:
-                option = rows[index]["choices"].get(group) if dot else None
-                alike[option].append(index)
+                choices = rows[index]["choices"]
+                option = choices.get(group) if dot else None
+                recipe = None if key == "recipe" else choices.get("recipe")
+                alike[recipe, option].append(index)
         for indices in alike.values():
             values = [runs[index].get(key, "null") for index in indices]
             shares = Counter(values)
