@@ -7,8 +7,9 @@ import pytest
 import torch
 from composed import small
 
+from harness.calibration.subject import StreamedModel
 from harness.config.errors import ConfigError
-from harness.formats import NVFP4, Integer, Scheme
+from harness.formats import Integer, Scheme
 from harness.models.adapter import Adapter, shape_of
 from harness.models.merge import fuse_norms, place, swap
 from harness.models.tiny import Tiny
@@ -75,16 +76,20 @@ def test_a_rotated_model_is_solved_as_it_is_beside_its_own_copy(tmp_path):
     outputs are, and two ways to the same function give the same weights."""
     model, _ = Tiny().load()
     before = copy.deepcopy(model)
-    scheme = Scheme(weight=INT4, act=NVFP4(role="activation"))
+    # float activations: two that round to either side of a tie would be two models soon
+    scheme = Scheme(weight=INT4)
     ids = torch.randint(256, (8, 64), generator=torch.Generator().manual_seed(0))
-    solver = RTN(propagate="qep", stream="both", hessian_input="quantized", propagate_skip=())
+    solver = RTN(propagate="qep", propagate_alpha=1.0, propagate_damp=0.1, propagate_skip=())
 
     def solved(solver, beside):
+        """{linear: weight} of the first block, and its errors: in later ones a single code that
+        rounds the other way has come to many."""
         adapter = Adapter(copy.deepcopy(model))
         swap(adapter)
-        fuse_norms(adapter)
+        gains = fuse_norms(adapter)
         rotation = QuaRot(r3=False, r4=True)
-        placement = rotation.fit(shape_of(adapter.structure, scheme), None)
+        shape = shape_of(adapter.structure, scheme)
+        placement = rotation.fit(shape, StreamedModel(adapter, ids, gains=gains))
         place(adapter, placement)
         untouched = None
         if beside:
@@ -97,15 +102,16 @@ def test_a_rotated_model_is_solved_as_it_is_beside_its_own_copy(tmp_path):
             adapter, scheme, solver, ids, run,
             lambda index, layers, output: errors.extend(layers), untouched=untouched,
         )  # fmt: skip
-        weights = torch.cat(
-            [b.flatten() for n, b in adapter.blocks.named_buffers() if "weight" in n]
-        )
-        return weights, torch.tensor([error["rel_error"] for error in errors])
+        names = [name for site in adapter.sites(0) for name in site.linears]
+        weights = {name: adapter.blocks[0].get_submodule(name).weight for name in names}
+        return weights, torch.tensor([error["rel_error"] for error in errors[: len(names)]])
 
     (one, errors), (other, others) = solved(solver, False), solved(solver, True)
     off, _ = solved(replace(solver, propagate="none"), False)
-    far = (one - off).norm()
-    assert (one - other).norm() < 0.1 * far
+    for name, weight in one.items():
+        moved = (weight - off[name]).norm()
+        assert (weight - other[name]).norm() < 0.1 * moved + 1e-4, name
+        assert moved > 1 or name.startswith("self_attn.") and "o_proj" not in name
     torch.testing.assert_close(errors, others, rtol=0.02, atol=0)
 
 
@@ -131,7 +137,7 @@ def test_nor_is_the_untouched_model_held_where_none_is(tmp_path):
         tmp_path, "model=hf", f"model.path={tmp_path / 'model'}", "model.weights=disk",
         "format=nvfp4", "transform=adacodec", "solver=rtn", "solver.propagate=qep",
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="set model.weights=memory"):
+    with pytest.raises(ConfigError, match="holds the untouched model"):
         execute(cfg, choices)
 
 
