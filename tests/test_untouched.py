@@ -111,7 +111,7 @@ def test_a_rotated_model_is_solved_as_it_is_beside_its_own_copy(tmp_path):
     for name, weight in one.items():
         moved = (weight - off[name]).norm()
         assert (weight - other[name]).norm() < 0.1 * moved + 1e-4, name
-        assert moved > 1 or name.startswith("self_attn.") and "o_proj" not in name
+        assert moved > 1 or (name.startswith("self_attn.") and "o_proj" not in name)
     torch.testing.assert_close(errors, others, rtol=0.02, atol=0)
 
 
