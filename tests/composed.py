@@ -1,10 +1,15 @@
 """Composing the real configuration inside a test. Imports no torch."""
 
+import copy
 import os
+from functools import cache
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 
 from harness.calibration.shipped import Pydoc
 
@@ -35,16 +40,26 @@ SMALL = [
 
 def composed(*overrides: str):
     """(configuration, {group: option}) of `python run.py overrides`."""
+    given = OverridesParser.create().parse_overrides(list(overrides))
+    # Hydra itself refuses several values for a setting
+    chosen = [each for each in given if each.key_or_group in GROUPS or each.is_sweep_override()]
+    cfg = copy.deepcopy(whole(*(each.input_line for each in chosen)))
+    settings = [each for each in given if each not in chosen]
+    ConfigLoaderImpl._apply_overrides_to_config(settings, cfg)
+    choices = {group: cfg.hydra.runtime.choices.get(group) for group in GROUPS}
+    return OmegaConf.create({k: v for k, v in cfg.items() if k != "hydra"}), choices
+
+
+@cache
+def whole(*overrides: str) -> DictConfig:
+    """What Hydra composes, its own configuration included. Once for each choice of options: it
+    takes as long as all forwards of a small run."""
     os.environ["HARNESS_ROOT"] = str(ROOT)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
-    choices = {group: cfg.hydra.runtime.choices.get(group) for group in GROUPS}
     HydraConfig.instance().cfg = None
     del os.environ["HARNESS_ROOT"]
-    plain = {k: v for k, v in cfg.items() if k != "hydra"}
-    from omegaconf import OmegaConf
-
-    return OmegaConf.create(plain), choices
+    return cfg
 
 
 def small(tmp_path, *overrides: str):

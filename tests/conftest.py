@@ -1,6 +1,13 @@
+import gc
+import os
+import shutil
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import pytest
+
+MEMORY = Path("/dev/shm")  # files in memory, where a system has them
+ROOM = 4 * 2**30  # bytes; all tests together leave about 1 GiB
 
 LIBRARIES = (
     "torch",
@@ -28,10 +35,20 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_configure():
+    """Every file of a run is synced, which on a disk takes a tenth of the tests' time."""
+    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+
+def pytest_collection_finish():
+    """What is imported by now stays; searching it for garbage takes a twentieth of the time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def golden_dir(request):
-    from pathlib import Path
-
     return Path(request.config.getoption("--golden") or Path(__file__).parent / "golden")
 
 

@@ -105,7 +105,7 @@ def test_rotated_queries_and_keys_have_the_same_scores(n):
     q, k, v = torch.randn(
         3, 2, 4, 7, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
-    rotated_q, rotated_k, same_v = heads(q, k, v)
+    rotated_q, rotated_k, same_v, _ = heads(q, k, v)
     assert torch.equal(same_v, v)
     assert (rotated_k - k).abs().max() > 0.1
     close(rotated_q @ rotated_k.mT, q @ k.mT, 1e-12 * n)

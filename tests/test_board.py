@@ -48,3 +48,23 @@ def test_it_is_written_by_one_command(tmp_path, capsys):
     assert "| solver |" in out.read_text()
     assert main(["board", str(tmp_path / "runs"), "solver=rtn"]) == 0
     assert "No two finished runs" in capsys.readouterr().out
+
+
+def test_runs_that_only_the_seed_tells_apart_share_a_row(tmp_path):
+    quarot = ["transform=quarot", "solver=rtn"]
+    for settings in (["solver=rtn"], [*quarot, "seed=0"], [*quarot, "seed=1"]):
+        assert execute(*small(tmp_path, *settings)).status == "done"
+    found = rows(tmp_path / "runs")
+    cells = [line.strip("| ").split(" | ") for line in board(found).splitlines() if "`" in line]
+    assert sorted(line[0] for line in cells) == ["identity", "quarot"]
+    turned = [row for row in found if row["labels"]["transform"] == "quarot"]
+    first, second = (last(row)["ppl"]["pydoc"] for row in turned)
+    assert first != second
+    shared = next(line for line in cells if line[0] == "quarot")
+    spread = abs(first - second) / math.sqrt(2)
+    assert f"{(first + second) / 2:.3f} ± {spread:.3f}" in shared
+    assert shared[-1] == ", ".join(f"`{row['run_id'].rsplit('-', 1)[1]}`" for row in turned)
+    other = next(row for row in found if row["labels"]["transform"] == "identity")
+    each = [last(row)["losses"]["pydoc"] for row in turned]
+    mean = [(a + b) / 2 for a, b in zip(*each)]
+    assert cells[0][-2] == f"{losses(mean, last(other)['losses']['pydoc'])['p']:.2g}"

@@ -27,6 +27,8 @@ from harness.pipeline.job import execute
 from harness.quantize.weights import Solved
 from harness.store import write_json
 
+WINDOW = ["format.kv.bits=2", "format.kv.group_size=16", "format.kv.window=32"]
+WINDOW += ["format.kv.key_axis=channel", "format.kv.zp=float_offset", "format.kv.incl0=never"]
 CASES = {
     "plain": ["format=nvfp4", "format.act.compute_dtype=input", "solver=gptq"],
     "pca": ["transform=pca", "format=int4", "solver=rtn", "model.tie=false"],
@@ -64,6 +66,13 @@ CASES = {
         "format.kv={kind: fp8, bits: 8, scale: unit}",
         "format.overrides={down_proj: if4}",
     ],
+    "static cache": ["format=fp8_kv_static", "transform=quarot", "model.family=qwen3"],
+    "static nvfp4 cache": [
+        "format=none",
+        "solver=none",
+        "format.kv={kind: nvfp4, bits: 4, scale: static}",
+    ],
+    "window": ["format=none", "solver=none", *WINDOW],
     "merged": ["format=fouroversix", "solver=awq", "solver.grid=2"],
     "mixed": [
         "transform=quarot",

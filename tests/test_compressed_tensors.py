@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_golden import compressed_tensors_format
 
+from harness.calibration.cache import calibrate
 from harness.calibration.subject import StreamedModel
 from harness.checkpoints import entries, layouts
 from harness.checkpoints import source as checkpoint_source
@@ -171,6 +172,7 @@ SCHEMES = {  # family, formats, the layout of the linears
     "w4a8 fp8": ("llama", Scheme(weight=G64, act=F8_TOKEN), "pack-quantized"),
     "fp8 kv8": ("llama", Scheme(weight=F8, act=F8_TOKEN, kv=KV8), "float-quantized"),
     "kv8 fp8": ("qwen3", Scheme(kv=replace(KV8, scale="unit")), "dense"),
+    "kv8 static": ("llama", Scheme(weight=F8, kv=replace(KV8, scale="static")), "float-quantized"),
     "mxfp4 kv4": (
         "llama",
         Scheme(weight=mx("e2m1"), kv=KVCache(kind="mxfp4", bits=4)),
@@ -268,6 +270,8 @@ def written(folder, model, tokenizer, scheme: Scheme, rotate=False, dtype=torch.
     run.path.mkdir(parents=True)
     if scheme.weight is not None:
         blocks.quantize(adapter, scheme, RTN(), IDS, run, lambda *_: None)
+    if scheme.kv is not None and scheme.kv.needs_static:
+        calibrate(adapter, scheme.kv, IDS)
     for heads in attach(adapter) if scheme.kv is not None else ():
         heads.format = scheme.kv
     qtensors = {
@@ -690,7 +694,13 @@ INTEGERS = [
     "w8a8 static",
     *["w4a16kv4"][:CACHED],
 ]
-FP8S = ["fp8", "fp8 static", "fp8 block", "w4a8 fp8", *["fp8 kv8", "kv8 fp8"][: 2 * CACHED]]
+FP8S = [
+    "fp8",
+    "fp8 static",
+    "fp8 block",
+    "w4a8 fp8",
+    *["fp8 kv8", "kv8 fp8", "kv8 static"][: 3 * CACHED],
+]
 
 
 @pytest.mark.parametrize("case", [*INTEGERS, *FP8S, "nvfp4", "mxfp4", "mixed"])

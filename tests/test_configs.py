@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping
 
 import pytest
-from composed import ROOT, composed
+from composed import ROOT, composed, whole
 from format_parts import PARTS
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from harness.config.build import build, fingerprint
@@ -39,6 +40,33 @@ def test_option_composes_and_says_what_it_is(group, name):
         assert cfg[group].name == name
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["transform.steps=3", "transform=adacodec", "seed=1", "run_root=a b"],
+        ["experiment=leaderboard", "format=int4", "format.weight.group_size=null", "recipe=wush"],
+        ["+format.overrides.down_proj={bits: 8}", "~tune", "export=none", "data=text"],
+    ],
+    ids=str,
+)
+def test_settings_on_options_composed_before_are_what_hydra_composes(overrides):
+    cfg = whole.__wrapped__(*overrides)
+    plain = {key: value for key, value in OmegaConf.to_container(cfg).items() if key != "hydra"}
+    composed(*overrides)  # leaves what the next is made of as it was
+    found, choices = composed(*overrides)
+    assert OmegaConf.to_container(found) == plain
+    told = cfg.hydra.runtime.choices
+    assert choices == {group: told.get(group) for group in choices}
+
+
+@pytest.mark.parametrize("setting", ["seed=1,2", "format=int4,nvfp4", "format.width=1", "seeds=1"])
+def test_what_hydra_refuses_is_refused(setting):
+    with pytest.raises(HydraException) as told:
+        whole.__wrapped__(setting)
+    with pytest.raises(type(told.value), match=re.escape(str(told.value))):
+        composed(setting)
+
+
 def test_help_lists_what_hydra_leaves_out():
     shown = OmegaConf.load(ROOT / "conf" / "config.yaml").hydra.help.template
     (sweeps,), (launchers,) = (
@@ -63,9 +91,9 @@ def test_option_builds(group, name):
     elif group == "format":
         parts = {part: build(settings[part], group, base) for part, base in PARTS.items()}
         on = {part for part, format in parts.items() if format}
-        assert on == (
-            set() if name == "none" else {"weight", "act", *(["kv"] if "kv" in name else [])}
-        )
+        wanted = {"none": set(), "kivi2": {"kv"}, "kivi4": {"kv"}}
+        named = {"weight", *([] if "a16" in name else ["act"]), *(["kv"] if "kv" in name else [])}
+        assert on == wanted.get(name, named)
     elif group == "transform":
         built = {
             type(transform).__module__ for transform in transforms_of({"name": name, **settings})

@@ -27,7 +27,8 @@ from harness.transforms.quarot import QuaRot
 
 TRANSFORMS = sorted(path.stem for path in (ROOT / "conf" / "transform").glob("*.yaml"))
 END_TO_END = {"spinquant", "spinquant_paper", "adacodec", "adacodec_paper", "learned_rotation"}
-QUICK = {name: ["transform.steps=2", "transform.batch=1"] for name in END_TO_END} | {
+AFFINE = {"flatquant", "block_affine"}
+QUICK = {name: ["transform.steps=2", "transform.batch=1"] for name in END_TO_END | AFFINE} | {
     name: ["transform.r1.epochs=1"] for name in ("dartquant", "jointquant", "jq_seed")
 }
 ROTATED = ["quarot", "spinquant", "dartquant", "jointquant"]
@@ -176,7 +177,9 @@ def test_every_way_of_quarot(tmp_path, options):
     assert outcome.metrics["notes"]["gate"]["max"] < 1e-4
 
 
-@pytest.mark.parametrize("transform", ["identity", "hadamard", "pca", "wush", "dartquant"])
+@pytest.mark.parametrize(
+    "transform", ["identity", "hadamard", "pca", "wush", "residual", "flatquant", "dartquant"]
+)
 def test_smoothquant_stacks_under_others(tmp_path, transform):
     plain = run(tmp_path, transform, "format=int8")
     outcome = run(tmp_path, transform, "format=int8", "transform.smooth={alpha: 0.6}")
@@ -186,7 +189,9 @@ def test_smoothquant_stacks_under_others(tmp_path, transform):
     )
 
 
-@pytest.mark.parametrize("transform", ["spinquant", "dartquant", "adacodec", "pca", "wush"])
+@pytest.mark.parametrize(
+    "transform", ["spinquant", "dartquant", "adacodec", "pca", "wush", "flatquant"]
+)
 def test_learned_matrices_are_the_same_bits_for_the_same_seed(tmp_path, transform):
     first, again, _ = (
         run(
@@ -199,7 +204,7 @@ def test_learned_matrices_are_the_same_bits_for_the_same_seed(tmp_path, transfor
     )
     assert first.metrics["stages"] == again.metrics["stages"]
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-    if transform in ("spinquant", "dartquant"):
+    if transform in ("spinquant", "dartquant", "flatquant"):
         assert (tmp_path / "a.safetensors").read_bytes() != (
             tmp_path / "c.safetensors"
         ).read_bytes()
@@ -356,6 +361,8 @@ REFUSED = [
     ("quarot", ["transform.r1=7"], ["transform.r1=7", "192"]),
     ("quarot", ["transform.r1=6"], ["transform.r1=6"]),
     ("quarot", ["transform.r4=maybe"], ["transform.r4=maybe"]),
+    ("quarot", ["transform.r3=0"], ["transform.r3=0"]),
+    ("quarot", ["transform.r3=7"], ["transform.r3=7", "32"]),
     ("quarot", ["transform.smooth={alpha: 2}"], ["transform.smooth.alpha=2"]),
     (
         "quarot",
@@ -372,9 +379,19 @@ REFUSED = [
         ["transform.smooth={alpha: 0.5, when: after}"],
         ["transform.smooth.when=after", "transform=pca"],
     ),
+    (
+        "flatquant",
+        ["format=int4", "format.act.bits=16", "format.weight.bits=16", "solver=none"],
+        ["format.act.bits=16", "format.weight.bits=16", "transform=flatquant"],
+    ),
+    ("flatquant", ["transform.objective=lm"], ["transform.objective=lm", "block, kd"]),
+    ("block_affine", ["transform.block_size=128"], ["transform.block_size=128", "64"]),
     ("smoothquant", ["transform.alpha=1.5"], ["transform.alpha=1.5"]),
     ("smoothquant", ["transform.sites=[head_in]"], ["transform.sites", "head_in"]),
     ("pca", ["transform.block=7"], ["transform.block=7", "attn_in"]),
+    ("residual", ["format.act.bits=16"], ["format.act.bits=16", "transform=residual"]),
+    ("residual", ["format=fp8_static"], ["granularity=tensor", "transform=residual"]),
+    ("residual", ["transform.channels=24"], ["transform.channels=24", "attn_in", "16"]),
     (
         "pca",
         ["transform.post_hadamard=true", "transform.block=6"],
@@ -488,6 +505,9 @@ SILENT = [
     ("pca", ["format=int4", "format.weight.group_size=32", "transform.post_hadamard=true"]),
     ("pca", []),
     ("wush", []),
+    ("residual", []),
+    ("flatquant", ["format=int4", "format.weight.group_size=32"]),
+    ("block_affine", []),
     ("dct", []),
     ("quarot", ["format=int4", "format.weight.group_size=32", "format.kv.bits=4"]),
 ]

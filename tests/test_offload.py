@@ -18,8 +18,11 @@ TRANSFORMS = {
     "pca": [],
     "hadamard": [],
     "wush": ["transform.merge=true"],
+    "residual": [],
     "jointquant": ["transform.r1.epochs=1"],
     "adacodec": ["transform.steps=1", "transform.batch=1"],
+    "flatquant": ["transform.steps=1"],
+    "block_affine": ["transform.steps=1", "transform.objective=kd"],
 }
 
 

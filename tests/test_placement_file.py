@@ -18,6 +18,7 @@ from harness.transforms import (
     Codec,
     Diagonal,
     Kronecker,
+    Permutation,
     Placement,
     Repeated,
     Rotation,
@@ -64,6 +65,7 @@ CODECS = {  # each on 192 features
     "paley blocks": signed(48),
     "diagonal": Diagonal(normal(192).abs() + 0.1),
     "kronecker": Kronecker(normal(12, 12), normal(16, 16)),
+    "permutation": Permutation(torch.randperm(192, generator=draw(7)), 32),
     "chain": Chain(
         [
             Diagonal(normal(192).abs() + 0.1),
@@ -114,7 +116,7 @@ def reloaded(path, placement: Placement) -> Placement:
 
 def assert_same(a: Codec, b: Codec) -> None:
     """Every map agrees in every bit, in both precisions."""
-    assert type(a) is type(b)
+    assert type(a) is type(b) and a.twice == b.twice
     for dtype in (torch.float64, torch.float32):
         x = normal(5, 192, dtype=dtype, seed=9)
         for name in ("encode", "decode", "absorb"):

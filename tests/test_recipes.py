@@ -4,11 +4,17 @@ import pytest
 from composed import ROOT, small
 
 from harness.config.build import settings
+from harness.pipeline.build import components
 from harness.pipeline.job import execute
 from harness.pipeline.plan import make_plan
 
 RECIPES = sorted(path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml"))
-FORMATS = {"nvfp4": [], "mxfp4": [], "int4": ["format.weight.group_size=32"]}
+FORMATS = {
+    "nvfp4": [],
+    "mxfp4": [],
+    "int4": ["format.weight.group_size=32"],
+    "w4a16": ["format.weight.group_size=32"],
+}
 SPELLED = {
     "rtn": ["solver=rtn"],
     "gptq": ["solver=gptq", "solver.order=activation", "format.weight.observer=mse"],
@@ -16,13 +22,13 @@ SPELLED = {
     "propagated": [
         "solver=gptq",
         "solver.order=activation",
-        "solver.hessian_input=quantized",
         "solver.stream=both",
         "solver.propagate=qep",
         "format.weight.observer=hessian",
     ],
 }
 SPELLED["wush"] = [*SPELLED["propagated"], "transform=wush"]
+SPELLED["best"] = SPELLED["wush"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -33,6 +39,19 @@ def test_a_recipe_is_the_run_that_its_settings_spell(tmp_path, recipe):
         for cfg, choices in (small(tmp_path, f"recipe={recipe}"), small(tmp_path, *SPELLED[recipe]))
     )
     assert one.run_id == other.run_id
+
+
+def test_the_hessian_is_of_what_will_be_read(tmp_path):
+    """Where the stream goes on with quantized activations, and there are any."""
+    ways = {
+        ("nvfp4", "solver.stream=both"): "quantized",
+        ("nvfp4", "solver.stream=weights"): "fp",
+        ("nvfp4a16", "solver.stream=both"): "fp",
+    }
+    for (format, stream), wanted in ways.items():
+        cfg, choices = small(tmp_path, f"format={format}", "solver=gptq", stream)
+        parts = components(make_plan(settings(cfg), choices))
+        assert parts.solver.hessian_input == wanted
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -49,6 +49,16 @@ DAMAGES = {
 }
 
 
+# Each kind of record meets a file that is none, one whose content is another's, and one more, so
+# that each damage meets a record of tensors and one of JSON; all of both: test_store.py
+OTHERS = ("a byte of its head", "empty", "garbage", "another program's")
+DAMAGED = [
+    (kind, damage)
+    for i, kind in enumerate(KINDS)
+    for damage in ("cut off", "a byte of its data", OTHERS[i % len(OTHERS)])
+]
+
+
 def run(text, root, *overrides):
     places = (f"run_root={root}", f"transform.save={root}/kept.safetensors")
     cfg, choices = small(text, *SETTINGS, *overrides, *places)
@@ -76,8 +86,7 @@ def whole(tmp_path_factory):
     return folder, folder / "runs", outcome
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "damage"), DAMAGED)
 def test_a_damaged_record_is_said_once_and_made_again(tmp_path, whole, capsys, kind, damage):
     text, store, undisturbed = whole
     root = shutil.copytree(store, tmp_path / "runs")

@@ -17,6 +17,7 @@ from harness.checkpoints.about import held
 from harness.config.build import option, settings
 from harness.config.errors import ConfigError
 from harness.formats import FP4, MX, NVFP4, FourOverSix, Integer
+from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.tiny import Tiny
 from harness.pipeline import ids
@@ -27,7 +28,7 @@ from harness.report.settings import apart
 from harness.transforms.learn import Teacher
 from harness.tune import Student
 from harness.tune.cells import rounded, within
-from harness.tune.distill import Moving, made
+from harness.tune.distill import Moving, floats, made
 from harness.tune.scales import LearnedScales, Scaled
 from harness.tune.weights import Master
 
@@ -279,6 +280,28 @@ def test_a_step_of_adam_is_relative():
         assert torch.allclose((free - before).abs(), torch.full((3,), wanted), rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_a_gain_moves_by_a_share_of_itself(family):
+    """A gain of a ten-thousandth holds down a channel ten thousand times as large; gemma's are
+    1 + w."""
+    added = int(family == "gemma")
+    adapter = Adapter(zoo.make("gemma") if added else Tiny().load()[0])
+    norm = next(name for name, role in adapter.roles.items() if role.kind == "norm")
+    weight = adapter.model.get_submodule(norm).weight
+    with torch.no_grad():
+        weight[:4] = torch.tensor([1e-4, -1e-4, 0.0, 3.0]) - added
+    before = weight.detach().clone() + added
+    gain = floats(adapter)[f"{norm}.weight"]
+    assert torch.equal(gain.served(), weight)
+    moving = Moving({"gain": (gain.free, 0.01)}, 10)
+    gain.free.grad = torch.ones_like(gain.free)
+    moving.step()
+    moved = gain.served() + added
+    assert ((moved - before).abs() <= 0.0101 * before.abs() + 1e-7).all()
+    assert (moved[3] / before[3]).item() == pytest.approx(math.exp(-0.01), rel=1e-5)
+    assert moved[2] == before[2]
+
+
 def run(tmp_path, *overrides):
     quick = {
         name: ["tune.steps=4", "tune.batch=1"] for name in TUNERS if "steps" in option("tune", name)
@@ -312,7 +335,7 @@ LEARNERS = [
 
 @pytest.mark.parametrize("options", LEARNERS, ids=str)
 def test_the_divergence_falls(tmp_path, options):
-    outcome = run(tmp_path, *options, "tune.steps=12", "eval.perplexity.windows=8")
+    outcome = run(tmp_path, *options, "tune.steps=24", "eval.perplexity.windows=8")
     assert outcome.status == "done", outcome.error
     before, after = outcome.metrics["notes"]["tune_held_out"]
     assert after < 0.97 * before

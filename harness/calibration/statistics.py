@@ -87,10 +87,12 @@ class Statistics:
         act: Format | None,
         solver: Solver | None,
         untouched: Tensor | None = None,
+        twice: int = 0,
     ) -> None:
         """Take in encoded activations [..., n] that `act` will quantize, for `solver`'s Hessian.
 
-        untouched: what the same tokens have there in the untouched model, encoded.
+        untouched: what the same tokens have there in the untouched model, encoded. twice: the
+        leading features whose residual is quantized, too.
         """
         quantized = solver is not None and solver.hessian_input == "quantized"
         if self.hessian is None or act is None or not quantized:
@@ -100,7 +102,7 @@ class Statistics:
         if act.needs_static:
             # not known before the last micro-batch: each one's own range stands in for it
             global_scale = act.calibrated(*torch.aminmax(x))
-        self.add(x, act.fake(x, global_scale=global_scale), untouched)
+        self.add(x, act.fake(x, global_scale=global_scale, twice=twice), untouched)
 
     @property
     def sample(self) -> Tensor:

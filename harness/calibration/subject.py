@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.calibration.stream import Stream
 from harness.codecs.placement import HEAD_SITE, Role, Where
 from harness.formats import Scheme
 from harness.models.adapter import Adapter
 from harness.models.unmerged import unmerged
+from harness.structure.tape import tensors_of
 from harness.transforms import Placement
 from harness.transforms.base import Collector
 
@@ -32,6 +34,25 @@ def quiet(title: str, total: int) -> Iterator[Callable[..., None]]:
 
 def unlogged(values: dict, step: int) -> None:
     """Points of a curve that nobody keeps."""
+
+
+@dataclass
+class FloatBlockView:
+    """See transforms.base.FloatBlock. kwargs: what the block is called with besides, one a window.
+
+    Good until the stream it was cut from goes on.
+    """
+
+    index: int
+    block: nn.Module
+    inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    kwargs: Sequence[dict]
+    train: Tensor
+    held: Tensor
+
+    def forward(self, window: int) -> Tensor:
+        return tensors_of(self.block(self.inputs[window], **self.kwargs[window]))[0]
 
 
 class StreamedModel:
@@ -114,8 +135,28 @@ class StreamedModel:
             results[None, HEAD_SITE] = gathered.finish()
         return results
 
-    def unmerged(self, placement: Placement, scheme: Scheme | None) -> AbstractContextManager:
-        return unmerged(self.adapter, placement, scheme)
+    def unmerged(
+        self,
+        placement: Placement,
+        scheme: Scheme | None,
+        stored: bool = False,
+        layer: int | None = None,
+    ) -> AbstractContextManager:
+        return unmerged(self.adapter, placement, scheme, stored, layer)
+
+    def blocks(self) -> Iterator[FloatBlockView]:
+        # a window at a time, each with what the block is called with beside it
+        stream = Stream(self.adapter, self.windows, tokens_at_once=self.windows.shape[1])
+        count = len(self.windows)
+        train = torch.arange(len(self.train))
+        held = torch.arange(count - len(self.held), count)
+        for layer, block in enumerate(self.adapter.blocks):
+            with self.adapter.open(layer):
+                inputs = [hidden.clone() for hidden in stream.hidden]
+                with torch.no_grad():
+                    stream.advance(block)
+                kwargs = stream.block_kwargs[block]
+                yield FloatBlockView(layer, block, inputs, stream.hidden, kwargs, train, held)
 
     def logits(self, ids: Tensor) -> Tensor:
         return self.head(self.hidden(ids))

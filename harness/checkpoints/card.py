@@ -125,7 +125,7 @@ def _marks(metadata: Mapping) -> str:
 def _floats(metadata: Mapping, exporter: Exporter) -> str:
     """What the figures are of and the files are not, where they hold weights alone."""
     bits = metadata["bits"]
-    quantized = [PARTS[part] for part in ("activations", "kv") if bits[part]["bits"] != 16]
+    quantized = [PARTS[part] for part in ("activations", "kv") if bits[part]["format"] != "fp16"]
     if not exporter.weights_alone or not quantized:
         return ""
     return (

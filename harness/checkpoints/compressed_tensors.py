@@ -4,10 +4,10 @@ For what needs no code of ours at run time.
 
 Held: the formats of `layouts`, mixed over linears as one likes, the head too; routed experts
 (experts.py); keys and values of integers, FP8 and MXFP4 (`kv_cache_scheme`, which transformers
-applies, and vLLM where scales are stored: FP8, scale=unit); all that is merged into weights.
-Tensors are called as transformers saves them. Refused: what stays online. compressed-tensors has a
-`transform_config`, but transformers (5.23) drops it on loading, so a file that counted on it would
-compute something else without a word.
+applies, and vLLM where scales are stored: FP8, scale=unit or static); all that is merged into
+weights. Tensors are called as transformers saves them. Refused: what stays online.
+compressed-tensors has a `transform_config`, but transformers (5.23) drops it on loading, so a file
+that counted on it would compute something else without a word.
 
 The file is served in bfloat16; of a float16 model of integers in float16 (NVFP4 and MX weights are
 unpacked to bfloat16 even then, on which float16 inputs fail). A loaded weight is the decoded one,
@@ -44,6 +44,7 @@ from harness.checkpoints.experts import parts_of, refuse_experts, routers, targe
 from harness.config.errors import ConfigError
 from harness.formats import Format, FourOverSix, Scheme
 from harness.libraries.saved import Saved
+from harness.models.attention import named
 from harness.models.facts import config_of
 from harness.models.quant_linear import QuantLinear
 from harness.structure.composite import model_class
@@ -96,8 +97,7 @@ class CompressedTensors(Exporter):
     def _warnings(self, scheme: Scheme, formats: Iterable[Format], dtype: str) -> list[str]:
         """What is held, and yet not everywhere computed as it was evaluated."""
         warnings = []
-        static = bool(entries.cache_entries(scheme.kv))  # the one kind that engines know
-        if scheme.kv is not None and not static:
+        if scheme.kv is not None and not entries.scales_stored(scheme.kv):
             warnings.append(
                 "format.kv with export=compressed_tensors: transformers applies it, vLLM does not"
             )
@@ -129,10 +129,10 @@ class CompressedTensors(Exporter):
         evaluated = snapshot.adapter.model.dtype
         served = self.stored(snapshot)
         experts = parts_of(snapshot.adapter.structure)
-        structure = snapshot.adapter.structure
-        for layer, attention in structure.attention.items():
-            for entry, tensor in entries.cache_entries(snapshot.scheme.kv).items():
-                yield f"{structure.blocks}.{layer}.{attention.module}.{entry}", tensor.to(served)
+        kv = snapshot.scheme.kv
+        for name, heads in named(snapshot.adapter).items() if kv is not None else ():
+            for entry, tensor in entries.cache_entries(kv, heads.scales, evaluated).items():
+                yield f"{name}.{entry}", tensor.to(served)
         for name, module in modules(snapshot.adapter):
             q = snapshot.qtensors.get(name)
             if q is not None:

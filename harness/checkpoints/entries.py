@@ -21,13 +21,14 @@ integers have a weight_zero_point, int8 [m, groups], in pack-quantized packed al
 
 Codes stand in a stream of bits, the first lowest: code i of a row in bits i b .. i b + b - 1,
 integers as q + 2^(b - 1). Static inputs add input_global_scale (NVFP4) or input_scale (FP8) and
-input_zero_point (integers). An FP8 cache of plain casts has k_scale and v_scale, [1]. Checked
+input_zero_point (integers). An FP8 cache of plain casts or static scales has k_scale and
+v_scale, [1]. Checked
 against compressed-tensors 0.20.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -133,11 +134,31 @@ def input_entries(
     return entries
 
 
-def cache_entries(kv: KVCache | None) -> dict[str, Tensor]:
-    """{entry: tensor} of an attention module whose keys and values have scales known beforehand."""
-    if kv is None or (kv.kind, kv.scale) != ("fp8", "unit"):
+def scales_stored(kv: KVCache) -> bool:
+    """Whether scales of keys and values stand in the file, the one kind that engines know."""
+    return kv.kind == "fp8" and kv.scale != "dynamic"
+
+
+def cache_entries(
+    kv: KVCache | None,
+    seen: Mapping[str, Tensor] | None = None,
+    evaluated: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """{entry: tensor} of an attention module whose keys and values have scales known beforehand.
+
+    seen: HeadsInput.scales; evaluated: dtype of keys and values, in which a scale is computed.
+    """
+    if kv is None or not scales_stored(kv):
         return {}
-    return {"k_scale": torch.ones(1), "v_scale": torch.ones(1)}
+    entries = {}
+    for part in ("key", "value"):
+        calibrated = None if seen is None else seen.get(part)
+        zeros = torch.zeros(1, 1, dtype=evaluated)
+        if calibrated is not None:
+            zeros = zeros.to(calibrated.device)
+        scales = kv.part(part).scales(zeros, calibrated)
+        entries[f"{part[0]}_scale"] = scales.scale.reshape(1)
+    return entries
 
 
 def stored_global_scale(q: QTensor) -> Tensor:

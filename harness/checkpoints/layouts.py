@@ -190,8 +190,8 @@ def config_group(
 
 
 def cache_scheme(kv: KVCache | None, head_dim: int) -> dict | None:
-    """`kv_cache_scheme`: dynamic groups of a head's vector, or scales of 1 (FP8, scale=unit), which
-    stand in the file. Raises ConfigError for what the layout does not hold.
+    """`kv_cache_scheme`: dynamic groups of a head's vector, or scales that stand in the file (FP8:
+    1 with scale=unit, a layer's with scale=static). Raises ConfigError for what it does not hold.
     """
     if kv is None:
         return None
@@ -228,6 +228,7 @@ def _cache(kv: KVCache) -> Iterable[tuple[str, tuple, str]]:
             (False,),
             "symmetric scales at run time are another multiple of the greatest magnitude",
         )
+        yield "incl0", ("always",), "zero points are codes, so zero lies in every range"
         yield "clip_k", (1.0,), "ranges at run time are the extremes"
         yield "clip_v", (1.0,), "ranges at run time are the extremes"
         yield "zp", ("rounded",), "zero points are whole numbers"
@@ -241,6 +242,8 @@ def _cache(kv: KVCache) -> Iterable[tuple[str, tuple, str]]:
         yield "compute_dtype", ("input",), "scales at run time are computed in the model's dtype"
     if kv.group_size == -1:
         yield "group_size", (None,), "a group lies inside one head"
+    yield "key_axis", ("token",), "a scale is of one token"
+    yield "window", (0,), "every token is quantized as it comes"
 
 
 def refuse_linears(export: str, shape: ModelShape, experts: bool = False) -> None:

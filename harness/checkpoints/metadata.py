@@ -30,8 +30,6 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from harness.checkpoints.base import Snapshot, weight_format
 from harness.checkpoints.names import base_of, hub_id, word
 from harness.config.build import build
@@ -216,14 +214,12 @@ def _tied(section: Mapping) -> bool:
 
 
 def _kv_bytes(kv: KVCache | None, structure: Structure) -> dict:
-    """Bytes of keys and values a token, from one token's vectors of one layer quantized."""
+    """Bytes of keys and values a token that is quantized."""
     width = structure.head_dim
     layers = len(structure.attention)
     heads = max((each.kv_heads for each in structure.attention.values()), default=0)
     plain = 2 * layers * heads * width * 2
     if kv is None or not plain:
         return {"fp16": plain, "quantized": plain, "reduction_percent": 0.0}
-    # a group of -1 goes over all heads of a token
-    token = torch.zeros(1, heads * width) if kv.group_size == -1 else torch.zeros(heads, width)
-    packed = layers * sum(kv.part(name).quantize(token).bits() for name in ("key", "value")) / 8
+    packed = layers * kv.token_bits(heads, width) / 8
     return {"fp16": plain, "quantized": packed, "reduction_percent": 100 * (1 - packed / plain)}

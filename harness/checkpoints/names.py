@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -302,8 +302,15 @@ def _mixed(scheme: Scheme, part: str) -> int | str:
         if layer is not None and part in parts
     ]
     common = getattr(scheme, part)
-    same = all(format == common for format in formats)
+    same = all(_unclipped(format) == _unclipped(common) for format in formats)
     return word(common) if same else f"mixed{word(common)}"
+
+
+def _unclipped(format: Format | None) -> Format | None:
+    """The format without a ratio that a transform may have learned, which a name does not know."""
+    from harness.formats import Integer
+
+    return replace(format, clip=1.0) if isinstance(format, Integer) else format
 
 
 def _kind(piece: str) -> str:

@@ -4,7 +4,8 @@ native_writer.py writes it.
 
     model*.safetensors      {module}.codes, .scale, .zero, .global_scale of every quantized weight;
                             every other parameter and buffer as it is; {block}.{site}.global_scale
-                            of activations with a calibrated scale; what stands beside the text
+                            of activations with a calibrated scale, {attention}.key_scale
+                            and .value_scale of keys and values; what stands beside the text
                             decoder (towers that see or hear) as in the files it came from, by the
                             names and in the dtype that it has there
     placement.safetensors   the matrices that stay online, all placements in order
@@ -35,10 +36,10 @@ from harness.checkpoints.record import Record
 from harness.codecs.packing import unpack
 from harness.codecs.placement import HEAD_SITE, Placement
 from harness.config.errors import DataError
-from harness.formats import Format, QTensor, Scales
+from harness.formats import Format, KVCache, QTensor, Scales
 from harness.libraries.transformers import Conversion, empty_plain_cache
 from harness.models.adapter import Adapter
-from harness.models.attention import attach, cache
+from harness.models.attention import cache, named
 from harness.models.facts import config_of, read_object
 from harness.models.merge import attach_online, swap, swap_head
 from harness.models.offload import assign
@@ -124,12 +125,11 @@ def load(
         for name, site in sites(adapter):
             site.format = record.activations.get(name)
             site.global_scale = tensors.find(f"{name}.global_scale")
+        if record.kv is not None:
+            _fill_cache(adapter, record.kv, tensors)
     model.tie_weights()  # where its config says so
     for placement in placements:
         attach_online(adapter, placement)
-    if record.kv is not None:
-        for heads in attach(adapter):
-            heads.format = record.kv
     if record.kv is not None or any(placement.query_key for placement in placements):
         adapter.backbone.register_forward_pre_hook(_QuantizedCache(adapter), with_kwargs=True)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
@@ -229,6 +229,14 @@ def _fill_towers(model, structure: Structure, tensors: _Tensors) -> set[str]:
     for name, tensor in filled.items():
         assign(model, name, tensor.to(empty[name].dtype))
     return set(filled)
+
+
+def _fill_cache(adapter: Adapter, kv: KVCache, tensors: _Tensors) -> None:
+    """Have keys and values quantized, on scales that stand in the files where they are static."""
+    for name, heads in named(adapter).items():
+        heads.format = kv
+        if kv.needs_static:
+            heads.scales = {part: tensors.take(f"{name}.{part}_scale") for part in ("key", "value")}
 
 
 def _fill(

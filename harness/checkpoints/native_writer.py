@@ -24,6 +24,7 @@ from harness.checkpoints.record import Record
 from harness.codecs.packing import pack
 from harness.formats import Scheme
 from harness.models.adapter import Adapter
+from harness.models.attention import named
 from harness.models.offload import read
 from harness.store import replacing, write_json
 from harness.transforms import ModelShape, Placement, Transform
@@ -72,6 +73,8 @@ class Checkpoint(Exporter):
         for name, site in sites(adapter):
             if site.global_scale is not None:
                 yield f"{name}.global_scale", site.global_scale
+        if snapshot.scheme.kv is not None:
+            yield from _cache_scales(adapter)
 
     def config(self, snapshot: Snapshot) -> dict:
         """A run evaluates without a cache; who loads the checkpoint wants one."""
@@ -101,6 +104,13 @@ class Checkpoint(Exporter):
 
     def weight(self, model: PreTrainedModel, name: str) -> Tensor:
         return weight_at(model, name)
+
+
+def _cache_scales(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """(name, scale) of keys and values, where they are calibrated."""
+    for name, heads in named(adapter).items():
+        for part, scale in heads.scales.items():
+            yield f"{name}.{part}_scale", scale
 
 
 def _dtype(adapter: Adapter) -> str:

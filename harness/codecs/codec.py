@@ -7,6 +7,7 @@ which a symmetric E would hide). AdaCodec is the codec whose D is free.
     Blocks      E = diag(E_1, .., E_nb), dense for nb = 1
     Rotation    a (randomized) Hadamard matrix, applied fast
     Diagonal    E = diag(1 / s)
+    Permutation E = P, the features in another order
     Kronecker   E = L (x) R
     Chain       E = E_1 E_2 ..
     Repeated    one codec for all query heads of a key/value head
@@ -30,8 +31,11 @@ from harness.linalg.hadamard import Hadamard
 class Codec(ABC):
     """The pair (E, D) of one activation tensor of n features.
 
-    All maps keep the dtype, and are differentiable.
+    All maps keep the dtype, and are differentiable. twice: of so many leading features of x E the
+    quantizer's residual is quantized, too (Format.fake).
     """
+
+    twice = 0  # no annotation: a field only where a codec sets it
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
@@ -44,6 +48,10 @@ class Codec(ABC):
     @abstractmethod
     def absorb(self, weight: Tensor) -> Tensor:
         """W D^T for a reading weight [out, n], so that (y D) W^T = y (W D^T)^T."""
+
+    @abstractmethod
+    def operations(self, width: int) -> int:
+        """Multiplications and additions, in pairs, that x E takes for one x of `width` features."""
 
     def emit(self, weight: Tensor) -> Tensor:
         """E^T W for a writing weight [n, in], so that (x W^T) E = x (E^T W)^T."""
@@ -81,6 +89,9 @@ class Blocks(Codec):
             return self.encode(weight)
         return times(weight, self.decoder.mT)
 
+    def operations(self, width: int) -> int:
+        return 0 if self.encoder is None else width * self.encoder.shape[-1]
+
 
 @dataclass(frozen=True, eq=False)
 class Rotation(Codec):
@@ -96,6 +107,9 @@ class Rotation(Codec):
 
     def absorb(self, weight: Tensor) -> Tensor:
         return self.matrix.apply(weight)
+
+    def operations(self, width: int) -> int:
+        return width * self.matrix.steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +127,31 @@ class Diagonal(Codec):
     def absorb(self, weight: Tensor) -> Tensor:
         return self.decode(weight)
 
+    def operations(self, width: int) -> int:
+        return width
+
     def _scale(self, x: Tensor) -> Tensor:
         return self.scale.to(x.device, torch.promote_types(x.dtype, torch.float32))
+
+
+@dataclass(frozen=True, eq=False)
+class Permutation(Codec):
+    """x -> x[.., order]; order [n] int64."""
+
+    order: Tensor
+    twice: int = 0
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.index_select(-1, self.order.to(x.device))
+
+    def decode(self, y: Tensor) -> Tensor:
+        return y.index_select(-1, self.order.argsort().to(y.device))
+
+    def absorb(self, weight: Tensor) -> Tensor:
+        return self.encode(weight)  # D = P^T
+
+    def operations(self, width: int) -> int:
+        return 0  # a gather
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +173,9 @@ class Kronecker(Codec):
     def absorb(self, weight: Tensor) -> Tensor:
         return self._sides(weight, torch.linalg.inv(self.left), torch.linalg.inv(self.right).mT)
 
+    def operations(self, width: int) -> int:
+        return width * (len(self.left) + len(self.right))
+
     def _sides(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         grid = x.to(dtype).unflatten(-1, (len(left), len(right)))
@@ -147,6 +187,10 @@ class Chain(Codec):
     """E = E_1 E_2 .., undone in reverse."""
 
     codecs: Sequence[Codec]
+
+    @property
+    def twice(self) -> int:
+        return self.codecs[-1].twice  # the quantizer stands behind the last
 
     def encode(self, x: Tensor) -> Tensor:
         for codec in self.codecs:
@@ -162,6 +206,9 @@ class Chain(Codec):
         for codec in self.codecs:
             weight = codec.absorb(weight)
         return weight
+
+    def operations(self, width: int) -> int:
+        return sum(codec.operations(width) for codec in self.codecs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +231,9 @@ class Repeated(Codec):
 
     def absorb(self, weight: Tensor) -> Tensor:
         return self._heads(self.codec.absorb, weight)
+
+    def operations(self, width: int) -> int:
+        return self.repeat * self.codec.operations(width // self.repeat)
 
     def _heads(self, apply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         heads = x.unflatten(-1, (self.kv_heads, self.repeat, -1)).transpose(-3, -2)
@@ -209,6 +259,9 @@ class Rows(Codec):
     def absorb(self, weight: Tensor) -> Tensor:
         return self._rows(self.codec.absorb, weight)
 
+    def operations(self, width: int) -> int:
+        return self.codec.operations(len(self.rows))
+
     def _rows(self, apply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         rows = torch.tensor(self.rows, device=x.device)
         return x.index_copy(-1, rows, apply(x.index_select(-1, rows)))
@@ -216,6 +269,8 @@ class Rows(Codec):
 
 def _moved(value: object, device: torch.device, dtype: torch.dtype) -> object:
     """A codec's field with its tensors there; numbers and None stay."""
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        return value.to(device)  # indices
     if isinstance(value, Tensor | Codec):
         return value.to(device, dtype)
     if isinstance(value, Hadamard) and value.signs is not None:

@@ -3,7 +3,8 @@
 What a file says is data: its shape is checked, and only codecs come of it.
 
     {"notes": {..}, "residual": C, "query_key": C,
-     "merged": [[layer, site, C], ..], "online": .., "encoders": .., "decoders": ..}
+     "merged": [[layer, site, C], ..], "online": .., "encoders": .., "decoders": ..,
+     "clips": [[layer, linear, {"act": ratio, "weight": ratio}], ..]}
     C = null | {"codec": name, "fields": {field: V}}
     V = C | scalar | [V, ..] | {"tensor": name} | {"hadamard": n, "signs": V}
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from types import UnionType
-from typing import get_args, get_origin, get_type_hints
+from typing import TypeGuard, get_args, get_origin, get_type_hints
 
 from torch import Tensor, contiguous_format
 
@@ -37,6 +38,8 @@ def pack(placement: Placement, tensors: dict[str, Tensor], start: str = "") -> d
             [*where, _pack(codec, f"{start}{name}.{where[0]}.{where[1]}", tensors)]
             for where, codec in placed
         ]
+    if placement.clips:  # which came later: files without any stay as they were
+        spec["clips"] = [[*where, dict(ratios)] for where, ratios in placement.clips.items()]
     return spec
 
 
@@ -55,6 +58,7 @@ def unpack(spec: Mapping, tensors: Mapping[str, Tensor]) -> Placement:
         encoders=_placed(spec.get("encoders"), tensors, "encoders"),
         decoders=_placed(spec.get("decoders"), tensors, "decoders"),
         notes=spec["notes"],
+        clips=dict(_clip(entry) for entry in spec.get("clips", ())),
     )
 
 
@@ -80,13 +84,7 @@ def _placed(spec: object, tensors: Mapping[str, Tensor], where: str) -> dict[Whe
     """{(layer, name): codec} of one kind of place."""
     codecs = {}
     for entry in spec if isinstance(spec, list) else [spec]:
-        # a truth value is an int to isinstance, and no layer
-        if (
-            not isinstance(entry, list)
-            or len(entry) != 3
-            or type(entry[0]) not in (int, type(None))
-            or type(entry[1]) is not str
-        ):
+        if not _keyed(entry):
             raise DataError(
                 f"a placement's description is damaged: {where} needs [layer, name, codec], "
                 f"not {entry}."
@@ -98,6 +96,31 @@ def _placed(spec: object, tensors: Mapping[str, Tensor], where: str) -> dict[Whe
             raise DataError(f"a placement's description is damaged: {place} is no codec.")
         codecs[layer, name] = codec
     return codecs
+
+
+def _keyed(entry: object) -> TypeGuard[list]:
+    """Whether an entry is [layer, name, ..]."""
+    # a truth value is an int to isinstance, and no layer
+    return (
+        isinstance(entry, list)
+        and len(entry) == 3
+        and type(entry[0]) in (int, type(None))
+        and type(entry[1]) is str
+    )
+
+
+def _clip(entry: object) -> tuple[Where, Mapping[str, float]]:
+    """((layer, linear), ratios) of one entry of `clips`."""
+    if _keyed(entry):
+        layer, linear, ratios = entry
+        if isinstance(ratios, Mapping) and all(
+            type(ratio) is float and 0 < ratio <= 1 for ratio in ratios.values()
+        ):
+            return (layer, linear), ratios
+    raise DataError(
+        "a placement's description is damaged: clips needs [layer, linear, ratios in (0, 1]], "
+        f"not {entry}."
+    )
 
 
 def _codec(spec: object, tensors: Mapping[str, Tensor], where: str) -> Codec | None:

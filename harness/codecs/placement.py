@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from harness.codecs.codec import Chain, Codec, Repeated, Rows
 
@@ -29,7 +30,8 @@ class Placement:
 
     A site key is (layer, site), or (None, site) for that site of every block; `notes` are facts the
     choice settled (a block size picked by `auto`, losses before and after learning), and stand in
-    the result.
+    the result. clips: {(layer, linear): {"act", "weight": ratio in (0, 1]}}, by which the ranges of
+    integer formats were learned to be shrunk there (Scheme.clipped); tensors [] while they are.
     """
 
     residual: Codec | None = None
@@ -39,6 +41,7 @@ class Placement:
     encoders: Mapping[Where, Codec] = field(default_factory=dict)
     decoders: Mapping[Where, Codec] = field(default_factory=dict)
     notes: Mapping[str, object] = field(default_factory=dict)
+    clips: Mapping[Where, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:

@@ -89,10 +89,11 @@ def build(node: Mapping, field: str, base: type[T]) -> T: ...
 def build(node: Mapping, field: str, base: type | UnionType) -> object:
     """An instance of the class that `node["_target_"]` names, from the other keys.
 
-    None where `bits` is 16: the part is off. base: a class, or a union of some; only classes under
-    it that this package itself defines are built, whatever else a module of it imports. Values stay
-    plain: a `_target_` inside one builds nothing. Keys and types are checked of a part that is off,
-    too. Raises ConfigError naming `field`, which tells where the node stands.
+    None where `bits` is 16: the part is off; null is the width of INT16. base: a class, or a
+    union of some; only classes under it that this package itself defines are built, whatever else
+    a module of it imports. Values stay plain: a `_target_` inside one builds nothing. Keys and
+    types are checked of a part that is off, too. Raises ConfigError naming `field`, which tells
+    where the node stands.
     """
     target = node.get("_target_")
     off = node.get("bits") == 16
@@ -107,6 +108,9 @@ def build(node: Mapping, field: str, base: type | UnionType) -> object:
         )
     cls = _class(str(target), field, base)
     arguments = {key: value for key, value in node.items() if key != "_target_"}
+    # what has no other width than 16, which as a setting would be off
+    if getattr(cls, "bits", None) == 16 and arguments.get("bits", 16) is None:
+        del arguments["bits"]
     hints = get_type_hints(cls if is_dataclass(cls) else cls.__init__)
     typed(
         f"{field}.",

@@ -1,7 +1,7 @@
 """Number formats: tensors to codes and scales and back, exact to the last bit.
 
 base        Format, what all share          qtensor     codes and scales, as they are stored
-integer     INT-b                           observers   minmax and mse, the range of a group
+integer     INT-b; int16: INT16             observers   minmax and mse, the range of a group
 floating    fp4, fp8, nvfp4, fouroversix,   packing     two codes a byte, eight a word
             if4, mxfp                       cache       keys and values
 grids       casts to small floats           scheme      the formats of a model
@@ -14,6 +14,7 @@ from harness.formats.fp4 import FP4
 from harness.formats.fp8 import FP8
 from harness.formats.grids import E2M1, E2M3, E3M2, E4M3, E5M2, Grid
 from harness.formats.if4 import IF4
+from harness.formats.int16 import Int16
 from harness.formats.integer import Integer
 from harness.formats.mxfp import MX
 from harness.formats.nvfp4 import NVFP4
@@ -37,6 +38,7 @@ __all__ = [
     "Format",
     "FourOverSix",
     "Grid",
+    "Int16",
     "Integer",
     "KVCache",
     "QTensor",

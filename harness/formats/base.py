@@ -268,13 +268,24 @@ class Format(Geometry, ABC):
         scales = scales or self.scales(x, global_scale, dtype)
         return QTensor(self.encode(x, scales), scales, self, dtype or x.dtype)
 
-    def fake(self, x: Tensor, ste: bool = False, global_scale: Tensor | None = None) -> Tensor:
+    def fake(
+        self,
+        x: Tensor,
+        ste: bool = False,
+        global_scale: Tensor | None = None,
+        twice: int = 0,
+    ) -> Tensor:
         """quantize(x).dequantize() without the codes, bit for bit.
 
-        ste: with the straight-through gradient, x + (dq - x).
+        ste: with the straight-through gradient, x + (dq - x). twice: of so many leading features
+        the residual is quantized, too, Q(x) + Q(x - Q(x)), on the same global scale.
         """
         with torch.no_grad():
-            dq = self._fake(x, self._global(x, global_scale))
+            global_scale = self._global(x, global_scale)
+            dq = self._fake(x, global_scale)
+            if twice:
+                leading = dq[..., :twice]
+                leading += self._fake(x[..., :twice] - leading, global_scale)
         return straight_through(x, dq) if ste else dq
 
     def _fake(self, x: Tensor, global_scale: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ from harness.formats.observers import absmax, search
 from harness.formats.qtensor import Scales
 
 SCALE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WIDTHS = tuple(range(2, 9))
 FLOOR = 1e-5  # least range of a weight's group
 
 
@@ -61,11 +62,12 @@ class Integer(Format):
     range: str = "dynamic"
 
     slack = 0.5
+    widths = WIDTHS  # what `bits` may be
 
     def __post_init__(self):
         super().__post_init__()
         integer("Integer: bits", self.bits)
-        self._choose("bits", *range(2, 9))
+        self._choose("bits", *self.widths)
         self._choose("int_range", "full", "narrow")
         self._choose("int_scale", "qmax", "half_range", "aimet")
         self._choose("zp_order", "round_then_add", "add_then_round")

@@ -1,12 +1,15 @@
 """Scheme: which formats the tensors of a model take; what a file of conf/format describes."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from harness.config.errors import ConfigError
 from harness.formats.base import Format
 from harness.formats.cache import KVCache
+from harness.formats.integer import Integer
 
+# {(block index, block-relative name): {weight and/or act: ratio in (0, 1]}}
+Clips = Mapping[tuple[int | None, str], Mapping[str, float]]
 ROLES = {"weight": "weight", "act": "activation"}  # what a part of a scheme calls its formats
 
 
@@ -49,7 +52,7 @@ class Scheme:
         return None if layer is None else getattr(self, name)
 
     def seen(self, *parts: str) -> "Scheme":
-        """The scheme with these parts (act, kv) alone, those of overrides included.
+        """The scheme with these parts (weight, act, kv) alone, those of overrides included.
 
         What a transform learns with.
         """
@@ -59,10 +62,27 @@ class Scheme:
         }
         return Scheme(
             self.name,
+            weight=self.weight if "weight" in parts else None,
             act=self.act if "act" in parts else None,
             kv=self.kv if "kv" in parts else None,
             overrides=overrides,
         )
+
+    def clipped(self, clips: Clips, parts: Iterable[str] = tuple(ROLES)) -> "Scheme":
+        """The scheme with integer formats of these parts clipped, linear by linear.
+
+        Formats of other kinds, which have no such ratio, stay.
+        """
+        if not clips:
+            return self
+        overrides = {where: dict(formats) for where, formats in self.overrides.items()}
+        for (layer, linear), ratios in clips.items():
+            for part in ratios.keys() & set(parts):
+                format = self.part(part, layer, linear)
+                if isinstance(format, Integer):
+                    clipped = replace(format, clip=format.clip * ratios[part])
+                    overrides.setdefault((layer, linear), {})[part] = clipped
+        return replace(self, overrides=overrides)
 
     def weights(self, layer: int | None, linears: Iterable[str]) -> dict[str, Format]:
         """{name: weight format} of those linears of a block that are quantized."""

@@ -118,6 +118,13 @@ class Hadamard:
                 "use backend='auto'"
             )
 
+    @property
+    def steps(self) -> int:
+        """Additions a feature of the fast transform: the core's rows and log2 of its cofactor."""
+        core, cofactor = factors(self.n)
+        dense = core if core > 1 else 0
+        return dense + cofactor.bit_length() - 1
+
     def apply(self, x: Tensor) -> Tensor:
         """x R block by block.
 

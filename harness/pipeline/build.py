@@ -6,8 +6,10 @@ way out.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import cycle
 
 import torch
@@ -81,7 +83,8 @@ def components(plan: Plan) -> Components:
         combinations.check_attention(f"format.kv.bits={scheme.kv.bits}", context)
         scheme.kv.check(context.head_dim, "format.kv.group_size", "the key/value heads")
     combinations.check_residual(transforms, context)
-    warnings = [warning for transform in transforms for warning in transform.check(context)]
+    warnings = combinations.cache_warnings(plan, scheme)
+    warnings += [warning for transform in transforms for warning in transform.check(context)]
     combinations.check_placement_files(plan, transforms, context)
     if solver is not None:
         if auto is not None:
@@ -153,12 +156,18 @@ def structure_from(facts: Mapping) -> Structure:
             "A newer release may have it."
         )
     try:
-        return structure_of(AutoConfig.for_model(**facts))
+        return _structure(json.dumps(facts))
     except Exception as error:  # a model's own code runs on tensors without content
         raise ConfigError(
             f"model: a forward of {kind} could not be looked through ({reason(error)}), so that "
             "its parts are unknown."
         ) from error
+
+
+@lru_cache(maxsize=8)
+def _structure(config: str) -> Structure:
+    """The structure of a config.json, from which alone it follows: jobs of a sweep share it."""
+    return structure_of(AutoConfig.for_model(**json.loads(config)))
 
 
 def _formats(settings: Mapping, structure: Structure) -> tuple[Scheme, Auto | None]:

@@ -172,9 +172,20 @@ def check_untouched(plan: Plan, solver: Solver, transforms: Sequence[Transform])
         )
 
 
+def cache_warnings(plan: Plan, scheme: Scheme) -> list[str]:
+    """What is to be said of a cache whose newest tokens are floats."""
+    length = plan.evaluation.length
+    if scheme.kv is None or not scheme.kv.window or scheme.kv.window < length:
+        return []
+    return [
+        f"format.kv.window={scheme.kv.window} with eval.perplexity.length={length}: no key or "
+        "value of a text is read quantized; evaluate longer ones"
+    ]
+
+
 def learning_warnings(plan: Plan, transforms: Sequence[Transform]) -> list[str]:
     """What is to be said of transforms that learn from the whole model's output."""
-    whole = any(transform.learned and "act" in transform.sees for transform in transforms)
+    whole = any(transform.whole for transform in transforms)
     if not whole or plan.settings["model"].get("weights") != "disk":
         return []
     name = plan.settings["transform"]["name"]

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from harness.calibration.cache import calibrate
 from harness.calibration.windows import (
     NEEDED,
     bos_gain,
@@ -25,6 +26,7 @@ from harness.evaluation.caveats import marks
 from harness.evaluation.divergence import Reference
 from harness.models.adapter import Adapter
 from harness.models.attention import attach
+from harness.models.online import online
 from harness.models.source import assert_finite
 from harness.pipeline import export, measure, stages, tuning
 from harness.pipeline.state import Job, LoadedJob
@@ -48,6 +50,7 @@ def compute(start: Job, device: torch.device) -> None:
     changed = False
     if not plan.model.quantized:  # what is quantized already is measured as it is
         changed = stages.transform(job, adapter, calibration, probe)
+    job.metrics["online"] = online(adapter)
     # What is exact need not be evaluated, for the gate has found the same logits; unless the run
     # quantizes nothing, and the transformed model is its result.
     inexact = not all(transform.exact for transform in job.parts.transforms)
@@ -228,6 +231,10 @@ def _quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
         with job.store.holding(job.store.shared("solving", job.plan.quant_id)):
             stages.quantize(job, adapter, calibration)
     if scheme.kv is not None:
+        if scheme.kv.needs_static:
+            count = len(adapter.blocks)
+            with job.stage("solve"), job.reporter.stage("keys and values", count) as advance:
+                calibrate(adapter, scheme.kv, calibration, advance)
         for heads in attach(adapter):
             heads.format = scheme.kv
     if job.parts.tuner is not None:

@@ -21,7 +21,13 @@ from harness.pipeline.texts import Windows
 # Settings of solvers that came later, where they change nothing: as conf/solver has them.
 MIN_TOKENS = 128
 LATER: dict[str, object] = {"min_tokens": MIN_TOKENS, "stream": "weights", "propagate": "none"}
-CACHE = {"kind": "integer", "scale": "dynamic"}  # of format.kv, as conf/format/none.yaml has them
+CACHE: dict[str, object] = {  # of format.kv, as conf/format/none.yaml has them
+    "kind": "integer",
+    "scale": "dynamic",
+    "incl0": "always",
+    "key_axis": "token",
+    "window": 0,
+}
 
 
 def device_kind(name: str) -> str:

@@ -137,6 +137,7 @@ class Attempt(Job):
             "stages": {},
             "records": [],
             "bits_per_weight": None,
+            "online": None,
             "seconds": {},
             "peak_memory_mb": None,
             "layers": [],
@@ -210,7 +211,9 @@ class Attempt(Job):
     def _mirror(self) -> None:
         """Send the final numbers to the trackers."""
         values = summary(stored(self.metrics))
-        values |= {k: self.metrics[k] for k in ("bits_per_weight", "peak_memory_mb", "status")}
+        values |= {
+            k: self.metrics[k] for k in ("bits_per_weight", "online", "peak_memory_mb", "status")
+        }
         values |= {f"seconds/{stage}": s for stage, s in self.metrics["seconds"].items()}
         if self.metrics["layers"]:
             self.tracker.table("layers", self.metrics["layers"])

@@ -109,9 +109,8 @@ def hessian_input(
     solver: Solver, scheme: Scheme, auto: Auto | None, transforms: Sequence[Transform]
 ) -> str:
     """What solver.hessian_input=auto means here."""
-    if _reads_quantized(solver, scheme, auto) and any(t.free_decoder for t in transforms):
-        return "quantized"
-    return "fp"
+    wanted = solver.stream == "both" or any(transform.free_decoder for transform in transforms)
+    return "quantized" if wanted and _reads_quantized(solver, scheme, auto) else "fp"
 
 
 def reads_hessian(solver: Solver, scheme: Scheme, auto: Auto | None) -> bool:

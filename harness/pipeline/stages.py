@@ -97,6 +97,10 @@ def _place(job: LoadedJob, adapter: Adapter, subject: StreamedModel) -> bool:
             )
         job.metrics["notes"] |= dict(placement.notes)
         merge.place(adapter, placement)
+        # Clips of weights belong to their format, which format=auto chooses only now.
+        clipped = ("act",) if job.parts.auto is not None else ("act", "weight")
+        scheme = job.parts.scheme.clipped(placement.clips, clipped)
+        job.parts = replace(job.parts, scheme=scheme)
         job.placements.append(placement)
     return not all(placement.empty for placement in job.placements)
 

@@ -27,6 +27,7 @@ from harness.config.checks import number, typed
 from harness.config.errors import ConfigError
 from harness.formats import Format
 from harness.models.adapter import Adapter
+from harness.models.quant_linear import QuantLinear
 from harness.quantize.overrides import as_served
 from harness.solvers.search import under_hessian
 
@@ -102,11 +103,12 @@ def sensitivities(
                 statistics.finish()
                 assert statistics.hessian is not None
                 for name in site.linears:
-                    weight = block.get_submodule(name).weight
+                    linear = block.get_submodule(name)
                     costs = _candidates(
-                        weight, auto.candidates, statistics.hessian, fisher[layer, name]
+                        linear, auto.candidates, statistics.hessian, fisher[layer, name]
                     )
-                    rows.append({"layer": layer, "name": name, "weights": weight.numel(), **costs})
+                    count = linear.weight.numel()
+                    rows.append({"layer": layer, "name": name, "weights": count, **costs})
         advance()
     return rows
 
@@ -146,9 +148,10 @@ def importance(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], Tenso
 
 
 def _candidates(
-    weight: Tensor, candidates: Mapping[str, Format], hessian: Tensor, fisher: Tensor
+    linear: QuantLinear, candidates: Mapping[str, Format], hessian: Tensor, fisher: Tensor
 ) -> dict[str, dict]:
-    """{"errors": {candidate: e}, "bits": {candidate: stored bits}} of one weight."""
+    """{"errors": {candidate: e}, "bits": {candidate: stored bits}} of one linear's weight."""
+    weight = linear.weight
     errors = {}
     bits = {}
     for name, format in candidates.items():
@@ -159,7 +162,7 @@ def _candidates(
         noise = quantized.dequantize().float() - weight.float()
         # the diagonal of noise H noise^T, without the rest of it
         errors[name] = float(((noise @ hessian) * noise).sum(1) @ fisher)
-        bits[name] = quantized.bits()
+        bits[name] = linear.held(quantized.bits())
     return {"errors": errors, "bits": bits}
 
 

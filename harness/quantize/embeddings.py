@@ -99,7 +99,8 @@ class Embeddings:
             curvature = solver.curvature([self.weight], linear.in_features)
         statistics = Statistics(linear.in_features, stream.tokens, linear.weight.device, curvature)
         for x in stream.leave():
-            statistics.observe(linear.site.encode(x), self.act, solver)
+            encoded = linear.site.encode(x)
+            statistics.observe(encoded, self.act, solver, twice=linear.site.twice)
         statistics.finish()
         qtensors: dict[str, QTensor] = {}
         report = {}

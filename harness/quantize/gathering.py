@@ -88,14 +88,14 @@ class Gathering:
     ) -> Statistics:
         width = self.adapter.width(site, self.index)
         statistics = Statistics(width, self.tokens, self.adapter.device, curvature)
-        encode = site_input(self.adapter, self.index, site).encode
+        given = site_input(self.adapter, self.index, site)
         act = self.scheme.part("act", self.index, site.linears[0])
         if untouched is None:
             for x in arriving:
-                statistics.observe(encode(x), act, self.solver)
+                statistics.observe(given.encode(x), act, self.solver, twice=given.twice)
         else:
             for x, there in zip(arriving, untouched, strict=True):
-                beside = there if self.raw else encode(there)
-                statistics.observe(encode(x), act, self.solver, beside)
+                beside = there if self.raw else given.encode(there)
+                statistics.observe(given.encode(x), act, self.solver, beside, given.twice)
         statistics.finish()
         return statistics

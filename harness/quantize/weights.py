@@ -34,7 +34,10 @@ def swap_in(
     """
     sample = statistics.sample
     reports = {}
-    inputs = sample if act is None else act.fake(sample, global_scale=global_scale)
+    inputs = sample
+    if act is not None:
+        twice = next(iter(linears.values())).site.twice  # they share it
+        inputs = act.fake(sample, global_scale=global_scale, twice=twice)
     for name, linear in linears.items():
         report = reports[name] = {"name": names[name], "sqnr_db": None}
         acting = linear.weight if origins is None else origins[name]
@@ -48,7 +51,7 @@ def swap_in(
                 bits = qtensors[name].bits()
             else:
                 bits = 8 * linear.weight.element_size() * linear.weight.numel()
-            report |= {"bits": bits, "weights": linear.weight.numel()}
+            report |= {"bits": linear.held(bits), "weights": linear.weight.numel()}
         # of the layer as it runs: weights and activations quantized
         report["rel_error"] = relative(inputs @ linear.weight.float().T, reference)
     return reports

@@ -194,8 +194,10 @@ def row_figures(row: Mapping) -> dict[str, Cell]:
         for figure in shown
     }
     seconds = sum(value or 0 for value in row["seconds"].values()) or None
+    share = row["online"]
     costs = (
-        ("bits/weight", row["bits_per_weight"], 2, False),
+        ("bits", row["bits_per_weight"], 2, False),
+        ("online %", None if share is None else 100 * share, 1, False),
         ("seconds", seconds, 1, False),
         ("peak MB", row["peak_memory_mb"], 0, True),
     )

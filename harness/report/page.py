@@ -124,6 +124,7 @@ def _run(row: dict) -> dict:
         "updated": row["updated"],
         "command": row["command"],
         "bits": _number(row["bits_per_weight"], 6),
+        "online": _number(row["online"], 6),
         "seconds": sum(_rounded(row["seconds"], 6).values()) or None,
         "peak": _number(row["peak_memory_mb"], 6),
     }

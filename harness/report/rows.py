@@ -43,6 +43,7 @@ def row(run: Run) -> dict:
         "records": [],
         "displays": {},
         "bits_per_weight": None,
+        "online": None,
         "seconds": {},
         "peak_memory_mb": None,
         "layers": [],

@@ -30,17 +30,28 @@ def dotted(row: Mapping) -> dict[str, str]:
     return dict(_leaves(without_secrets(config)))
 
 
-def apart(rows: Sequence[Mapping], settings: Sequence[Mapping[str, str]]) -> list[str]:
+def seedless(row: Mapping) -> tuple:
+    """What a run was, but for its seed: equal for runs that nothing else tells apart."""
+    compared = _compared(row["choices"], dotted(row))
+    compared.pop("seed", None)
+    # of a run without settings nothing is known but itself
+    return tuple(sorted(compared.items())) or (row["run_id"],)
+
+
+def apart(
+    rows: Sequence[Mapping], settings: Sequence[Mapping[str, str]], columns: Collection[str] = ()
+) -> list[str]:
     """For each row, with its dotted settings, `seed=1 weight.group_size=32`: what differs between
     runs that chose the same option of the setting's group.
 
     What an option brings with it follows from the choice and is left out, as is a value that more
     than half of the comparable runs have. A setting that a run has not is null. Runs without
-    settings get nothing. Keys are cut to their last two words where these name one setting only.
+    settings get nothing, choices that stand in `columns` are not said again. Keys are cut to their
+    last two words where these name one setting only.
     """
     runs = [_compared(row["choices"], own) for row, own in zip(rows, settings)]
     telling: list[dict[str, str]] = [{} for _ in runs]
-    for key in sorted({key for run in runs for key in run}):
+    for key in sorted({key for run in runs for key in run} - set(columns)):
         group, dot, _ = key.partition(".")
         alike = defaultdict(list)
         for index, run in enumerate(runs):

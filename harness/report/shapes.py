@@ -46,6 +46,7 @@ METRICS = {
     "records": list[Mapping],
     "displays": Mapping[str, Mapping[str, Mapping]],
     "bits_per_weight": NUMBER,
+    "online": NUMBER,
     "seconds": Mapping[str, float],
     "peak_memory_mb": NUMBER,
     "layers": list[Mapping[str, float | str | None]],

@@ -95,7 +95,7 @@ def _table(
         add_column(table, f"float {figure.record.source}", figure)
     if tasks:
         table.add_column("kept %", justify="right")
-    table.add_column("bits/weight", justify="right")
+    table.add_column("bits", justify="right")
     if exported:
         table.add_column("disk MB", justify="right")
     table.add_column("run", overflow="fold")

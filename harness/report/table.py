@@ -120,7 +120,7 @@ def _stage_table(
         add_column(table, figure.heading if figure.column in marks else figure.label, figure)
         if figure.display.change:
             table.add_column("Δ", justify="right", no_wrap=True)
-    for column in ("bits/weight", "seconds", "peak MB"):
+    for column in ("bits", "seconds", "peak MB"):
         table.add_column(column, justify="right")
     for name, own in stages.items():
         untouched = {} if name == "baseline" else stages.get("baseline", {})

@@ -131,7 +131,8 @@ class Solver:
     sequencing: `sites` = later sites of a block see earlier ones quantized (true-sequential);
         `block` = one pass a block.
     hessian_input: `fp` = X E, `quantized` = Q(X E), the input as it will be read; `auto` =
-        quantized where a trained decoder changes what the weights are for (AdaCodec), else fp.
+        quantized where a trained decoder changes what the weights are for (AdaCodec) or the stream
+        is of quantized activations (stream=both), else fp.
     fuse_global_scale: linears of one site (q/k/v, gate/up) share a two-level format's global scale,
         as fused kernels demand.
     min_tokens: an expert of a mixture that the router gave fewer is calibrated on all tokens of its

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import tomllib
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def commit() -> str | None:
     return done.stdout.strip()
 
 
+@cache  # a process computes with the releases that it imported, whatever is installed meanwhile
 def _installed(name: str) -> str | None:
     try:
         return metadata.version(name)

@@ -3,7 +3,17 @@
 A new one is one file here and one in conf/transform.
 """
 
-from harness.codecs.codec import Blocks, Chain, Codec, Diagonal, Kronecker, Repeated, Rotation, Rows
+from harness.codecs.codec import (
+    Blocks,
+    Chain,
+    Codec,
+    Diagonal,
+    Kronecker,
+    Permutation,
+    Repeated,
+    Rotation,
+    Rows,
+)
 from harness.codecs.fold import fold, merge
 from harness.codecs.placement import Placement, Role
 from harness.transforms.base import CalibrationModel, ModelShape, Transform, generator
@@ -16,6 +26,7 @@ __all__ = [
     "Diagonal",
     "Kronecker",
     "ModelShape",
+    "Permutation",
     "Placement",
     "Repeated",
     "Role",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -106,6 +106,25 @@ class Collector(Protocol[T_co]):
         ...
 
 
+class FloatBlock(Protocol):
+    """A block of the loaded model, between what reaches it in float and what it makes of that.
+
+    index: of the block. inputs, targets: hidden states [1, L, hidden] before and after it, one a
+    calibration window. train, held: the numbers of windows to learn from, and to choose the best
+    iterate by.
+    """
+
+    index: int
+    inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    train: Tensor
+    held: Tensor
+
+    def forward(self, window: int) -> Tensor:
+        """The block's output [1, L, hidden] as it is now, within `unmerged` say; differentiable."""
+        ...
+
+
 class CalibrationModel(Protocol):
     """The loaded model, its norms fused if the transform asked for it, and the calibration text.
 
@@ -138,12 +157,23 @@ class CalibrationModel(Protocol):
         """
         ...
 
-    def unmerged(self, placement: Placement, scheme: Scheme | None) -> AbstractContextManager:
+    def unmerged(
+        self,
+        placement: Placement,
+        scheme: Scheme | None,
+        stored: bool = False,
+        layer: int | None = None,
+    ) -> AbstractContextManager:
         """Within it, the forward runs with the placement's codecs applied to activations.
 
         Weights are untouched. With a scheme, activations and KV are quantized by straight-through
-        estimators.
+        estimators. stored: weights are read as they would be stored, rounded to nearest once they
+        are merged, and scales pass gradients. layer: of that block alone.
         """
+        ...
+
+    def blocks(self) -> Iterator[FloatBlock]:
+        """The blocks in their order, each in memory until the next one is asked for."""
         ...
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -208,6 +238,11 @@ class Transform(ABC):
     def encodes(self, shape: ModelShape) -> tuple[str, ...]:
         """Sites of the blocks before which an encoder runs, so that their feeders take no scale."""
         return ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether it learns through the whole model, which has to be in memory then."""
+        return self.learned and "act" in self.sees
 
     @property
     def structure(self) -> dict[str, object]:

@@ -26,7 +26,7 @@ class DartQuant(Whip):
         max_tokens_per_site: int = 2048,
         share: float = 0.1,
         sinks: float = 0.1,
-        r3: str | bool = "auto",
+        r3: str | int | bool = "auto",
         r4: str | bool = "auto",
         random_signs: bool = True,
     ):

@@ -27,7 +27,7 @@ class JointQuant(Whip):
         r1_targets: Sequence[str] = ("up",),
         max_tokens_per_site: int = 4096,
         sinks: float = 0.1,
-        r3: str | bool = "auto",
+        r3: str | int | bool = "auto",
         r4: str | bool = "auto",
         random_signs: bool = True,
     ):

@@ -184,11 +184,12 @@ def placed_loss(
     teacher: Teacher | None,
     ids: Tensor,
     again: bool,
+    stored: bool = False,
 ) -> Tensor:
     """The loss of a placement on ids [B, L]: kd with a teacher, lm without.
 
-    again: whether the ids come again.
+    again: whether the ids come again. stored: whether weights are read as they would be stored.
     """
     target = teacher and teacher.logits(ids, again)
-    with model.unmerged(placement, scheme):
+    with model.unmerged(placement, scheme, stored):
         return loss_of(model.logits(ids), ids, target)

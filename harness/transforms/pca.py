@@ -90,11 +90,7 @@ class PCA(Transform):
     def fit(self, shape: ModelShape, model: CalibrationModel) -> Placement:
         axes = self._pooled if self.scope == "site" else self._per_layer
         rotations = axes(model, self._sites(shape))
-        flops = (2 * (self.block or width) * width for width in shape.widths.values())
-        return Placement(
-            online={where: Blocks(matrix) for where, matrix in rotations.items()},
-            notes={"online_flops_per_token_and_layer": sum(flops)},
-        )
+        return Placement(online={where: Blocks(matrix) for where, matrix in rotations.items()})
 
     def _sites(self, shape: ModelShape) -> list[str]:
         """The sites of the blocks, and the output head's."""

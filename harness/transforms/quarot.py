@@ -37,7 +37,7 @@ class QuaRot(Rotations):
         self,
         r1: str | int | bool = "hadamard",
         r2: bool = True,
-        r3: str | bool = "auto",
+        r3: str | int | bool = "auto",
         r4: str | bool = "auto",
         online_heads: bool = False,
         random_signs: bool = True,

@@ -8,8 +8,10 @@
                               activations only
 
 They differ in how they find R1 and R2. r3, r4: `auto` puts them where the quantizer they help is
-on, `on` always. All draws are Hadamard, with random signs. Sources: QuaRot (arXiv 2404.00456),
-SpinQuant (arXiv 2405.16406).
+on, `on` always; keys that are quantized by channel are not helped. r3=b: R3 = I (x) H_b, for keys
+in blocks of b: an outlier is spread over its own block, and reaches no scale of another. All draws
+are Hadamard, with random signs. Sources: QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406);
+blocks as in MR-GPTQ (arXiv 2509.23202), which takes them for activations and weights.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Mapping
 
 from harness.codecs.codec import Codec, Rotation
 from harness.codecs.placement import Placement, Where
-from harness.config.checks import boolean
+from harness.config.checks import boolean, integer
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4
 from harness.linalg.hadamard import Hadamard, random_signs, reachable
@@ -27,21 +29,22 @@ from harness.transforms.base import CalibrationModel, ModelShape, Transform, gen
 
 
 class Rotations(Transform):
-    """r2: whether values are rotated. r3, r4: auto | on | off. random_signs: false leaves the bare
-    Hadamard matrices."""
+    """r2: whether values are rotated. r3, r4: auto | on | off; r3: or a block size, which is on.
+    random_signs: false leaves the bare Hadamard matrices."""
 
     residual = True
 
     def __init__(
         self,
         r2: bool = True,
-        r3: str | bool = "auto",
+        r3: str | int | bool = "auto",
         r4: str | bool = "auto",
         random_signs: bool = True,
     ):
         self.r2 = boolean("transform.r2", r2)
         self.random_signs = boolean("transform.random_signs", random_signs)
-        self.r3 = switch("transform.r3", r3)
+        block = isinstance(r3, int) and not isinstance(r3, bool)
+        self.r3 = integer("transform.r3", r3) if block else switch("transform.r3", r3)
         self.r4 = switch("transform.r4", r4)
 
     @abstractmethod
@@ -60,7 +63,7 @@ class Rotations(Transform):
         """R1 and R2 where they belong, with R3 and R4 where they help."""
         r3 = None
         if self.wants_r3(shape):
-            r3 = self.draw(shape, shape.key_dim, "R3")
+            r3 = self.draw(shape, self.r3_order(shape), "R3")
         online: dict[Where, Codec] = {}
         if self.wants_r4(shape):
             # None: one for all layers, but where their widths differ
@@ -97,7 +100,14 @@ class Rotations(Transform):
 
     def wants_r3(self, shape: ModelShape) -> bool:
         """Whether R3 is placed."""
-        return self.r3 == "on" or (self.r3 == "auto" and shape.scheme.kv is not None)
+        if self.r3 == "auto":
+            kv = shape.scheme.kv
+            return kv is not None and kv.key_axis == "token"
+        return self.r3 != "off"
+
+    def r3_order(self, shape: ModelShape) -> int:
+        """Features that R3 mixes: those of a head's keys, or of a block of them."""
+        return self.r3 if isinstance(self.r3, int) else shape.key_dim
 
     def wants_r4(self, shape: ModelShape) -> bool:
         """Whether R4 is placed."""
@@ -118,7 +128,13 @@ class Rotations(Transform):
         if self.r2:
             reachable("transform.r2=true", shape.head_dim, "transform.r2=false")
         if self.wants_r3(shape):
-            reachable(f"transform.r3={self.r3}", shape.key_dim, "transform.r3=off")
+            order = self.r3_order(shape)
+            if shape.key_dim % order:
+                raise ConfigError(
+                    f"transform.r3={self.r3} does not divide the {shape.key_dim} features of a "
+                    "head's keys; set transform.r3=on, or a size that does."
+                )
+            reachable(f"transform.r3={self.r3}", order, "transform.r3=off")
         if self.r4 == "on" and "down_in" not in shape.widths:
             raise ConfigError(
                 f"transform.r4={self.r4}: no site of this model is a down_in, so R4 has no place; "
@@ -176,10 +192,10 @@ class Rotations(Transform):
             )
 
 
-def switch(field: str, value: str | bool) -> str:
+def switch(field: str, value: str | int | bool) -> str:
     """auto | on | off; YAML reads a bare on or off as a truth value."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if value not in ("auto", "on", "off"):
         raise ConfigError(f"{field}={value}: choose one of auto, on, off.")
-    return value
+    return str(value)

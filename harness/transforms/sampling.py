@@ -1,11 +1,11 @@
-"""What transforms keep of activations that stream by: a covariance, or an even sample of rows."""
+"""What transforms keep of activations that stream by: maxima, a covariance, a sample of rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from torch import Tensor, cat, float64, rand, zeros
+from torch import Tensor, cat, float64, maximum, rand, zeros
 
 from harness.transforms.base import Collector, generator
 
@@ -25,6 +25,25 @@ class Then(Generic[S, T]):
 
     def finish(self) -> T:
         return self.then(self.collector.finish())
+
+
+class Peak:
+    """max|X_j| over all tokens, float32 [width]."""
+
+    def __init__(self):
+        self.peak: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        """Take in activations [..., width]."""
+        peak = x.abs().flatten(0, -2).amax(0).float()
+        if self.peak is not None:
+            peak = maximum(self.peak, peak)
+        self.peak = peak
+
+    def finish(self) -> Tensor:
+        """The maxima so far."""
+        assert self.peak is not None  # a calibration text has a token
+        return self.peak
 
 
 class Covariance:

@@ -24,6 +24,7 @@ from harness.codecs.placement import Placement, Where
 from harness.config.checks import names, number
 from harness.formats import MX, NVFP4
 from harness.transforms.base import CalibrationModel, ModelShape, Transform, weights_at
+from harness.transforms.sampling import Peak
 
 FLOOR = 1e-5
 NORM_SITES = ("attn_in", "mlp_in")
@@ -50,7 +51,7 @@ class SmoothQuant(Transform):
         return []
 
     def fit(self, shape: ModelShape, model: CalibrationModel) -> Placement:
-        peaks = model.observe(lambda layer, site, width: _Peak(), self.sites, "channel maxima")
+        peaks = model.observe(lambda layer, site, width: Peak(), self.sites, "channel maxima")
         merged: dict[Where, Codec] = {}
         for (layer, site), x_max in peaks.items():
             if layer not in shape.merges(site):  # nothing before it takes a scale
@@ -66,23 +67,6 @@ class SmoothQuant(Transform):
             s = x_max**self.alpha / w_max ** (1 - self.alpha)
             merged[layer, site] = Diagonal(s.clamp_min(FLOOR))
         return Placement(merged=merged)
-
-
-class _Peak:
-    """max|X_j| over all tokens, float32 [width]."""
-
-    def __init__(self):
-        self.peak: Tensor | None = None
-
-    def add(self, x: Tensor) -> None:
-        peak = x.abs().flatten(0, -2).amax(0).float()
-        if self.peak is not None:
-            peak = torch.maximum(self.peak, peak)
-        self.peak = peak
-
-    def finish(self) -> Tensor:
-        assert self.peak is not None  # a calibration text has a token
-        return self.peak
 
 
 def _per_kv_head(x: Tensor, shape: ModelShape) -> Tensor:

@@ -48,7 +48,7 @@ class SpinQuant(QuaRot):
         cap: str = "tensor",
         r1: str | int | bool = "hadamard",
         r2: bool = True,
-        r3: str | bool = "auto",
+        r3: str | int | bool = "auto",
         r4: str | bool = "auto",
         random_signs: bool = True,
     ):

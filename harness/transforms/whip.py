@@ -175,7 +175,7 @@ class Whip(Rotations):
         r2: Mapping | None,
         share: float = 1.0,
         sinks: float = 0.0,
-        r3: str | bool = "auto",
+        r3: str | int | bool = "auto",
         r4: str | bool = "auto",
         random_signs: bool = True,
     ):

@@ -121,9 +121,7 @@ class Wush(Transform):
         for (layer, site), (inputs, weights) in moments.items():
             into = merged if self._takes(shape, layer, site) else online
             into[layer, site] = self._codec(inputs, weights)
-        g = self.order(shape)
-        flops = sum(2 * g * shape.widths[site] for site in self.encodes(shape))
-        notes = {"block_size": g, "online_flops_per_token_and_layer": flops}
+        notes = {"block_size": self.order(shape)}
         return Placement(online=online, merged=merged, notes=notes)
 
     def _moments(self, shape: ModelShape, model: CalibrationModel) -> dict[Where, Moments]:

@@ -48,8 +48,8 @@ class Quantized(nn.Module):
 @dataclass(frozen=True, kw_only=True)
 class Distillation(Tuner):
     """steps. batch: calibration windows a step. lr: Adam's rate.
-    norms: learn gains of norms and biases, too. lr_norms: their rate, relative to the root mean
-        square of each tensor.
+    norms: learn gains of norms and biases, too. lr_norms: their rate, relative to each gain, and to
+        the root mean square of a bias.
     """
 
     steps: int = 200
@@ -86,17 +86,17 @@ class Distillation(Tuner):
             faster = linear.rates()
             for key, parameter in linear.named_parameters():
                 rates[f"{name}.{key}"] = (parameter, self.lr * faster[key])
-        floats = _floats(student.adapter) if self.norms else {}
-        for name, one in floats.items():
-            rates[name] = (one.value, self.lr_norms * one.size)
+        beside = floats(student.adapter) if self.norms else {}
+        for name, one in beside.items():
+            rates[name] = (one.free, self.lr_norms)
         moving = Moving(rates, self.steps)
         making: dict[str, Callable[[], Tensor]] = {f"{n}.weight": x for n, x in linears.items()}
-        making |= {name: one.served for name, one in floats.items()}
+        making |= {name: one.served for name, one in beside.items()}
         with torch.enable_grad(), made(student.adapter, making):
             best = self._learn(student, moving)
         moving.take(best.values)
         notes = {"tune_held_out": [best.first, best.loss], "tune_best_step": best.step}
-        tensors = {name: one.served().detach() for name, one in floats.items()}
+        tensors = {name: one.served().detach() for name, one in beside.items()}
         return Tuned({name: x.qtensor() for name, x in linears.items()}, tensors, notes)
 
     def _learn(self, student: Student, moving: Moving) -> Best:
@@ -122,19 +122,26 @@ class Distillation(Tuner):
 
 @dataclass(frozen=True)
 class Float:
-    """A tensor that stays float. value: a leaf, float32 at least; dtype: as it is served; size: the
-    root mean square of what it stands for."""
+    """A tensor that stays float: start + size (e^free - 1), or start + size free for a bias.
 
-    value: Tensor
+    free: a leaf, 0 at first. A gain moves by a share of itself (size: the gain), for some are a
+    thousandth of their norm's others, and hold down channels a thousand times as large. A bias
+    moves by its root mean square, for it may be 0. dtype: as it is served.
+    """
+
+    start: Tensor
+    size: Tensor
+    free: Tensor
+    gain: bool
     dtype: torch.dtype
-    size: float
 
     def served(self) -> Tensor:
         """As the model has it."""
-        return self.value.to(self.dtype)
+        moved = self.free.expm1() if self.gain else self.free
+        return (self.start + self.size * moved).to(self.dtype)
 
 
-def _floats(adapter: Adapter) -> dict[str, Float]:
+def floats(adapter: Adapter) -> dict[str, Float]:
     """{absolute name: it} of the norms, and of the biases of the blocks' linears."""
     found = {}
     for name, role in adapter.roles.items():
@@ -148,11 +155,11 @@ def _floats(adapter: Adapter) -> dict[str, Float]:
             tensor = getattr(module, leaf, None)
             if not isinstance(tensor, Tensor):
                 continue
-            value = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
-            # of a norm that multiplies by 1 + w the gain, for w itself may be 0
-            gain = value + (leaf == "weight" and role.gain == "1+w")
-            size = float(gain.square().mean().sqrt())
-            found[f"{name}.{leaf}"] = Float(value.requires_grad_(), tensor.dtype, size)
+            start = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+            gain = leaf == "weight"
+            size = start + (role.gain == "1+w") if gain else start.square().mean().sqrt()
+            free = torch.zeros_like(start).requires_grad_()
+            found[f"{name}.{leaf}"] = Float(start, size, free, gain, tensor.dtype)
     return found
 
 

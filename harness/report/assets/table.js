@@ -31,6 +31,7 @@ const columns = [
   word("settings"),
   ...data.columns.flatMap(measured),
   figure("bits", "cost", run => run.bits, x => fixed(x, 2)),
+  figure("online %", "cost", run => known(run.online) ? 100 * run.online : null, x => fixed(x, 1)),
   figure("seconds", "cost", run => run.seconds, x => fixed(x, 0)),
   figure("peak MB", "cost", run => run.peak, x => fixed(x, 0)),
   {name: "run", title: "run", get: run => run.id, cell: run => element("code", {title: run.id}, run.short)},
