@@ -81,10 +81,11 @@ def files(outcome):
     [
         ["solver=gptq", "solver.order=activation"],
         ["solver=gptq", "solver.order=activation", "solver.propagate=gptaq"],
+        ["solver=gptq", "transform=adacodec", "transform.steps=2"],
         ["solver=rtn", "format.weight.observer=hessian"],
         ["solver=awq", "solver.grid=3"],
     ],
-    ids=["gptq", "gptaq", "rtn", "awq"],
+    ids=["gptq", "gptaq", "adacodec", "rtn", "awq"],
 )
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, solver):
     settings = ["format=nvfp4", *QEP, *solver]
@@ -144,7 +145,6 @@ def test_what_came_later_leaves_ids_alone():
     ("settings", "words"),
     [
         (["solver.sequencing=block"], "sequencing"),
-        (["transform=adacodec"], "free"),
         (["solver.propagate_skip=[nowhere]"], "nowhere"),
         (["solver.propagate_alpha=2"], "propagate_alpha"),
     ],

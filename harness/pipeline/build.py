@@ -89,6 +89,7 @@ def components(plan: Plan) -> Components:
     if solver is not None:
         if auto is not None:
             solvable.check_budget(auto, scheme, structure)
+        combinations.check_untouched(plan, solver, transforms)
         warnings += solvable.check_solver(solver, name, scheme, auto, transforms, context)
         if solver.hessian_input == "auto":
             hessian_input = solvable.hessian_input(solver, scheme, auto, transforms)

@@ -161,6 +161,17 @@ def check_attention(field: str, context: ModelShape) -> None:
         )
 
 
+def check_untouched(plan: Plan, solver: Solver, transforms: Sequence[Transform]) -> None:
+    """Refuse to hold the untouched model where not even this one is in memory."""
+    free = any(transform.free_decoder for transform in transforms)
+    if free and solver.propagate != "none" and plan.settings["model"].get("weights") == "disk":
+        raise ConfigError(
+            f"solver.propagate={solver.propagate} with a transform whose decoder is free and "
+            "model.weights=disk: it holds the untouched model; set model.weights=memory, or "
+            "solver.propagate=none."
+        )
+
+
 def cache_warnings(plan: Plan, scheme: Scheme) -> list[str]:
     """What is to be said of a cache whose newest tokens are floats."""
     length = plan.evaluation.length

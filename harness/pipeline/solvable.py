@@ -83,10 +83,17 @@ def _check_propagation(
     """Refuse propagated errors where there is nothing to compare with, and unknown sites."""
     if solver.propagate == "none":
         return
-    if any(transform.free_decoder for transform in transforms):
+    free = any(transform.free_decoder for transform in transforms)
+    if free and solver.propagate == "gptaq":
         raise ConfigError(
-            f"solver.propagate={solver.propagate} with a transform whose decoder is free: what the "
-            "weights are for is not what the untouched model reads; use solver.propagate=none."
+            "solver.propagate=gptaq with a transform whose decoder is free: its loop makes up for "
+            "what is read, and not for what weights are for; use solver.propagate=qep."
+        )
+    if free and solver.prepares:
+        raise ConfigError(
+            f"solver.propagate={solver.propagate} with a transform whose decoder is free, and "
+            "channel scales: the untouched model has none; use solver=gptq, or "
+            "solver.propagate=none."
         )
     if tuple(solver.propagate_skip) == Solver().propagate_skip:
         return

@@ -27,6 +27,7 @@ from harness.pipeline.state import LoadedJob
 from harness.pipeline.told import doubts, reported, starved
 from harness.quantize import blocks
 from harness.quantize.allocation import Auto, allocate, sensitivities
+from harness.quantize.untouched import Untouched
 from harness.quantize.weights import solved
 from harness.transforms import Placement, Transform, file
 from harness.transforms.identity import Identity
@@ -238,6 +239,7 @@ def quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
             folder=job.scratch if on_disk else None,
             log=job.tracker.log,
             enough=job.plan.enough,
+            untouched=_untouched(job, adapter) if present < total else None,
         )
         write_encodings(job, adapter)
     layers = job.metrics["layers"]
@@ -250,6 +252,19 @@ def quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
     bits = sum(layer.get("bits", 0) for layer in layers)
     if weights:  # without a solver none are counted
         job.metrics["bits_per_weight"] = bits / weights
+
+
+def _untouched(job: LoadedJob, adapter: Adapter) -> Untouched | None:
+    """The model loaded again, where a solver compares with it and a decoder is free."""
+    solver = job.parts.solver
+    free = any(transform.free_decoder for transform in job.parts.transforms)
+    if solver is None or solver.propagate == "none" or not free:
+        return None
+    model, _ = job.plan.model.load(adapter.device)
+    model.requires_grad_(False)
+    untouched = Adapter(model, structure=adapter.structure)
+    merge.swap(untouched)
+    return Untouched(untouched, job.placements)
 
 
 def write_encodings(job: LoadedJob, adapter: Adapter) -> None:

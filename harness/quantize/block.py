@@ -19,6 +19,7 @@ from harness.formats import Scheme
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import QuantLinear
 from harness.quantize.gathering import Gathered, Gathering, site_input
+from harness.quantize.untouched import Untouched
 from harness.quantize.weights import stored, swap_in
 from harness.solvers import Problem, Solution, Solver
 from harness.solvers.propagation import compensated
@@ -31,6 +32,7 @@ class SolvedBlock:
     """One block on its way from float to quantized: solved now, or installed from a record.
 
     record: (tensors, report) of an earlier attempt; None where the block is to be solved.
+    untouched: where the original stream passes through it, and not through what this block was.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class SolvedBlock:
         solver: Solver | None,
         index: int,
         record: tuple[dict, dict] | None,
+        untouched: Untouched | None = None,
     ):
         self.adapter = adapter
         self.scheme = scheme
         self.solver = solver
         self.index = index
         self.record = record
+        self.untouched = untouched
         self.block = adapter.blocks[index]
         self.sites = adapter.sites(index)
         self.inputs = {site.name: site_input(adapter, index, site) for site in self.sites}
@@ -71,7 +75,10 @@ class SolvedBlock:
             view.targets = original.hidden
         shared = self._prepare(view)
         beside: Iterator[tuple[Site, Arriving]] = iter(())
-        if original is not None and not self._by_block:
+        if self.untouched is not None and original is not None:
+            block = self.untouched.adapter.blocks[self.index]
+            beside = original.walk(block, twin=block)
+        elif original is not None and not self._by_block:
             # after what was merged, so that both read the same features
             beside = original.walk(self.block, twin=copy.deepcopy(self.block))
         whole = self.solver is not None and "block" in (self.solver.sequencing, self.solver.scope)
@@ -128,7 +135,8 @@ class SolvedBlock:
             given.format = None
 
     def _gathering(self, stream: Stream) -> Gathering:
-        return Gathering(self.adapter, self.scheme, self.solver, self.index, stream.tokens)
+        raw = self.untouched is not None
+        return Gathering(self.adapter, self.scheme, self.solver, self.index, stream.tokens, raw)
 
     @property
     def _by_block(self) -> bool:
@@ -203,12 +211,17 @@ class SolvedBlock:
         shared: what the solver said of the whole block.
         """
         problems = {}
-        for site, found in zip(sites, gathered):
+        origins = [self._origins(site, found) for site, found in zip(sites, gathered)]
+        for site, found, acting in zip(sites, gathered, origins):
             formats = self.scheme.weights(self.index, site.linears)
             weights = {name: self._linear(name).weight for name in formats}
             if self.solver is not None and weights:
                 problem = Problem(
-                    weights, formats, found.statistics.hessian, drift=found.statistics.drift
+                    weights,
+                    formats,
+                    found.statistics.hessian,
+                    drift=found.statistics.drift,
+                    origins=acting,
                 )
                 if self.solver.propagate == "qep":
                     alpha, damp = self.solver.propagate_alpha, self.solver.propagate_damp
@@ -217,12 +230,25 @@ class SolvedBlock:
         solutions = {}
         if self.solver is not None and problems:
             solutions = dict(zip(problems, self.solver.solve_together(list(problems.values()))))
-        for site, found in zip(sites, gathered):
+        for site, found, acting in zip(sites, gathered, origins):
             solution = solutions.get(site.name, Solution({}, {}))
             report = {**shared, **solution.report}
-            self._settle(site, found, Solution(solution.qtensors, report))
+            self._settle(site, found, Solution(solution.qtensors, report), acting)
 
-    def _settle(self, site: Site, found: Gathered, solution: Solution) -> None:
+    def _origins(self, site: Site, found: Gathered) -> dict[str, Tensor] | None:
+        """{linear: what acts in the untouched model}, of a site that is compared with that."""
+        if self.untouched is None or found.statistics.drift is None:
+            return None
+        names = {name: self.adapter.name(self.index, name) for name in site.linears}
+        return {name: self.untouched.origin(absolute) for name, absolute in names.items()}
+
+    def _settle(
+        self,
+        site: Site,
+        found: Gathered,
+        solution: Solution,
+        origins: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Swap a site's solved weights in and report on them."""
         linears = {n: self._linear(n) for n in site.linears}
         self._calibrate(site, found.statistics.range)
@@ -235,6 +261,7 @@ class SolvedBlock:
             self.acts[site.name],
             self.inputs[site.name].global_scale,
             counts=self.solver is not None,
+            origins=origins,
         )
         for name, q in solution.qtensors.items():
             reports[name] |= {**solution.report, **found.report}

@@ -26,6 +26,7 @@ from harness.models.offload import trim
 from harness.quantize.block import SolvedBlock
 from harness.quantize.embeddings import Embeddings
 from harness.quantize.gathering import site_input
+from harness.quantize.untouched import Untouched
 from harness.quantize.weights import decibel, relative
 from harness.solvers import Solver
 from harness.store import Run
@@ -46,6 +47,7 @@ def quantize(
     folder: Path | None = None,
     log: Callable[[dict, int], None] = unlogged,
     enough: int | None = ENOUGH,
+    untouched: Untouched | None = None,
 ) -> None:
     """Solve every block of a placed model and switch its activation quantizers on.
 
@@ -54,12 +56,13 @@ def quantize(
     after each block, and after what stands outside of them where that is quantized, with the report
     of every linear and of the block's output. stage shows the progress inside a block, log keeps
     its learning curve. folder: where activations lie; None: in memory. enough: an expert that the
-    router gave fewer tokens is calibrated on all of its layer's; None: every expert is.
+    router gave fewer tokens is calibrated on all of its layer's; None: every expert is. untouched:
+    what a solver compares with that propagates errors, where a transform has changed the model.
     """
     count = len(adapter.blocks)
     outside = Embeddings(adapter, scheme, solver)
     missing = any(run.load_block(i) is None for i in range(count + outside.quantizes))
-    streaming = partial(Stream, adapter, windows, folder=folder, enough=enough)
+    streaming = partial(Stream, windows=windows, folder=folder, enough=enough)
     # where scales span tokens, a text is quantized without its neighbours, as it is when evaluated
     at_once = 1 if scheme.spans_tokens else None
     if solver is not None and solver.windows is not None:
@@ -68,14 +71,14 @@ def quantize(
         streaming = partial(streaming, tokens_at_once=at_once * windows.shape[1])
     original = stream = error = None
     if missing and solver is not None and (solver.scope == "block" or solver.propagate != "none"):
-        original = streaming()
+        original = streaming(adapter if untouched is None else untouched.adapter)
     # the original stream has begun: it sees the embedding before this rounds it
     outside.embed(run)
     if missing:
-        stream = streaming()
+        stream = streaming(adapter)
         error = OutputError(adapter, scheme, stream)
     for index in range(count):
-        solved = SolvedBlock(adapter, scheme, solver, index, run.load_block(index))
+        solved = SolvedBlock(adapter, scheme, solver, index, run.load_block(index), untouched)
         with adapter.open(index, write=True):
             if stream is not None and error is not None:
                 if solved.record is None:

@@ -30,17 +30,25 @@ class Gathered:
 class Gathering:
     """The statistics that a solver wants of the sites of block `index`; tokens: how many stream by.
 
-    Experts that are shown all tokens share one site's.
+    Experts that are shown all tokens share one site's. raw: what the untouched model reads is
+    compared as it is, and not encoded.
     """
 
     def __init__(
-        self, adapter: Adapter, scheme: Scheme, solver: Solver | None, index: int, tokens: int
+        self,
+        adapter: Adapter,
+        scheme: Scheme,
+        solver: Solver | None,
+        index: int,
+        tokens: int,
+        raw: bool = False,
     ):
         self.adapter = adapter
         self.scheme = scheme
         self.solver = solver
         self.index = index
         self.tokens = tokens
+        self.raw = raw
         self._shared: dict[tuple, Statistics] = {}
 
     def gather(
@@ -87,7 +95,7 @@ class Gathering:
                 statistics.observe(given.encode(x), act, self.solver, twice=given.twice)
         else:
             for x, there in zip(arriving, untouched, strict=True):
-                x, there = given.encode(x), given.encode(there)
-                statistics.observe(x, act, self.solver, there, given.twice)
+                beside = there if self.raw else given.encode(there)
+                statistics.observe(given.encode(x), act, self.solver, beside, given.twice)
         statistics.finish()
         return statistics

@@ -22,12 +22,14 @@ def swap_in(
     act: Format | None,
     global_scale: Tensor | None,
     counts: bool,
+    origins: Mapping[str, Tensor] | None = None,
 ) -> dict[str, dict]:
     """Load the dequantized weights of one site.
 
     Returns {linear: report} with the relative output error on the sample: against what the
     untouched model makes of these rows, where that was watched.
 
+    origins: what acts on them there, where that is not the linears' own weights.
     counts: report bits and weights of linears that stay float too.
     """
     sample = statistics.sample
@@ -38,7 +40,8 @@ def swap_in(
         inputs = act.fake(sample, global_scale=global_scale, twice=twice)
     for name, linear in linears.items():
         report = reports[name] = {"name": names[name], "sqnr_db": None}
-        reference = statistics.reference @ linear.weight.float().T
+        acting = linear.weight if origins is None else origins[name]
+        reference = statistics.reference @ acting.float().T
         if name in qtensors:
             values = qtensors[name].dequantize()
             report["sqnr_db"] = decibel(relative(values, linear.weight))

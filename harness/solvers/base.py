@@ -30,7 +30,8 @@ class Problem:
     hessian: float32 of what these weights read, [in, in] or, where no more was asked for, blocks of
     its diagonal [in / k, k, k]; None when the solver did not ask for it. scales: {name: Scales}
     where they are decided already. drift: [in, in] float32, 2/N sum (x_f - x)^T x where x_f is what
-    they read in the untouched model; None where nobody asked for it.
+    they read in the untouched model; None where nobody asked for it. origins: {name: [out, in]}
+    what acts on x_f there, not encoded, where a decoder is free and these are not `weights`.
     """
 
     weights: Mapping[str, Tensor]
@@ -38,6 +39,7 @@ class Problem:
     hessian: Tensor | None = None
     scales: Mapping[str, Scales] | None = None
     drift: Tensor | None = None
+    origins: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)

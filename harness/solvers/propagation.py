@@ -6,8 +6,15 @@ r"""qep: weights move before they are quantized, to undo what earlier layers did
 
     W <- W + alpha (W D) (H + damp mean(diag H) I)^-1
 
-alpha = 1, damp = 0 is the least-squares solution of  a W'^T = x_f W^T. Then scales are chosen from
-the moved W, and the solver works towards it.
+Where a decoder is free (AdaCodec), x_f is what the untouched model reads, not encoded, and W_o what
+acts on it there; then x_f W_o^T is what is wanted, and the step is towards
+
+    C = 2/N W_o x_f^T a:    W <- W + alpha (C - W H) (H + ..)^-1,    C - W H = W_o D + (W_o - W) H
+
+which is the same for W_o = W E^T and an orthogonal encoder E.
+
+alpha = 1, damp = 0 is the least-squares solution of  a W'^T = x_f W^T  (or x_f W_o^T). Then scales
+are chosen from the moved W, and the solver works towards it.
 
 Source: QEP (arXiv 2504.09629). Differences: damped a hundred times more than published (1 instead
 of .01, where it fits the calibration text at the cost of others), with a of what is read, in
@@ -37,8 +44,16 @@ def compensated(problem: Problem, alpha: float, damp: float) -> Problem:
         return problem
     # D (L L^T)^-1 once, whose product with each W is all that is left
     step = alpha * torch.cholesky_solve(problem.drift.double().T, factor).T
-    moved = {
-        name: torch.addmm(weight.double(), weight.double(), step).to(weight.dtype)
-        for name, weight in problem.weights.items()
-    }
+    if problem.origins is None:
+        moved = {
+            name: torch.addmm(weight.double(), weight.double(), step).to(weight.dtype)
+            for name, weight in problem.weights.items()
+        }
+        return replace(problem, weights=moved)
+    across = alpha * torch.cholesky_solve(problem.hessian.double(), factor).T
+    moved = {}
+    for name, weight in problem.weights.items():
+        origin = problem.origins[name].double()
+        away = torch.addmm(weight.double(), origin - weight.double(), across)
+        moved[name] = away.addmm_(origin, step).to(weight.dtype)
     return replace(problem, weights=moved)
