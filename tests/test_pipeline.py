@@ -25,8 +25,12 @@ from harness.solvers import GPTQ
 from harness.store import RunLocked, Store, locked
 from harness.transforms import Rotation
 
+# those of a cache alone leave no weight to a solver: test_window.py
+WITHOUT_WEIGHTS = ("none", "kivi2", "kivi4")
 FORMATS = sorted(
-    path.stem for path in (ROOT / "conf" / "format").glob("*.yaml") if path.stem != "none"
+    path.stem
+    for path in (ROOT / "conf" / "format").glob("*.yaml")
+    if path.stem not in WITHOUT_WEIGHTS
 )
 SOLVERS = sorted(
     path.stem for path in (ROOT / "conf" / "solver").glob("*.yaml") if path.stem != "none"
@@ -77,7 +81,7 @@ def test_every_format_with_every_solver(tmp_path, format, solver):
         assert all(
             0 < layer["rel_error"] < 0.1 and layer["sqnr_db"] > 10 for layer in metrics["layers"]
         )
-    assert 4 < metrics["bits_per_weight"] < 9
+    assert 4 < metrics["bits_per_weight"] < (17 if format == "int16" else 9)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])

@@ -24,6 +24,10 @@ class Int16(Integer):
 
     widths = (16,)
 
+    def _compute(self, dtype: torch.dtype) -> torch.dtype:
+        # floats of 16 bits have not all of its codes, so compute_dtype=input is float32 for them
+        return torch.promote_types(super()._compute(dtype), torch.float32)
+
     def _encode(self, x: Tensor, *lattice: Tensor) -> Tensor:
         # codes without a sign reach beyond int16
         return self._level(x, *lattice).to(torch.int16 if self.signed else torch.int32)
