@@ -115,7 +115,8 @@ def test_a_run_calibrates_and_exports_its_scales(tmp_path, export):
     assert not any("vLLM does not" in warning for warning in outcome.metrics["warnings"])
     (folder,) = (path.parent for path in (tmp_path / "out").glob("*/config.json"))
     with safe_open(folder / "model.safetensors", "pt") as file:
-        names = [name for name in file.keys() if name.endswith(("k_scale", "key_scale"))]  # noqa: SIM118
+        stored = file.keys()
+        names = [name for name in stored if name.endswith(("k_scale", "key_scale"))]
         scales = {name: file.get_tensor(name) for name in names}
     assert len(scales) == 2
     assert len({float(scale) for scale in scales.values()}) == 2

@@ -65,7 +65,6 @@ class PackedLinear(QuantLinear):
         self.site = linear.site
         self.decoder = linear.decoder
         self.encoder = linear.encoder
-        self.rounding = None
         self.format = quantized.format
         self.shape = quantized.shape
         self.stored = quantized.dtype

@@ -95,6 +95,7 @@ class QuantLinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    rounding: Callable[[Tensor], Tensor] | None = None  # of every subclass, however it is built
 
     def __init__(self, weight: Tensor, bias: Tensor | None, site: SiteInput):
         super().__init__()
@@ -104,7 +105,6 @@ class QuantLinear(nn.Module):
         self.site = site
         self.decoder: Codec | None = None
         self.encoder: Codec | None = None
-        self.rounding: Callable[[Tensor], Tensor] | None = None
         self.keeps = False
         self.solved: Tensor | None = None
 
