@@ -68,3 +68,13 @@ def test_runs_that_only_the_seed_tells_apart_share_a_row(tmp_path):
     each = [last(row)["losses"]["pydoc"] for row in turned]
     mean = [(a + b) / 2 for a, b in zip(*each)]
     assert cells[0][-2] == f"{losses(mean, last(other)['losses']['pydoc'])['p']:.2g}"
+
+
+def test_a_run_whose_windows_cannot_be_paired_has_its_row(tmp_path):
+    for settings in (["solver=rtn"], ["solver=gptq"]):
+        execute(*small(tmp_path, *settings))
+    found = rows(tmp_path / "runs")
+    last(found[0])["losses"]["pydoc"][0] = math.inf
+    lines = [line for line in board(found).splitlines() if "`" in line]
+    assert len(lines) == 2
+    assert all(line.split(" | ")[-2] == "" for line in lines)

@@ -118,10 +118,17 @@ def _figures(entry: Sequence[dict]) -> dict[str, Cell]:
 
 
 def _against(entry: Sequence[dict], other: Sequence[dict]) -> str:
-    """`.0078, .031`: p of each corpus."""
+    """`.0078, .031`: p of each corpus; nothing of one whose windows cannot be paired."""
     ours = _mean_losses(entry)
     theirs = _mean_losses(other)
-    return ", ".join(f"{losses(ours[corpus], theirs[corpus])['p']:.2g}" for corpus in ours)
+    return ", ".join(_p(ours[corpus], theirs[corpus]) for corpus in ours)
+
+
+def _p(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    try:
+        return f"{losses(ours, theirs)['p']:.2g}"
+    except ValueError:  # not kept, or not finite
+        return ""
 
 
 def _mean_losses(entry: Sequence[dict]) -> dict[str, list[float]]:
