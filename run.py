@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -21,6 +22,9 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+if TYPE_CHECKING:
+    from harness.parallel import Ranks
 
 ROOT = Path(__file__).resolve().parent
 GROUPS = (
@@ -64,13 +68,20 @@ def job(cfg: DictConfig) -> None:
 
 def single_run(cfg: DictConfig, choices: Mapping[str, str | None], given: list[str]) -> None:
     """Run, show the result, and leave by the exit status where that is not 0."""
+    from harness.parallel import joined
     from harness.pipeline.job import execute
     from harness.report.table import run_table
 
-    try:
-        outcome = execute(cfg, choices, command=line(given), overrides=given)
-    except Exception as error:
-        sys.exit(failed(error, given))
+    with joined(os.environ) as ranks:
+        try:
+            outcome = execute(cfg, choices, command=line(given), overrides=given, ranks=ranks)
+        except Exception as error:
+            sys.exit(failed(error, given, ranks))
+        who = ranks.speaks(outcome.error) if outcome.error else None
+    if not ranks.first:
+        if who is not None:
+            print(f"{who}{outcome.error}", file=sys.stderr)
+        sys.exit(1 if outcome.status == "failed" and cfg.on_error == "raise" else 0)
     if outcome.stored:
         print("stored result (force=true computes again)", file=sys.stderr)
     run_table(outcome.metrics, outcome.run.path)
@@ -86,6 +97,7 @@ def job_of_sweep(
     cfg: DictConfig, setup: DictConfig, choices: Mapping[str, str | None], given: list[str]
 ) -> None:
     """Run, and leave a record of it for the sweep's table. setup: Hydra's own configuration."""
+    from harness.parallel import joined
     from harness.pipeline.job import execute
     from harness.report.sweep import record, reporter
     from harness.report.sweep_table import summary
@@ -93,17 +105,20 @@ def job_of_sweep(
     sweep = Path(setup.sweep.dir)
     number = setup.job.num
     row: dict[str, object] = {"overrides": given}
-    try:
-        outcome = execute(cfg, choices, sweep.name, reporter(sweep, number), line(given), given)
-        row |= summary(outcome.metrics) | {
-            "stored": outcome.stored,
-            "run_id": outcome.run.path.name,
-            "error": outcome.error,
-        }
-    except Exception as error:
-        row["status"] = "failed"
-        row["error"] = reason(error, given) or f"{type(error).__name__}: {error}"
-    record(sweep, number, row)
+    with joined(os.environ) as ranks:
+        told = reporter(sweep, number) if ranks.first else None
+        try:
+            outcome = execute(cfg, choices, sweep.name, told, line(given), given, ranks)
+            row |= summary(outcome.metrics) | {
+                "stored": outcome.stored,
+                "run_id": outcome.run.path.name,
+                "error": outcome.error,
+            }
+        except Exception as error:
+            row["status"] = "failed"
+            row["error"] = reason(error, given) or f"{type(error).__name__}: {error}"
+        if ranks.first:
+            record(sweep, number, row)
 
 
 def through(
@@ -130,13 +145,14 @@ def line(given: list[str]) -> str:
     return shlex.join(["python", "run.py", *given])
 
 
-def reason(error: Exception, words: list[str]) -> str | None:
+def reason(error: BaseException, words: list[str]) -> str | None:
     """What to say of an error of the configuration, an input or the system; None for any other,
     which is a bug."""
     from harness.config.errors import ConfigError, DataError
+    from harness.parallel import RankLost
     from harness.store import RunLocked
 
-    if isinstance(error, ConfigError | DataError | RunLocked):
+    if isinstance(error, ConfigError | DataError | RunLocked | RankLost):
         return str(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         from harness.config.hints import explain
@@ -147,15 +163,21 @@ def reason(error: Exception, words: list[str]) -> str | None:
     return None
 
 
-def failed(error: Exception, words: list[str]) -> int:
-    """Say why a command ended early; the exit status for that."""
+def failed(error: Exception, words: list[str], ranks: "Ranks | None" = None) -> int:
+    """Say why a command ended early, where no other rank does; the exit status for that."""
+    from harness.parallel import ALONE, RankLost
     from harness.store import RunLocked
 
-    message = reason(error, words)
+    ranks = ranks or ALONE
+    cause = ranks.cause(error)
+    who = ranks.speaks(f"{type(cause).__name__}: {cause}")
+    message = reason(cause, words)
     if message is None:
-        traceback.print_exception(error)
+        if who is not None:
+            traceback.print_exception(cause)
         return 1
-    return refuse(message, 1 if isinstance(error, RunLocked) else 2)
+    status = 1 if isinstance(cause, RunLocked | RankLost) else 2
+    return status if who is None else refuse(f"{who}{message}", status)
 
 
 def refuse(message: str, status: int = 2) -> int:
@@ -191,6 +213,10 @@ def main() -> int:
     overrides = [word for word in words if word not in MULTIRUN]
     try:
         if overrides != words:
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                return refuse(
+                    "-m: the ranks of torchrun compute one run; start each job by its own"
+                )
             from harness.report.sweep import sweep
 
             flags = [word for word in overrides if word.startswith("-")]

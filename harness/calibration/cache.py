@@ -17,15 +17,20 @@ from harness.calibration.stream import Stream
 from harness.formats import KVCache
 from harness.models.adapter import Adapter
 from harness.models.attention import HeadsInput, attach
+from harness.parallel import ALONE, Ranks
 
 
 @torch.no_grad()
 def calibrate(
-    adapter: Adapter, kv: KVCache, windows: Tensor, advance: Callable[[], None] = lambda: None
+    adapter: Adapter,
+    kv: KVCache,
+    windows: Tensor,
+    advance: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Give every attention module the scales of its keys and values.
 
-    windows: token ids [N, L]; advance: called for each block.
+    windows: token ids [N, L]; advance: called for each block; ranks: each sees its share.
     """
     attached = attach(adapter)
     peaks = {heads: {"key": 0.0, "value": 0.0} for heads in attached}
@@ -40,7 +45,7 @@ def calibrate(
         handles.append(heads.register_forward_hook(watch))
     try:
         # a window is a batch of one, also to who quantizes tokens
-        stream = Stream(adapter, windows, tokens_at_once=windows.shape[1])
+        stream = Stream(adapter, windows, tokens_at_once=windows.shape[1], ranks=ranks)
         for index, block in enumerate(adapter.blocks):
             with adapter.open(index):
                 stream.advance(block)
@@ -49,7 +54,8 @@ def calibrate(
         for handle in handles:
             handle.remove()
     for heads in attached:
-        for part, peak in peaks[heads].items():
+        for part, own in peaks[heads].items():
+            peak = max(ranks.gather(own))
             high = torch.tensor(peak, device=adapter.device)
             scale = kv.part(part).calibrated(-high, high)
             assert scale is not None  # what is static is calibrated

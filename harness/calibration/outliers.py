@@ -15,6 +15,7 @@ from torch import Tensor
 
 from harness.calibration.stream import Stream
 from harness.models.adapter import Adapter
+from harness.parallel import ALONE, Ranks
 
 EDGES = torch.arange(-20.0, 12.5, 0.5)  # of log2 |x|: 64 bins of half an octave
 WINDOWS = 4  # calibration windows looked at
@@ -22,13 +23,15 @@ MEDIAN_OF = 1 << 20  # values; a median needs no more
 
 
 @torch.no_grad()
-def profiles(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], dict]:
+def profiles(
+    adapter: Adapter, windows: Tensor, ranks: Ranks = ALONE
+) -> dict[tuple[int, str], dict]:
     """{(layer, site): {"max_over_median", "kurtosis", "counts": [64]}} of a swapped model.
 
-    windows: token ids [N, L].
+    windows: token ids [N, L]; ranks: each passes its share, and has the profiles of all.
     """
     # experts as the router feeds them, together: one that got little adds little
-    stream = Stream(adapter, windows[:WINDOWS], enough=0)
+    stream = Stream(adapter, windows[:WINDOWS], enough=0, ranks=ranks)
     profiles = {}
     for layer, block in enumerate(adapter.blocks):
         with adapter.open(layer):
@@ -37,7 +40,8 @@ def profiles(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], dict]:
                 if not adapter.shows(layer, site):
                     continue
                 encode = block.get_submodule(site.linears[0]).site.encode
-                values = [encode(x).float().flatten() for x in activations]
+                own = (encode(x).float().flatten() for x in activations)
+                values = list(ranks.in_turn(own))
                 if site.expert is None:
                     profiles[layer, site.activation] = _profile(torch.cat(values))
                 else:  # of all experts together

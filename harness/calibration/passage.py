@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from harness.calibration.recording import arguments_at, recorded
 from harness.models.experts import inside, is_last, routed
 from harness.models.offload import trim
+from harness.parallel import ALONE, Ranks
 from harness.structure.site import Site
 from harness.structure.tape import Tape, Value, tensors_of
 
@@ -29,11 +30,13 @@ Room = Callable[[Tensor, int], Tensor]  # (like, elements) -> an empty [elements
 class Arriving:
     """What the linears of a site are about to read, one micro-batch at a time; once.
 
-    routed: how many tokens the router gave the site's expert; None of any other site. every:
-    whether the expert is shown all of its layer's tokens instead of those.
+    starts: the row of the whole text with which each begins. routed: how many tokens the router
+    gave the site's expert, on all ranks; None of any other site. every: whether the expert is shown
+    all of its layer's tokens instead of those.
     """
 
     activations: Iterator[Tensor]
+    starts: Sequence[int]
     routed: int | None = None
     every: bool = False
 
@@ -46,9 +49,10 @@ class Passage:
 
     sites: its sites, whose linears may be changed once they are reached. hidden: the stream's
     views, one a micro-batch, which take the block's output at the end; kwargs: what the block is
-    called with besides, of each. room: where kept values lie. enough: an expert that the router
-    gave fewer tokens is shown all of its layer's; None: every expert is. tidy: give freed memory
-    back at each site; what is passed beside another leaves that to it.
+    called with besides, of each. room: where kept values lie. starts: the token of the whole text
+    with which each micro-batch begins. enough: an expert that the router gave fewer tokens is shown
+    all of its layer's; None: every expert is. tidy: give freed memory back at each site; what is
+    passed beside another leaves that to it. ranks: each passes other micro-batches.
     """
 
     def __init__(
@@ -58,8 +62,10 @@ class Passage:
         hidden: Sequence[Tensor],
         kwargs: Sequence[dict],
         room: Room,
+        starts: Sequence[int],
         enough: int | None = None,
         tidy: bool = True,
+        ranks: Ranks = ALONE,
     ):
         self.block = block
         self.enough = enough
@@ -68,6 +74,8 @@ class Passage:
         self.hidden = hidden
         self.kwargs = kwargs
         self.room = room
+        self.starts = starts
+        self.ranks = ranks
         self._tapes: dict[tuple, Tape] = {}
         self._values: list[dict[Value, Tensor]] = []
         self._at = [0] * len(hidden)  # the next call of each micro-batch
@@ -78,17 +86,21 @@ class Passage:
         """What the site's linears are about to read; to be asked for once."""
         if site.expert is None:
             self._given.clear()
-            return Arriving(args[0] for args in self._reaching(site))
+            return Arriving((args[0] for args in self._reaching(site)), self.starts)
         module = self._leaves[leaf(site)]
         given = self._experts(site)
         routes = [routed(index, site.expert)[0] for _, index in given]
-        count = sum(map(len, routes))
+        starts, count = self.ranks.starts(list(map(len, routes)))
         every = self.enough is None or count < self.enough
+        if every:
+            starts = self.starts
+        else:
+            starts = [start for start, route in zip(starts, routes) if len(route)]
         shown = (x if every else x[route] for (x, _), route in zip(given, routes))
         shown = (x for x in shown if len(x))
         if is_last(site.linears[0]):
             shown = (inside(module, site.expert, x) for x in shown)
-        return Arriving(shown, count, every)
+        return Arriving(shown, starts, count, every)
 
     def _experts(self, site: Site) -> list[tuple[Tensor, Tensor]]:
         """(what is given to a site's experts, the router's choices) of each micro-batch; found once
@@ -101,7 +113,8 @@ class Passage:
     def _reaching(self, site: Site) -> Iterator[tuple]:
         """What the module that reads a site is called with, one micro-batch at a time."""
         module = self._leaves[leaf(site)]
-        self._tape(0)
+        if self.hidden:
+            self._tape(0)
         if self._tidy:
             trim()  # the holes of a forward, into which what is kept would not fit
         for index in range(len(self.hidden)):
@@ -118,7 +131,8 @@ class Passage:
             tape.run(values, start, call.position)
             yield tuple(values[value] for value in call.inputs)
         # what lay there was needed up to here
-        live = {_place(value) for value in self._values[0] if value.call is not None}
+        first = self._values[0] if self._values else {}
+        live = {_place(value) for value in first if value.call is not None}
         self._rooms = {place: room for place, room in self._rooms.items() if place in live}
 
     def finish(self) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from harness.calibration.passage import Arriving, Passage
 from harness.models.adapter import Adapter
+from harness.parallel import ALONE, Ranks
 from harness.structure.site import Site
 from harness.structure.tape import tensors_of
 
@@ -102,21 +103,29 @@ class Stream:
         tokens_at_once: int = 2048,
         folder: Path | None = None,
         enough: int | None = ENOUGH,
+        ranks: Ranks = ALONE,
     ):
-        """windows: token ids [N, L]. enough: see Passage.
+        """windows: token ids [N, L]. enough: see Passage. ranks: each has its share of the
+        micro-batches, which are those of one rank where there are as many as ranks.
 
         Runs the embedding, the rotary table and the masks once. `block_kwargs` {block: what it is
-        called with besides hidden states, one a micro-batch}.
+        called with besides hidden states, one a micro-batch}. tokens: of all ranks; starts: where
+        in the text each micro-batch begins.
         """
         self.adapter = adapter
         self._folder = folder
+        self.ranks = ranks
         self.tokens = windows.numel()
-        self._windows = windows
         self._enough = enough
         self._alone: dict[nn.Module, dict] | None = None
-        self._batch = max(1, tokens_at_once // windows.shape[1])
+        batch = max(1, tokens_at_once // windows.shape[1])
+        self._batch = min(batch, -(-len(windows) // ranks.count))
+        firsts = range(0, len(windows), self._batch)
+        self.starts = [first * windows.shape[1] for first in ranks.share(firsts)]
+        self._windows = ranks.share(windows.split(self._batch))
+        self._hidden = torch.empty(0, device=adapter.device)  # of a rank without a micro-batch
         self.block_kwargs: dict[nn.Module, list[dict]] = {block: [] for block in adapter.blocks}
-        for index, batch in enumerate(windows.split(self._batch)):
+        for index, batch in enumerate(self._windows):
             embedded, contexts = arriving(adapter, batch.to(adapter.device))
             if embedded.shape[:2] != batch.shape:
                 raise RuntimeError(
@@ -125,16 +134,17 @@ class Stream:
                     "one by one."
                 )
             if index == 0:
-                size = windows.numel() * embedded[0, 0].numel()
-                shape = (*windows.shape, *embedded.shape[2:])  # a token may have several vectors
-                self._hidden = self._room(embedded, size).view(shape)
+                count = sum(map(len, self._windows))
+                # a token may have several vectors
+                shape = torch.Size((count, *embedded.shape[1:]))
+                self._hidden = self._room(embedded, shape.numel()).view(shape)
             self.hidden[index].copy_(embedded)
             for block, context in zip(adapter.blocks, contexts):
                 self.block_kwargs[block].append(context)
 
     def _room(self, like: Tensor, size: int) -> Tensor:
         """An empty [size] of like's dtype, in memory beside it or in a file."""
-        if self._folder is None or like.device.type != "cpu":
+        if self._folder is None or like.device.type != "cpu" or not size:
             return like.new_empty(size)
         self._folder.mkdir(parents=True, exist_ok=True)
         # once mapped, the file needs no name, and lives as long as the tensor
@@ -144,14 +154,14 @@ class Stream:
     @property
     def hidden(self) -> tuple[Tensor, ...]:
         """The residual stream, a view a micro-batch."""
-        return self._hidden.split(self._batch)
+        return self._hidden.split(self._batch) if self._windows else ()
 
     def window(self, block: nn.Module) -> tuple[Tensor, dict]:
-        """The first window's hidden states [1, L, hidden], a view, and what the block is called
-        with beside them."""
+        """This rank's first window's hidden states [1, L, hidden], a view, and what the block is
+        called with beside them."""
         if self._alone is None:
             # asked of the model, for only it knows what has a row for each window
-            _, contexts = arriving(self.adapter, self._windows[:1].to(self.adapter.device))
+            _, contexts = arriving(self.adapter, self._windows[0][:1].to(self.adapter.device))
             self._alone = dict(zip(self.adapter.blocks, contexts))
         return self.hidden[0][:1], self._alone[block]
 
@@ -169,11 +179,15 @@ class Stream:
         hidden = self.hidden
         if stay:
             copy = self._room(self._hidden, self._hidden.numel()).view_as(self._hidden)
-            hidden = copy.copy_(self._hidden).split(self._batch)
+            copied = copy.copy_(self._hidden).split(self._batch)
+            hidden = copied[: len(hidden)]
         passed = block if twin is None else twin
         kwargs = self.block_kwargs[block]
         alone = twin is None
-        passage = Passage(passed, sites, hidden, kwargs, self._room, self._enough, alone)
+        room = self._room
+        passage = Passage(
+            passed, sites, hidden, kwargs, room, self.starts, self._enough, alone, self.ranks
+        )
         for site in sites:
             yield site, passage.arriving(site)
         if not stay:
@@ -186,5 +200,5 @@ class Stream:
 
     def leave(self) -> Iterator[Tensor]:
         """What the output head reads, once all blocks are passed, one micro-batch at a time."""
-        for hidden, ids in zip(self.hidden, self._windows.split(self._batch)):
+        for hidden, ids in zip(self.hidden, self._windows):
             yield _pass_by(self.adapter, ids.to(self.adapter.device), hidden)[1]

@@ -15,6 +15,7 @@ from harness.codecs.placement import HEAD_SITE, Role, Where
 from harness.formats import Scheme
 from harness.models.adapter import Adapter
 from harness.models.unmerged import unmerged
+from harness.parallel import ALONE, Ranks
 from harness.structure.tape import tensors_of
 from harness.transforms import Placement
 from harness.transforms.base import Collector
@@ -60,7 +61,8 @@ class StreamedModel:
 
     stage(title, total) shows progress; gains are what `fuse_norms` gave, if the norms are fused;
     log(values, step) keeps points of curves; texts: of how many the windows are in turn, each of
-    which is in `train` and in `held` then. See transforms.CalibrationModel.
+    which is in `train` and in `held` then; ranks: those that share its windows. See
+    transforms.CalibrationModel.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class StreamedModel:
         gains: Mapping[Where, Tensor] | None = None,
         log: Log = unlogged,
         texts: int = 1,
+        ranks: Ranks = ALONE,
     ):
         self.adapter = adapter
         self.roles: Mapping[str, Role] = adapter.roles
@@ -78,6 +81,7 @@ class StreamedModel:
         self.gains: Mapping[Where, Tensor] = gains or {}
         self._stage = stage
         self._log = log
+        self.ranks = ranks
         self.windows = windows
         self.train = windows
         self.held = windows
@@ -107,7 +111,7 @@ class StreamedModel:
         observed = set(sites)
         results: dict[Where, T] = {}
         # experts as the router feeds them, together: one that got little adds little
-        stream = Stream(self.adapter, self.windows, enough=0)
+        stream = Stream(self.adapter, self.windows, enough=0, ranks=self.ranks)
         with self.stage(title, len(self.adapter.blocks)) as advance:
             for layer, block in enumerate(self.adapter.blocks):
                 with self.adapter.open(layer):
@@ -121,7 +125,8 @@ class StreamedModel:
                         if gathered is None:
                             width = self.adapter.width(site, layer)
                             gathered = shared[name] = collector(layer, name, width)
-                        for x in activations:
+                        # every rank gathers all, in the text's order, and so finds the same
+                        for x in self.ranks.in_turn(activations):
                             gathered.add(x)
                         if site.expert is None:
                             results[layer, name] = shared.pop(name).finish()
@@ -130,7 +135,7 @@ class StreamedModel:
                 advance(note(results))
         if HEAD_SITE in observed:
             gathered = collector(None, HEAD_SITE, self.adapter.head.weight.shape[1])
-            for x in stream.leave():
+            for x in self.ranks.in_turn(stream.leave()):
                 gathered.add(x)
             results[None, HEAD_SITE] = gathered.finish()
         return results

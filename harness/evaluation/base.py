@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from harness.parallel import ALONE, Ranks
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -79,7 +81,8 @@ class Subject:
     of each window in nats; watches: {corpus: what the evaluation's `watch` gave}, after the pass;
     amp: autocast dtype of a forward; reference: the untouched model, whose hidden states lie in
     `hidden` once it was evaluated; folder: for files of this stage; details: what else the
-    stage's record shall hold; progress(title, steps): a bar, and what moves it on.
+    stage's record shall hold; progress(title, steps): a bar, and what moves it on; ranks: the
+    processes that measure it, of which the first one writes.
     """
 
     stage: str
@@ -91,6 +94,7 @@ class Subject:
     hidden: Path
     folder: Path
     progress: Callable[[str, int], AbstractContextManager[Callable[[], None]]]
+    ranks: Ranks = ALONE
     losses: dict[str, Tensor] = field(default_factory=dict)
     watches: Mapping[str, Watch] = field(default_factory=dict)
     details: dict[str, object] = field(default_factory=dict)
@@ -101,6 +105,9 @@ class Evaluation(ABC):
 
     displays: ClassVar[Mapping[str, Display]] = {}  # by metric, in the order in which they show
     tabled: ClassVar[bool] = False  # whether trackers get a table, one row a stage and source
+    # Whether `measure` puts together what the watches of several ranks saw, each of its share of a
+    # text's windows; else every rank's watch sees all of them.
+    adds_up: ClassVar[bool] = False
 
     def fingerprint(self) -> object:
         """What decides its numbers besides the run's model and texts, as plain values; None where

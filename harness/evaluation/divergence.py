@@ -22,6 +22,7 @@ from torch import Tensor
 
 from harness.config.errors import DataError
 from harness.models.adapter import Adapter
+from harness.parallel import ALONE, Ranks
 from harness.store import load_tensors, save_tensors
 
 WINDOWS = 2  # a text; 4,000 positions tell KL to a few percent
@@ -35,44 +36,53 @@ class Reference:
         """To be made before anything changes the model."""
         self.adapter = adapter
         self.head = copy.deepcopy(adapter.head).requires_grad_(False)
-        self._states: dict[str, list[Tensor]] = {}
+        self._states: dict[str, list[tuple[int, Tensor]]] = {}
 
     def recorder(self, text: str) -> Callable[[int, int, Tensor, Tensor], None]:
         """A `watch` of the untouched model's evaluation."""
-        pieces: list[Tensor] = []
+        pieces: list[tuple[int, Tensor]] = []
         self._states[text] = pieces
 
         def watch(window: int, position: int, states: Tensor, logits: Tensor) -> None:
             if window < WINDOWS:
-                pieces.append(states.cpu())
+                pieces.append((window, states.cpu()))
 
         return watch
 
-    def save(self, path: Path) -> None:
-        """Keep what the recorders saw, in one step."""
-        save_tensors(path, {text: torch.cat(pieces) for text, pieces in self._states.items()})
+    def save(self, path: Path, ranks: Ranks = ALONE) -> None:
+        """Keep what the recorders of all ranks saw, in one step."""
+        states = {}
+        for text, pieces in self._states.items():
+            seen = [piece for own in ranks.gather(pieces) for piece in own]
+            seen.sort(key=lambda piece: piece[0])  # stable: the pieces of a window stay in order
+            states[text] = torch.cat([piece for _, piece in seen])
+        if ranks.first:
+            save_tensors(path, states)
 
-    def compare(self, text: str, path: Path, length: int) -> Divergence:
+    def compare(self, text: str, path: Path, length: int, ranks: Ranks = ALONE) -> Divergence:
         """A `watch` that measures another model on the windows [., length] of `text`.
 
         path: a file of `save`. Raises DataError where it is damaged by now.
         """
-        record = load_tensors(path)
+        record = ranks.lead(lambda: load_tensors(path))
         if record is None:
             raise DataError(
                 f"{path} was damaged while this run went on; the same command measures it again."
             )
         hidden = record[0][text].unflatten(0, (-1, length - 1))
-        return Divergence(lambda states: self.adapter.logits(states[None], self.head)[0], hidden)
+        head = self.head
+        return Divergence(lambda x: self.adapter.logits(x[None], head)[0], hidden, ranks)
 
 
 class Divergence:
     """A `watch` that adds up KL and agreement of the top token.
 
-    head: hidden states [T, hidden] of the untouched model -> its logits.
+    head: hidden states [T, hidden] of the untouched model -> its logits. ranks: those that see
+    windows of one text each.
     """
 
-    def __init__(self, head: Callable[[Tensor], Tensor], hidden: Tensor):
+    def __init__(self, head: Callable[[Tensor], Tensor], hidden: Tensor, ranks: Ranks = ALONE):
+        self.ranks = ranks
         self.head = head
         self.hidden = hidden
         self.positions = 0
@@ -92,5 +102,7 @@ class Divergence:
 
     @property
     def figures(self) -> dict[str, float]:
-        """{"kl": nats, "top1": share}."""
-        return {"kl": self._kl / self.positions, "top1": self._same / self.positions}
+        """{"kl": nats, "top1": share} of what all ranks saw, each of which has to ask."""
+        seen = self.ranks.gather((self._kl, self._same, self.positions))
+        kl, same, positions = map(sum, zip(*seen))
+        return {"kl": kl / positions, "top1": same / positions}

@@ -22,6 +22,7 @@ from harness.calibration.stream import Stream
 from harness.evaluation.base import Watch
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import QuantLinear
+from harness.parallel import ALONE, Ranks
 
 # Tokens whose logits are held at a time; a vocabulary of 150,000 makes that 150 MB.
 LOGITS_AT_ONCE = 256
@@ -35,19 +36,23 @@ def window_losses(
     advance: Callable[[], None] = lambda: None,
     streaming: bool = False,
     watch: Watch | None = None,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Summed next-token loss of each window, float64 [W], in nats.
 
     windows: token ids [W, L]; amp: autocast dtype of the forward; advance: called `steps` times;
     streaming: block by block; watch(window, position, states [T, hidden], logits [T, vocabulary]
-    float32) sees what the losses come from, piece by piece.
+    float32) sees what the losses come from, piece by piece. ranks: each passes its share, and has
+    the losses of all.
     """
     device = adapter.device
     by = _by_block if streaming else _by_window
     losses: list[Tensor] = []
     with torch.autocast(device.type, dtype=amp) if amp is not None else nullcontext():
         piece = _piece(adapter, windows.shape[1])
-        for index, (hidden, window) in enumerate(zip(by(adapter, windows, advance), windows)):
+        numbers = ranks.share(range(len(windows)))
+        own = ranks.share(windows)
+        for index, hidden, window in zip(numbers, by(adapter, own, advance), own):
             ids = window.to(device)
             loss = torch.zeros((), dtype=torch.float64, device=device)
             pieces = zip(hidden[:-1].split(piece), ids[1:].split(piece))
@@ -59,7 +64,7 @@ def window_losses(
                 if watch is not None:
                     watch(index, part * piece, states, logits)
             losses.append(loss.cpu())
-    return torch.stack(losses)
+    return torch.stack(ranks.merged(losses))
 
 
 def _piece(adapter: Adapter, length: int) -> int:

@@ -67,13 +67,16 @@ class FromUntouched(Evaluation):
         ),
     }
 
+    adds_up = True
+
     def fingerprint(self) -> None:
         """Nothing but the texts, which every run id covers."""
 
     def watch(self, subject: Subject, corpus: str) -> Watch:
         if subject.stage == "baseline":
             return subject.reference.recorder(corpus)
-        return subject.reference.compare(corpus, subject.hidden, subject.texts[corpus].shape[1])
+        length = subject.texts[corpus].shape[1]
+        return subject.reference.compare(corpus, subject.hidden, length, subject.ranks)
 
     def measure(self, subject: Subject) -> Figures:
         from harness.evaluation.divergence import Divergence

@@ -17,6 +17,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
 
@@ -27,6 +28,7 @@ from harness.config.errors import ConfigError, DataError
 from harness.evaluation.agreement import NAME, documents
 from harness.evaluation.base import Display, Evaluation, Figures, Subject
 from harness.evaluation.documents import read
+from harness.parallel import ALONE, Ranks
 from harness.store import write_checked
 
 if TYPE_CHECKING:
@@ -140,10 +142,12 @@ class ZeroShot(Evaluation):
     def measure(self, subject: Subject) -> Figures:
         with subject.progress(f"zero-shot {subject.stage}", len(self.tasks)) as advance:
             figures, samples = zeroshot(
-                subject.adapter.model, subject.tokenizer, self, subject.amp, advance
+                subject.adapter.model, subject.tokenizer, self, subject.amp, advance, subject.ranks
             )
         subject.details["samples"] = {  # digests; a file holds what every document got
-            task: write_checked(subject.folder / f"{task}.json", answers)
+            task: subject.ranks.lead(
+                partial(write_checked, subject.folder / f"{task}.json", answers)
+            )
             for task, answers in samples.items()
         }
         return figures
@@ -160,16 +164,18 @@ def zeroshot(
     settings: ZeroShot,
     amp: torch.dtype | None = None,
     advance: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     """({task: {metric: value, metric_stderr: value, "n": documents}}, {task: [one dict a
     document]}).
 
     model: a causal language model; amp: autocast dtype of its forward; advance: called after each
-    task.
+    task; ranks: each answers its share of the documents.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
+
+    from harness.evaluation.requests import SharedLM
 
     tasks = tasks_for_lm_eval(settings)
     named = any(isinstance(task, str) for task in tasks)
@@ -189,7 +195,7 @@ def zeroshot(
         "mixed_precision_dtype": amp,
     }
     common = {
-        "model": HFLM(**wrapping),
+        "model": SharedLM(ranks, **wrapping),
         "limit": settings.limit,
         "task_manager": manager,
         "log_samples": True,
@@ -203,12 +209,13 @@ def zeroshot(
         options = {**common, "tasks": [task], "num_fewshot": shots.get(name)}
         with _undisturbed():
             answers: dict = dict(simple_evaluate(**options) or {})
-        for key, result in answers["results"].items():
+        # lm-eval gives none to who is not the first process of its machine
+        for key, result in answers.get("results", {}).items():
             figures[key] = _figures(result, answers["n-samples"].get(key, {}).get("effective"))
         for key, read_documents in answers.get("samples", {}).items():
             samples[key] = [_sample(document) for document in read_documents]
         advance()
-    return figures, samples
+    return ranks.gather((figures, samples))[0]
 
 
 def together(model: PreTrainedModel, settings: ZeroShot) -> int:

@@ -59,8 +59,10 @@ def compute(start: Job, device: torch.device) -> None:
     if plan.quantizes:
         _quantize(job, adapter, calibration)
         measure.evaluate(job, "quantized", adapter)
-    if job.parts.exporter is not None:
-        export.export(job, adapter, job.parts.exporter)
+    exporter = job.parts.exporter
+    if exporter is not None:
+        alone = replace(job, run=job.run.alone())
+        job.ranks.lead(lambda: export.export(alone, adapter, exporter))
     # A float model's weights have the bits of their dtype; a checkpoint's are not known here.
     if job.metrics["bits_per_weight"] is None and not plan.model.quantized:
         job.metrics["bits_per_weight"] = float(torch.finfo(adapter.model.dtype).bits)
@@ -85,6 +87,7 @@ def _load(start: Job, device: torch.device) -> tuple[LoadedJob, Adapter]:
         tracker=start.tracker,
         metrics=start.metrics,
         scratch=start.scratch,
+        ranks=start.ranks,
         tokenizer=tokenizer,
         amp=None if plan.model.amp is None else getattr(torch, plan.model.amp),
         offloaded=offloaded,
@@ -234,7 +237,7 @@ def _quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
         if scheme.kv.needs_static:
             count = len(adapter.blocks)
             with job.stage("solve"), job.reporter.stage("keys and values", count) as advance:
-                calibrate(adapter, scheme.kv, calibration, advance)
+                calibrate(adapter, scheme.kv, calibration, advance, job.ranks)
         for heads in attach(adapter):
             heads.format = scheme.kv
     if job.parts.tuner is not None:

@@ -13,16 +13,25 @@ from pathlib import Path
 
 import torch
 
+from harness.config.errors import ConfigError
+from harness.parallel import ALONE, Ranks
 from harness.store import RunLocked, locked
 
 
 @contextmanager
-def device(name: str, folder: Path) -> Iterator[torch.device]:
+def device(name: str, folder: Path, ranks: Ranks = ALONE) -> Iterator[torch.device]:
     """The device that a setting (auto | cpu | cuda | cuda:N) means, until the run ends.
 
-    folder: where the locks of runs lie.
+    folder: where the locks of runs lie. ranks: of one machine, each of which has a GPU of its own,
+    by its number there. Raises ConfigError where a setting would give all of them the same one.
     """
-    if name != "auto":
+    if ranks.local is not None and name.startswith("cuda:"):
+        raise ConfigError(
+            f"device={name} with {ranks.count} ranks: each takes a GPU of its own; set device=auto."
+        )
+    if ranks.local is not None and name != "cpu" and torch.cuda.is_available():
+        yield torch.device("cuda", ranks.local % torch.cuda.device_count())
+    elif name != "auto":
         yield torch.device(name)
     elif not torch.cuda.is_available():
         yield torch.device("cpu")

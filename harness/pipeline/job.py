@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
+from rich.console import Console
 
 from harness import store as records
 from harness.checkpoints.about import about, held
 from harness.config.build import settings
 from harness.config.errors import ConfigError, DataError
 from harness.evaluation.records import rows, stored, summary
+from harness.parallel import ALONE, Ranks
 from harness.pipeline.plan import Plan, make_plan
 from harness.pipeline.state import Job
 from harness.pipeline.unread import unread
@@ -56,32 +58,37 @@ def execute(
     reporter: Reporter | None = None,
     command: str | None = None,
     overrides: Sequence[str] = (),
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Run what `cfg` describes, or find it done.
 
-    command: the line that runs it again; overrides: what it says of settings. Raises ConfigError or
+    command: the line that runs it again; overrides: what it says of settings; ranks: the processes
+    that compute it, each of which comes here. Raises ConfigError or
     DataError before anything is written when it cannot begin; an error after that is recorded in
     the run directory and returned.
     """
+    if not ranks.first:
+        reporter = Reporter(Console(quiet=True))
     reporter = reporter or Reporter()
     plan = make_plan(settings(cfg), choices, overrides)
-    store = Store(plan.settings["run_root"], reporter.say)
+    store = Store(plan.settings["run_root"], reporter.say, ranks)
     run = store.run(plan.run_id)
-    metrics = _result(plan, run)
+    metrics = ranks.lead(lambda: _result(plan, run))
     if metrics is not None:
         return _shown(plan, run, metrics)
-    store.check()
+    ranks.lead(store.check)
     plan.check()
     # Not before: it takes seconds to import torch.
     from harness.pipeline.build import components
 
     parts = components(plan)
     # A person is told at once who computes this; a job of a sweep may wait for another one.
-    with records.locked(run.path / "lock", wait=sweep is not None, say=reporter.say):
-        metrics = _result(plan, run)  # by who held the lock
+    lock = records.locked(run.path / "lock", wait=sweep is not None, say=reporter.say)
+    with ranks.leading(lock):
+        metrics = ranks.lead(lambda: _result(plan, run))  # by who held the lock
         if metrics is not None:
             return _shown(plan, run, metrics)
-        return Attempt.of(plan, parts, store, run, reporter, command).outcome(sweep)
+        return Attempt.of(plan, parts, store, run, reporter, command, ranks).outcome(sweep)
 
 
 def _result(plan: Plan, run: Run) -> dict | None:
@@ -121,6 +128,7 @@ class Attempt(Job):
         run: Run,
         reporter: Reporter,
         command: str | None,
+        ranks: Ranks,
     ) -> Attempt:
         """One that has not begun. command: see `execute`."""
         if plan.settings["force"]:
@@ -147,9 +155,11 @@ class Attempt(Job):
         if plan.model.quantized:
             # The run quantizes nothing; what it measures was quantized by these.
             metrics["holds"] = held(Path(plan.settings["model"]["path"]).expanduser())
-        tracker = Several([Local(), parts.tracker])
+        tracker = Several([Local(), parts.tracker] if ranks.first else [])
         scratch = run.path / "scratch"
-        return cls(plan, parts, store, run, reporter, tracker, metrics, scratch)
+        if not ranks.first:
+            scratch = scratch / str(ranks.rank)
+        return cls(plan, parts, store, run, reporter, tracker, metrics, scratch, ranks)
 
     def outcome(self, sweep: str | None) -> Outcome:
         """Compute; whatever happens, the store knows how it ended."""
@@ -165,7 +175,8 @@ class Attempt(Job):
         try:
             self._compute()
             self.metrics["status"] = "done"
-        except BaseException as failure:  # interrupts too: the store must not say `running`
+        except BaseException as end:  # interrupts too: the store must not say `running`
+            failure = self.ranks.cause(end)
             error = f"{type(failure).__name__}: {failure}"
             self.metrics["status"] = "failed"
             self.run.set_status(error=error, traceback=traceback.format_exc())
@@ -173,13 +184,15 @@ class Attempt(Job):
             begun = bool(self.metrics["stages"])
             refused = isinstance(failure, ConfigError | DataError) and not begun
             if refused or not isinstance(failure, Exception):
-                raise
+                if failure is end:
+                    raise
+                raise failure from end
         finally:
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.metrics["peak_memory_mb"] = _peak_memory()
             self.run.end(self.metrics)
             self._mirror()
-            if refused and new:  # nothing was computed, and nothing is left
+            if refused and new and self.ranks.first:  # nothing was computed, and nothing is left
                 shutil.rmtree(self.run.path, ignore_errors=True)
         return Outcome(self.metrics["status"], False, self.metrics, self.run, error)
 
@@ -189,13 +202,13 @@ class Attempt(Job):
 
         name = self.plan.settings["device"]
         expected = self.plan.device_kind
-        with device(name, self.store.root / "_shared" / "devices") as place:
+        with device(name, self.store.root / "_shared" / "devices", self.ranks) as place:
             if place.type != expected:  # the run's id says otherwise
                 raise ConfigError(
                     f"device={name}: the machine has {expected}, torch computes on {place.type}; "
                     f"set device={place.type}."
                 )
-            self.run.set_environment(compute=described(place))
+            self.run.set_environment(compute=described(place) | {"ranks": self.ranks.count})
             compute(self, place)
 
     def _start_tracker(self, sweep: str | None) -> None:

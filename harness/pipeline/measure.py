@@ -16,6 +16,7 @@ from harness.evaluation.base import Evaluation, Figures, Subject, Watch
 from harness.evaluation.perplexity import steps, window_losses
 from harness.evaluation.records import plain
 from harness.models.adapter import Adapter
+from harness.parallel import ALONE
 from harness.pipeline.state import LoadedJob
 
 
@@ -24,28 +25,36 @@ def tokens(job: LoadedJob, corpus: Corpus, part: str) -> Tensor:
     key = fingerprint(job.plan.model.fingerprint(), corpus.fingerprint(part))
     path = job.store.shared("tokens", key).with_suffix(".safetensors")
     with job.store.holding(path):
-        record = records.load_tensors(path, job.run.damaged)
-        if record is not None:
-            return record[0]["tokens"]
-        ids = tokenize(job.tokenizer, corpus.text(part))
-        records.save_tensors(path, {"tokens": ids})
-        return ids
+        return job.ranks.lead(lambda: _tokens(job, corpus.text(part), path))
+
+
+def _tokens(job: LoadedJob, text: str | Sequence[str], path: Path) -> Tensor:
+    """Those that lie at `path`, or are to lie there."""
+    record = records.load_tensors(path, job.run.damaged)
+    if record is not None:
+        return record[0]["tokens"]
+    ids = tokenize(job.tokenizer, text)
+    records.save_tensors(path, {"tokens": ids})
+    return ids
 
 
 def baseline(job: LoadedJob, adapter: Adapter) -> None:
     """The untouched model's figures, measured once for all runs of the same model and texts."""
     path = job.store.shared("baselines", job.plan.baseline_id)
     with job.store.holding(path):
-        known = None if job.plan.settings["force"] else _known(job, path)
+        known = None
+        if not job.plan.settings["force"]:
+            known = job.ranks.lead(lambda: _known(job, path))
         job.run.event("baseline", source="computed" if known is None else "store")
         if known is None:
             evaluate(job, "baseline", adapter)
-            job.reference.save(path.with_suffix(".safetensors"))
+            job.reference.save(path.with_suffix(".safetensors"), job.ranks)
             known = {
                 "stage": job.metrics["stages"]["baseline"],
                 "seconds": job.metrics["seconds"]["baseline"],
             }
-            records.write_record(path, known)
+            if job.ranks.first:
+                records.write_record(path, known)
         else:
             job.reporter.say("baseline: from the store")
     job.metrics["stages"]["baseline"] = known["stage"]
@@ -81,9 +90,11 @@ def evaluate(job: LoadedJob, stage: str, adapter: Adapter) -> None:
         hidden=shared.with_suffix(".safetensors"),
         folder=shared.with_suffix("") if untouched else job.run.path / "samples" / stage,
         progress=job.reporter.stage,
+        ranks=job.ranks,
     )
     streaming = job.plan.settings["eval"]["streaming"] or job.offloaded is not None
-    total = sum(steps(adapter, text, streaming) for text in job.texts.values())
+    own = map(job.ranks.share, job.texts.values())
+    total = sum(steps(adapter, text, streaming) for text in own)
     result: dict[str, object] = {}
     measured: dict[str, Figures] = {}
     with job.stage(stage), job.reporter.stage(f"evaluate {stage}", total) as advance:
@@ -107,18 +118,42 @@ def _pass(
     streaming: bool,
     advance: Callable[[], None],
 ) -> dict[str, dict[str, Watch]]:
-    """Fill subject.losses by one pass over each text; {evaluation: {corpus: who looked on}}."""
+    """Fill subject.losses by one pass over each text; {evaluation: {corpus: who looked on}}.
+
+    Ranks pass their share of it each, unless someone who looks on needs to see all.
+    """
     watches: dict[str, dict[str, Watch]] = {name: {} for name in evaluations}
     for corpus, text in subject.texts.items():
         for name, evaluation in evaluations.items():
             watch = evaluation.watch(subject, corpus)
             if watch is not None:
                 watches[name][corpus] = watch
-        present = [own[corpus] for own in watches.values() if corpus in own]
+        present = {name: own[corpus] for name, own in watches.items() if corpus in own}
+        shared = all(evaluations[name].adds_up for name in present)
+        if not shared:
+            windows = subject.ranks.share(range(len(text)))
+            for name in filter(lambda name: evaluations[name].adds_up, present):
+                present[name] = _only(present[name], windows)
         subject.losses[corpus] = window_losses(
-            subject.adapter, text, subject.amp, advance, streaming, _together(present)
+            subject.adapter,
+            text,
+            subject.amp,
+            advance,
+            streaming,
+            _together(list(present.values())),
+            subject.ranks if shared else ALONE,
         )
     return watches
+
+
+def _only(watched: Watch, windows: Sequence[int]) -> Watch:
+    """One that sees these windows alone."""
+
+    def watch(window: int, position: int, states: Tensor, logits: Tensor) -> None:
+        if window in windows:
+            watched(window, position, states, logits)
+
+    return watch
 
 
 def _together(watches: Sequence[Watch]) -> Watch:

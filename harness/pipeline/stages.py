@@ -54,7 +54,9 @@ def transform(job: LoadedJob, adapter: Adapter, calibration: Tensor, probe: Tens
         if halved and (any(map(_changes, transforms)) or adapter.structure.mixes):
             exact = exact_logits(adapter, probe)
         merge.swap(adapter)
-        untouched = profiles(adapter, calibration) if job.plan.calibrates else {}
+        untouched = {}
+        if job.plan.calibrates:
+            untouched = profiles(adapter, calibration, job.ranks)
         # Only a rotated residual stream needs the norms' weights out of its way.
         gains = None
         if any(transform.residual for transform in transforms):
@@ -69,6 +71,7 @@ def transform(job: LoadedJob, adapter: Adapter, calibration: Tensor, probe: Tens
             gains,
             job.tracker.log,
             texts=len(job.plan.calibration_corpora),
+            ranks=job.ranks,
         )
         changed = _place(job, adapter, subject)
         if all(transform.exact for transform in transforms):
@@ -77,7 +80,7 @@ def transform(job: LoadedJob, adapter: Adapter, calibration: Tensor, probe: Tens
             notes["gate"] = gate(before, after, name, exact, adapter.structure.mixes)
         if job.plan.calibrates:
             # Placing nothing leaves every profile as it is.
-            placed = profiles(adapter, calibration) if changed else untouched
+            placed = profiles(adapter, calibration, job.ranks) if changed else untouched
             changes = outliers(untouched, placed)
             job.run.save("outliers.json", changes)
             job.tracker.table("outliers", [_flat(row) for row in changes["rows"]])
@@ -140,25 +143,34 @@ def fitted(job: LoadedJob, part: int, transform: Transform, subject: StreamedMod
     if section.get("load") is not None:
         path = Path(section["load"])
         job.run.event("placement", source=str(path))
-        placement = file.load(path, transform, context)
+        placement = job.ranks.lead(lambda: file.load(path, transform, context))
     else:
         key = job.plan.fit_id(part, transform.sees, transform.settled(context))
         path = job.store.shared("placements", key).with_suffix(".safetensors")
         with job.store.holding(path):
             placement = None
             if not job.plan.settings["force"]:
-                placement = file.load_intact(path, transform, context, job.run.damaged)
+                damaged = job.run.damaged
+                placement = job.ranks.lead(
+                    lambda: file.load_intact(path, transform, context, damaged)
+                )
             source = "learned" if placement is None else "store"
             job.run.event("placement", source=source, key=path.stem)
             if placement is None:
-                file.save(path, transform.fit(context, subject), facts)
-                # Read again, so that this run goes on with what a later one finds.
-                placement = file.load(path, transform, context)
+                learned = transform.fit(context, subject)
+
+                def kept() -> Placement:
+                    file.save(path, learned, facts)
+                    # Read again, so that this run goes on with what a later one finds.
+                    return file.load(path, transform, context)
+
+                placement = job.ranks.lead(kept)
             else:
                 job.reporter.say("transform: learned before, from the store")
     # Blocks solved under other matrices do not belong to this run.
-    job.run.placement = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    if section.get("save") is not None:
+    digest = job.ranks.lead(lambda: hashlib.sha256(path.read_bytes()).hexdigest())
+    job.run.placement = digest[:16]
+    if section.get("save") is not None and job.ranks.first:
         file.save(Path(section["save"]), placement, facts, job.plan.learned_id)
     return placement
 
@@ -172,11 +184,13 @@ def allocation(job: LoadedJob, adapter: Adapter, calibration: Tensor, auto: Auto
     with job.stage("allocate"), job.store.holding(path):
         record = None
         if not job.plan.settings["force"]:
-            record = records.read_record(path, job.run.damaged)
+            record = job.ranks.lead(lambda: records.read_record(path, job.run.damaged))
         if record is None:
             with job.reporter.stage("sensitivities", len(adapter.blocks)) as advance:
-                record = {"rows": sensitivities(adapter, auto, calibration, advance)}
-            records.write_record(path, record)
+                rows = sensitivities(adapter, auto, calibration, advance, job.ranks)
+            record = {"rows": rows}
+            if job.ranks.first:
+                records.write_record(path, record)
     overrides = {where: dict(parts) for where, parts in scheme.overrides.items()}
     # The record has every linear, for other runs with other overrides.
     undecided = [
@@ -240,6 +254,7 @@ def quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
             log=job.tracker.log,
             enough=job.plan.enough,
             untouched=_untouched(job, adapter) if present < total else None,
+            ranks=job.ranks,
         )
         write_encodings(job, adapter)
     layers = job.metrics["layers"]
@@ -275,4 +290,5 @@ def write_encodings(job: LoadedJob, adapter: Adapter) -> None:
     # From the files of the blocks, for some may be of an earlier attempt.
     for index in range(len(adapter.blocks) + job.parts.scheme.outside):
         qtensors = solved(adapter, job.parts.scheme, job.run, index)
-        save_encodings(job.run.path / solver.encodings, index, qtensors)
+        if job.ranks.first:
+            save_encodings(job.run.path / solver.encodings, index, qtensors)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.parallel import Ranks
 from harness.pipeline.plan import Plan
 from harness.report.progress import Reporter
 from harness.store import Run, Store
@@ -35,7 +36,7 @@ class Job:
     plan, parts: what is computed, and by what; the scheme of parts changes once its formats are
     allocated. store, run: where results go. reporter: tells a person. tracker: told of curves,
     tables and the final numbers. metrics: the results so far, as metrics.json holds them.
-    scratch: a folder that goes away at the end.
+    scratch: a folder that goes away at the end. ranks: the processes that compute it.
     """
 
     plan: Plan
@@ -46,6 +47,7 @@ class Job:
     tracker: Tracker
     metrics: dict
     scratch: Path
+    ranks: Ranks
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

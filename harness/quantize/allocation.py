@@ -28,6 +28,7 @@ from harness.config.errors import ConfigError
 from harness.formats import Format
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import QuantLinear
+from harness.parallel import ALONE, Ranks
 from harness.quantize.overrides import as_served
 from harness.solvers.search import under_hessian
 
@@ -82,22 +83,27 @@ def auto_of(section: Mapping | None, weight: Mapping, serves: Mapping | None = N
 
 @torch.no_grad()
 def sensitivities(
-    adapter: Adapter, auto: Auto, windows: Tensor, advance: Callable[[], None]
+    adapter: Adapter,
+    auto: Auto,
+    windows: Tensor,
+    advance: Callable[[], None],
+    ranks: Ranks = ALONE,
 ) -> list[dict]:
     """What each candidate would cost every linear of the blocks, block after block.
 
     [{"layer", "name", "weights", "errors": {candidate: e}, "bits": {candidate: stored bits}}].
-    windows: calibration token ids [N, L]; advance: called after each block.
+    windows: calibration token ids [N, L]; advance: called after each block; ranks: each sees its
+    share.
     """
-    fisher = importance(adapter, windows)
+    fisher = importance(adapter, windows, ranks)
     rows = []
-    stream = Stream(adapter, windows)
+    stream = Stream(adapter, windows, ranks=ranks)
     for layer, block in enumerate(adapter.blocks):
         with adapter.open(layer):
             for site, activations in stream.walk(block):
                 shared = block.get_submodule(site.linears[0]).site
                 width = adapter.width(site, layer)
-                statistics = Statistics(width, stream.tokens, adapter.device, curvature=width)
+                statistics = Statistics(width, stream.tokens, adapter.device, width, ranks)
                 for x in activations:
                     statistics.add(shared.encode(x))
                 statistics.finish()
@@ -113,7 +119,9 @@ def sensitivities(
     return rows
 
 
-def importance(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], Tensor]:
+def importance(
+    adapter: Adapter, windows: Tensor, ranks: Ranks = ALONE
+) -> dict[tuple[int, str], Tensor]:
     """{(layer, linear): F [out]}, float32, over token ids [N, L].
 
     F sums the squared gradients of the next-token loss, itself a sum, at every linear's output.
@@ -138,12 +146,13 @@ def importance(adapter: Adapter, windows: Tensor) -> dict[tuple[int, str], Tenso
     # weights need not ask for a gradient: the graph begins at the embedded tokens
     handles.append(embedding.register_forward_hook(lambda _, args, y: y.requires_grad_()))
     with torch.enable_grad():
-        for window in windows:
+        for window in ranks.share(windows):
             ids = window.to(adapter.device)[None]
             logits = adapter.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
     for handle in handles:
         handle.remove()
+    ranks.sum_(*squares.values())
     return squares
 
 

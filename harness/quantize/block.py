@@ -136,7 +136,7 @@ class SolvedBlock:
 
     def _gathering(self, stream: Stream) -> Gathering:
         raw = self.untouched is not None
-        return Gathering(self.adapter, self.scheme, self.solver, self.index, stream.tokens, raw)
+        return Gathering(self.adapter, self.scheme, self.solver, self.index, stream, raw)
 
     @property
     def _by_block(self) -> bool:

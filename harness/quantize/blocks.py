@@ -23,6 +23,7 @@ from harness.calibration.subject import quiet, unlogged
 from harness.formats import Scheme
 from harness.models.adapter import Adapter
 from harness.models.offload import trim
+from harness.parallel import ALONE, Ranks
 from harness.quantize.block import SolvedBlock
 from harness.quantize.embeddings import Embeddings
 from harness.quantize.gathering import site_input
@@ -48,6 +49,7 @@ def quantize(
     log: Callable[[dict, int], None] = unlogged,
     enough: int | None = ENOUGH,
     untouched: Untouched | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Solve every block of a placed model and switch its activation quantizers on.
 
@@ -58,11 +60,12 @@ def quantize(
     its learning curve. folder: where activations lie; None: in memory. enough: an expert that the
     router gave fewer tokens is calibrated on all of its layer's; None: every expert is. untouched:
     what a solver compares with that propagates errors, where a transform has changed the model.
+    ranks: each streams its share of the windows, and solves some of the linears.
     """
     count = len(adapter.blocks)
     outside = Embeddings(adapter, scheme, solver)
     missing = any(run.load_block(i) is None for i in range(count + outside.quantizes))
-    streaming = partial(Stream, windows=windows, folder=folder, enough=enough)
+    streaming = partial(Stream, windows=windows, folder=folder, enough=enough, ranks=ranks)
     # where scales span tokens, a text is quantized without its neighbours, as it is when evaluated
     at_once = 1 if scheme.spans_tokens else None
     if solver is not None and solver.windows is not None:
@@ -113,14 +116,16 @@ def _activations(adapter: Adapter, scheme: Scheme, index: int, on: bool) -> None
 class OutputError:
     """What quantizing a block, weights and activations, costs its output.
 
-    On the first calibration window: the stream's input goes through the block before and after, so
-    errors of earlier blocks do not count.
+    On the first calibration window, which the first rank has: the stream's input goes through the
+    block before and after, so errors of earlier blocks do not count.
     """
 
     def __init__(self, adapter: Adapter, scheme: Scheme, stream: Stream):
         self.adapter = adapter
         self.scheme = scheme
         self.stream = stream
+        if not stream.hidden:
+            return
         # once: tensors made anew for each block would split the heap between its temporaries
         hidden, _ = stream.window(adapter.blocks[0])
         self._hidden = torch.empty_like(hidden)
@@ -128,11 +133,16 @@ class OutputError:
 
     def before(self, index: int) -> None:
         """To be called before block `index` is changed."""
+        if not self.stream.hidden:
+            return
         self._hidden.copy_(self.stream.window(self.adapter.blocks[index])[0])
         self._target.copy_(self._forward(index))
 
     def after(self, index: int) -> dict:
-        """{"output_error": |y' - y|^2 / |y|^2, "sqnr_db"}, once the block is quantized."""
+        """{"output_error": |y' - y|^2 / |y|^2, "sqnr_db"}, once the block is quantized; of a rank
+        that has no window, nothing."""
+        if not self.stream.hidden:
+            return {}
         _activations(self.adapter, self.scheme, index, on=True)
         noise = relative(self._forward(index), self._target)
         _activations(self.adapter, self.scheme, index, on=False)

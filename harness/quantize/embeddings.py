@@ -97,10 +97,12 @@ class Embeddings:
         curvature = 0
         if self.weight is not None and solver is not None:
             curvature = solver.curvature([self.weight], linear.in_features)
-        statistics = Statistics(linear.in_features, stream.tokens, linear.weight.device, curvature)
-        for x in stream.leave():
+        device = linear.weight.device
+        width = linear.in_features
+        statistics = Statistics(width, stream.tokens, device, curvature, stream.ranks)
+        for x, start in zip(stream.leave(), stream.starts):
             encoded = linear.site.encode(x)
-            statistics.observe(encoded, self.act, solver, twice=linear.site.twice)
+            statistics.observe(encoded, self.act, solver, twice=linear.site.twice, start=start)
         statistics.finish()
         qtensors: dict[str, QTensor] = {}
         report = {}

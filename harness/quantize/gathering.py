@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from harness.calibration.passage import Arriving
 from harness.calibration.statistics import Statistics
+from harness.calibration.stream import Stream
 from harness.formats import Scheme
 from harness.models.adapter import Adapter
 from harness.models.experts import is_last
@@ -28,7 +29,7 @@ class Gathered:
 
 
 class Gathering:
-    """The statistics that a solver wants of the sites of block `index`; tokens: how many stream by.
+    """The statistics that a solver wants of the sites of block `index`; stream: what passes there.
 
     Experts that are shown all tokens share one site's. raw: what the untouched model reads is
     compared as it is, and not encoded.
@@ -40,14 +41,14 @@ class Gathering:
         scheme: Scheme,
         solver: Solver | None,
         index: int,
-        tokens: int,
+        stream: Stream,
         raw: bool = False,
     ):
         self.adapter = adapter
         self.scheme = scheme
         self.solver = solver
         self.index = index
-        self.tokens = tokens
+        self.stream = stream
         self.raw = raw
         self._shared: dict[tuple, Statistics] = {}
 
@@ -87,15 +88,20 @@ class Gathering:
         self, site: Site, arriving: Arriving, curvature: int, untouched: Arriving | None = None
     ) -> Statistics:
         width = self.adapter.width(site, self.index)
-        statistics = Statistics(width, self.tokens, self.adapter.device, curvature)
+        stream = self.stream
+        device = self.adapter.device
+        statistics = Statistics(width, stream.tokens, device, curvature, stream.ranks)
         given = site_input(self.adapter, self.index, site)
         act = self.scheme.part("act", self.index, site.linears[0])
         if untouched is None:
-            for x in arriving:
-                statistics.observe(given.encode(x), act, self.solver, twice=given.twice)
+            for x, start in zip(arriving, arriving.starts, strict=True):
+                encoded = given.encode(x)
+                statistics.observe(encoded, act, self.solver, twice=given.twice, start=start)
         else:
-            for x, there in zip(arriving, untouched, strict=True):
+            statistics.compares()
+            for x, there, start in zip(arriving, untouched, arriving.starts, strict=True):
                 beside = there if self.raw else given.encode(there)
-                statistics.observe(given.encode(x), act, self.solver, beside, given.twice)
+                encoded = given.encode(x)
+                statistics.observe(encoded, act, self.solver, beside, given.twice, start)
         statistics.finish()
         return statistics

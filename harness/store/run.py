@@ -6,10 +6,12 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from harness.parallel import ALONE, Ranks
 from harness.store.files import (
     append,
     finite,
@@ -27,11 +29,15 @@ from harness.store.tensors import load_tensors, save_tensors
 
 
 class Run:
-    """One run directory. say: told in one line, and once, of each record that is damaged."""
+    """One run directory. say: told in one line, and once, of each record that is damaged.
 
-    def __init__(self, path: Path, say: Callable[[str], None] = tell):
+    ranks: those that compute it; the first one writes, all read the parts that it has.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None] = tell, ranks: Ranks = ALONE):
         self.path = path
         self._say = say
+        self._ranks = ranks
         # Of the learned matrices and the allocation under which this run's blocks are solved.
         self.placement = ""
         # Of the tuner whose tensors stand in for those of solved blocks; empty: none's.
@@ -60,6 +66,8 @@ class Run:
 
         The caller holds the run's lock; what a killed attempt was writing goes away.
         """
+        if not self._ranks.first:
+            return
         remove_leftovers(self.path.rglob(".*"))
         whole_lines(self.path / "events.jsonl")
         write(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
@@ -79,10 +87,14 @@ class Run:
 
     def set_status(self, **fields) -> None:
         """Merge fields into status.json."""
+        if not self._ranks.first:
+            return
         write_json(self.path / "status.json", {**self.status, **fields, "updated": now()})
 
     def set_environment(self, **fields) -> None:
         """Merge fields into environment.json."""
+        if not self._ranks.first:
+            return
         path = self.path / "environment.json"
         record = read_json(path)
         if not isinstance(record, dict):
@@ -91,6 +103,8 @@ class Run:
 
     def save(self, name: str, value) -> None:
         """Replace the JSON file `name` of the run."""
+        if not self._ranks.first:
+            return
         self._digests[name] = write_checked(self.path / name, value)
 
     def read(self, name: str):
@@ -112,8 +126,16 @@ class Run:
         self.set_status(status=metrics["status"], digests=self._digests)
         self.event("end", status=metrics["status"])
 
+    def alone(self) -> Run:
+        """This run as the first rank reads it by itself."""
+        own = copy(self)
+        own._ranks = ALONE
+        return own
+
     def event(self, name: str, **fields) -> None:
         """Append one line to events.jsonl."""
+        if not self._ranks.first:
+            return
         line = json.dumps(finite({"time": now(), "event": name, **fields}))
         append(self.path / "events.jsonl", line)
 
@@ -137,6 +159,8 @@ class Run:
 
     def save_part(self, name: str, tensors: dict, report: dict) -> None:
         """Write a part's tensors and its report in one step."""
+        if not self._ranks.first:
+            return
         text = json.dumps(finite({**report, "placement": self.placement}))
         save_tensors(self.part(name), tensors, {"report": text})
 
@@ -154,6 +178,9 @@ class Run:
 
         None where it is missing, damaged, or made under other matrices.
         """
+        return self._ranks.lead(lambda: self._read_part(name))
+
+    def _read_part(self, name: str) -> tuple[dict, dict] | None:
         record = load_tensors(self.part(name), self.damaged)
         if record is None:
             return None
@@ -165,5 +192,7 @@ class Run:
 
     def forget(self) -> None:
         """Drop what an earlier, finished or failed attempt left (force=true)."""
+        if not self._ranks.first:
+            return
         for path in [*self.path.glob("blocks/*"), *self.path.glob("*.json*")]:
             path.unlink()

@@ -8,16 +8,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from harness.parallel import ALONE, Ranks
 from harness.store.files import locked, remove_leftovers, tell, writable
 from harness.store.run import Run
 
 
 class Store:
-    """All runs below one root. say: told in one line what is damaged and what is waited for."""
+    """All runs below one root. say: told in one line what is damaged and what is waited for.
 
-    def __init__(self, root: str | Path, say: Callable[[str], None] = tell):
+    ranks: those that compute together; the first one holds locks and writes.
+    """
+
+    def __init__(self, root: str | Path, say: Callable[[str], None] = tell, ranks: Ranks = ALONE):
         self.root = Path(root)
         self._say = say
+        self._ranks = ranks
 
     def check(self) -> None:
         """Raises ConfigError when nothing can be written below the root. Leaves nothing behind."""
@@ -25,7 +30,7 @@ class Store:
 
     def run(self, run_id: str) -> Run:
         """The run of that id; it need not exist yet."""
-        return Run(self.root / run_id, self._say)
+        return Run(self.root / run_id, self._say, self._ranks)
 
     def runs(self) -> Iterator[Run]:
         """All runs that ever started."""
@@ -43,6 +48,12 @@ class Store:
 
         What a killed process was writing of it goes away.
         """
+        with self._ranks.leading(self._alone(path)):
+            yield
+
+    @contextmanager
+    def _alone(self, path: Path) -> Iterator[None]:
+        """`holding` of one process."""
         with locked(path.with_suffix(".lock"), wait=True, say=self._say):
             remove_leftovers(path.parent.glob(f".{path.stem}.*"))
             remove_leftovers(path.with_suffix("").glob(".*"))
@@ -54,6 +65,9 @@ class Store:
 
         Returns how many solved blocks `run` then has.
         """
+        return self._ranks.lead(lambda: self._adopt(run, quant_id))
+
+    def _adopt(self, run: Run, quant_id: str) -> int:
         for other in self.runs():
             if other.path == run.path or other.status.get("quant_id") != quant_id:
                 continue
