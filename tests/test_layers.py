@@ -6,7 +6,7 @@ from imports import by_file, circle, floors, loose
 
 FLOORS = [
     {"config"},
-    {"libraries"},
+    {"libraries", "parallel"},
     {"store", "formats", "linalg", "structure"},
     {"codecs", "solvers", "tracking"},
     {"transforms"},

@@ -179,16 +179,12 @@ class BlockView(BlockScales):
     def _arriving(self, name: str) -> Iterator[tuple[tuple, dict]]:
         """What `_calls` keeps, as the block runs up to the module."""
         module = self.block.get_submodule(name)
-        remaining = PROBE
-        for index, hidden in enumerate(self.stream.hidden):
-            if remaining <= 0:
-                return
+        for hidden, kwargs in self.stream.leading(self.block, PROBE):
 
-            def run(index=index, hidden=hidden):
-                return self.block(hidden, **self.stream.block_kwargs[self.block][index])
+            def run(hidden=hidden, kwargs=kwargs):
+                return self.block(hidden, **kwargs)
 
             yield arguments_at(module, run)
-            remaining -= hidden.shape[0] * hidden.shape[1]
 
     @contextmanager
     def _reading(self, site: Site, scale: Tensor | None) -> Iterator[None]:

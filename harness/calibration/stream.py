@@ -165,6 +165,13 @@ class Stream:
             self._alone = dict(zip(self.adapter.blocks, contexts))
         return self.hidden[0][:1], self._alone[block]
 
+    def leading(self, block: nn.Module, tokens: int) -> list[tuple[Tensor, dict]]:
+        """The micro-batches of the text's first tokens, on every rank: hidden states, copied, and
+        what the block is called with beside them."""
+        passing = zip(self.starts, self.hidden, self.block_kwargs[block])
+        own = [(hidden.clone(), kwargs) for start, hidden, kwargs in passing if start < tokens]
+        return self.ranks.merged(own)
+
     def walk(
         self, block: nn.Module, stay: bool = False, twin: nn.Module | None = None
     ) -> Iterator[tuple[Site, Arriving]]:

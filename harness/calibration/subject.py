@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -46,9 +46,9 @@ class FloatBlockView:
 
     index: int
     block: nn.Module
-    inputs: Sequence[Tensor]
-    targets: Sequence[Tensor]
-    kwargs: Sequence[dict]
+    inputs: Mapping[int, Tensor]
+    targets: Mapping[int, Tensor]
+    kwargs: Mapping[int, dict]
     train: Tensor
     held: Tensor
 
@@ -89,6 +89,7 @@ class StreamedModel:
             count = max(texts, len(windows) // HELD)
             self.train = windows[:-count]
             self.held = windows[-count:]
+        self.held_from = len(windows) - len(self.held)
 
     def stage(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
         return self._stage(title, total)
@@ -151,17 +152,20 @@ class StreamedModel:
 
     def blocks(self) -> Iterator[FloatBlockView]:
         # a window at a time, each with what the block is called with beside it
-        stream = Stream(self.adapter, self.windows, tokens_at_once=self.windows.shape[1])
+        length = self.windows.shape[1]
+        stream = Stream(self.adapter, self.windows, tokens_at_once=length, ranks=self.ranks)
         count = len(self.windows)
+        own = self.ranks.share(range(count))
         train = torch.arange(len(self.train))
         held = torch.arange(count - len(self.held), count)
         for layer, block in enumerate(self.adapter.blocks):
             with self.adapter.open(layer):
-                inputs = [hidden.clone() for hidden in stream.hidden]
+                inputs = dict(zip(own, (hidden.clone() for hidden in stream.hidden)))
                 with torch.no_grad():
                     stream.advance(block)
-                kwargs = stream.block_kwargs[block]
-                yield FloatBlockView(layer, block, inputs, stream.hidden, kwargs, train, held)
+                targets = dict(zip(own, stream.hidden))
+                kwargs = dict(zip(own, stream.block_kwargs[block]))
+                yield FloatBlockView(layer, block, inputs, targets, kwargs, train, held)
 
     def logits(self, ids: Tensor) -> Tensor:
         return self.head(self.hidden(ids))

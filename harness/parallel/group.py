@@ -6,6 +6,7 @@ one that is killed is missed by its process id. Who waits for it in a collective
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import socket
@@ -73,13 +74,16 @@ class Group(Ranks):
     def gather(self, value: T) -> list[T]:
         values: list = [None] * self.count
         with _meeting():
-            dist.all_gather_object(values, value)
-        return values
+            dist.all_gather_object(values, _packed(value))
+        return [_unpacked(packed) for packed in values]
 
     def sum_(self, *tensors: Tensor) -> None:
         for tensor in tensors:
+            whole = tensor.contiguous()  # itself, in most cases
             with _meeting():
-                dist.all_reduce(tensor)
+                dist.all_reduce(whole)
+            if whole is not tensor:
+                tensor.copy_(whole)
 
     def maximum_(self, *tensors: Tensor) -> None:
         for tensor in tensors:
@@ -108,14 +112,14 @@ class Group(Ranks):
 
     def lead(self, call: Callable[[], T]) -> T:
         told: list = [None]
-        if self.first:
+        if self.rank == 0:
             try:
-                told = [(call(), None)]
+                told = [_packed((call(), None))]
             except Exception as error:
-                told = [(None, _sendable(error))]
+                told = [_packed((None, _sendable(error)))]
         with _meeting():
             dist.broadcast_object_list(told, 0)
-        value, error = told[0]
+        value, error = _unpacked(told[0])
         if error is not None:
             raise error
         return value
@@ -183,6 +187,20 @@ def _meeting() -> Iterator[None]:
     except RuntimeError as error:
         first, *_ = str(error).splitlines() or [""]
         raise RankLost(f"another rank is gone ({first})") from error
+
+
+def _packed(value: object) -> bytes:
+    """A value as other ranks can have it."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpacked(packed: bytes):
+    """What was packed, with tensors of a GPU on this rank's."""
+    count = torch.cuda.device_count()
+    places = {f"cuda:{index}": f"cuda:{torch.cuda.current_device()}" for index in range(count)}
+    return torch.load(io.BytesIO(packed), map_location=places, weights_only=False)
 
 
 def _sendable(error: Exception) -> Exception:

@@ -53,6 +53,10 @@ class Ranks:
         """This rank's items of a sequence, or rows of a tensor, that all ranks have."""
         return items[self.rank :: self.count]
 
+    def owns(self, index: int) -> bool:
+        """Whether an item of that index is in this rank's share."""
+        return index % self.count == self.rank
+
     def merged(self, items: Iterable[T]) -> list[T]:
         """The list whose `share`s these are, on every rank."""
         shares = self.gather(list(items))
@@ -67,7 +71,7 @@ class Ranks:
         return self.share(begins), sum(merged)
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in the order of ranks, on every rank; no tensor of a GPU in it."""
+        """Every rank's value, in the order of ranks, on every rank."""
         return [value]
 
     def sum_(self, *tensors: Tensor) -> None:

@@ -57,7 +57,8 @@ def tune(job: LoadedJob, adapter: Adapter, calibration: Tensor, tuner: Tuner) ->
             student = _student(job, adapter, calibration, before, progress)
             _save(run, adapter, parts, tuner.tune(student))
             del student  # and the untouched model with it
-            progress.path.unlink(missing_ok=True)
+            if job.ranks.first:
+                progress.path.unlink(missing_ok=True)
         run.event("tune", source=source, key=plan.tune_id)
         run.tuned = plan.tune_id
         notes = _install(job, adapter, parts)
@@ -126,7 +127,14 @@ def _student(
     untouched = Adapter(model, structure=adapter.structure)
     texts = len(job.plan.calibration_corpora)
     return Student(
-        StreamedModel(adapter, calibration, job.reporter.stage, log=job.tracker.log, texts=texts),
+        StreamedModel(
+            adapter,
+            calibration,
+            job.reporter.stage,
+            log=job.tracker.log,
+            texts=texts,
+            ranks=job.ranks,
+        ),
         qtensors,
         before,
         Teacher(StreamedModel(untouched, calibration)),

@@ -18,7 +18,9 @@ from harness.calibration.stream import Stream
 from harness.formats import Scheme
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import QuantLinear
+from harness.parallel import ALONE, Ranks
 from harness.quantize.gathering import Gathered, Gathering, site_input
+from harness.quantize.spread import spread
 from harness.quantize.untouched import Untouched
 from harness.quantize.weights import stored, swap_in
 from harness.solvers import Problem, Solution, Solver
@@ -33,6 +35,7 @@ class SolvedBlock:
 
     record: (tensors, report) of an earlier attempt; None where the block is to be solved.
     untouched: where the original stream passes through it, and not through what this block was.
+    ranks: each has a share of the stream, and solves some of the linears.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class SolvedBlock:
         index: int,
         record: tuple[dict, dict] | None,
         untouched: Untouched | None = None,
+        ranks: Ranks = ALONE,
     ):
         self.adapter = adapter
         self.scheme = scheme
@@ -50,6 +54,7 @@ class SolvedBlock:
         self.index = index
         self.record = record
         self.untouched = untouched
+        self.ranks = ranks
         self.block = adapter.blocks[index]
         self.sites = adapter.sites(index)
         self.inputs = {site.name: site_input(adapter, index, site) for site in self.sites}
@@ -123,7 +128,7 @@ class SolvedBlock:
                     for site, found in zip(sites, gathered):
                         self._calibrate(site, found.statistics.range)
                 else:
-                    self._solve(sites, gathered, shared)
+                    self._solve([sites], dict(zip((s.name for s in sites), gathered)), shared)
                 del gathered  # Hessians, before there are others
             if self.solver is not None and self.solver.stream == "both":
                 for site in sites:
@@ -195,8 +200,7 @@ class SolvedBlock:
             for site, arriving in stream.walk(self.block, stay=True)
         }
         if self.solver.scope == "site":
-            for sites in self._together():
-                self._solve(sites, [gathered[site.name] for site in sites], shared)
+            self._solve(list(self._together()), gathered, shared)
             return
         solution = Solution({}, {})
         if view.formats:  # else all linears of this block stay as they are
@@ -205,35 +209,44 @@ class SolvedBlock:
             qtensors = {name: q for name, q in solution.qtensors.items() if name in site.linears}
             self._settle(site, gathered[site.name], Solution(qtensors, solution.report))
 
-    def _solve(self, sites: Sequence[Site], gathered: Sequence[Gathered], shared: Mapping) -> None:
-        """Solve some sites and swap their weights in.
+    def _solve(
+        self,
+        groups: Sequence[Sequence[Site]],
+        gathered: Mapping[str, Gathered],
+        shared: Mapping,
+    ) -> None:
+        """Solve groups of sites, those of one group together, and swap their weights in.
 
         shared: what the solver said of the whole block.
         """
-        problems = {}
-        origins = [self._origins(site, found) for site, found in zip(sites, gathered)]
-        for site, found, acting in zip(sites, gathered, origins):
-            formats = self.scheme.weights(self.index, site.linears)
-            weights = {name: self._linear(name).weight for name in formats}
-            if self.solver is not None and weights:
-                problem = Problem(
-                    weights,
-                    formats,
-                    found.statistics.hessian,
-                    drift=found.statistics.drift,
-                    origins=acting,
-                )
-                if self.solver.propagate == "qep":
-                    alpha, damp = self.solver.propagate_alpha, self.solver.propagate_damp
-                    problem = compensated(problem, alpha, damp)
-                problems[site.name] = problem
-        solutions = {}
-        if self.solver is not None and problems:
-            solutions = dict(zip(problems, self.solver.solve_together(list(problems.values()))))
-        for site, found, acting in zip(sites, gathered, origins):
+        sites = [site for group in groups for site in group]
+        origins = {site.name: self._origins(site, gathered[site.name]) for site in sites}
+        solutions: dict[str, Solution] = {}
+        if self.solver is not None:
+            problems = []
+            for group in groups:
+                posed = {s.name: self._problem(s, gathered[s.name], origins[s.name]) for s in group}
+                problems.append({name: each for name, each in posed.items() if each is not None})
+            solutions = spread(self.solver, problems, self.ranks)
+        for site in sites:
             solution = solutions.get(site.name, Solution({}, {}))
-            report = {**shared, **solution.report}
-            self._settle(site, found, Solution(solution.qtensors, report), acting)
+            whole = Solution(solution.qtensors, {**shared, **solution.report})
+            self._settle(site, gathered[site.name], whole, origins[site.name])
+
+    def _problem(
+        self, site: Site, found: Gathered, origins: Mapping[str, Tensor] | None
+    ) -> Problem | None:
+        """What is to be solved of a site; None where nothing is."""
+        formats = self.scheme.weights(self.index, site.linears)
+        if self.solver is None or not formats:
+            return None
+        weights = {name: self._linear(name).weight for name in formats}
+        hessian, drift = found.statistics.hessian, found.statistics.drift
+        problem = Problem(weights, formats, hessian, drift=drift, origins=origins)
+        if self.solver.propagate == "qep":
+            alpha, damp = self.solver.propagate_alpha, self.solver.propagate_damp
+            problem = compensated(problem, alpha, damp)
+        return problem
 
     def _origins(self, site: Site, found: Gathered) -> dict[str, Tensor] | None:
         """{linear: what acts in the untouched model}, of a site that is compared with that."""

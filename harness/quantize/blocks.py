@@ -81,7 +81,8 @@ def quantize(
         stream = streaming(adapter)
         error = OutputError(adapter, scheme, stream)
     for index in range(count):
-        solved = SolvedBlock(adapter, scheme, solver, index, run.load_block(index), untouched)
+        record = run.load_block(index)
+        solved = SolvedBlock(adapter, scheme, solver, index, record, untouched, ranks)
         with adapter.open(index, write=True):
             if stream is not None and error is not None:
                 if solved.record is None:

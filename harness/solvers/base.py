@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -31,7 +31,9 @@ class Problem:
     its diagonal [in / k, k, k]; None when the solver did not ask for it. scales: {name: Scales}
     where they are decided already. drift: [in, in] float32, 2/N sum (x_f - x)^T x where x_f is what
     they read in the untouched model; None where nobody asked for it. origins: {name: [out, in]}
-    what acts on x_f there, not encoded, where a decoder is free and these are not `weights`.
+    what acts on x_f there, not encoded, where a decoder is free and these are not `weights`. peaks:
+    {name: greatest magnitude []} of those that share a global scale, where these are but some of
+    them.
     """
 
     weights: Mapping[str, Tensor]
@@ -40,6 +42,7 @@ class Problem:
     scales: Mapping[str, Scales] | None = None
     drift: Tensor | None = None
     origins: Mapping[str, Tensor] | None = None
+    peaks: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ class Solver:
     scope: `site` = `solve` sees one site at a time; `block` = `solve_block` sees a whole block.
     prepares: whether `prepare` is to be called with each block before its sites are solved.
     encodings: the folder of the run that gets the integer weights' encodings.
+    apart: whether the linears of a site may be solved on different ranks, as `part` cuts them.
     propagates: what `propagate` may be.
 
     sequencing: `sites` = later sites of a block see earlier ones quantized (true-sequential);
@@ -149,6 +153,7 @@ class Solver:
     scope: ClassVar[str] = "site"
     prepares: ClassVar[bool] = False
     encodings: ClassVar[str | None] = None
+    apart: ClassVar[bool] = False
     propagates: ClassVar[tuple[str, ...]] = ("none", "qep")
 
     sequencing: str = "sites"
@@ -243,6 +248,18 @@ class Solver:
         """
         return [self.solve(problem) for problem in problems]
 
+    def part(self, problem: Problem, names: Sequence[str]) -> Problem:
+        """The problem of some linears of a site, which get the scales that they have beside the
+        others."""
+        if len(names) == len(problem.weights):
+            return problem
+        return replace(
+            problem,
+            weights={name: problem.weights[name] for name in names},
+            formats={name: problem.formats[name] for name in names},
+            peaks={name: self._peak(problem, name) for name in names},
+        )
+
     def solve_block(self, block: Block) -> Solution:
         """The quantized weights of one block."""
         raise NotImplementedError
@@ -267,17 +284,24 @@ class Solver:
         for name, weight in problem.weights.items():
             format = problem.formats[name]
             # NVFP4's g and FourOverSix's amax; formats of one scale ignore it
-            peers = [weight]
-            if self.fuse_global_scale:
-                peers = [
-                    problem.weights[other]
-                    for other, theirs in problem.formats.items()
-                    if theirs == format
-                ]
-            amax = torch.stack([peer.abs().amax() for peer in peers]).amax()
+            amax = self._peak(problem, name)
             found = format.scales(weight, global_scale=format.global_from_amax(amax))
             if format.under_hessian:
                 assert problem.hessian is not None  # as `curvature` asks
                 found = under_hessian(weight, format, found, problem.hessian)
             scales[name] = found
         return scales
+
+    def _peak(self, problem: Problem, name: str) -> Tensor:
+        """The greatest magnitude [] of a weight, or of all that share its global scale."""
+        if problem.peaks is not None:
+            return problem.peaks[name]
+        peers = [problem.weights[name]]
+        if self.fuse_global_scale:
+            format = problem.formats[name]
+            peers = [
+                problem.weights[other]
+                for other, theirs in problem.formats.items()
+                if theirs == format
+            ]
+        return torch.stack([peer.abs().amax() for peer in peers]).amax()

@@ -53,6 +53,7 @@ class GPTQ(Solver):
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     propagates: ClassVar[tuple[str, ...]] = ("none", "qep", "gptaq")
+    apart: ClassVar[bool] = True
 
     damp: float = 0.01
     order: str = "default"
@@ -132,15 +133,16 @@ class GPTQ(Solver):
                 "check the model and its dtype"
             )
         dead = hessian.diagonal() == 0
-        if dead.any():  # before the scales: a group then has zero in its range
-            weights = {name: w.masked_fill(dead, 0) for name, w in problem.weights.items()}
-            problem = replace(problem, weights=weights)
+        problem = _masked(problem)  # before the scales: a group then has zero in its range
         order = torch.arange(len(hessian), device=hessian.device)
         reordered = self.order == "activation"
         if reordered:
             # stable: equal diagonals keep their order, whatever machine sorts them
             order = hessian.diagonal().argsort(descending=True, stable=True)
         return Begun(problem, hessian, dead, order, reordered, self.static_scales(problem))
+
+    def part(self, problem: Problem, names: Sequence[str]) -> Problem:
+        return super().part(_masked(problem), names)
 
     def _solve_alike(self, begun: Sequence[Begun]) -> list[Solution]:
         """Problems of one shape."""
@@ -229,6 +231,16 @@ class GPTQ(Solver):
                 "use static."
             )
         return DynamicLattice(problem, names, rows, scales, groups[0])
+
+
+def _masked(problem: Problem) -> Problem:
+    """With 0 for weights of features that are always 0, which may be anything."""
+    assert problem.hessian is not None
+    dead = problem.hessian.diagonal() == 0
+    if not dead.any():
+        return problem
+    weights = {name: w.masked_fill(dead, 0) for name, w in problem.weights.items()}
+    return replace(problem, weights=weights)
 
 
 def _shape(problem: Problem) -> tuple:

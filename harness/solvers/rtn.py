@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from harness.solvers.base import Problem, Solution, Solver
 
@@ -10,6 +11,8 @@ from harness.solvers.base import Problem, Solution, Solver
 @dataclass(frozen=True, kw_only=True)
 class RTN(Solver):
     """The yardstick of the others; of activations it knows what an observer reads, if any."""
+
+    apart: ClassVar[bool] = True
 
     def solve(self, problem: Problem) -> Solution:
         scales = self.static_scales(problem)

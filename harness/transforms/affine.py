@@ -103,6 +103,10 @@ class Moving:
         for site in self.sites:
             site.confine()
 
+    def leaves(self) -> list[nn.Parameter]:
+        """The tensors whose gradients are gathered."""
+        return list(self.modules.parameters())
+
     def snapshot(self) -> dict[str, Tensor]:
         """The parameters now, as copies."""
         return {name: value.clone() for name, value in self.modules.state_dict().items()}
@@ -114,6 +118,8 @@ class _BlockText:
     def __init__(self, block: FloatBlock, model: CalibrationModel, before: int):
         self.train = block.train
         self.held = block.held
+        self.held_from = model.held_from
+        self.ranks = model.ranks
         self.index = block.index
         self.model = model
         self.before = before

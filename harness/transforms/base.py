@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from harness.codecs.placement import Placement, Role, Where
 from harness.formats import Format, Scheme
+from harness.parallel import Ranks
 from harness.structure.structure import Structure
 
 T = TypeVar("T")
@@ -111,12 +112,12 @@ class FloatBlock(Protocol):
 
     index: of the block. inputs, targets: hidden states [1, L, hidden] before and after it, one a
     calibration window. train, held: the numbers of windows to learn from, and to choose the best
-    iterate by.
+    iterate by. Of several ranks each has the windows that `Ranks.owns`.
     """
 
     index: int
-    inputs: Sequence[Tensor]
-    targets: Sequence[Tensor]
+    inputs: Mapping[int, Tensor]
+    targets: Mapping[int, Tensor]
     train: Tensor
     held: Tensor
 
@@ -130,7 +131,8 @@ class CalibrationModel(Protocol):
 
     train: token ids [N, L] to learn from. held: token ids [M, L], the last tenth, to choose the
     best iterate by. gains: {(layer, site): the norm weight fused there, float64}; empty if none
-    was.
+    was. held_from: the number of the first of `held` among all windows. ranks: the processes that
+    learn together, each from the windows whose numbers it owns.
     """
 
     roles: Mapping[str, Role]
@@ -138,6 +140,8 @@ class CalibrationModel(Protocol):
     held: Tensor
     device: torch.device
     gains: Mapping[Where, Tensor]
+    held_from: int
+    ranks: Ranks
 
     def weight(self, layer: int, linear: str) -> Tensor:
         """The weight [out, in] of a block-relative linear."""

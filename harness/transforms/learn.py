@@ -93,6 +93,10 @@ class Orthogonal:
         self.optimizer.zero_grad()
         self.schedule.step()
 
+    def leaves(self) -> list[Tensor]:
+        """The tensors whose gradients are gathered."""
+        return list(self.free.values())
+
     @torch.no_grad()
     def snapshot(self) -> dict[str, Tensor]:
         """The matrices now, float32, as copies."""

@@ -10,13 +10,15 @@ loss returned is never above the one begun with.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from harness.parallel import Ranks
 
 CHECKS = 8  # how often the held-out loss is taken
 
@@ -35,12 +37,22 @@ class Moving(Protocol):
         """The values now, as copies."""
         ...
 
+    def leaves(self) -> Sequence[Tensor]:
+        """The tensors whose gradients are gathered."""
+        ...
+
 
 class Text(Protocol):
-    """What a CalibrationModel has to learn from: token ids [N, L] each, a progress bar, curves."""
+    """What a CalibrationModel has to learn from: token ids [N, L] each, a progress bar, curves.
+
+    held_from: the number of the first held-out window in the text. ranks: who learns from it, each
+    from the windows whose numbers it owns.
+    """
 
     train: Tensor
     held: Tensor
+    held_from: int
+    ranks: Ranks
 
     def stage(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]: ...
 
@@ -110,13 +122,15 @@ def descend(
         for step in range(best.reached + 1, steps + 1):
             indices = torch.arange((step - 1) * course.batch, step * course.batch)
             # in turn, and from the start again when all were seen
-            windows = text.train[indices % len(text.train)]
+            places = (indices % len(text.train)).tolist()
             total = 0.0
             # one window at a time: memory does not grow with the batch
-            for ids in windows.split(1):
-                part = loss(ids, again) / len(windows)
+            for place in filter(text.ranks.owns, places):
+                part = loss(text.train[place : place + 1], again) / len(places)
                 part.backward()
                 total += float(part.detach())
+            total = sum(text.ranks.gather(total))
+            add_gradients(moving.leaves(), text.ranks)
             if not math.isfinite(total):
                 raise FloatingPointError(
                     f"the {course.name} loss is {total} in step {step} of {steps}: {course.advice}"
@@ -137,4 +151,19 @@ def descend(
 @torch.no_grad()
 def held_out(text: Text, loss: Loss) -> float:
     """The mean loss on the held-out windows."""
-    return sum(float(loss(ids, True)) for ids in text.held.split(1)) / len(text.held)
+    windows = enumerate(text.held.split(1), text.held_from)
+    own = sum(float(loss(ids, True)) for number, ids in windows if text.ranks.owns(number))
+    return sum(text.ranks.gather(own)) / len(text.held)
+
+
+def add_gradients(leaves: Sequence[Tensor], ranks: Ranks) -> None:
+    """Make each gradient the sum of all ranks'; a tensor for which none has one stays without."""
+    having = ranks.gather([leaf.grad is not None for leaf in leaves])
+    gradients = []
+    for leaf, has in zip(leaves, map(any, zip(*having))):
+        if not has:
+            continue
+        if leaf.grad is None:
+            leaf.grad = torch.zeros_like(leaf)
+        gradients.append(leaf.grad)
+    ranks.sum_(*gradients)

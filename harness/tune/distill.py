@@ -188,6 +188,10 @@ class Moving:
         self.adam.zero_grad()
         self.taken += 1
 
+    def leaves(self) -> list[Tensor]:
+        """The tensors whose gradients are gathered."""
+        return list(self.free.values())
+
     def snapshot(self) -> dict[str, Tensor]:
         """The values now, as copies."""
         return {name: tensor.detach().clone() for name, tensor in self.free.items()}
