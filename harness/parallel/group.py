@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -132,6 +133,9 @@ class Group(Ranks):
 
     def cause(self, error: BaseException) -> BaseException:
         interrupted = isinstance(error, KeyboardInterrupt)
+        with suppress(ValueError):  # of a thread
+            # torchrun ends the others at once, and this one is ending: what it says must get out
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             if not interrupted and not isinstance(error, RankLost):
                 self._store.set(f"failed/{self.rank}", f"{type(error).__name__}: {error}")
