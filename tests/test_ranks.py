@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import zoo
 from composed import ROOT, SMALL
+from torch.multiprocessing.spawn import spawn
 
 from harness.calibration.shipped import Pydoc
 from harness.calibration.statistics import Statistics
@@ -148,7 +148,8 @@ class Point:
 
     def step(self) -> None:
         with torch.no_grad():
-            self.x -= 0.05 * self.x.grad
+            if self.x.grad is not None:
+                self.x -= 0.05 * self.x.grad
         self.x.grad = None
 
     def snapshot(self) -> dict:
@@ -229,7 +230,7 @@ def _rank(rank: int, folder: str) -> None:
 def found(tmp_path_factory):
     """(what one process finds, [what each of two does])."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, (str(folder),), nprocs=2)
+    spawn(_rank, (str(folder),), nprocs=2)
     os.environ["RANKS_FOLDER"] = str(folder)
     alone = everything(ALONE)
     load = [torch.load(folder / f"found.{rank}", weights_only=False) for rank in range(2)]
