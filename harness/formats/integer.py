@@ -272,6 +272,11 @@ class Integer(Format):
         zero = self._zero_point(first * low, moved.scale.to(s))
         return replace(moved, zero=zero + 0.0)  # -0 + 0 = +0
 
+    def offset(self, scales: Scales) -> Tensor | float:
+        if self.zp == "float_offset" and scales.zero is not None:
+            return scales.zero
+        return super().offset(scales)
+
     def nearby(self, scales: Scales) -> Iterator[Scales]:
         """Symmetric: the step times .975, .95, .. .2. Asymmetric: ranges whose ends, lower end or
         upper end are multiplied by .96, .92, .. .2."""

@@ -20,7 +20,12 @@ from harness.pipeline.texts import Windows
 
 # Settings of solvers that came later, where they change nothing: as conf/solver has them.
 MIN_TOKENS = 128
-LATER: dict[str, object] = {"min_tokens": MIN_TOKENS, "stream": "weights", "propagate": "none"}
+LATER: dict[str, object] = {
+    "min_tokens": MIN_TOKENS,
+    "stream": "weights",
+    "propagate": "none",
+    "refit": False,
+}
 CACHE: dict[str, object] = {  # of format.kv, as conf/format/none.yaml has them
     "kind": "integer",
     "scale": "dynamic",

@@ -229,7 +229,7 @@ class SolvedBlock:
                 problems[site.name] = problem
         solutions = {}
         if self.solver is not None and problems:
-            solutions = dict(zip(problems, self.solver.solve_together(list(problems.values()))))
+            solutions = dict(zip(problems, self.solver.solved(list(problems.values()))))
         for site, found, acting in zip(sites, gathered, origins):
             solution = solutions.get(site.name, Solution({}, {}))
             report = {**shared, **solution.report}
