@@ -9,7 +9,7 @@ ARGS ?=
 
 LOCKED := PIP_CONSTRAINT=requirements.lock PIP_BUILD_CONSTRAINT=requirements.lock
 
-.PHONY: help run report test test-newest lock lint bench clean
+.PHONY: help run report test test-newest lock lint bench gpu clean
 
 help:   ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -50,6 +50,9 @@ lint: .venv/installed   ## style and types
 
 bench: .venv/installed   ## speed and memory, as ratios measured in one run
 	$(KEEP) $(PY) tests/bench.py $(ARGS)
+
+gpu:   ## the suite and the bench on a CUDA device, with the packages that are there; installs nothing
+	$(PYTHON) tests/gpu.py
 
 clean:   ## remove what was installed and built; results in runs/ stay
 	rm -rf .venv .venv-newest .venv-lock build *.egg-info .pytest_cache .ruff_cache
