@@ -55,7 +55,7 @@ FORMATS = {
         granularity="token", symmetric=False, zp="float_offset", role="activation"
     ),
     "int4_half_offset": Integer(
-        granularity="group", group_size=32, symmetric=False, zp="half_offset", scale_dtype="fp16"
+        granularity="group", group_size=32, symmetric=False, zp="half_offset"
     ),
     "int4_input": Integer(
         granularity="group", group_size=32, symmetric=False, compute_dtype="input"

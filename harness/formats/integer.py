@@ -25,6 +25,7 @@ from harness.formats.qtensor import Scales
 
 SCALE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ZERO_BITS = {"rounded": None, "float_offset": 32, "half_offset": 16}  # None: those of a code
+HALF = torch.finfo(torch.float16).max
 WIDTHS = tuple(range(2, 9))
 FLOOR = 1e-5  # least range of a weight's group
 
@@ -230,7 +231,7 @@ class Integer(Format):
     def _zero_point(self, lo: Tensor, s: Tensor) -> Tensor:
         """z of ranges that begin at lo."""
         if self.shifted:
-            return lo.half().to(lo) if self.zp == "half_offset" else lo
+            return lo.clamp(-HALF, HALF).half().to(lo) if self.zp == "half_offset" else lo
         z = (self.qmin - lo / s).round()
         if self.spans_zero:
             z = z.clamp(self.qmin, self.qmax)
