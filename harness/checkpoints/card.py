@@ -147,6 +147,12 @@ def _loading(name: str, kind: str, exporter: Exporter) -> list[str]:
     path = json.dumps(name)
     if exporter.library == "harness":
         return [_fenced(f"import harness\n\nmodel, tokenizer = harness.load({path})", "python")]
+    if exporter.library == "llama-cpp-python":
+        file = json.dumps(f"{name}/model.gguf")
+        return [
+            "With llama.cpp:",
+            _fenced(f"from llama_cpp import Llama\n\nmodel = Llama({file})", "python"),
+        ]
     lines = [
         f"from transformers import {kind}, AutoTokenizer",
         "",

@@ -114,6 +114,7 @@ def components(plan: Plan) -> Components:
         ]
     exporter = _exporter(plan, scheme, structure)
     if exporter is not None:
+        exporter.check_config(facts)
         dtype = _stored_dtype(settings["model"]["dtype"], facts)
         doubts = [
             warning

@@ -126,7 +126,7 @@ class Solver:
     needs: the statistics wanted beyond the sample: {"hessian"}.
     scope: `site` = `solve` sees one site at a time; `block` = `solve_block` sees a whole block.
     prepares: whether `prepare` is to be called with each block before its sites are solved.
-    encodings: the folder of the run that gets the integer weights' encodings.
+    encodings: the folder of the run that gets AIMET's encodings.
     propagates: what `propagate` may be.
 
     sequencing: `sites` = later sites of a block see earlier ones quantized (true-sequential);
