@@ -20,6 +20,7 @@ import pytest
 from composed import ROOT, SMALL
 from imports import modules
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from test_readme import examples
 
 from harness.calibration.shipped import Pydoc
@@ -195,11 +196,12 @@ NEEDS = [
     (["data=wikitext2"], "data=wikitext2", "datasets", "datasets"),
     (["format=auto"], "format.auto", "scipy", "auto"),
     (["format=int4", "export=compressed_tensors"], "export=", "compressed-tensors", "export"),
+    (["-m", "hydra/launcher=slurm"], "hydra/launcher=slurm", "hydra-submitit-launcher", "slurm"),
 ]
 
 
 def test_what_a_run_lacks_is_one_sentence_before_it_begins(many, tmp_path):
-    lines = [[*BASE, *TEXT, *words] for words, *_ in NEEDS]
+    lines = [[*BASE, *words] for words, *_ in NEEDS]
     for (status, out, told), (_, who, package, extra) in zip(many(*lines), NEEDS):
         assert (status, out, told.count("\n")) == (2, "", 1), told
         assert told.startswith(f"error: {who}")
@@ -255,7 +257,7 @@ def test_every_library_is_required_or_brought_by_an_extra():
         for extra, lines in PROJECT["optional-dependencies"].items()
     }
     assert all(package in extras[extra] for package, extra in EXTRAS.values())
-    core = {Requirement(line).name for line in PROJECT["dependencies"]}
+    core = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
     known = packages_distributions()
     for module, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text())):
@@ -263,5 +265,5 @@ def test_every_library_is_required_or_brought_by_an_extra():
             if isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module]
             for top in {name.partition(".")[0] for name in names} - {"harness", *EXTRAS}:
-                dists = {name.replace("_", "-") for name in known.get(top, [])}
+                dists = {canonicalize_name(name) for name in known.get(top, [])}
                 assert top in sys.stdlib_module_names or dists & core, f"{module}: {top}"

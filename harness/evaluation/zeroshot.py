@@ -120,7 +120,7 @@ class ZeroShot(Evaluation):
         """Raise ConfigError where lm-eval or what it needs is not installed, and for a task that is
         neither a file, nor shipped, nor known to lm-eval. Reading its list takes seconds."""
         for library in ("lm_eval", "datasets", "accelerate"):
-            need(library, "eval.zeroshot", "zeroshot")
+            need(library, "eval.zeroshot", extra="zeroshot")
         named = [name for name in self.tasks if self.file(name) is None and name != NAME]
         if not named:
             return

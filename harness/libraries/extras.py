@@ -8,10 +8,12 @@ from importlib.util import find_spec
 from harness.config.errors import ConfigError
 
 EXTRAS = {  # importable name: (distribution, extra)
-    "accelerate": ("accelerate", "gguf"),
+    "accelerate": ("accelerate", "zeroshot"),
     "compressed_tensors": ("compressed-tensors", "export"),
     "datasets": ("datasets", "datasets"),
     "gguf": ("gguf", "gguf"),
+    "hydra_plugins.hydra_joblib_launcher": ("hydra-joblib-launcher", "sweep"),
+    "hydra_plugins.hydra_submitit_launcher": ("hydra-submitit-launcher", "slurm"),
     "lm_eval": ("lm-eval", "zeroshot"),
     "plotly": ("plotly", "report"),
     "scipy": ("scipy", "report"),

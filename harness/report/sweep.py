@@ -36,7 +36,7 @@ from rich.console import Console
 
 from harness.config.build import build
 from harness.config.search_path import composing
-from harness.libraries.extras import installed, lacking
+from harness.libraries.extras import installed, lacking, need
 from harness.libraries.hydra import BasicLauncher, Callbacks, HydraContext, OverridesParser, jobs_of
 from harness.report.page import write_page
 from harness.report.progress import Reporter
@@ -44,6 +44,11 @@ from harness.report.sweep_table import sweep_table
 from harness.store import read_record, write_record
 from harness.tracking import RunInfo, Tracker
 
+LAUNCHERS = {  # options of hydra/launcher that other packages run
+    "local_pool": "hydra_plugins.hydra_joblib_launcher",
+    "slurm": "hydra_plugins.hydra_submitit_launcher",
+    "submitit_local": "hydra_plugins.hydra_submitit_launcher",
+}
 PERIOD = 0.5  # seconds between looks at jobs in other processes
 
 
@@ -90,8 +95,13 @@ def sweep(task: Callable, overrides: list[str]) -> int:
     """Run `task`, a function of a composed configuration, for every job of a sweep; print its
     table, write its page. Returns the exit status: 1 when a job failed and `on_error=raise`.
 
-    Raises what Hydra raises for overrides that cannot be composed, before anything is written.
+    Raises what Hydra raises for overrides that cannot be composed, and ConfigError for a launcher
+    that is not installed, before anything is written.
     """
+    for override in overrides:
+        key, _, launcher = override.partition("=")
+        if key == "hydra/launcher" and launcher in LAUNCHERS:
+            need(LAUNCHERS[launcher], override)
     with composing():
         loader = GlobalHydra.instance().config_loader()
         compose = partial(loader.load_configuration, "config", run_mode=RunMode.MULTIRUN)
