@@ -24,7 +24,10 @@ from packaging.utils import canonicalize_name
 from test_readme import examples
 
 from harness.calibration.shipped import Pydoc
+from harness.config.errors import ConfigError
 from harness.libraries.extras import EXTRAS
+from harness.models.wheel import Wheel
+from harness.report import paired
 from harness.store import locked
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -170,8 +173,9 @@ def test_a_run_where_nothing_else_is_installed(run, tmp_path):
 
 def test_the_commands_beside_a_run(many, tmp_path):
     grid = ["-m", *BASE, *TEXT, "format=none", "solver=none", "seed=0,1"]
-    version, swept, listed, page, structure, odd, words = many(
+    version, shipped, swept, listed, page, structure, odd, words = many(
         ["--version"],
+        ["--cfg", "hydra", "sweeps=bits"],
         grid,
         ["report", "ls"],
         ["report", "page"],
@@ -180,6 +184,7 @@ def test_the_commands_beside_a_run(many, tmp_path):
         ["format=nvfp5"],
     )
     assert version == [0, f"harness {PROJECT['version']}\n", ""]
+    assert "format.weight.bits" in shipped[1], "a grid of the wheel"
     assert swept[0] == 0, swept
     assert "2 jobs, 0 failed" in swept[1] and "a row again: harness " in swept[1]
     assert 'page: it needs the package plotly: pip install "harness[report]"' in swept[1]
@@ -213,6 +218,17 @@ def test_the_python_of_the_readme_runs(run):
     for example in examples("README.md"):
         got = run("python", "-c", example)
         assert got.returncode == 0, got.stderr
+
+
+def test_what_asks_for_a_library_later_says_the_same(monkeypatch):
+    for library in ("scipy", "gguf"):
+        monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ConfigError, match=r"t test .* scipy: pip install \"harness\[report\]\""):
+        paired.losses([0.0] * 30, [0.1 * one for one in range(30)])
+    assert paired.losses([0.0] * 3, [0.1, 0.2, 0.3])["p"] == 0.25, "few windows need none"
+    monkeypatch.setattr(Wheel, "_files", lambda self: [])
+    with pytest.raises(ConfigError, match=r"model.package=own needs .* gguf: .*harness\[gguf\]"):
+        Wheel(package="own", architecture={}).check()
 
 
 def plugin(folder: Path, version: str = "1.2") -> Path:

@@ -30,17 +30,18 @@ def conf() -> Path:
     return (checkout() or PACKAGE) / "conf"
 
 
-def elsewhere() -> dict[str, Path]:
-    """{who offers them: folder} of options that are not ours.
+def elsewhere() -> dict[Path, str]:
+    """{folder: who offers what is in it} of options that are not ours.
 
     Raises ConfigError for a folder that is none.
     """
-    folders = {plugin.release: plugin.folder for plugin in plugins()}
+    folders = {plugin.folder: plugin.release for plugin in plugins()}
     own = os.environ.get(OWN)
     if own:
-        folders[OWN] = Path(own).expanduser().absolute()
-        if not folders[OWN].is_dir():
+        folder = Path(own).expanduser().absolute()
+        if not folder.is_dir():
             raise ConfigError(f"{OWN}={own}: is no folder; name one with files GROUP/OPTION.yaml.")
+        folders[folder] = OWN
     return folders
 
 
@@ -51,7 +52,7 @@ def known(group: str) -> list[str]:
 
 def groups() -> list[str]:
     """What options there are of."""
-    folders = [conf(), *elsewhere().values()]
+    folders = [conf(), *elsewhere()]
     inside = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
     return sorted(inside | {"sweeps"})
 
@@ -79,4 +80,4 @@ def missing(group: str, name: str) -> str:
 def _folders(group: str) -> list[Path]:
     """Where options of a group may be."""
     ours = conf().parent if group == "sweeps" else conf()
-    return [folder / group for folder in (ours, *elsewhere().values())]
+    return [folder / group for folder in (ours, *elsewhere())]

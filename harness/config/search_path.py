@@ -33,7 +33,7 @@ def composing() -> Iterator[None]:
 def extend() -> None:
     """Have Hydra find all options in this process. Raises ConfigError like `composing`."""
     files: dict[Path, str] = {}
-    for who, folder in {"harness": conf(), **elsewhere()}.items():
+    for folder, who in {conf(): "harness", **elsewhere()}.items():
         for path in sorted(folder.rglob("*.yaml")):
             name = path.relative_to(folder)
             if name in files:
@@ -51,5 +51,5 @@ class Elsewhere(SearchPathPlugin):
     """Puts what is not ours behind what is ours."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        for who, folder in elsewhere().items():
+        for folder, who in elsewhere().items():
             search_path.append(who, f"file://{folder}")
