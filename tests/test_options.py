@@ -11,11 +11,13 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from test_package import plugin
 
+from harness.checkpoints.record import format_of, spec
 from harness.command.main import COMMANDS, main
 from harness.config import options, plugins
 from harness.config.build import build, option
-from harness.config.errors import ConfigError
+from harness.config.errors import ConfigError, DataError
 from harness.config.search_path import composing
+from harness.formats import NVFP4, Format
 from harness.pipeline import ids
 from harness.transforms import Transform
 
@@ -113,6 +115,21 @@ def test_ids_know_the_release_of_a_plug_in_and_no_other(flips):
     flips("1.3")
     again = [ids.of_transform(section) for section in sections]
     assert again[1] == first[1] and again[0] != first[0]
+
+
+def test_a_checkpoint_names_a_format_of_a_plug_in_where_that_is_installed(flips, tmp_path):
+    code = "from harness.formats import NVFP4\n\n\nclass Wide(NVFP4):\n    pass\n"
+    (tmp_path / "site" / "flips" / "wide.py").write_text(code)
+    wide = build({"_target_": "flips.wide.Wide"}, "format.weight", Format)
+    told = spec(wide)
+    assert told["_target_"] == "flips.wide.Wide"
+    assert format_of(told, "there", Format) == wide
+    assert spec(NVFP4())["_target_"] == "harness.formats.NVFP4"
+    (tmp_path / "site" / "flips-1.dist-info" / "entry_points.txt").unlink()
+    plugins.plugins.cache_clear()
+    for target in ("flips.wide.Wide", "harness.solvers.GPTQ", "os.system"):
+        with pytest.raises(DataError, match=f"there._target_={target}: is no format"):
+            format_of(told | {"_target_": target}, "there", Format)
 
 
 def test_a_plug_in_without_options_is_named(flips, tmp_path, command):

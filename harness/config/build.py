@@ -106,7 +106,7 @@ def build(node: Mapping, field: str, base: type | UnionType) -> object:
             f"{field}={dict(node)}: the option of {group} has no class for it; "
             f"choose another {group}."
         )
-    cls = _class(str(target), field, base)
+    cls = class_of(str(target), field, base)
     arguments = {key: value for key, value in node.items() if key != "_target_"}
     # what has no other width than 16, which as a setting would be off
     if getattr(cls, "bits", None) == 16 and arguments.get("bits", 16) is None:
@@ -131,8 +131,8 @@ def build(node: Mapping, field: str, base: type | UnionType) -> object:
         ) from None
 
 
-def _class(target: str, field: str, base: type | UnionType) -> type:
-    """The class of that name.
+def class_of(target: str, field: str, base: type | UnionType) -> type:
+    """The class of that name, of this package or of a plug-in.
 
     Raises ConfigError where it is none of ours, or of another kind than `base`.
     """
