@@ -131,7 +131,7 @@ def test_plain_transformers_reads_the_model_from_the_header_alone(tmp_path, fami
 MERGED = {
     "quarot": ["transform=quarot", "solver=gptq"],
     "smoothquant": ["transform=smoothquant"],
-    "tuned": ["tune=scales", "tune.steps=2", *OFFSET],
+    "tuned": ["tune=scales", "tune.windows=null", "tune.steps=2", *OFFSET],
     "bfloat16": ["model.dtype=bfloat16", "solver=gptq"],
     "untied": ["model.tie=false", "model.family=qwen2"],
     "mixed": ["format.overrides={down_proj: {weight: mxfp4}, lm_head: {weight: int8}}"],

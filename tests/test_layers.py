@@ -16,6 +16,7 @@ FLOORS = [
     {"report"},
     {"checkpoints"},
     {"pipeline"},
+    {"command"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 

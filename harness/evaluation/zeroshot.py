@@ -27,6 +27,7 @@ from harness.config.errors import ConfigError, DataError
 from harness.evaluation.agreement import NAME, documents
 from harness.evaluation.base import Display, Evaluation, Figures, Subject
 from harness.evaluation.documents import read
+from harness.libraries.extras import need
 from harness.store import write_checked
 
 if TYPE_CHECKING:
@@ -116,8 +117,10 @@ class ZeroShot(Evaluation):
         return _digest(content) if paths else None
 
     def check(self) -> None:
-        """Raise ConfigError for a task that is neither a file, nor shipped, nor known to lm-eval.
-        Reading its list takes seconds."""
+        """Raise ConfigError where lm-eval or what it needs is not installed, and for a task that is
+        neither a file, nor shipped, nor known to lm-eval. Reading its list takes seconds."""
+        for library in ("lm_eval", "datasets", "accelerate"):
+            need(library, "eval.zeroshot", extra="zeroshot")
         named = [name for name in self.tasks if self.file(name) is None and name != NAME]
         if not named:
             return

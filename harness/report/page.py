@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from harness.libraries.extras import need
 from harness.report.figures import Column, Figure, columns, figures
 from harness.report.marks import letter
 from harness.report.rows import final_stage, outliers, row
@@ -29,7 +30,8 @@ POINTS = 200  # of a learning curve, about as many as a panel can show
 
 def write_page(root: Path, path: Path, run_ids: Collection[str] | None = None) -> Path:
     """Write the page of the runs below `root` (only those in `run_ids`, if given) to `path`, in one
-    step; returns `path`."""
+    step; returns `path`. Raises ConfigError without plotly."""
+    need("plotly", "the page")
     from plotly.offline import get_plotlyjs
 
     parts = {
