@@ -145,14 +145,18 @@ def _origin(metadata: Mapping) -> str:
 
 def _loading(name: str, kind: str, exporter: Exporter) -> list[str]:
     path = json.dumps(name)
-    if exporter.library == "harness":
-        return [_fenced(f"import harness\n\nmodel, tokenizer = harness.load({path})", "python")]
     lines = [
         f"from transformers import {kind}, AutoTokenizer",
         "",
         f'model = {kind}.from_pretrained({path}, dtype="auto")',
         f"tokenizer = AutoTokenizer.from_pretrained({path})",
     ]
+    if exporter.library == "harness":
+        return [
+            _fenced(f"import harness\n\nmodel, tokenizer = harness.load({path})", "python"),
+            "The same model by transformers, which needs that import:",
+            _fenced("\n".join(["import harness", *lines]), "python"),
+        ]
     package = "" if exporter.package is None else f" (and the package {exporter.package})"
     return [
         f"With transformers{package}:",
