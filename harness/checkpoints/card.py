@@ -39,6 +39,7 @@ def card(metadata: Mapping, exporter: Exporter) -> str:
         _figures(metadata),
         _marks(metadata),
         _floats(metadata, exporter),
+        *_texts(metadata),
         "## How it was made",
         _fenced(metadata["command"] or "(not recorded)", "sh"),
         _origin(metadata),
@@ -120,6 +121,17 @@ def _marks(metadata: Mapping) -> str:
     if not lines:
         return ""
     return "\n".join([f"Letters beside a number: {legend(marks.values())}.", "", *lines])
+
+
+def _texts(metadata: Mapping) -> list[str]:
+    """What the untouched model and this one say to the same prompts."""
+    rows = metadata["texts"]
+    stages = list(dict.fromkeys(stage for row in rows for stage in row if stage != "prompt"))
+    if not stages:
+        return []
+    head = ["prompt", *(STAGES.get(stage, stage) for stage in stages)]
+    cells = [[row["prompt"], *(row.get(stage, "") for stage in stages)] for row in rows]
+    return ["## What it says", "Greedily, from prompts as they stand.", _table(head, cells)]
 
 
 def _floats(metadata: Mapping, exporter: Exporter) -> str:
