@@ -21,6 +21,7 @@ from harness.checkpoints.base import Exporter, Snapshot, cast, digests, write_ch
 from harness.checkpoints.card import card
 from harness.checkpoints.metadata import metadata
 from harness.checkpoints.names import name_of
+from harness.checkpoints.saved import upload
 from harness.config.errors import DataError
 from harness.evaluation.perplexity import perplexity, window_losses
 from harness.formats import QTensor
@@ -87,7 +88,7 @@ def export(job: LoadedJob, adapter: Adapter, exporter: Exporter) -> None:
     }
     job.reporter.say(f"exported: {final}")
     if section["push_to"] is not None:
-        _push(section["push_to"], final)
+        upload(final, section["push_to"], private=True)
 
 
 def _free(folder: Path, name: str, run_id: str) -> Path:
@@ -198,10 +199,3 @@ def _replace(final: Path, beside: Path) -> None:
         final.rename(_aside(final))
     beside.rename(final)
     shutil.rmtree(_aside(final), ignore_errors=True)
-
-
-def _push(repository: str, folder: Path) -> None:
-    from huggingface_hub import HfApi
-
-    HfApi().create_repo(repository, exist_ok=True, private=True)
-    HfApi().upload_folder(repo_id=repository, folder_path=folder)
