@@ -9,7 +9,7 @@ so that the arithmetic of formats and codecs is that of the evaluation: x is enc
 once by the site that the parts share. Attention gets queries, keys and values after RoPE, where R3
 and the formats of a cache act, a token by itself. Embedding and head are ours; norms, rotary
 embeddings, activation functions and attention itself are the engine's. What that leaves out is
-refused, with its reason. Knows of no engine: vllm_plugin.py puts it into one.
+refused (models/engine.py). Knows of no engine: vllm_plugin.py puts it into one.
 """
 
 from __future__ import annotations
@@ -24,40 +24,22 @@ from torch import Tensor, nn
 
 from harness.checkpoints.native import load
 from harness.checkpoints.record import Record
-from harness.formats import Format, KVCache
+from harness.formats import Format
 from harness.models.attention import HeadsInput
 from harness.models.quant_linear import QuantLinear
 
-# whose layers engines compute as transformers does, each compared in a test
-FAMILIES = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 MATRICES = (QuantLinear, nn.Linear, nn.Embedding)
 
 
-def refusal(
-    family: str, activations: Mapping[str, Format], kv: KVCache | None, sequences: int = 1
-) -> str | None:
-    """Why an engine would not compute what was evaluated, None where it does.
-
-    family: the config's model_type; activations: {site: format}; sequences: how many an engine
-    puts into one forward.
-    """
-    if family not in FAMILIES:
-        return (
-            f"model_type={family}: the layers of {', '.join(FAMILIES)} alone were found to be the "
-            "same there; evaluate this one here (model=checkpoint)"
-        )
-    if kv is not None and kv.window:
-        return (
-            f"format.kv.window={kv.window}: an engine's cache keeps a key as it was written, and "
-            "this one is quantized when it has grown old; set format.kv.window=0"
-        )
+def together(activations: Mapping[str, Format], sequences: int) -> str | None:
+    """Why so many sequences must not be in one forward, None where they may."""
     spanning = sorted(site for site, format in activations.items() if format.spans_tokens)
-    if spanning and sequences > 1:
-        return (
-            f"the scales of {spanning[0]} span tokens, so that sequences in one forward would "
-            "move each other's values; have the engine take one at a time (max_num_seqs=1)"
-        )
-    return None
+    if not spanning or sequences == 1:
+        return None
+    return (
+        f"scales at {spanning[0]} span tokens, so that sequences in one forward would move each "
+        "other's values; have the engine take one at a time (max_num_seqs=1)"
+    )
 
 
 @dataclass(frozen=True)

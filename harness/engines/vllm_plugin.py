@@ -32,7 +32,8 @@ from vllm.model_executor.models.utils import WeightsMapper
 from harness.checkpoints.native_files import METHOD
 from harness.checkpoints.record import Record
 from harness.config.errors import DataError
-from harness.engines.served import Fused, Heads, Served, refusal
+from harness.engines.served import Fused, Heads, Served, together
+from harness.models.engine import refusal
 from harness.models.facts import read_object
 
 
@@ -139,7 +140,8 @@ class HarnessConfig(QuantizationConfig):
             )
         record = Record.read(self.folder)
         family = read_object(self.folder / "config.json")["model_type"]
-        why = refusal(family, record.activations, record.kv, vllm.scheduler_config.max_num_seqs)
+        sequences = vllm.scheduler_config.max_num_seqs
+        why = refusal(family, record.kv) or together(record.activations, sequences)
         if why is not None:
             raise DataError(f"{self.folder}: {why}.")
         device = torch.get_default_device()

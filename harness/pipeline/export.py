@@ -38,8 +38,9 @@ SLACK = 10  # and a tie that falls otherwise moves it that much more
 ROUNDING = 1e-12  # between perplexities that are the same
 
 
-def export(job: LoadedJob, adapter: Adapter, exporter: Exporter) -> None:
-    """Write, check and name the run's checkpoint; what it is stands in the metrics.
+def export(job: LoadedJob, adapter: Adapter, exporter: Exporter) -> Path:
+    """Write, check and name the run's checkpoint; returns its folder, what it is stands in the
+    metrics.
 
     Raises DataError where it does not come back as it was evaluated.
     """
@@ -89,6 +90,7 @@ def export(job: LoadedJob, adapter: Adapter, exporter: Exporter) -> None:
     job.reporter.say(f"exported: {final}")
     if section["push_to"] is not None:
         upload(final, section["push_to"], private=True)
+    return final
 
 
 def _free(folder: Path, name: str, run_id: str) -> Path:
