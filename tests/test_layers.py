@@ -15,6 +15,7 @@ FLOORS = [
     {"evaluation", "quantize", "tune"},
     {"report"},
     {"checkpoints"},
+    {"engines"},
     {"pipeline", "lm_eval", "chat"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}

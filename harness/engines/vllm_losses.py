@@ -44,7 +44,9 @@ def main(request: Path, answer: Path) -> None:
     for corpus, windows in asked["windows"].items():
         prompts = [{"prompt_token_ids": window} for window in windows]
         outputs = model.generate(prompts, sampling, use_tqdm=False)
-        found[corpus] = [_loss(output.prompt_token_ids, output.prompt_logprobs) for output in outputs]
+        found[corpus] = [
+            _loss(output.prompt_token_ids, output.prompt_logprobs) for output in outputs
+        ]
     answer.write_text(json.dumps({"vllm": vllm.__version__, "losses": found}))
 
 
