@@ -25,7 +25,7 @@ ENVIRONMENT = {
 def main(request: Path, answer: Path) -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    import vllm
+    import vllm  # pyright: ignore[reportMissingImports]
 
     asked = json.loads(request.read_text())
     longest = max(len(window) for windows in asked["windows"].values() for window in windows)

@@ -10,6 +10,9 @@ yet, and saves no memory. served.py says what of a layer is ours. Public hooks:
 Imported by vLLM alone. Source: vLLM 0.32, model_executor/layers/quantization/base_config.py.
 """
 
+# pyright: reportMissingImports=false
+# vLLM stands in an environment of its own
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -105,7 +108,7 @@ class HarnessConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, *args, **kwargs) -> None:
         self.folder = Path(model_name)
 
-    def get_quant_method(self, layer: nn.Module, prefix: str):
+    def get_quant_method(self, layer: Any, prefix: str):
         """Ours of every linear, of embedding and head, and of attention where it has any."""
         served = self.served or self._load()
         if isinstance(layer, Attention):
