@@ -17,7 +17,7 @@ from torch import nn
 
 import harness
 from harness.config.errors import ConfigError, DataError
-from harness.engines.served import Served, together
+from harness.engines.served import Served, apart
 from harness.evaluation.vllm import VLLM
 from harness.formats import FP8, NVFP4, KVCache
 from harness.models.engine import FAMILIES, refusal
@@ -137,13 +137,11 @@ def test_what_an_engine_computes_otherwise_is_refused(family, kv, why):
 
 def test_what_it_computes_alike_is_taken():
     assert {refusal(family, KVCache(bits=4)) for family in FAMILIES} == {None}
-    tensor, token = (
-        NVFP4(scope="tensor", role="activation"),
-        FP8(granularity="token", role="activation"),
-    )
-    assert together({"a": token}, 8) is None
-    assert together({"a": token, "b": tensor}, 1) is None
-    assert "scales at b span tokens" in (together({"a": token, "b": tensor}, 2) or "")
+    token = FP8(granularity="token", role="activation")
+    tensor = NVFP4(scope="tensor", role="activation")
+    assert apart({"a": token}, alone=False) is None
+    assert apart({"a": token, "b": tensor}, alone=True) is None
+    assert "scales at b span tokens" in (apart({"a": token, "b": tensor}, alone=False) or "")
 
 
 @pytest.mark.parametrize(
@@ -220,17 +218,22 @@ def stand_in(monkeypatch, settings) -> dict[str, type]:
     return kinds | registered
 
 
-def engine(eager=True, world=1, sequences=1):
+def engine(eager=True, world=1, sequences=1, cached=False, tokens=64):
     class Settings:
         class model_config:
             enforce_eager = eager
             dtype = torch.float32
+            max_model_len = 64
+
+        class cache_config:
+            enable_prefix_caching = cached
 
         class parallel_config:
             world_size = world
 
         class scheduler_config:
             max_num_seqs = sequences
+            max_num_batched_tokens = tokens
 
     return Settings
 
@@ -276,6 +279,20 @@ def test_the_plug_in_gives_each_layer_ours(folders, monkeypatch):
     pattern = next(iter(config.get_checkpoint_weight_mapper().regex))
     assert pattern.search("model.layers.0.mlp.up_proj.codes")
     assert not pattern.search("model.layers.0.input_layernorm.weight")
+
+
+@pytest.mark.parametrize("other", [{"sequences": 2}, {"cached": True}, {"tokens": 63}])
+def test_the_plug_in_keeps_scales_that_span_tokens_to_one_forward(other, tmp_path, monkeypatch):
+    run = ["format=nvfp4", "format.act.scope=tensor", "solver=rtn"]
+    folder = written(evaluated(tmp_path, monkeypatch, *run), tmp_path / "checkpoint")
+    for settings, refused in ((engine(), False), (engine(**other), True)):
+        config = stand_in(monkeypatch, settings)["harness"].from_config({})
+        config.maybe_update_config(str(folder))
+        if refused:
+            with pytest.raises(DataError, match="span tokens"):
+                config.get_checkpoint_weight_mapper()
+        else:
+            config.get_checkpoint_weight_mapper()
 
 
 @pytest.mark.parametrize(

@@ -31,14 +31,16 @@ from harness.models.quant_linear import QuantLinear
 MATRICES = (QuantLinear, nn.Linear, nn.Embedding)
 
 
-def together(activations: Mapping[str, Format], sequences: int) -> str | None:
-    """Why so many sequences must not be in one forward, None where they may."""
+def apart(activations: Mapping[str, Format], alone: bool) -> str | None:
+    """Why an engine that computes a sequence's tokens in one forward, `alone` or not, would not
+    compute what was evaluated, None where it does."""
     spanning = sorted(site for site, format in activations.items() if format.spans_tokens)
-    if not spanning or sequences == 1:
+    if not spanning or alone:
         return None
     return (
-        f"scales at {spanning[0]} span tokens, so that sequences in one forward would move each "
-        "other's values; have the engine take one at a time (max_num_seqs=1)"
+        f"scales at {spanning[0]} span tokens, and would be others where sequences share a forward "
+        "or one takes several; give the engine max_num_seqs=1 enable_prefix_caching=False and "
+        "max_num_batched_tokens as large as max_model_len"
     )
 
 

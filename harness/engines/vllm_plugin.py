@@ -1,6 +1,6 @@
 """vLLM's side: a quantization method `harness`, by which it evaluates our checkpoints.
 
-    vllm serve DIR --enforce-eager --max-num-seqs 1
+    vllm serve DIR --enforce-eager
 
 loads a folder of `export=harness` once this package is installed beside vLLM (entry point
 vllm.general_plugins), on a CPU too. Weights are dequantized: this measures what no kernel computes
@@ -35,7 +35,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from harness.checkpoints.native_files import METHOD
 from harness.checkpoints.record import Record
 from harness.config.errors import DataError
-from harness.engines.served import Fused, Heads, Served, together
+from harness.engines.served import Fused, Heads, Served, apart
 from harness.models.engine import refusal
 from harness.models.facts import read_object
 
@@ -143,8 +143,12 @@ class HarnessConfig(QuantizationConfig):
             )
         record = Record.read(self.folder)
         family = read_object(self.folder / "config.json")["model_type"]
-        sequences = vllm.scheduler_config.max_num_seqs
-        why = refusal(family, record.kv) or together(record.activations, sequences)
+        alone = (
+            vllm.scheduler_config.max_num_seqs == 1
+            and vllm.scheduler_config.max_num_batched_tokens >= vllm.model_config.max_model_len
+            and not vllm.cache_config.enable_prefix_caching
+        )
+        why = refusal(family, record.kv) or apart(record.activations, alone)
         if why is not None:
             raise DataError(f"{self.folder}: {why}.")
         device = torch.get_default_device()
