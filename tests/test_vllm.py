@@ -366,18 +366,21 @@ def test_where_vllm_is_moves_no_run():
 # the engine itself
 
 
-ALIKE = {  # {what a checkpoint holds: (settings, how far perplexity may be off, relatively)}
-    "weights": (["format=w4a16"], 1e-5),
-    "nvfp4": (["format=nvfp4"], 2e-3),
-    "mxfp4": (["format=mxfp4"], 2e-3),
-    "int8": (["format=int8"], 1e-3),
-    "cache": (["format=w4a4kv4", "transform=quarot"], 5e-3),
-    "pca": (["format=nvfp4", "transform=pca"], 2e-3),
-    "adacodec": (
-        ["format=nvfp4", "transform=adacodec", "transform.placement=site", "transform.steps=2"],
-        2e-3,
-    ),
-    "head": (["format=int8", "format.overrides={lm_head: 8, embed_tokens: 8}"], 1e-3),
+ALIKE = {  # what a checkpoint holds: two layers, so that little is rounded to another code
+    "weights": ["format=w4a16"],
+    "nvfp4": ["format=nvfp4"],
+    "mxfp4": ["format=mxfp4"],
+    "int8": ["format=int8"],
+    "cache": ["format=w4a16", "transform=quarot", "format.kv.bits=2"],
+    "w4a4kv4": ["format=w4a4kv4", "transform=quarot"],
+    "pca": ["format=nvfp4", "transform=pca"],
+    "adacodec": [
+        "format=nvfp4",
+        "transform=adacodec",
+        "transform.placement=site",
+        "transform.steps=2",
+    ],
+    "head": ["format=int8", "format.overrides={lm_head: 8, embed_tokens: 8}"],
 }
 
 
@@ -400,8 +403,7 @@ def off(tmp_path, *overrides: str) -> float:
 @pytest.mark.vllm
 @pytest.mark.parametrize("case", ALIKE)
 def test_vllm_evaluates_what_was_evaluated(case, tmp_path):
-    settings, tolerance = ALIKE[case]
-    assert off(tmp_path, "export=harness", *settings) < tolerance
+    assert off(tmp_path, "export=harness", *ALIKE[case]) < 1e-4
 
 
 @needs_vllm
