@@ -2,8 +2,11 @@
 they cannot is refused before a weight is loaded. Tests marked vllm start the engine itself."""
 
 import importlib
+import json
+import os
 import re
 import stat
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,10 +17,12 @@ import zoo
 from composed import small
 from test_checkpoint import CASES, WINDOW, evaluated, written
 from torch import nn
+from transformers import GenerationConfig
 
 import harness
 from harness.config.errors import ConfigError, DataError
 from harness.engines.served import Served, apart
+from harness.engines.vllm_losses import ENVIRONMENT
 from harness.evaluation.vllm import VLLM
 from harness.formats import FP8, NVFP4, KVCache
 from harness.models.engine import FAMILIES, refusal
@@ -39,7 +44,8 @@ def folders(tmp_path_factory):
     def get(case: str) -> Path:
         if case not in made:
             root = tmp_path_factory.mktemp(case)
-            snapshot = evaluated(root, pytest.MonkeyPatch(), *CASES[case])
+            settings = (CASES | {"cache": [*ALIKE["cache"], "solver=rtn"]})[case]
+            snapshot = evaluated(root, pytest.MonkeyPatch(), *settings)
             made[case] = written(snapshot, root / "checkpoint")
         return made[case]
 
@@ -404,6 +410,44 @@ def off(tmp_path, *overrides: str) -> float:
 @pytest.mark.parametrize("case", ALIKE)
 def test_vllm_evaluates_what_was_evaluated(case, tmp_path):
     assert off(tmp_path, "export=harness", *ALIKE[case]) < 1e-4
+
+
+GENERATE = """
+import json, sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    model = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=64,
+                skip_tokenizer_init=True)
+    sampling = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, detokenize=False)
+    prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
+    said = model.generate(prompts, sampling, use_tqdm=False)
+    print("SAID", json.dumps([list(each.outputs[0].token_ids) for each in said]))
+"""
+
+
+@needs_vllm
+@pytest.mark.vllm
+def test_vllm_says_what_we_say(folders):
+    """Two prompts of different lengths, decoded together with rotated and quantized keys."""
+    folder = folders("cache")
+    model, _ = harness.load(folder)
+    ids = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(2))
+    prompts = [ids[0].tolist(), ids[1, :9].tolist()]
+    wanted = []
+    for prompt in prompts:
+        given = torch.tensor([prompt])
+        asked = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0)
+        asked.eos_token_id = None
+        wanted.append(model.generate(given, generation_config=asked)[0, len(prompt) :].tolist())
+    done = subprocess.run(
+        [str(PYTHON), "-c", GENERATE, str(folder), json.dumps(prompts)],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.partition("SAID ")[2].splitlines()[0]) == wanted
 
 
 @needs_vllm
