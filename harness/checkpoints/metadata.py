@@ -13,6 +13,7 @@ The model card is written from it too.
      "sizes": {..},
      "kv_cache": {..},
      "evaluation": {stage: {"ppl", "divergence", "zeroshot", "tokens"}},
+     "texts": [{"prompt", stage: how it goes on}],
      "records", "displays", "marks", "run_id", "command", "harness"}
 
 model is the untouched model's name, base_model its hub id (null: it came from no hub), class the
@@ -38,6 +39,7 @@ from harness.formats import Format, KVCache, QTensor
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import QuantLinear
 from harness.models.source import ModelSource
+from harness.report.texts import said
 from harness.store import version
 from harness.structure.composite import model_class
 from harness.structure.structure import Structure
@@ -89,6 +91,7 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
             stage: {key: figures[key] for key in FIGURES if key in figures}
             for stage, figures in metrics.get("stages", {}).items()
         },
+        "texts": said(metrics.get("stages", {})),
         "records": metrics.get("records", []),
         "displays": metrics.get("displays", {}),
         "marks": metrics.get("marks", {}),

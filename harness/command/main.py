@@ -15,6 +15,8 @@ from harness.config.checks import nearest
 from harness.store.provenance import commit, version
 
 COMMANDS = {  # first word: the module whose `main` takes the others and returns the exit status
+    "chat": "harness.chat.__main__",
+    "lm_eval": "harness.lm_eval.__main__",
     "report": "harness.report.__main__",
     "structure": "harness.structure.__main__",
 }

@@ -63,6 +63,7 @@ FIELDS = {  # {section: {setting: its type}} of what no class is built from
         "layer_windows": int | None,
         "streaming": bool,
         "zeroshot": Mapping | None,
+        "generate": Mapping | None,
         "evaluations": Mapping[str, Mapping],
     },
     "eval.perplexity": WINDOWS | {"corpora": list[str]},

@@ -53,14 +53,17 @@ def compute(start: Job, device: torch.device) -> None:
     job.metrics["online"] = online(adapter)
     # What is exact need not be evaluated, for the gate has found the same logits; unless the run
     # quantizes nothing, and the transformed model is its result.
+    subject = None
     inexact = not all(transform.exact for transform in job.parts.transforms)
     if inexact or (changed and not plan.quantizes):
-        measure.evaluate(job, "transformed", adapter)
+        subject = measure.evaluate(job, "transformed", adapter)
     if plan.quantizes:
         _quantize(job, adapter, calibration, fresh)
-        measure.evaluate(job, "quantized", adapter)
+        subject = measure.evaluate(job, "quantized", adapter)
     if job.parts.exporter is not None:
-        export.export(job, adapter, job.parts.exporter)
+        folder = export.export(job, adapter, job.parts.exporter)
+        if subject is not None:
+            measure.exported(job, subject, folder)
     # A float model's weights have the bits of their dtype; a checkpoint's are not known here.
     if job.metrics["bits_per_weight"] is None and not plan.model.quantized:
         job.metrics["bits_per_weight"] = float(torch.finfo(adapter.model.dtype).bits)
