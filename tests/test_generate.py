@@ -11,7 +11,7 @@ import pytest
 import torch
 from composed import small
 from rich.console import Console
-from test_page import embedded
+from test_page import browser, embedded, opened, silent
 
 import harness
 from harness.chat.__main__ import main
@@ -27,6 +27,7 @@ from harness.report.shapes import metrics as sound
 from harness.report.table import run_table
 from harness.report.texts import said
 
+__all__ = ["browser"]  # a fixture
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["The cat | sat", "Once <b>upon"]
 
@@ -104,6 +105,17 @@ def test_texts_stand_side_by_side_wherever_a_run_is_shown(outcome, tmp_path):
     for row in rows:
         for stage in ("baseline", "quantized"):
             assert f"  {stage}: {row[stage]!r}" in table
+
+
+@pytest.mark.browser
+def test_a_browser_shows_them_as_they_are(outcome, tmp_path, browser):
+    opened(browser, write_page(outcome.run.path.parent, tmp_path / "page.html"))
+    rows = said(outcome.metrics["stages"])
+    shown = browser.execute_script("""
+        const rows = [...document.querySelectorAll("#texts tbody tr")];
+        return rows.map(row => [...row.cells].map(cell => cell.textContent));""")
+    assert shown == [[row["prompt"], row["baseline"], row["quantized"]] for row in rows]
+    silent(browser)
 
 
 def test_a_run_that_was_not_asked_has_none_of_it(tmp_path):

@@ -11,7 +11,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.config.errors import DataError
 from harness.models.facts import config_of, reason
@@ -49,6 +49,7 @@ def talk(
     for line in lines:
         if not line.strip():
             continue
+        asked: Any
         if tokenizer.chat_template:
             messages.append({"role": "user", "content": line})
             asked = tokenizer.apply_chat_template(
@@ -56,6 +57,7 @@ def talk(
             )
         else:
             asked = tokenizer(line, return_tensors="pt")
+        # some tokenizers make more than a model takes
         inputs = {key: asked[key].to(model.device) for key in ("input_ids", "attention_mask")}
         given = inputs["input_ids"].shape[1]
         found = model.generate(  # pyright: ignore[reportCallIssue]

@@ -65,7 +65,7 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
     return {
         "name": name,
         "model": base_of(section),
-        "base_model": remote,
+        "base_model": remote or section.get("hub"),  # a package is made from one
         "revision": section.get("revision") if remote else None,
         "license": section.get("license"),
         "method": _method(choices),

@@ -38,11 +38,13 @@ class Wheel(ModelSource):
 
     architecture: the config's fields (model_type, hidden_size, ...), as the file has them. parts:
     the packages that hold the file in parts, in their order; null: `package` holds it whole.
+    hub: the repository of the model that the file was made from, for the cards of exports.
     """
 
     package: str
     architecture: dict
     parts: list[str] | None = None
+    hub: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
