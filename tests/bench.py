@@ -7,7 +7,8 @@ quantizing against the parts it has to hold), large and mixture (the same for a 
 stay on disk, dense and of experts), experts (a layer's experts solved at once against one by one),
 learning (a step of a transform that learns end to end against a plain forward and backward
 with weight gradients), adascale (an iteration against training the block's own weights), online
-(what the parts that stay online add to the NVFP4 forward). Nothing else should run on the machine.
+(what the parts that stay online add to the NVFP4 forward), gpu (blocks of an 8 B model on a GPU,
+where there is one). Nothing else should run on the machine.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import argparse
 from bench_disk import large, mixture
 from bench_experts import experts
 from bench_forward import evaluation, learning, online
+from bench_gpu import gpu
 from bench_solvers import adascale, gptq, memory
 
 PARTS = {
@@ -27,6 +29,7 @@ PARTS = {
     "learning": learning,
     "adascale": adascale,
     "online": online,
+    "gpu": gpu,
 }
 
 if __name__ == "__main__":

@@ -77,4 +77,6 @@ def small(tmp_path, *overrides: str):
             "data.name=pydoc",
             "eval.perplexity.corpora=[data]",
         ]
-    return composed(*SMALL, *text, f"run_root={tmp_path / 'runs'}", *overrides)
+    device = os.environ.get("HARNESS_TEST_DEVICE")
+    where = [f"device={device}"] if device else []
+    return composed(*SMALL, *where, *text, f"run_root={tmp_path / 'runs'}", *overrides)

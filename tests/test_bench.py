@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from bench_gpu import measured
 from bench_models import nvfp4, quantized
 
 from harness.models.quant_linear import QuantLinear
@@ -33,3 +34,16 @@ def test_the_bench_quantizes_every_linear_it_times():
         assert int((magnitudes.diff(dim=-1) > 0).sum(-1).max()) < 8, (
             name
         )  # a block holds E2M1's eight magnitudes at most
+
+
+def test_what_is_measured_on_a_gpu_runs():
+    widths = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 128,
+    }
+    found = measured(widths, torch.device("cpu"), (4, 32), (1, 32))
+    assert set(found) == {"bfloat16", "NVFP4 W4A4", "GPTQ"}
+    assert min(found.values()) > 0

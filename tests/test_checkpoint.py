@@ -9,6 +9,7 @@ import torch
 from composed import small
 from preserved import CACHE
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 import harness
 from harness.checkpoints import base
@@ -161,6 +162,18 @@ def test_the_evaluated_model_comes_back_in_every_bit(case, snapshots):
     assert tied == (
         snapshot.adapter.model.lm_head.weight is snapshot.adapter.model.model.embed_tokens.weight
     )
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_loads_the_same_model(case, snapshots):
+    snapshot, folder = snapshots(case)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(model), logits(snapshot.adapter.model))
+    own, _ = harness.load(folder)
+    wanted = own.state_dict()
+    assert model.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 

@@ -16,7 +16,7 @@ from harness.checkpoints.compressed_tensors import CompressedTensors
 from harness.checkpoints.metadata import metadata
 from harness.checkpoints.names import LONGEST, Name, base_of, hub_id
 from harness.checkpoints.native_writer import Checkpoint
-from harness.config.build import build, settings
+from harness.config.build import build, option, settings
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Format, KVCache, Scheme
 from harness.models import merge
@@ -383,6 +383,15 @@ def test_the_front_matter_is_yaml_whatever_the_names(about):
     assert fields["base_model"] == "own: 'er\"/na#me"
     assert fields["library_name"] == "transformers"
     assert {"QuaRot", "GPTQ", "int4", "compressed-tensors"} <= set(fields["tags"])
+
+
+@pytest.mark.parametrize("name", ["smollm2_135m", "gemma3_270m"])
+def test_a_model_out_of_a_package_names_what_it_was_made_from(name):
+    """And is called and known as before: neither its name nor its id looks at it."""
+    section = option("model", name)
+    assert section["hub"].count("/") == 1
+    assert base_of(section) == section["name"]
+    assert hub_id(section) is None
 
 
 def test_a_model_from_elsewhere_has_no_base_model(about):

@@ -54,6 +54,9 @@ FORMATS = {
     "int4_offset": Integer(
         granularity="token", symmetric=False, zp="float_offset", role="activation"
     ),
+    "int4_half_offset": Integer(
+        granularity="group", group_size=32, symmetric=False, zp="half_offset"
+    ),
     "int4_input": Integer(
         granularity="group", group_size=32, symmetric=False, compute_dtype="input"
     ),
@@ -289,8 +292,10 @@ def test_codes_are_in_range_and_counted(format):
     assert least >= -(2 ** (format.bits - 1)) * format.signed
     assert greatest < 2 ** (format.bits - format.signed)
     groups = q.scales.scale.numel()
-    width = {torch.float32: 32, torch.bfloat16: 16}.get(q.scales.scale.dtype, 8)
-    zero = 0 if format.symmetric else 32 if format.zp == "float_offset" else format.bits
+    halves = dict.fromkeys((torch.bfloat16, torch.float16), 16)
+    width = ({torch.float32: 32} | halves).get(q.scales.scale.dtype, 8)
+    stored = {"float_offset": 32, "half_offset": 16}
+    zero = 0 if format.symmetric else stored.get(format.zp, format.bits)
     shared = 0 if q.scales.global_scale is None else 32 * q.scales.global_scale.numel()
     assert q.bits() == 16 * 64 * format.bits + groups * (width + zero) + shared
 

@@ -15,7 +15,9 @@ FLOORS = [
     {"evaluation", "quantize", "tune"},
     {"report"},
     {"checkpoints"},
-    {"pipeline"},
+    {"engines"},
+    {"pipeline", "lm_eval", "chat"},
+    {"command"},
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 

@@ -333,7 +333,7 @@ def wheel(**changes):
 
 
 def test_a_missing_wheel_is_refused():
-    with pytest.raises(DataError, match="pip install no-such-package"):
+    with pytest.raises(DataError, match="pip install --no-deps no-such-package"):
         wheel(package="no_such_package").check()
 
 

@@ -13,7 +13,7 @@ from composed import small
 from composites import BLIND, COMPOSITES, compose
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 import harness
 from harness.calibration.windows import tokenize, windows
@@ -168,6 +168,8 @@ def test_nvfp4_by_gptq_end_to_end(saved, tmp_path, name):
     model, _ = harness.load(exported)
     assert type(model) is type(compose(name))
     assert own_perplexity(model, tmp_path) == pytest.approx(perplexity_of(outcome), rel=1e-6)
+    again = AutoModelForMultimodalLM.from_pretrained(exported).state_dict()
+    assert all(torch.equal(again[each], tensor) for each, tensor in model.state_dict().items())
     # what is in no file is there, too
     original = compose(name)
     for tower in structure.towers:

@@ -304,7 +304,9 @@ def test_a_gain_moves_by_a_share_of_itself(family):
 
 def run(tmp_path, *overrides):
     quick = {
-        name: ["tune.steps=4", "tune.batch=1"] for name in TUNERS if "steps" in option("tune", name)
+        name: ["tune.steps=4", "tune.windows=null"]
+        for name in TUNERS
+        if "steps" in option("tune", name)
     }
     chosen = next((o.partition("=")[2] for o in overrides if o.startswith("tune=")), None)
     return execute(*small(tmp_path, "solver=rtn", *quick.get(chosen, []), *overrides))
@@ -353,20 +355,33 @@ def test_the_best_iterate_is_taken(tmp_path):
     assert outcome.metrics["stages"]["quantized"] == plain.metrics["stages"]["quantized"]
 
 
-def test_the_held_out_loss_is_the_divergence_of_what_is_served(tmp_path):
-    """In float64, between the untouched model and the exported one, on the last window."""
+@pytest.mark.parametrize(("windows", "last"), (("null", 5), (4, 9)))
+def test_the_held_out_loss_is_the_divergence_of_what_is_served(tmp_path, windows, last):
+    """In float64, between the untouched model and the exported one, on the last window: of those
+    that were solved with, or of as many more after them."""
     export = ["export=harness", f"export.path={tmp_path / 'out'}", "transform=quarot"]
     options = ["tune=scales", "format=w4a4kv4", "format.weight.group_size=32"]
+    options.append(f"tune.windows={windows}")
     outcome = run(tmp_path, *options, *export, "transform.r1=12")
     assert outcome.status == "done", outcome.error
     student, tokenizer = harness.load(outcome.metrics["export"]["path"])
     text = (tmp_path / "text" / "train.txt").read_text()
-    held = torch.tensor(tokenizer(text).input_ids)[5 * 64 : 6 * 64][None]
+    held = torch.tensor(tokenizer(text).input_ids)[last * 64 : (last + 1) * 64][None]
     with torch.no_grad():
         p = Tiny().load()[0](held).logits.double().log_softmax(-1)
         q = student(held, use_cache=False).logits.double().log_softmax(-1)
     kl = float((p.exp() * (p - q)).sum(-1).mean())
     assert outcome.metrics["notes"]["tune_held_out"][1] == pytest.approx(kl, rel=1e-4)
+
+
+def test_windows_of_its_own_leave_what_is_solved(tmp_path):
+    options = ["tune=scales", "solver=gptq", "data.calibration.order=random"]
+    own = run(tmp_path, *options, "tune.windows=3")
+    shared = run(tmp_path, *options)
+    assert own.run.path != shared.run.path
+    assert events(own, "block") and not events(shared, "block")
+    with pytest.raises(ConfigError, match=r"tune\.windows=3"):
+        run(tmp_path, *options, "tune.windows=3", "data.calibration.windows=null")
 
 
 def test_without_a_tuner_nothing_is_another_run(tmp_path, monkeypatch):

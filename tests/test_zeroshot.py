@@ -219,7 +219,7 @@ def reading(act):
     ids=str,
 )
 def test_only_a_scale_that_spans_tokens_parts_the_batch(act, batch):
-    assert together(reading(act), ZeroShot(("sums",), batch_size=5)) == batch
+    assert together(reading(act), 5) == batch
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_a_compressed_tensors_model_is_asked_too(settings, batch):
     model.lm_head.quantization_scheme = QuantizationScheme(
         targets=["Linear"], input_activations=read
     )
-    assert together(model, ZeroShot(("sums",), batch_size=5)) == batch
+    assert together(model, 5) == batch
 
 
 @pytest.mark.parametrize(

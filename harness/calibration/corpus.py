@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from harness.config.errors import ConfigError, DataError
 from harness.libraries.datasets import cached_builder, offline
+from harness.libraries.extras import need
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
@@ -204,6 +205,7 @@ class HubText(Corpus):
         self.name = name or dataset.split("/")[-1]
 
     def check(self) -> None:
+        need("datasets", f"data={self.name}")
         from huggingface_hub import HfApi
 
         if self._cached() is None:

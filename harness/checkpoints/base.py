@@ -98,6 +98,13 @@ class Exporter(ABC):
         weights tell.
         """
 
+    # most layouts hold whatever transformers has
+    def check_config(self, facts: Mapping) -> None:  # noqa: B027
+        """Refuse (ConfigError) a model whose config the layout cannot say, as `check` does.
+
+        facts: the fields of transformers' config.
+        """
+
     def stored(self, snapshot: Snapshot) -> torch.dtype | None:
         """Dtype of weights and biases in the file, and of who computes with them.
 
@@ -122,6 +129,17 @@ class Exporter(ABC):
     @abstractmethod
     def weight(self, model: PreTrainedModel, name: str) -> Tensor:
         """The weight [out, in] with which module `name` of a loaded model computes."""
+
+    def write(self, snapshot: Snapshot, folder: Path) -> None:
+        """Write the weights into the folder.
+
+        In safetensors of at most SHARD bytes, with an index where there are several.
+        """
+        shards = _save(self.tensors(snapshot), folder)
+        if len(shards) > 1:
+            total = sum(size for _, size in shards.values())
+            names = {tensor: file for tensor, (file, _) in shards.items()}
+            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
 
     # most layouts have none
     def extras(self, snapshot: Snapshot, folder: Path) -> None:  # noqa: B027
@@ -157,16 +175,11 @@ def check_destination(section: Mapping) -> None:
 
 
 def write_checkpoint(exporter: Exporter, snapshot: Snapshot, folder: Path) -> None:
-    """Write weights (sharded, with an index where there are several files), config.json,
-    generation_config.json, tokenizer, what shows images and sounds to a model that takes them, and
-    the layout's own files into an empty folder.
+    """Write weights, config.json, generation_config.json, tokenizer, what shows images and sounds
+    to a model that takes them, and the layout's own files into an empty folder.
     """
     folder.mkdir(parents=True)
-    shards = _save(exporter.tensors(snapshot), folder)
-    if len(shards) > 1:
-        total = sum(size for _, size in shards.values())
-        names = {tensor: file for tensor, (file, _) in shards.items()}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
+    exporter.write(snapshot, folder)
     model = snapshot.adapter.model
     config = model.config.to_dict() | exporter.config(snapshot)
     # a tower's own word for it would be another

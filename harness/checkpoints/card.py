@@ -39,6 +39,7 @@ def card(metadata: Mapping, exporter: Exporter) -> str:
         _figures(metadata),
         _marks(metadata),
         _floats(metadata, exporter),
+        *_texts(metadata),
         "## How it was made",
         _fenced(metadata["command"] or "(not recorded)", "sh"),
         _origin(metadata),
@@ -122,6 +123,17 @@ def _marks(metadata: Mapping) -> str:
     return "\n".join([f"Letters beside a number: {legend(marks.values())}.", "", *lines])
 
 
+def _texts(metadata: Mapping) -> list[str]:
+    """What the untouched model and this one say to the same prompts."""
+    rows = metadata["texts"]
+    stages = list(dict.fromkeys(stage for row in rows for stage in row if stage != "prompt"))
+    if not stages:
+        return []
+    head = ["prompt", *(STAGES.get(stage, stage) for stage in stages)]
+    cells = [[row["prompt"], *(row.get(stage, "") for stage in stages)] for row in rows]
+    return ["## What it says", "Greedily, from prompts as they stand.", _table(head, cells)]
+
+
 def _floats(metadata: Mapping, exporter: Exporter) -> str:
     """What the figures are of and the files are not, where they hold weights alone."""
     bits = metadata["bits"]
@@ -145,14 +157,24 @@ def _origin(metadata: Mapping) -> str:
 
 def _loading(name: str, kind: str, exporter: Exporter) -> list[str]:
     path = json.dumps(name)
-    if exporter.library == "harness":
-        return [_fenced(f"import harness\n\nmodel, tokenizer = harness.load({path})", "python")]
+    if exporter.library == "llama-cpp-python":
+        file = json.dumps(f"{name}/model.gguf")
+        return [
+            "With llama.cpp:",
+            _fenced(f"from llama_cpp import Llama\n\nmodel = Llama({file})", "python"),
+        ]
     lines = [
         f"from transformers import {kind}, AutoTokenizer",
         "",
         f'model = {kind}.from_pretrained({path}, dtype="auto")',
         f"tokenizer = AutoTokenizer.from_pretrained({path})",
     ]
+    if exporter.library == "harness":
+        return [
+            _fenced(f"import harness\n\nmodel, tokenizer = harness.load({path})", "python"),
+            "The same model by transformers, which needs that import:",
+            _fenced("\n".join(["import harness", *lines]), "python"),
+        ]
     package = "" if exporter.package is None else f" (and the package {exporter.package})"
     return [
         f"With transformers{package}:",

@@ -43,6 +43,7 @@ from harness.checkpoints.base import (
 from harness.checkpoints.experts import parts_of, refuse_experts, routers, targets
 from harness.config.errors import ConfigError
 from harness.formats import Format, FourOverSix, Scheme
+from harness.libraries.extras import need
 from harness.libraries.saved import Saved
 from harness.models.attention import named
 from harness.models.facts import config_of
@@ -71,6 +72,7 @@ class CompressedTensors(Exporter):
         context: ModelShape,
         dtype: str = "auto",
     ) -> list[str]:
+        need("compressed_tensors", "export=compressed_tensors")
         for transform in transforms:
             left = transform.leaves(context)
             if left:

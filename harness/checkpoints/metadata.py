@@ -13,14 +13,16 @@ The model card is written from it too.
      "sizes": {..},
      "kv_cache": {..},
      "evaluation": {stage: {"ppl", "divergence", "zeroshot", "tokens"}},
+     "texts": [{"prompt", stage: how it goes on}],
      "records", "displays", "marks", "run_id", "command", "harness"}
 
 model is the untouched model's name, base_model its hub id (null: it came from no hub), class the
 one of transformers' that loads it. `bits` is what holds for all linears, `layers` what each one
 has. sizes, in bytes: "before" are all parameters of the untouched model at 2 bytes, tied ones once;
-"after" are the safetensors written; "files" is everything in the folder but this record, the card
-and the hashes; "weights" are codes, scales and zero points of what is quantized. kv_cache, in bytes
-a token: at "fp16", and "quantized" as a packed cache would take, scales and zero points included.
+"after" are the safetensors or GGUF written; "files" is everything in the folder but this record,
+the card and the hashes; "weights" are codes, scales and zero points of what is quantized. kv_cache,
+in bytes a token: at "fp16", and "quantized" as a packed cache would take, scales and zero points
+included.
 """
 
 from __future__ import annotations
@@ -37,10 +39,12 @@ from harness.formats import Format, KVCache, QTensor
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import QuantLinear
 from harness.models.source import ModelSource
+from harness.report.texts import said
 from harness.store import version
 from harness.structure.composite import model_class
 from harness.structure.structure import Structure
 
+WEIGHTS = (".safetensors", ".gguf")  # files that hold them
 FIGURES = ("ppl", "divergence", "zeroshot", "tokens")
 
 
@@ -61,7 +65,7 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
     return {
         "name": name,
         "model": base_of(section),
-        "base_model": remote,
+        "base_model": remote or section.get("hub"),  # a package is made from one
         "revision": section.get("revision") if remote else None,
         "license": section.get("license"),
         "method": _method(choices),
@@ -87,6 +91,7 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
             stage: {key: figures[key] for key in FIGURES if key in figures}
             for stage, figures in metrics.get("stages", {}).items()
         },
+        "texts": said(metrics.get("stages", {})),
         "records": metrics.get("records", []),
         "displays": metrics.get("displays", {}),
         "marks": metrics.get("marks", {}),
@@ -197,7 +202,8 @@ def _sizes(adapter: Adapter, tied: bool, stored_bits: int, folder: Path) -> dict
     if tied and adapter.head.weight is not model.get_input_embeddings().weight:
         count -= adapter.head.weight.numel()
     before = 2 * count
-    after = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    weights = (path for path in folder.iterdir() if path.suffix in WEIGHTS)
+    after = sum(path.stat().st_size for path in weights)
     files = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {
         "before": before,

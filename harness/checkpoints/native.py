@@ -31,7 +31,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from harness.checkpoints.native_files import DIGESTS, RECORD, recorded
+from harness.checkpoints.native_files import DIGESTS, PLACEMENT, RECORD, recorded, unguard
 from harness.checkpoints.record import Record
 from harness.codecs.packing import unpack
 from harness.codecs.placement import HEAD_SITE, Placement
@@ -48,7 +48,6 @@ from harness.models.weights import tensor_files, weight_files
 from harness.structure.composite import model_class
 from harness.structure.structure import Structure
 
-PLACEMENT = "placement.safetensors"
 PARTS = ("codes", *(field.name for field in fields(Scales)))  # of a quantized weight
 
 
@@ -104,12 +103,29 @@ def load(
 
     folder = Path(path).expanduser()
     record = verified(folder)
-    original = record.dtype
     config = config_of(folder)
+    unguard(config)
     with torch.device("meta"):
-        model = model_class(config).from_config(config, dtype=dtype or original)
+        model = model_class(config).from_config(config, dtype=dtype or record.dtype)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    revive(model, folder, record, torch.device(device), dtype, packed)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def revive(
+    model,
+    folder: Path,
+    record: Record,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    packed: bool = False,
+) -> None:
+    """Make a model of the folder's config the one that was evaluated, whatever weights it has.
+
+    dtype, packed: as `load` has them.
+    """
     model.generation_config.use_cache = True  # a run that read its blocks from disk had none
     adapter = Adapter(model)
     placements = _placements(folder)
@@ -119,9 +135,9 @@ def load(
     if encoded or quantized & {HEAD_SITE, adapter.structure.head}:
         swap_head(adapter)
     with ExitStack() as stack:
-        tensors = _Tensors(folder, stack, torch.device(device))
+        tensors = _Tensors(folder, stack, device)
         towers = _fill_towers(model, adapter.structure, tensors)
-        _fill(model, record.weights, tensors, original, dtype, packed, towers)
+        _fill(model, record, tensors, dtype, packed, towers)
         for name, site in sites(adapter):
             site.format = record.activations.get(name)
             site.global_scale = tensors.find(f"{name}.global_scale")
@@ -132,7 +148,6 @@ def load(
         attach_online(adapter, placement)
     if record.kv is not None or any(placement.query_key for placement in placements):
         adapter.backbone.register_forward_pre_hook(_QuantizedCache(adapter), with_kwargs=True)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def verified(folder: Path) -> Record:
@@ -241,42 +256,66 @@ def _fill_cache(adapter: Adapter, kv: KVCache, tensors: _Tensors) -> None:
 
 def _fill(
     model: nn.Module,
-    weights: Mapping[str, Format],
+    record: Record,
     tensors: _Tensors,
-    original: torch.dtype,
     dtype: torch.dtype | None,
     packed: bool,
     filled: Container[str],
 ) -> None:
-    """Give a swapped model without storage its tensors, but for those that are filled.
+    """Give a swapped model its tensors, but for those that are filled.
 
     dtype: of parameters, weights and biases, None as they are.
     """
-    parameters = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
-    for name, empty in (parameters | buffers).items():
+    for name, empty in (dict(model.named_parameters()) | buffers).items():
         if name in filled:
             continue
-        owner, _, leaf = name.rpartition(".")
+        owner = name.rpartition(".")[0]
         module = model.get_submodule(owner)
-        if leaf == "weight" and owner in weights:
-            # which scales there are is the format's matter; codes there are always
-            state = {"codes": tensors.take(f"{owner}.codes")}
-            for part in PARTS[1:]:
-                scale = tensors.find(f"{owner}.{part}")
-                if scale is not None:
-                    state[part] = scale
-            _refuse_other_state(owner, weights[owner], state, empty.shape)
-            quantized = QTensor.from_state(weights[owner], state, empty.shape, original)
+        tensor = _stored(name, empty.shape, record, tensors)
+        if isinstance(tensor, QTensor):
             if packed and isinstance(module, QuantLinear):
-                model.set_submodule(owner, PackedLinear(module, quantized, dtype or original))
+                packed_linear = PackedLinear(module, tensor, dtype or record.dtype)
+                model.set_submodule(owner, packed_linear)
                 continue
-            tensor = quantized.dequantize()
-        else:
-            tensor = tensors.take(name)
+            tensor = tensor.dequantize()
         # the rotary table, which has a dtype of its own
         computed = name in buffers and not isinstance(module, QuantLinear)
         assign(model, name, tensor if dtype is None or computed else tensor.to(dtype))
+
+
+def _stored(name: str, shape: torch.Size, record: Record, tensors: _Tensors) -> Tensor | QTensor:
+    """What the files hold of the parameter or buffer of that name and shape."""
+    owner, _, leaf = name.rpartition(".")
+    if leaf != "weight" or owner not in record.weights:
+        return tensors.take(name)
+    # which scales there are is the format's matter; codes there are always
+    state = {"codes": tensors.take(f"{owner}.codes")}
+    for part in PARTS[1:]:
+        scale = tensors.find(f"{owner}.{part}")
+        if scale is not None:
+            state[part] = scale
+    format = record.weights[owner]
+    _refuse_other_state(owner, format, state, shape)
+    return QTensor.from_state(format, state, shape, record.dtype)
+
+
+def changed(model: nn.Module, folder: Path) -> str | None:
+    """The first parameter or buffer of a dense model that is not what its folder holds, None where
+    all are; what stands beside a text decoder is not looked at."""
+    record = Record.read(folder)
+    with ExitStack() as stack:
+        tensors = _Tensors(folder, stack, torch.device("cpu"))
+        for name, own in (dict(model.named_parameters()) | dict(model.named_buffers())).items():
+            codes = f"{name.removesuffix('.weight')}.codes"
+            if name not in tensors.files and codes not in tensors.files:
+                continue  # of a tower, by another name there
+            tensor = _stored(name, own.shape, record, tensors)
+            if isinstance(tensor, QTensor):
+                tensor = tensor.dequantize()
+            if not torch.equal(tensor.to(own.dtype), own.cpu()):
+                return name
+    return None
 
 
 def _refuse_other_state(

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from harness.checkpoints.base import Exporter, Snapshot, modules, weight_at, weight_format
-from harness.checkpoints.native import PLACEMENT, load, sites
-from harness.checkpoints.native_files import RECORD
+from harness.checkpoints.native import load, sites
+from harness.checkpoints.native_files import PLACEMENT, RECORD, guard
 from harness.checkpoints.record import Record
 from harness.codecs.packing import pack
 from harness.formats import Scheme
@@ -78,7 +78,9 @@ class Checkpoint(Exporter):
 
     def config(self, snapshot: Snapshot) -> dict:
         """A run evaluates without a cache; who loads the checkpoint wants one."""
-        return {"use_cache": True, "dtype": _dtype(snapshot.adapter)}
+        adapter = snapshot.adapter
+        own = {"dtype": _dtype(adapter), "architectures": [type(adapter.model).__name__]}
+        return {"use_cache": True, **own, **guard()}
 
     def extras(self, snapshot: Snapshot, folder: Path) -> None:
         """The online matrices and the formats.

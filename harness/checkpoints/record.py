@@ -1,6 +1,7 @@
 """What the files of a checkpoint say, as data.
 
-Every field is checked; nothing is built or imported because a file names it.
+Every field is checked; nothing is built or imported because a file names it, but the formats of
+installed plug-ins.
 
     harness.json                version, dtype, {"format", "names"} of weights and activations,
                                 "kv"; read as a Record
@@ -8,7 +9,8 @@ Every field is checked; nothing is built or imported because a file names it.
     quantization_metadata.json  what the checkpoint is, for people and tools
 
 A format stands there by the name of its class and its fields. The name is looked up among the
-formats of this project, the fields are plain values and the class itself judges them.
+formats of this project, or is that of a plug-in; the fields are plain values and the class itself
+judges them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ import torch
 
 from harness import formats
 from harness.checkpoints.native_files import RECORD, VERSION, recorded
+from harness.config.build import class_of
 from harness.config.errors import ConfigError, DataError
+from harness.config.plugins import plugins
 from harness.formats import Format, KVCache
 
 SPELLED = "harness.formats."  # in front of a class's name in the file
@@ -76,18 +80,22 @@ class Record:
 
 def spec(format: Format | KVCache) -> dict:
     """A format as JSON: its class and all of its fields."""
-    return {"_target_": SPELLED + type(format).__name__, **asdict(format)}
+    kind = type(format)
+    # a file says of our own formats no more than the name, so that it outlives a move
+    ours = kind.__module__.startswith(SPELLED)
+    target = f"{SPELLED}{kind.__name__}" if ours else f"{kind.__module__}.{kind.__name__}"
+    return {"_target_": target, **asdict(format)}
 
 
 def format_of(entry: object, where: str, base: type[F]) -> F:
-    """Inverse of `spec`, for the formats of this project of that base.
+    """Inverse of `spec`, for the formats of that base, of this project and of installed plug-ins.
 
     Raises DataError, beginning with `where`.
     """
     if not isinstance(entry, Mapping):
         raise DataError(f"{where}={entry}: needs a format, its class and its fields.")
     name = str(entry.get("_target_"))
-    kind = classes(base).get(name.removeprefix(SPELLED)) if name.startswith(SPELLED) else None
+    kind = _kind(name, base)
     if kind is None:
         raise DataError(f"{where}._target_={name}: is no {base.__name__.lower()} of this project.")
     values = {key: value for key, value in entry.items() if key != "_target_"}
@@ -100,6 +108,18 @@ def format_of(entry: object, where: str, base: type[F]) -> F:
         return kind(**values)
     except (ConfigError, TypeError, ValueError) as error:
         raise DataError(f"{where}: {error}") from None
+
+
+def _kind(name: str, base: type[F]) -> type[F] | None:
+    """The class that a file names; None where there is no such format."""
+    if name.startswith(SPELLED):
+        return classes(base).get(name.removeprefix(SPELLED))
+    if name.partition(".")[0] not in [plugin.package for plugin in plugins()]:
+        return None
+    try:
+        return class_of(name, "format", base)
+    except ConfigError:
+        return None
 
 
 def classes(base: type[F]) -> dict[str, type[F]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.checkpoints.native_files import DIGESTS, RECORD
 from harness.config.errors import ConfigError, DataError
 from harness.libraries.compressed_tensors import cache_refusal
+from harness.libraries.extras import need
 from harness.models.facts import config_of, facts_of
 from harness.models.source import ModelSource
 from harness.models.weights import stored, weight_files
@@ -56,10 +56,7 @@ class CheckpointModel(ModelSource):
                 f"{where} has neither a {RECORD} nor a compressed-tensors config; for a model that "
                 f"is not quantized use model=hf model.path={self.path}."
             )
-        if find_spec("compressed_tensors") is None:
-            raise DataError(
-                f"{where} needs compressed-tensors to be read; pip install compressed-tensors"
-            )
+        need("compressed_tensors", where)
         stored(weight_files(folder))
         if quantization.get("kv_cache_scheme") and (why := cache_refusal()) is not None:
             raise DataError(

@@ -11,17 +11,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from importlib import import_module
-from pathlib import Path
 from types import UnionType
 from typing import Protocol, TypeVar, get_type_hints, overload
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError
 
-from harness.config.checks import integer, known_keys, nearest, one_of, typed
+from harness.config import options
+from harness.config.checks import integer, known_keys, one_of, typed
 from harness.config.errors import ConfigError
+from harness.config.plugins import plugins
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGE = __name__.partition(".")[0]
 WINDOWS = {"windows": int | None, "length": int}
 FIELDS = {  # {section: {setting: its type}} of what no class is built from
@@ -63,6 +63,7 @@ FIELDS = {  # {section: {setting: its type}} of what no class is built from
         "layer_windows": int | None,
         "streaming": bool,
         "zeroshot": Mapping | None,
+        "generate": Mapping | None,
         "evaluations": Mapping[str, Mapping],
     },
     "eval.perplexity": WINDOWS | {"corpora": list[str]},
@@ -90,10 +91,10 @@ def build(node: Mapping, field: str, base: type | UnionType) -> object:
     """An instance of the class that `node["_target_"]` names, from the other keys.
 
     None where `bits` is 16: the part is off; null is the width of INT16. base: a class, or a
-    union of some; only classes under it that this package itself defines are built, whatever else
-    a module of it imports. Values stay plain: a `_target_` inside one builds nothing. Keys and
-    types are checked of a part that is off, too. Raises ConfigError naming `field`, which tells
-    where the node stands.
+    union of some; only classes under it that this package itself or a plug-in (plugins.py) defines
+    are built, whatever else a module of theirs imports. Values stay plain: a `_target_` inside one
+    builds nothing. Keys and types are checked of a part that is off, too. Raises ConfigError naming
+    `field`, which tells where the node stands.
     """
     target = node.get("_target_")
     off = node.get("bits") == 16
@@ -106,7 +107,7 @@ def build(node: Mapping, field: str, base: type | UnionType) -> object:
             f"{field}={dict(node)}: the option of {group} has no class for it; "
             f"choose another {group}."
         )
-    cls = _class(str(target), field, base)
+    cls = class_of(str(target), field, base)
     arguments = {key: value for key, value in node.items() if key != "_target_"}
     # what has no other width than 16, which as a setting would be off
     if getattr(cls, "bits", None) == 16 and arguments.get("bits", 16) is None:
@@ -131,21 +132,24 @@ def build(node: Mapping, field: str, base: type | UnionType) -> object:
         ) from None
 
 
-def _class(target: str, field: str, base: type | UnionType) -> type:
-    """The class of that name.
+def class_of(target: str, field: str, base: type | UnionType) -> type:
+    """The class of that name, of this package or of a plug-in.
 
     Raises ConfigError where it is none of ours, or of another kind than `base`.
     """
     module, _, name = target.rpartition(".")
-    if module.partition(".")[0] != PACKAGE:
+    package = module.partition(".")[0]
+    if not _builds(package):
         raise ConfigError(
-            f"{field}._target_={target}: only classes of this package ({PACKAGE}.*) are built."
+            f"{field}._target_={target}: only classes of this package ({PACKAGE}.*) and of "
+            "installed plug-ins are built."
         )
     try:
         candidate = getattr(import_module(module), name)
-    except (ImportError, AttributeError):
-        raise ConfigError(f"{field}._target_={target}: there is no such class.") from None
-    ours = isinstance(candidate, type) and candidate.__module__.partition(".")[0] == PACKAGE
+    except (ImportError, AttributeError) as error:
+        why = f" ({error})" if package != PACKAGE else ""  # it may lack another package
+        raise ConfigError(f"{field}._target_={target}: there is no such class{why}.") from None
+    ours = isinstance(candidate, type) and _builds(candidate.__module__.partition(".")[0])
     if not ours or not issubclass(candidate, base):
         bases = base.__args__ if isinstance(base, UnionType) else [base]
         kinds = " or ".join(kind.__name__ for kind in bases)
@@ -155,18 +159,17 @@ def _class(target: str, field: str, base: type | UnionType) -> type:
     return candidate
 
 
+def _builds(package: str) -> bool:
+    """Whether classes that a package defines are built."""
+    return package == PACKAGE or package in [plugin.package for plugin in plugins()]
+
+
 def option(group: str, name: str) -> dict:
     """The settings of an option of a config group, e.g. `option("data", "pydoc")`, as plain values.
 
     Those that it inherits are among them. Raises ConfigError where there is no such option.
     """
-    path = ROOT / "conf" / group / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        raise ConfigError(
-            f"{group}={name}: no such option.{nearest(name, known)} Options: {', '.join(known)}."
-        )
-    own = OmegaConf.load(path)
+    own = OmegaConf.load(options.file(group, name))
     assert isinstance(own, DictConfig)  # every file of conf is a mapping
     defaults = own.pop("defaults", [])
     inherited = [

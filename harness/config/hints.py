@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 
+from harness.config import options
 from harness.config.checks import nearest
-
-CONF = Path(__file__).resolve().parent.parent.parent / "conf"
+from harness.config.command_line import again
+from harness.config.search_path import composing
 
 
 def explain(error: Exception, arguments: list[str]) -> str:
@@ -23,10 +23,7 @@ def explain(error: Exception, arguments: list[str]) -> str:
         )
     text = f"{error}\n{error.__cause__ or ''}"
     if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
-        group, name = match.groups()
-        folder = CONF.parent / "sweeps" if group == "sweeps" else CONF / group
-        known = sorted(p.stem for p in folder.glob("*.yaml"))
-        return f"{group}={name}: no such option.{nearest(name, known)} Options: {', '.join(known)}."
+        return options.missing(*match.groups())
     if match := re.search(r"Interpolation key '(.+)' not found\s+full_key: (\S+)", text):
         return f"{match[2]}=${{{match[1]}}}: there is no setting {match[1]} to take it from."
     if match := re.search(r"Could not override '([^']+)'", text) or re.search(
@@ -34,11 +31,8 @@ def explain(error: Exception, arguments: list[str]) -> str:
     ):
         key = match.group(1)
         known = _known(arguments, key)
-        groups = [p.name for p in CONF.iterdir() if p.is_dir()] + ["sweeps"]
-        return (
-            f"{key}: no such setting.{nearest(key, [*known, *groups])} "
-            "`python run.py --cfg job` lists all."
-        )
+        near = nearest(key, [*known, *options.groups()])
+        return f"{key}: no such setting.{near} `{again(['--cfg', 'job'])}` lists all."
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(dict.fromkeys(lines))
 
@@ -63,7 +57,7 @@ def _known(arguments: list[str], failed: str) -> list[str]:
 
 def _compose(choices: list[str]) -> DictConfig:
     """The configuration of some options, or the default one where that cannot be composed."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with composing():
         try:
             return compose("config", overrides=choices)
         except HydraException:

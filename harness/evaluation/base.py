@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from harness.evaluation.divergence import Reference
+    from harness.formats import KVCache
     from harness.models.adapter import Adapter
 
 Figures = Mapping[str, float | Mapping[str, float | int | None]]
@@ -118,6 +119,14 @@ class Evaluation(ABC):
         """Raise ConfigError or DataError for what cannot be measured. Loads no weight."""
         return None
 
+    def check_export(self, layout: str, family: object, kv: KVCache | None) -> None:
+        """Raise ConfigError for a checkpoint that it could not measure. Loads no weight.
+
+        layout: the option of export, `none` where the run leaves no checkpoint; family: the
+        config's model_type; kv: the format of keys and values.
+        """
+        return None
+
     def limits(self) -> Mapping[str, int | None]:
         """{source: the most documents that are read of it, None for all}, for honesty marks."""
         return {}
@@ -130,6 +139,14 @@ class Evaluation(ABC):
     def measure(self, subject: Subject) -> Figures:
         """{corpus or task: {metric: value, metric_stderr: its standard error, "n": documents}}, or
         {corpus or task: value} of an evaluation that has one metric, which bears its name."""
+
+    def exported(self, subject: Subject, folder: Path) -> Figures:
+        """The same as `measure` gives, of the run's checkpoint in `folder`, once it is there.
+
+        subject: the model at the stage that was exported. Raises DataError for what cannot be
+        measured after all, which becomes a warning of the run.
+        """
+        return {}
 
     def verify(self, stage: str, figures: Figures) -> None:
         """Raise FloatingPointError for figures of a model that is lost; they are kept by then."""

@@ -1,4 +1,4 @@
-"""The evaluations that every run has, and the one that an option of `eval` turns on.
+"""The evaluations that every run has, and the two that an option of `eval` turns on.
 
 Their names are those of the fields of a stage's record: stages.quantized.ppl, .divergence,
 .zeroshot. Imports no torch.
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from harness.config.build import build
 from harness.config.errors import ConfigError
 from harness.evaluation.base import Display, Evaluation, Figures, Subject, Watch
+from harness.evaluation.generate import TEXTS, Generate
 from harness.evaluation.zeroshot import ZeroShot
 
 LOST = 100.0  # a perplexity no working language model has
@@ -92,8 +93,9 @@ SHIPPED: dict[str, type[Evaluation]] = {
     "ppl": Perplexity,
     "divergence": FromUntouched,
     "zeroshot": ZeroShot,
+    "generate": Generate,
 }
-RESERVED = ("losses", "tokens", "samples", *SHIPPED)  # what a stage's record holds already
+RESERVED = ("losses", "tokens", "samples", TEXTS, *SHIPPED)  # what a stage's record holds already
 
 
 def evaluations(section: Mapping) -> dict[str, Evaluation]:
@@ -102,6 +104,9 @@ def evaluations(section: Mapping) -> dict[str, Evaluation]:
     zeroshot = ZeroShot.of(section["zeroshot"])
     if zeroshot is not None:
         built["zeroshot"] = zeroshot
+    generate = Generate.of(section.get("generate"))
+    if generate is not None:
+        built["generate"] = generate
     for name, node in section["evaluations"].items():
         if name in RESERVED or "/" in name:  # trackers make a path of it
             raise ConfigError(f"eval.evaluations.{name}: is taken or no name; choose another.")

@@ -28,6 +28,7 @@ from harness.config.errors import ConfigError, DataError
 from harness.evaluation.agreement import NAME, documents
 from harness.evaluation.base import Display, Evaluation, Figures, Subject
 from harness.evaluation.documents import read
+from harness.libraries.extras import need
 from harness.parallel import ALONE, Ranks
 from harness.store import write_checked
 
@@ -118,8 +119,10 @@ class ZeroShot(Evaluation):
         return _digest(content) if paths else None
 
     def check(self) -> None:
-        """Raise ConfigError for a task that is neither a file, nor shipped, nor known to lm-eval.
-        Reading its list takes seconds."""
+        """Raise ConfigError where lm-eval or what it needs is not installed, and for a task that is
+        neither a file, nor shipped, nor known to lm-eval. Reading its list takes seconds."""
+        for library in ("lm_eval", "datasets", "accelerate"):
+            need(library, "eval.zeroshot", extra="zeroshot")
         named = [name for name in self.tasks if self.file(name) is None and name != NAME]
         if not named:
             return
@@ -172,7 +175,7 @@ def zeroshot(
     model: a causal language model; amp: autocast dtype of its forward; advance: called after each
     task; ranks: each answers its share of the documents.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
     from lm_eval.tasks import TaskManager
 
     from harness.evaluation.requests import SharedLM
@@ -191,24 +194,18 @@ def zeroshot(
         # what hears stands among those that translate, in lm-eval's view
         "backend": "causal",
         "tokenizer": tokenizer,
-        "batch_size": together(model, settings),
+        "batch_size": together(model, settings.batch_size),
         "mixed_precision_dtype": amp,
     }
-    common = {
-        "model": SharedLM(ranks, **wrapping),
-        "limit": settings.limit,
-        "task_manager": manager,
-        "log_samples": True,
-        "random_seed": None,
-        "numpy_random_seed": None,
-        "torch_random_seed": None,
-        "bootstrap_iters": 100,
-    }
+    lm = SharedLM(ranks, **wrapping)
     figures, samples = {}, {}
     for name, task in zip(settings.tasks, tasks):
-        options = {**common, "tasks": [task], "num_fewshot": shots.get(name)}
+        # simple_evaluate does these three and lists the packages of the machine, for seconds
         with _undisturbed():
-            answers: dict = dict(simple_evaluate(**options) or {})
+            chosen = manager.load([task])
+            _show_examples(chosen["tasks"], shots.get(name))
+            options = {"lm": lm, "task_dict": chosen, "limit": settings.limit}
+            answers: dict = dict(evaluate(**options, bootstrap_iters=100) or {})
         # lm-eval gives none to who is not the first process of its machine
         for key, result in answers.get("results", {}).items():
             figures[key] = _figures(result, answers["n-samples"].get(key, {}).get("effective"))
@@ -218,7 +215,21 @@ def zeroshot(
     return ranks.gather((figures, samples))[0]
 
 
-def together(model: PreTrainedModel, settings: ZeroShot) -> int:
+def _show_examples(tasks: Mapping, count: int | None) -> None:
+    """Have every task of lm-eval's show that many examples, as lm-eval's command does: none of its
+    own without a number, and none at all where the task says so."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    for task in tasks.values():
+        own = task.get_config("num_fewshot")
+        if count is not None and own != 0:
+            task.set_config(key="num_fewshot", value=count)
+        elif own is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+
+
+def together(model: PreTrainedModel, batch_size: int) -> int:
     """Requests in one forward: batch_size, or one where an activation's scale spans tokens."""
     from harness.libraries import compressed_tensors
     from harness.models.quant_linear import SiteInput
@@ -227,7 +238,7 @@ def together(model: PreTrainedModel, settings: ZeroShot) -> int:
         act = module.format if isinstance(module, SiteInput) else None
         if (act is not None and act.spans_tokens) or compressed_tensors.spans_tokens(module):
             return 1
-    return settings.batch_size
+    return batch_size
 
 
 @contextmanager
@@ -259,12 +270,15 @@ def _configured(settings: ZeroShot, name: str) -> dict | str:
     def load(**_) -> DatasetDict:
         return DatasetDict({"test": Dataset.from_list(rows)})
 
-    common = {
-        "task": name,
-        "custom_dataset": load,
-        "test_split": "test",
-        "metadata": {"version": 1},
-    }
+    return configuration(name, rows, path is None) | {"custom_dataset": load}
+
+
+def configuration(name: str, rows: list[dict], shipped: bool) -> dict:
+    """How lm-eval scores a task of these documents, all but where they are.
+
+    shipped: they are those of agreement.
+    """
+    common = {"task": name, "test_split": "test", "metadata": {"version": 1}}
     if "context" in rows[0]:
         metrics = [
             {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
@@ -276,7 +290,7 @@ def _configured(settings: ZeroShot, name: str) -> dict | str:
             "target_delimiter": "",
         }
         return common | texts | {"output_type": "loglikelihood", "metric_list": metrics}
-    if path is None:  # agreement: both answers are of one length, but not in bytes
+    if shipped:  # both answers are of one length, but not in bytes
         names = ["acc"]
         text = "{{query}}"
     else:

@@ -227,6 +227,10 @@ class Format(Geometry, ABC):
         """
         return self.rescaled(scales, torch.maximum(low, high))
 
+    def offset(self, scales: Scales) -> Tensor | float:
+        """What a value has that does not grow with its scale, [*lead, groups] or 0."""
+        return 0.0
+
     def nearby(self, scales: Scales) -> Iterator[Scales]:
         """Other scales that a search by error may try around those of the extremes, nearest first.
 

@@ -58,7 +58,7 @@ class KVCache:
     incl0: whether zero lies in every asymmetric range: always | never (KIVI).
     symmetric, zp_order, zp_range: as Integer has them; compute_dtype: of the others, too.
     clip_k, clip_v: in (0, 1].
-    zp: rounded | float_offset (QuaRot's deployed cache).
+    zp: as Integer has it (float_offset: QuaRot's deployed cache).
     """
 
     bits: int = 4

@@ -24,6 +24,8 @@ from harness.formats.observers import absmax, search
 from harness.formats.qtensor import Scales
 
 SCALE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ZERO_BITS = {"rounded": None, "float_offset": 32, "half_offset": 16}  # None: those of a code
+HALF = torch.finfo(torch.float16).max
 WIDTHS = tuple(range(2, 9))
 FLOOR = 1e-5  # least range of a weight's group
 
@@ -39,11 +41,12 @@ class Integer(Format):
     incl0: whether 0 lies in every asymmetric range: auto (all but unsigned groups) | always | never
         (not with signed zero points). Where it does, z is a code, and clamped to be one.
     clip: factor in (0, 1] on m and M.
-    zp: rounded | float_offset (z = m, q = RNE((x - m) / s), dq = q * s + m).
+    zp: rounded | float_offset (z = m, q = RNE((x - m) / s), dq = q * s + m) | half_offset (the
+        same with m rounded to float16 before codes are computed, as GGML's Q4_1 stores it).
     scale_dtype: float32 | bf16 | fp16 | input, rounded before codes are computed (bf16 of a float16
         tensor: to a number that float16 holds, too).
     degenerate: auto (weights: A or M - m is at least 1e-5; activations: s = 1 where A = 0; a zero
-        range becomes [-1, 1]; float_offset: M - m is at least 1e-5) | eps (s = 0 becomes the
+        range becomes [-1, 1]; an offset: M - m is at least 1e-5) | eps (s = 0 becomes the
         dtype's epsilon, z = 0) | one (s = 0 becomes 1, and z = NaN if asymmetric, as FP-Quant has
         it).
     range: dynamic (of each tensor) | static (calibrated; activations with granularity=tensor).
@@ -74,7 +77,7 @@ class Integer(Format):
         self._choose("zp_range", "unsigned", "signed")
         self._choose("incl0", "auto", "always", "never")
         number("Integer: clip", self.clip, 1e-6, 1)
-        self._choose("zp", "rounded", "float_offset")
+        self._choose("zp", *ZERO_BITS)
         self._choose("scale_dtype", *SCALE_DTYPES, "input")
         self._choose("degenerate", "auto", "eps", "one")
         self._choose("range", "dynamic", "static")
@@ -89,22 +92,27 @@ class Integer(Format):
                 "Integer: incl0=never with zp_range=signed: a signed zero point is a code, "
                 "so 0 lies in every range; set incl0=auto, or zp_range=unsigned."
             )
-        if self.symmetric and self.zp == "float_offset":
+        if self.symmetric and self.shifted:
             raise ConfigError(
-                "Integer: zp=float_offset needs symmetric=false; a symmetric grid has no offset."
+                f"Integer: zp={self.zp} needs symmetric=false; a symmetric grid has no offset."
             )
 
     @property
     def unread(self) -> tuple[str, ...]:
         if self.symmetric:
             return (*super().unread, "zp_order", "zp_range", "incl0")
-        if self.zp == "float_offset":
+        if self.shifted:
             return (*super().unread, "int_range", "int_scale", "zp_order", "zp_range")
         return (*super().unread, "int_range", "int_scale")
 
     @property
+    def shifted(self) -> bool:
+        """Whether z is a value, the least of the range, and no code."""
+        return self.zp != "rounded"
+
+    @property
     def signed(self) -> bool:
-        return self.symmetric or (self.zp_range == "signed" and self.zp == "rounded")
+        return self.symmetric or (self.zp_range == "signed" and not self.shifted)
 
     @property
     def spans_zero(self) -> bool:
@@ -114,7 +122,7 @@ class Integer(Format):
 
     @property
     def zero_bits(self) -> int:
-        return self.bits if self.zp == "rounded" else 32
+        return ZERO_BITS[self.zp] or self.bits
 
     @property
     def qmin(self) -> int:
@@ -180,7 +188,7 @@ class Integer(Format):
         """The ranges under degenerate=auto: where one has no width, a width that represents it."""
         if self.symmetric and self.role == "weight":
             return lo, hi.clamp(min=FLOOR)
-        if self.symmetric or self.zp == "float_offset":  # mended where s is known
+        if self.symmetric or self.shifted:  # mended where s is known
             return lo, hi
         constant = lo == hi  # has no range of its own; one that reaches to zero represents it
         lo = torch.where(constant, lo.clamp(max=0), lo)
@@ -222,8 +230,8 @@ class Integer(Format):
 
     def _zero_point(self, lo: Tensor, s: Tensor) -> Tensor:
         """z of ranges that begin at lo."""
-        if self.zp == "float_offset":
-            return lo
+        if self.shifted:
+            return lo.clamp(-HALF, HALF).half().to(lo) if self.zp == "half_offset" else lo
         z = (self.qmin - lo / s).round()
         if self.spans_zero:
             z = z.clamp(self.qmin, self.qmax)
@@ -237,7 +245,7 @@ class Integer(Format):
         blocks = blocks.to(self._compute(dtype))
         lo, hi = self._extremes(blocks, global_scale)
         s = self._step(lo, hi)
-        floored = self.zp == "float_offset" or (
+        floored = self.shifted or (
             self.degenerate == "auto" and self.role == "weight" and not self.symmetric
         )
         if floored:
@@ -272,6 +280,11 @@ class Integer(Format):
         zero = self._zero_point(first * low, moved.scale.to(s))
         return replace(moved, zero=zero + 0.0)  # -0 + 0 = +0
 
+    def offset(self, scales: Scales) -> Tensor | float:
+        if self.shifted and scales.zero is not None:
+            return scales.zero
+        return super().offset(scales)
+
     def nearby(self, scales: Scales) -> Iterator[Scales]:
         """Symmetric: the step times .975, .95, .. .2. Asymmetric: ranges whose ends, lower end or
         upper end are multiplied by .96, .92, .. .2."""
@@ -297,7 +310,7 @@ class Integer(Format):
         """The code of x as a float. RNE may leave -0, which no integer is: adding 0 makes it +0."""
         if z is None:
             q = torch.div(x, s, out=out).round_()
-        elif self.zp == "float_offset":
+        elif self.shifted:
             q = torch.sub(x, z, out=out).div_(s).round_()
         elif self.zp_order == "round_then_add":
             q = torch.div(x, s, out=out).round_().add_(z)
@@ -309,7 +322,7 @@ class Integer(Format):
         """The value of a float code, in place."""
         if z is None:
             return q.add_(0.0).mul_(s)
-        if self.zp == "float_offset":
+        if self.shifted:
             return q.mul_(s).add_(z)
         return q.sub_(z).mul_(s)
 

@@ -58,7 +58,7 @@ def expert_loaded(entries: Mapping[str, Tensor], group: Mapping, like: Tensor) -
     from transformers.core_model_loading import (
         MergeModulelist,
         WeightConverter,
-        apply_converters,
+        rename_source_key,
     )
     from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
     from transformers.utils.quantization_config import CompressedTensorsConfig
@@ -76,7 +76,7 @@ def expert_loaded(entries: Mapping[str, Tensor], group: Mapping, like: Tensor) -
     stacked = WeightConverter("experts.*.one.weight", "experts.weights", [MergeModulelist()])
     converter, *_ = quantizer.update_weight_conversions([stacked], model)
     for name, tensor in entries.items():
-        target, pattern = apply_converters(f"experts.0.one.{name}", [converter])
+        target, pattern = rename_source_key(f"experts.0.one.{name}", [], [converter])
         if pattern is not None:
             converter.add_tensor(target, name, pattern, tensor)
     try:

@@ -2,7 +2,7 @@
 
 get_model_conversion_mapping, reverse_transform, PrefixChange
     how a file's tensors become parameters, and the way back
-apply_renamings, apply_converters
+rename_source_key
     what of it a name meets
 """
 
@@ -20,8 +20,7 @@ from transformers.core_model_loading import (
     PrefixChange,
     WeightConverter,
     WeightRenaming,
-    apply_converters,
-    apply_renamings,
+    rename_source_key,
 )
 
 from harness.libraries.transformers import Conversion
@@ -47,7 +46,7 @@ class Saved:
 
     def name(self, name: str) -> str:
         """A tensor's name in a file; its own where it is not found again by another."""
-        saved = apply_renamings(name, self._renamings)
+        saved, _ = rename_source_key(name, self._renamings, [])
         return saved if self._loaded.parameters(saved) == (name,) else name
 
     def modules(self, names: Iterable[str]) -> list[str]:
@@ -86,7 +85,7 @@ class Saved:
         gathered: dict[str, WeightConverter] = {}
         by_pattern = {p: each for each in self._converters for p in each.source_patterns}
         for parameter, tensor in parameters.items():
-            target, pattern = apply_converters(parameter, self._converters)
+            target, pattern = rename_source_key(parameter, [], self._converters)
             if pattern is None:
                 result[self.name(parameter)] = tensor
                 continue
@@ -96,5 +95,6 @@ class Saved:
             made = converter.convert(target, model=self._model, config=self._model.config)
             for name, each in made.items():
                 tensor = each[0] if isinstance(each, list) else each
-                result[apply_renamings(name, self._renamings)] = tensor.clone()
+                saved, _ = rename_source_key(name, self._renamings, [])
+                result[saved] = tensor.clone()
         return result

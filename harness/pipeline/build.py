@@ -114,6 +114,7 @@ def components(plan: Plan) -> Components:
         ]
     exporter = _exporter(plan, scheme, structure)
     if exporter is not None:
+        exporter.check_config(facts)
         dtype = _stored_dtype(settings["model"]["dtype"], facts)
         doubts = [
             warning
@@ -121,6 +122,8 @@ def components(plan: Plan) -> Components:
             for warning in exporter.check(each, transforms, context, dtype)
         ]
         warnings += dict.fromkeys(doubts)  # each once
+    for evaluation in plan.evaluations.values():
+        evaluation.check_export(settings["export"]["name"], facts.get("model_type"), scheme.kv)
     built = {
         "format.weight": scheme.weight,
         "format.act": scheme.act,

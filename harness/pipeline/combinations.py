@@ -215,4 +215,9 @@ def check_tuner(
             f"{name} with model.weights=disk: it holds the whole model, and the untouched one; set "
             "model.weights=memory, or tune=none."
         )
+    if tuner.windows is not None and plan.calibration.count is None:
+        raise ConfigError(
+            f"{name} with tune.windows={tuner.windows} and data.calibration.windows=null: solving "
+            "takes all of the text, and none is left to learn from; set one of them."
+        )
     return tuner.check(found)

@@ -43,7 +43,7 @@ def compute(start: Job, device: torch.device) -> None:
     plan = start.plan
     with start.stage("load"):
         job, adapter = _load(start, device)
-        calibration = _read_texts(job, adapter)
+        calibration, fresh = _read_texts(job, adapter)
     measure.baseline(job, adapter)
 
     probe = calibration[:PROBE_WINDOWS, :PROBE_LENGTH].to(device)
@@ -53,16 +53,23 @@ def compute(start: Job, device: torch.device) -> None:
     job.metrics["online"] = online(adapter)
     # What is exact need not be evaluated, for the gate has found the same logits; unless the run
     # quantizes nothing, and the transformed model is its result.
+    subject = None
     inexact = not all(transform.exact for transform in job.parts.transforms)
     if inexact or (changed and not plan.quantizes):
-        measure.evaluate(job, "transformed", adapter)
+        subject = measure.evaluate(job, "transformed", adapter)
     if plan.quantizes:
-        _quantize(job, adapter, calibration)
-        measure.evaluate(job, "quantized", adapter)
+        _quantize(job, adapter, calibration, fresh)
+        subject = measure.evaluate(job, "quantized", adapter)
     exporter = job.parts.exporter
     if exporter is not None:
         alone = replace(job, run=job.run.alone())
-        job.ranks.lead(lambda: export.export(alone, adapter, exporter))
+
+        def written() -> None:
+            folder = export.export(alone, adapter, exporter)
+            if subject is not None:
+                measure.exported(alone, subject, folder)
+
+        job.ranks.lead(written)
     # A float model's weights have the bits of their dtype; a checkpoint's are not known here.
     if job.metrics["bits_per_weight"] is None and not plan.model.quantized:
         job.metrics["bits_per_weight"] = float(torch.finfo(adapter.model.dtype).bits)
@@ -97,8 +104,9 @@ def _load(start: Job, device: torch.device) -> tuple[LoadedJob, Adapter]:
     return job, adapter
 
 
-def _read_texts(job: LoadedJob, adapter: Adapter) -> Tensor:
-    """Tokenize and cut the texts of the run: job.texts, and the windows that calibrate [N, L]."""
+def _read_texts(job: LoadedJob, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """Tokenize and cut the texts of the run: job.texts, and the windows [N, L] that calibrate and
+    that a tuner learns from."""
     plan = job.plan
     evaluated = {c.name: measure.tokens(job, c, "evaluation") for c in plan.corpora}
     cut = plan.evaluation
@@ -109,7 +117,7 @@ def _read_texts(job: LoadedJob, adapter: Adapter) -> Tensor:
     for name, ids in evaluated.items():
         job.texts[name] = windows(ids, cut.length, cut.count, field="eval.perplexity", bos=every)
     # Of a run that calibrates nothing: for the gate to probe with.
-    calibration = next(iter(job.texts.values()))
+    calibration = fresh = next(iter(job.texts.values()))
     texts = evaluated
     if plan.calibrates:
         read = [measure.tokens(job, c, "calibration") for c in plan.calibration_corpora]
@@ -117,12 +125,12 @@ def _read_texts(job: LoadedJob, adapter: Adapter) -> Tensor:
         texts = evaluated | {
             f"{c.name} (calibration)": ids for c, ids in zip(plan.calibration_corpora, begun)
         }
-        calibration = _calibration(job, begun, every)
+        calibration, fresh = _calibration(job, begun, every)
     # A tokenizer of another model gives ids that would end in an error deep inside torch.
     for name, ids in texts.items():
         refuse_unknown_ids(name, ids, _rows(adapter))
     job.metrics["marks"] = _marks(job, evaluated)
-    return calibration
+    return calibration, fresh
 
 
 def confirm(model: nn.Module, told: Structure) -> None:
@@ -178,17 +186,22 @@ def _rows(adapter: Adapter) -> int:
     return adapter.model.get_input_embeddings().num_embeddings
 
 
-def _calibration(job: LoadedJob, texts: Sequence[Tensor], bos: int | None) -> Tensor:
-    """The calibration windows [N, L] of the token ids of all texts that calibrate; bos: that begins
-    each."""
+def _calibration(job: LoadedJob, texts: Sequence[Tensor], bos: int | None) -> tuple[Tensor, Tensor]:
+    """The windows [N, L] that calibrate, of the token ids of all texts that do, and those that a
+    tuner learns from; bos: that begins each."""
     corpora = job.plan.calibration_corpora
     whole = job.plan.calibration.within(min(map(len, texts)))
+    solving = whole.count
+    more = job.parts.tuner.windows if job.parts.tuner is not None else None
+    if more is not None and solving is not None:
+        whole = replace(whole, count=solving + more)
     seed = job.plan.settings["seed"]
     pieces = []
     for corpus, ids, cut in zip(corpora, texts, whole.shares(len(texts))):
         with sharing(corpus, corpora):
             pieces.append(windows(ids, cut.length, cut.count, cut.order, seed, bos=bos))
-    calibration = in_turn(pieces)
+    cut = in_turn(pieces)
+    calibration = cut[:solving]
     count, length = calibration.shape
     used: dict[str, int | str] = {"windows": count, "length": length}
     note = f"{count} x {length} tokens"
@@ -198,7 +211,7 @@ def _calibration(job: LoadedJob, texts: Sequence[Tensor], bos: int | None) -> Te
     job.metrics["calibration"] = used
     if whole.count is None or len(corpora) > 1:
         job.metrics["notes"]["calibration"] = note
-    return calibration
+    return calibration, calibration if more is None else cut[solving:]
 
 
 def _marks(job: LoadedJob, evaluated: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -220,8 +233,11 @@ def _marks(job: LoadedJob, evaluated: Mapping[str, Tensor]) -> dict[str, list[st
     )
 
 
-def _quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
-    """Quantize weights, activations, keys and values, whichever the run does."""
+def _quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor, fresh: Tensor) -> None:
+    """Quantize weights, activations, keys and values, whichever the run does.
+
+    calibration: token ids [N, L]; fresh: those that a tuner learns from.
+    """
     auto = job.parts.auto
     if auto is not None:
         # Here, and not when the parts are built: it takes gradients of the transformed model.
@@ -241,4 +257,4 @@ def _quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor) -> None:
         for heads in attach(adapter):
             heads.format = scheme.kv
     if job.parts.tuner is not None:
-        tuning.tune(job, adapter, calibration, job.parts.tuner)
+        tuning.tune(job, adapter, fresh, job.parts.tuner)

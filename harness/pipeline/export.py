@@ -21,6 +21,7 @@ from harness.checkpoints.base import Exporter, Snapshot, cast, digests, write_ch
 from harness.checkpoints.card import card
 from harness.checkpoints.metadata import metadata
 from harness.checkpoints.names import name_of
+from harness.checkpoints.saved import upload
 from harness.config.errors import DataError
 from harness.evaluation.perplexity import perplexity, window_losses
 from harness.formats import QTensor
@@ -37,8 +38,9 @@ SLACK = 10  # and a tie that falls otherwise moves it that much more
 ROUNDING = 1e-12  # between perplexities that are the same
 
 
-def export(job: LoadedJob, adapter: Adapter, exporter: Exporter) -> None:
-    """Write, check and name the run's checkpoint; what it is stands in the metrics.
+def export(job: LoadedJob, adapter: Adapter, exporter: Exporter) -> Path:
+    """Write, check and name the run's checkpoint; returns its folder, what it is stands in the
+    metrics.
 
     Raises DataError where it does not come back as it was evaluated.
     """
@@ -87,7 +89,8 @@ def export(job: LoadedJob, adapter: Adapter, exporter: Exporter) -> None:
     }
     job.reporter.say(f"exported: {final}")
     if section["push_to"] is not None:
-        _push(section["push_to"], final)
+        upload(final, section["push_to"], private=True)
+    return final
 
 
 def _free(folder: Path, name: str, run_id: str) -> Path:
@@ -198,10 +201,3 @@ def _replace(final: Path, beside: Path) -> None:
         final.rename(_aside(final))
     beside.rename(final)
     shutil.rmtree(_aside(final), ignore_errors=True)
-
-
-def _push(repository: str, folder: Path) -> None:
-    from huggingface_hub import HfApi
-
-    HfApi().create_repo(repository, exist_ok=True, private=True)
-    HfApi().upload_folder(repo_id=repository, folder_path=folder)

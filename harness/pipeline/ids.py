@@ -13,14 +13,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harness.calibration.corpus import Corpus
-from harness.config.build import ROOT, option
+from harness.config import options
+from harness.config.build import option
+from harness.config.plugins import releases
 from harness.evaluation.base import Evaluation
 from harness.evaluation.shipped import fingerprints
 from harness.pipeline.texts import Windows
 
 # Settings of solvers that came later, where they change nothing: as conf/solver has them.
 MIN_TOKENS = 128
-LATER: dict[str, object] = {"min_tokens": MIN_TOKENS, "stream": "weights", "propagate": "none"}
+LATER: dict[str, object] = {
+    "min_tokens": MIN_TOKENS,
+    "stream": "weights",
+    "propagate": "none",
+    "refit": False,
+}
 CACHE: dict[str, object] = {  # of format.kv, as conf/format/none.yaml has them
     "kind": "integer",
     "scale": "dynamic",
@@ -67,12 +74,12 @@ def of_calibration(corpora: Sequence[Corpus], windows: Windows, bos: str, expert
 def of_format(section: Mapping, export: Mapping) -> dict:
     """The format's settings, with what stands behind the options that overrides and candidates
     name, and what changes those."""
-    section = _as_before(section)
+    section = _released(_as_before(section))
     names = {_candidate(name) for name in _strings(section["auto"])}
     names |= set(_strings(section["overrides"]))
     options = {name: name.partition(":")[0] for name in sorted(names)}
     named = {
-        name: _as_before(option("format", stem))
+        name: _released(_as_before(option("format", stem)))
         for name, stem in options.items()
         if _is_option(stem)
     }
@@ -93,18 +100,19 @@ def _as_before(section: Mapping) -> dict:
 def of_solver(section: Mapping) -> dict:
     """The solver's settings."""
     propagates = section.get("propagate", "none") != "none"
-    return {
+    kept = {
         key: x
         for key, x in section.items()
         if LATER.get(key, ()) != x and (propagates or not key.startswith("propagate_"))
     }
+    return _released(kept)
 
 
 def of_tune(section: Mapping) -> list:
     """The tuner's settings; nothing where there is none, for runs from before there were any."""
     if not section.get("_target_"):
         return []
-    return [{key: x for key, x in section.items() if key != "name"}]
+    return [_released({key: x for key, x in section.items() if key != "name"})]
 
 
 def of_transform(section: Mapping) -> dict:
@@ -115,7 +123,14 @@ def of_transform(section: Mapping) -> dict:
     if isinstance(path, str) and Path(path).is_file():
         # A file may be moved, or written again under its name.
         kept["load"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    return kept
+    return _released(kept)
+
+
+def _released(section: dict) -> dict:
+    """Settings with the releases of the plug-ins whose classes they name: the next ones may compute
+    otherwise."""
+    named = releases(section)
+    return section | {"releases": named} if named else section
 
 
 def _strings(value: object) -> list[str]:
@@ -137,4 +152,4 @@ def _candidate(name: str) -> str:
 
 def _is_option(name: str) -> bool:
     """Whether conf/format has it; what it has not is refused when the format is built."""
-    return (ROOT / "conf" / "format" / f"{name}.yaml").is_file()
+    return options.has("format", name)

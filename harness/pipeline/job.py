@@ -32,6 +32,7 @@ from harness.pipeline.plan import Plan, make_plan
 from harness.pipeline.state import Job
 from harness.pipeline.unread import unread
 from harness.report.progress import Reporter
+from harness.report.texts import said
 from harness.store import Run, Store
 from harness.tracking import Local, RunInfo, Several
 
@@ -236,6 +237,9 @@ class Attempt(Job):
             figures = rows(name, self.metrics["stages"]) if evaluation.tabled else []
             if figures:
                 self.tracker.table(name, figures)
+        texts = said(self.metrics["stages"])
+        if texts:
+            self.tracker.table("texts", texts)
         self.tracker.finish(values, self.metrics["status"])
 
 

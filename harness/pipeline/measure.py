@@ -12,6 +12,7 @@ from harness import store as records
 from harness.calibration.corpus import Corpus
 from harness.calibration.windows import tokenize
 from harness.config.build import fingerprint
+from harness.config.errors import DataError
 from harness.evaluation.base import Evaluation, Figures, Subject, Watch
 from harness.evaluation.perplexity import steps, window_losses
 from harness.evaluation.records import plain
@@ -75,9 +76,9 @@ def _known(job: LoadedJob, path: Path) -> dict | None:
     return known
 
 
-def evaluate(job: LoadedJob, stage: str, adapter: Adapter) -> None:
-    """All figures of the model as it is now, into job.metrics. Raises FloatingPointError where an
-    evaluation says that the model is lost."""
+def evaluate(job: LoadedJob, stage: str, adapter: Adapter) -> Subject:
+    """All figures of the model as it is now, into job.metrics; returns what was measured. Raises
+    FloatingPointError where an evaluation says that the model is lost."""
     shared = job.store.shared("baselines", job.plan.baseline_id)
     untouched = stage == "baseline"
     subject = Subject(
@@ -110,6 +111,22 @@ def evaluate(job: LoadedJob, stage: str, adapter: Adapter) -> None:
     job.metrics |= plain(job.plan.evaluations, job.metrics["stages"])
     for name, evaluation in job.plan.evaluations.items():
         evaluation.verify(stage, measured[name])
+    return subject
+
+
+def exported(job: LoadedJob, subject: Subject, folder: Path) -> None:
+    """What evaluations say of the run's checkpoint, beside their figures of the stage that it
+    holds."""
+    stage = job.metrics["stages"][subject.stage]
+    for name, evaluation in job.plan.evaluations.items():
+        try:
+            figures = evaluation.exported(replace(subject, details={}), folder)
+        except DataError as error:
+            job.metrics["warnings"].append(str(error))
+            continue
+        if figures:
+            stage[name] = figures
+    job.metrics |= plain(job.plan.evaluations, job.metrics["stages"])
 
 
 def _pass(

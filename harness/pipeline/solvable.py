@@ -70,6 +70,11 @@ def check_solver(
                 f"format.weight.observer={format.observer} with solver={name}: it finds scales "
                 "without a Hessian; use format.weight.observer=minmax, or solver=rtn, gptq or awq."
             )
+        if solver.refit and format.spans_rows:
+            raise ConfigError(
+                f"solver.refit=true with format.weight.granularity={format.granularity}: a scale "
+                "spans rows; set granularity=channel or group, or solver.refit=false."
+            )
     doubts = [warning for format in formats for warning in solver.check(format)]
     warnings = list(dict.fromkeys(doubts))
     warnings += solver.check_together(formats, _scalable(scheme, transforms, context))

@@ -14,7 +14,7 @@ from torch import Tensor
 from harness import store as records
 from harness.calibration.outliers import outliers, profiles
 from harness.calibration.subject import StreamedModel
-from harness.checkpoints.encodings import save_encodings
+from harness.checkpoints.encodings import inputs, save_encodings
 from harness.config.build import fingerprint
 from harness.evaluation.gate import exact_logits, gate, stream_gate, text_gate
 from harness.formats import Scheme
@@ -283,12 +283,14 @@ def _untouched(job: LoadedJob, adapter: Adapter) -> Untouched | None:
 
 
 def write_encodings(job: LoadedJob, adapter: Adapter) -> None:
-    """The integer weights' encodings, for a solver that has a folder of them."""
+    """Encodings of weights and inputs, for a solver that has a folder of them."""
     solver = job.parts.solver
     if solver is None or solver.encodings is None:
         return
+    scheme = job.parts.scheme
     # From the files of the blocks, for some may be of an earlier attempt.
-    for index in range(len(adapter.blocks) + job.parts.scheme.outside):
-        qtensors = solved(adapter, job.parts.scheme, job.run, index)
-        if job.ranks.first:
-            save_encodings(job.run.path / solver.encodings, index, qtensors)
+    count = len(adapter.blocks) + scheme.outside
+    alone = job.run.alone()
+    blocks = (solved(adapter, scheme, alone, index) for index in range(count))
+    folder = job.run.path / solver.encodings
+    job.ranks.lead(lambda: save_encodings(folder, blocks, inputs(adapter)))

@@ -37,10 +37,10 @@ def keep_solved(job: LoadedJob, adapter: Adapter) -> None:
             linear.keeps = True
 
 
-def tune(job: LoadedJob, adapter: Adapter, calibration: Tensor, tuner: Tuner) -> None:
+def tune(job: LoadedJob, adapter: Adapter, text: Tensor, tuner: Tuner) -> None:
     """Tune the solved model as it is served, or take what was tuned before.
 
-    calibration: token ids [N, L]. Raises FloatingPointError where the loss is not finite.
+    text: token ids [N, L]. Raises FloatingPointError where the loss is not finite.
     """
     run = job.run
     plan = job.plan
@@ -54,7 +54,7 @@ def tune(job: LoadedJob, adapter: Adapter, calibration: Tensor, tuner: Tuner) ->
         if any(run.load_part(part) is None for part in parts):
             source = "tuned"
             progress = Progress(run, f"tune.{plan.tune_id}")
-            student = _student(job, adapter, calibration, before, progress)
+            student = _student(job, adapter, text, before, progress)
             _save(run, adapter, parts, tuner.tune(student))
             del student  # and the untouched model with it
             if job.ranks.first:
@@ -114,7 +114,7 @@ def _released(adapter: Adapter) -> dict[str, Tensor]:
 def _student(
     job: LoadedJob,
     adapter: Adapter,
-    calibration: Tensor,
+    text: Tensor,
     before: dict[str, Tensor],
     progress: Progress,
 ) -> Student:
@@ -129,7 +129,7 @@ def _student(
     return Student(
         StreamedModel(
             adapter,
-            calibration,
+            text,
             job.reporter.stage,
             log=job.tracker.log,
             texts=texts,
@@ -137,7 +137,7 @@ def _student(
         ),
         qtensors,
         before,
-        Teacher(StreamedModel(untouched, calibration)),
+        Teacher(StreamedModel(untouched, text)),
         job.amp,
         progress,
     )

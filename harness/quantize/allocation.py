@@ -26,6 +26,7 @@ from harness.config.build import build, option
 from harness.config.checks import number, typed
 from harness.config.errors import ConfigError
 from harness.formats import Format
+from harness.libraries.extras import need
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import QuantLinear
 from harness.parallel import ALONE, Ranks
@@ -56,6 +57,7 @@ def auto_of(section: Mapping | None, weight: Mapping, serves: Mapping | None = N
     """
     if section is None:
         return None
+    need("scipy", "format.auto", extra="auto")
     hints = {"bits_per_weight": float, "candidates": list[str]}
     typed("format.auto.", section, hints, needed=hints)
     names = section["candidates"]

@@ -108,7 +108,7 @@ class Embeddings:
         report = {}
         if self.weight is not None and solver is not None:
             problem = Problem({name: linear.weight}, {name: self.weight}, statistics.hessian)
-            solution = solver.solve(problem)
+            solution = solver.solved([problem])[0]
             qtensors = solution.qtensors
             report = solution.report
         self._calibrate(linear, statistics.range)

@@ -27,7 +27,7 @@ def spread(solver: Solver, groups: Sequence[Problems], ranks: Ranks) -> dict[str
             if names:
                 parts[site] = solver.part(problem, names)
         if parts:
-            own |= zip(parts, solver.solve_together(list(parts.values())))
+            own |= zip(parts, solver.solved(list(parts.values())))
     everyone = ranks.gather(own)
     return {
         site: _joined(problem, [own[site] for own in everyone if site in own])

@@ -13,10 +13,12 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from harness.libraries.extras import need
 from harness.report.figures import Column, Figure, columns, figures
 from harness.report.marks import letter
 from harness.report.rows import final_stage, outliers, row
 from harness.report.settings import apart, dotted
+from harness.report.texts import said
 from harness.store import Store, write
 
 ASSETS = Path(__file__).parent / "assets"
@@ -29,7 +31,8 @@ POINTS = 200  # of a learning curve, about as many as a panel can show
 
 def write_page(root: Path, path: Path, run_ids: Collection[str] | None = None) -> Path:
     """Write the page of the runs below `root` (only those in `run_ids`, if given) to `path`, in one
-    step; returns `path`."""
+    step; returns `path`. Raises ConfigError without plotly."""
+    need("plotly", "the page")
     from plotly.offline import get_plotlyjs
 
     parts = {
@@ -88,6 +91,7 @@ def _data(root: Path, run_ids: Collection[str] | None) -> dict:
             "figures": _figures(heads, finals[index]),
             "baseline": _baseline(heads, untouched),
             "marks": {name: [marks.add(text) for text in texts] for name, texts in marked},
+            "texts": _texts(one) or None,
             "curves": _curves(Path(one["path"]) / "tracking" / "curves.jsonl"),
             "activations": _activations(outliers(one) or {}, histograms, edges),
             "config": {settings.add(pair) for pair in config.items()},
@@ -175,6 +179,14 @@ def _baseline(heads: Sequence[Figure], untouched: Mapping[Column, Figure]) -> di
         if head.display.change and head.column in untouched
     }
     return {index: value for index, value in found.items() if value is not None}
+
+
+def _texts(row: Mapping) -> list[list[str]]:
+    """[prompt, what the untouched model says, what the one that the run is judged by says]."""
+    final = final_stage(row) or ""
+    return [
+        [one["prompt"], one.get("baseline", ""), one.get(final, "")] for one in said(row["stages"])
+    ]
 
 
 def _number(value: object, digits: int = 4) -> float | None:

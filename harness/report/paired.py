@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from harness.evaluation.records import stored
+from harness.libraries.extras import need
 from harness.report.rows import final_stage, last, samples
 from harness.report.settings import dotted
 
@@ -144,10 +145,11 @@ def _length(stage: dict) -> int | None:
 
 
 def _mcnemar(lost: int, won: int) -> float:
-    from scipy.stats import binomtest
-
     if lost + won == 0:
         return 1.0
+    need("scipy", "McNemar's test")
+    from scipy.stats import binomtest
+
     return float(binomtest(lost, lost + won).pvalue)
 
 
@@ -166,6 +168,7 @@ def _sign_flip(differences: numpy.ndarray) -> float:
 
 def _t(differences: numpy.ndarray) -> float:
     """Two-sided paired t test of a zero mean. differences: [n]."""
+    need("scipy", f"the t test of more than {EXACT} windows")
     from scipy.stats import t
 
     error = differences.std(ddof=1) / math.sqrt(len(differences))

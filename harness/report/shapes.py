@@ -33,6 +33,7 @@ STAGE = {
     "divergence": FIGURES,
     "zeroshot": FIGURES,
     "samples": Mapping[str, str],
+    "texts": Mapping[str, str],
 }
 METRICS = {
     "run_id": str,

@@ -25,7 +25,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
@@ -35,7 +34,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from harness.config.build import ROOT, build
+from harness.config.build import build
+from harness.config.search_path import composing
+from harness.libraries.extras import installed, lacking, need
 from harness.libraries.hydra import BasicLauncher, Callbacks, HydraContext, OverridesParser, jobs_of
 from harness.report.page import write_page
 from harness.report.progress import Reporter
@@ -43,6 +44,11 @@ from harness.report.sweep_table import sweep_table
 from harness.store import read_record, write_record
 from harness.tracking import RunInfo, Tracker
 
+LAUNCHERS = {  # options of hydra/launcher that other packages run
+    "local_pool": "hydra_plugins.hydra_joblib_launcher",
+    "slurm": "hydra_plugins.hydra_submitit_launcher",
+    "submitit_local": "hydra_plugins.hydra_submitit_launcher",
+}
 PERIOD = 0.5  # seconds between looks at jobs in other processes
 
 
@@ -89,9 +95,14 @@ def sweep(task: Callable, overrides: list[str]) -> int:
     """Run `task`, a function of a composed configuration, for every job of a sweep; print its
     table, write its page. Returns the exit status: 1 when a job failed and `on_error=raise`.
 
-    Raises what Hydra raises for overrides that cannot be composed, before anything is written.
+    Raises what Hydra raises for overrides that cannot be composed, and ConfigError for a launcher
+    that is not installed, before anything is written.
     """
-    with initialize_config_dir(str(ROOT / "conf"), job_name="run", version_base="1.3"):
+    for override in overrides:
+        key, _, launcher = override.partition("=")
+        if key == "hydra/launcher" and launcher in LAUNCHERS:
+            need(LAUNCHERS[launcher], override)
+    with composing():
         loader = GlobalHydra.instance().config_loader()
         compose = partial(loader.load_configuration, "config", run_mode=RunMode.MULTIRUN)
         config, _, missing = _fitting(compose, [*overrides, "hydra.mode=MULTIRUN"])
@@ -211,14 +222,18 @@ def _close(config: DictConfig, folder: Path) -> int:
 def _write_page(config: DictConfig, folder: Path, runs: set[str]) -> None:
     """One page of the sweep's runs; W&B gets it as the artifact of a run of its own in the sweep's
     group."""
-    path = write_page(Path(config.run_root), folder / "report.html", runs)
-    print(f"page: {path}")
+    path = folder / "report.html"
+    paged = installed("plotly")
+    if paged:
+        write_page(Path(config.run_root), path, runs)
+    print(f"page: {path if paged else lacking('plotly', 'it')}")
     section = OmegaConf.to_container(config.tracking, resolve=True)
     assert isinstance(section, dict)  # a group is a mapping
     tracker = build({str(key): value for key, value in section.items()}, "tracking", Tracker)
     assert isinstance(tracker, Tracker)  # no part that 16 bits turn off
     tracker.start({}, RunInfo(folder.name, None, folder, group=folder.name, job_type="sweep"))
-    tracker.page(path)
+    if paged:
+        tracker.page(path)
     tracker.finish({"runs": len(runs)})
 
 

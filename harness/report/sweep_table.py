@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from harness.config.command_line import again
 from harness.evaluation.records import stored
 from harness.report.figures import Column, Figure, bearers, columns, figures, kept, lost, number
 from harness.report.marks import legend, letters
@@ -65,8 +65,7 @@ def sweep_table(rows: Sequence[Mapping], console: Console | None = None) -> None
         line(console, f"warning (job {', '.join(numbers)}): {warning}", style="yellow")
     if any(lost(_final(row, own), own.get("baseline", {})) for row, own in zip(rows, stages)):
         line(console, CHECKLIST)
-    again = shlex.join(["python", "run.py", *shared])
-    line(console, f"a row again: {again} <its overrides>")
+    line(console, f"a row again: {again(shared)} <its overrides>")
 
 
 def _table(

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from harness.report.figures import Column, Figure, bearers, columns, figures, lost, number
 from harness.report.marks import legend, letters
+from harness.report.texts import said
 
 SILENT = (("export", "none"), ("tune", "none"))  # choices that say nothing
 CHECKLIST = (
@@ -83,6 +84,10 @@ def run_table(metrics: Mapping, directory: Path, console: Console | None = None)
     stages = figures(metrics)
     shown = columns(stages.values())
     show(_stage_table(metrics, stages, shown), console)
+    for row in said(metrics["stages"]):
+        line(console, f"{row.pop('prompt')!r}")
+        for stage, text in row.items():
+            line(console, f"  {stage}: {text!r}")
     notes = {k: v for k, v in metrics.get("notes", {}).items() if k != "gate"}
     if notes:
         line(console, "transform: " + ", ".join(f"{k} {_short(v)}" for k, v in notes.items()))

@@ -19,6 +19,7 @@ from torch import Tensor
 from harness.config.checks import boolean, integer, number, one_of
 from harness.config.errors import ConfigError
 from harness.formats import Format, QTensor, Scales
+from harness.solvers.refit import refit
 from harness.solvers.search import under_hessian
 
 
@@ -128,7 +129,7 @@ class Solver:
     needs: the statistics wanted beyond the sample: {"hessian"}.
     scope: `site` = `solve` sees one site at a time; `block` = `solve_block` sees a whole block.
     prepares: whether `prepare` is to be called with each block before its sites are solved.
-    encodings: the folder of the run that gets the integer weights' encodings.
+    encodings: the folder of the run that gets AIMET's encodings.
     apart: whether the linears of a site may be solved on different ranks, as `part` cuts them.
     propagates: what `propagate` may be.
 
@@ -147,6 +148,7 @@ class Solver:
         propagation.py) | gptaq (in gptq's loop, asymmetry.py); propagate_alpha: how much of it;
         propagate_damp: its damping, a share of mean(diag H); propagate_skip: sites left out. Routed
         experts always are: their tokens differ.
+    refit: whether scales are chosen anew once codes are (refit.py).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -165,6 +167,7 @@ class Solver:
     propagate_alpha: float = 0.5
     propagate_damp: float = 1.0
     propagate_skip: Sequence[str] = ("down_in",)
+    refit: bool = False
 
     def __post_init__(self):
         one_of("solver.sequencing", self.sequencing, ("sites", "block"))
@@ -175,6 +178,12 @@ class Solver:
         one_of("solver.propagate", self.propagate, ("none", "qep", "gptaq"))
         number("solver.propagate_alpha", self.propagate_alpha, 0, 1)
         number("solver.propagate_damp", self.propagate_damp, 0, 1e6)
+        boolean("solver.refit", self.refit)
+        if self.refit and self.propagate == "gptaq":
+            raise ConfigError(
+                "solver.refit=true with solver.propagate=gptaq: codes then make up for what is "
+                "read, which scales would undo; use solver.propagate=qep."
+            )
         if self.propagate not in self.propagates:
             raise ConfigError(
                 f"solver.propagate={self.propagate} with {type(self).__name__}: it stands in the "
@@ -221,7 +230,8 @@ class Solver:
         """
         if "hessian" in self.needs or self.propagate != "none":
             return width
-        groups = [format.group(width) for format in formats if format.under_hessian]
+        wanting = [format for format in formats if format.under_hessian or self.refit]
+        groups = [format.group(width) for format in wanting]
         if not groups or self.scope == "block":
             return 0
         size = math.lcm(*groups)
@@ -259,6 +269,21 @@ class Solver:
             formats={name: problem.formats[name] for name in names},
             peaks={name: self._peak(problem, name) for name in names},
         )
+
+    def solved(self, problems: Sequence[Problem]) -> list[Solution]:
+        """Their solutions with scales as they are to be stored."""
+        solutions = self.solve_together(problems)
+        if not self.refit:
+            return solutions
+        refitted = []
+        for problem, found in zip(problems, solutions):
+            assert problem.hessian is not None  # as `curvature` asks
+            qtensors = {
+                name: refit(problem.weights[name], problem.formats[name], q, problem.hessian)
+                for name, q in found.qtensors.items()
+            }
+            refitted.append(replace(found, qtensors=qtensors))
+        return refitted
 
     def solve_block(self, block: Block) -> Solution:
         """The quantized weights of one block."""

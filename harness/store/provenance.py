@@ -10,6 +10,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from harness.config.plugins import plugins
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGES = (
     "torch",
@@ -43,6 +45,7 @@ def environment() -> dict:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "packages": {name: _installed(name) for name in PACKAGES},
+        "plugins": [plugin.release for plugin in plugins()],
     }
 
 
@@ -50,7 +53,9 @@ def version() -> str | None:
     """What the source's pyproject.toml says, or, where there is none, the installed version."""
     source = ROOT / "pyproject.toml"
     if source.is_file():
-        return tomllib.loads(source.read_text(encoding="utf-8"))["project"]["version"]
+        project = tomllib.loads(source.read_text(encoding="utf-8")).get("project", {})
+        if project.get("name") == "harness":  # and no other's, into which it was installed
+            return project["version"]
     return _installed("harness")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from harness.config.errors import DataError
+from harness.libraries.extras import installed, lacking
 from harness.store import Run, RunLocked, Store, locked, read_json
 from harness.tracking.base import RunInfo, Tracker
 from harness.tracking.wandb import Wandb
@@ -126,6 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             f"error: {asked.runs} holds no run {' or '.join(asked.part)}".rstrip(), file=sys.stderr
         )
+        return 2
+    if not installed("wandb"):
+        print(f"error: {lacking('wandb', parser.prog)}", file=sys.stderr)
         return 2
     lost = 0
     for run in chosen:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from harness.config.errors import ConfigError
+from harness.libraries.extras import installed
 from harness.tracking.base import Plain, RunInfo, Tracker, plain, plain_fields, without_secrets
 
 log = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ class Wandb(Tracker):
         self._run.log_artifact(artifact)
 
     def finish(self, summary: dict, status: str = "done") -> None:
-        if self._points:
+        if self._points and installed("plotly"):
             self._run.log(self._figures())
         self._run.summary.update({**plain_fields(summary), "status": status})
         self._run.finish(exit_code=0 if status == "done" else 1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from harness.calibration.subject import StreamedModel
+from harness.config.checks import integer
 from harness.formats import Format, QTensor
 from harness.models.adapter import Adapter
 from harness.transforms.learn import Teacher
@@ -81,7 +82,16 @@ class Tuned:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuner(ABC):
-    """One way to tune."""
+    """One way to tune.
+
+    windows: of the calibration text, after those that the solver has seen, to learn from; None:
+        the solver's own. What was fitted to those already says little of where weights err.
+    """
+
+    windows: int | None = None
+
+    def __post_init__(self):
+        integer("tune.windows", self.windows, low=2, optional=True)
 
     @property
     def unread(self) -> tuple[str, ...]:

@@ -47,18 +47,19 @@ class Quantized(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation(Tuner):
-    """steps. batch: calibration windows a step. lr: Adam's rate.
+    """steps. batch: windows a step. lr: Adam's rate.
     norms: learn gains of norms and biases, too. lr_norms: their rate, relative to each gain, and to
         the root mean square of a bias.
     """
 
     steps: int = 200
-    batch: int = 2
+    batch: int = 1
     lr: float = 1e-3
     norms: bool = True
     lr_norms: float = 1e-3
 
     def __post_init__(self):
+        super().__post_init__()
         integer("tune.steps", self.steps, low=0)
         integer("tune.batch", self.batch)
         number("tune.lr", self.lr, 0, 1)

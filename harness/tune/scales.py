@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from harness.config.checks import one_of
 from harness.config.errors import ConfigError
-from harness.formats import MX, NVFP4, Format, FourOverSix, Integer, QTensor, Scales
+from harness.formats import MX, NVFP4, Format, FourOverSix, QTensor, Scales
 from harness.tune.cells import weight_format, within
 from harness.tune.distill import Distillation, Quantized
 
@@ -118,10 +118,10 @@ class Scaled(Quantized):
 
     def offset(self, scales: Scales) -> Tensor | float:
         """z~, [.., groups, 1] or 0."""
-        if isinstance(self.format, Integer) and self.format.zp == "float_offset":
-            assert scales.zero is not None
-            return scales.zero.to(self.dtype).unsqueeze(-1)
-        return 0.0
+        offset = self.format.offset(scales)
+        if isinstance(offset, Tensor):
+            return offset.to(self.dtype).unsqueeze(-1)
+        return offset
 
     def inside(self, x: Tensor, step: Tensor, scales: Scales) -> Tensor:
         """Which of x [.., groups, group], less z~, are not clamped."""

@@ -225,6 +225,23 @@ const draw = {
     box.replaceChildren(tabular(titles, lines));
   },
 
+  texts() {
+    const runs = [...checked].map(id => byId.get(id)).filter(run => run.texts);
+    const [box, note] = [part("texts", ".scroll"), part("texts", ".empty")];
+    document.getElementById("texts").hidden = !data.runs.some(run => run.texts);
+    box.hidden = !runs.length;
+    note.hidden = Boolean(runs.length);
+    note.textContent = "No checked run was asked anything.";
+    const lines = unique(runs.flatMap(run => run.texts.map(([prompt]) => prompt))).map(prompt => {
+      const asked = runs.map(run => run.texts.find(([text]) => text === prompt));
+      const untouched = asked.find(Boolean)[1];
+      const said = [untouched, ...asked.map(found => found?.[2])];
+      const cells = said.map(text => element("td", {}, text ?? element("span", {className: "dim", title: "not asked"}, "–")));
+      return element("tr", {}, element("th", {scope: "row"}, prompt), ...cells);
+    });
+    box.replaceChildren(tabular(["prompt", "untouched", ...runs.map(run => run.label)], lines));
+  },
+
   activations() {
     const select = controls.activations.run;
     const measured = run => run.activations;

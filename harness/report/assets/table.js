@@ -165,7 +165,7 @@ function check(run, on) {
   const [output, clear] = document.getElementById("chosen").children;
   output.textContent = `${checked.size} checked`;
   clear.disabled = !checked.size;
-  redraw("curves", "diff", "activations");
+  redraw("curves", "diff", "texts", "activations");
 }
 
 function uncheck() {

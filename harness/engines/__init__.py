@@ -1,0 +1,1 @@
+"""Our checkpoints in the engines that serve models."""

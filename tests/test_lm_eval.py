@@ -1,0 +1,144 @@
+"""lm-eval's own command on a checkpoint of ours: the numbers of the run that made it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from composed import small
+from test_zeroshot import CHOICES, WORDS
+
+from harness.config.errors import DataError
+from harness.evaluation.agreement import documents
+from harness.evaluation.zeroshot import ZeroShot, tasks_for_lm_eval, zeroshot
+from harness.lm_eval.__main__ import main
+from harness.lm_eval.tasks import write_tasks
+from harness.models.tiny import Tiny
+from harness.pipeline.job import execute
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    rows = [{**row, "query": f"Read:\u2028{row['query']}\x85", "id": None} for row in CHOICES]
+    for name, each in (("sums", rows), ("words", WORDS)):
+        lines = (json.dumps(row, ensure_ascii=False) for row in each)
+        (tmp_path / "tasks" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "tasks"
+
+
+@pytest.mark.parametrize("scope", ["token", "tensor"])
+def test_its_numbers_are_those_of_the_run(scope, tmp_path, folder):
+    """Every accuracy; every log-likelihood too, to the last bit where requests are not batched."""
+    run = ["eval=zeroshot", "eval.zeroshot.tasks=[agreement,sums,words]", "eval.zeroshot.limit=10"]
+    run += [f"eval.zeroshot.data_path={folder}", "transform=quarot", "format=nvfp4", "solver=rtn"]
+    run += [f"format.act.scope={scope}", "format.kv.bits=4", "export=harness"]
+    outcome = execute(*small(tmp_path, *run, f"export.path={tmp_path / 'out'}"))
+    assert outcome.status == "done", outcome.error
+    arguments = f"pretrained={outcome.metrics['export']['path']}"
+    words = ["--model", "harness", "--model_args", arguments, "--batch_size", "8", "--limit", "10"]
+    words += ["--device", "cuda" if torch.cuda.is_available() else "cpu"]
+    words += ["--tasks", "agreement,sums,words", "--data_path", str(folder), "--log_samples"]
+    words += ["--output_path", str(tmp_path / "scores")]
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.lm_eval", *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "|sums" in done.stdout
+    results = json.loads(next((tmp_path / "scores").rglob("results_*.json")).read_text())["results"]
+    wanted = outcome.metrics["stages"]["quantized"]["zeroshot"]
+    assert set(results) == set(wanted)
+    for task, figures in wanted.items():
+        for metric in {"acc", "acc_norm", "acc_stderr"} & figures.keys():
+            assert results[task][f"{metric},none"] == figures[metric], (task, metric)
+    for task in wanted:
+        kept = json.loads((outcome.run.path / "samples/quantized" / f"{task}.json").read_text())
+        path = next((tmp_path / "scores").rglob(f"samples_{task}_*.jsonl"))
+        lines = [json.loads(line) for line in path.read_text().split("\n") if line]
+        scores = [[float(answer[0]) for answer in line["filtered_resps"]] for line in lines]
+        wanted_scores = [each["scores"] for each in kept]
+        if scope == "tensor":
+            assert scores == wanted_scores
+        else:  # the command puts requests of several tasks in one batch
+            for one, other in zip(scores, wanted_scores, strict=True):
+                assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_task_files_hold_the_documents_as_they_are_read(tmp_path, folder):
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "files").mkdir()
+    names = write_tasks(str(folder), tmp_path / "files")
+    assert names == ["agreement", "sums", "words"]
+    manager = TaskManager(include_path=str(tmp_path / "files"), include_defaults=False)
+    found = manager.load(names)["tasks"]
+    chosen = ZeroShot(tuple(names), data_path=str(folder))
+    wanted = TaskManager(include_defaults=False).load(tasks_for_lm_eval(chosen))["tasks"]
+    for name in names:
+        theirs, ours = (list(each[name].test_docs()) for each in (found, wanted))
+        assert theirs == ours
+        for one, other in zip(theirs, ours):
+            assert found[name].doc_to_text(one) == wanted[name].doc_to_text(other)
+    assert [dict(row) for row in found["agreement"].test_docs()] == documents()
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--data_path", "/nowhere"], "--data_path /nowhere: is no folder"),
+        (["--data_path", ".", "--include_path", "."], "give one of them"),
+    ],
+)
+def test_bad_words_are_refused(words, error, capsys):
+    before = list(sys.argv)
+    assert main(["--model", "harness", "--tasks", "sums", *words]) == 2
+    assert error in capsys.readouterr().err
+    assert sys.argv == before
+    with pytest.raises(DataError):
+        write_tasks("/nowhere", Path())
+
+
+def test_the_same_as_with_its_report_of_the_machine(folder):
+    """simple_evaluate lists the machine's packages besides; nothing else differs."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    model, tokenizer = Tiny().load()
+    chosen = ZeroShot.of({
+        "tasks": ["agreement", "sums", "words"],
+        "data_path": str(folder),
+        "limit": 9,
+        "shots": {"sums": 2},
+    })  # fmt: skip
+    assert chosen is not None
+    state = torch.random.get_rng_state()
+    figures, samples = zeroshot(model, tokenizer, chosen)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for name, task in zip(chosen.tasks, tasks_for_lm_eval(chosen)):
+        found = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
+            tasks=[task],
+            num_fewshot={"sums": 2}.get(name),
+            limit=9,
+            task_manager=TaskManager(include_defaults=False),
+            bootstrap_iters=100,
+        )
+        plain = {key.partition(",")[0]: x for key, x in found["results"][name].items()}
+        assert {key: plain[key] for key in figures[name] if key != "n"} == {
+            key: x for key, x in figures[name].items() if key != "n"
+        }
+        answers = [
+            [answer[0] if isinstance(answer, tuple) else answer for answer in doc["filtered_resps"]]
+            for doc in found["samples"][name]
+        ]
+        assert [doc["scores"][0] for doc in samples[name]] == [answer[0] for answer in answers]
