@@ -135,7 +135,7 @@ def walk(folder, overrides):
 
 
 @contextmanager
-def far(name, folder):
+def far(name, folder, ranks):
     """In place of devices.device."""
     with Elsewhere():
         yield FAR

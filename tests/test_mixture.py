@@ -237,7 +237,9 @@ def test_a_tuner_is_held_to_each_text(tmp_path, monkeypatch):
 
     monkeypatch.setattr(LearnedScales, "tune", watched)
     mixture = ["data.calibration.corpora=[data,stdlib]", "data.calibration.windows=6"]
-    outcome = execute(*small(tmp_path, "tune=scales", "tune.steps=1", "solver=rtn", *mixture))
+    outcome = execute(
+        *small(tmp_path, "tune=scales", "tune.windows=null", "tune.steps=1", "solver=rtn", *mixture)
+    )
     assert outcome.status == "done", outcome.error
     (model,) = seen
     assert len(model.train) == 4 and len(model.held) == 2

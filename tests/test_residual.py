@@ -215,7 +215,7 @@ def test_a_solver_sees_both_terms():
     stream = Stream(adapter, WINDOWS)
     solver = GPTQ(hessian_input="quantized")
     site, arriving = next(stream.walk(adapter.blocks[0]))
-    gathering = Gathering(adapter, NV, solver, 0, stream.tokens)
+    gathering = Gathering(adapter, NV, solver, 0, stream)
     hessian = gathering.gather(site, arriving).statistics.hessian.double()
     read = copy.deepcopy(adapter.blocks[0].self_attn.q_proj.site)
     x = recorded(adapter, adapter.blocks[0].self_attn.q_proj)

@@ -52,7 +52,8 @@ def window_losses(
         piece = _piece(adapter, windows.shape[1])
         numbers = ranks.share(range(len(windows)))
         own = ranks.share(windows)
-        for index, hidden, window in zip(numbers, by(adapter, own, advance), own):
+        # what computes stands first, so that it runs to its end
+        for hidden, index, window in zip(by(adapter, own, advance), numbers, own):
             ids = window.to(device)
             loss = torch.zeros((), dtype=torch.float64, device=device)
             pieces = zip(hidden[:-1].split(piece), ids[1:].split(piece))
