@@ -12,22 +12,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from harness.calibration.shipped import Pydoc
+from harness.command.run import GROUPS
 
 ROOT = Path(__file__).parent.parent
-GROUPS = (
-    "model",
-    "data",
-    "format",
-    "transform",
-    "solver",
-    "tune",
-    "eval",
-    "export",
-    "tracking",
-    "recipe",
-    "experiment",
-    "sweeps",
-)
 SMALL = [
     "model=tiny",
     "tracking=local",

@@ -57,15 +57,17 @@ with Elsewhere():
     assert x.device == FAR and (x + 1).sum().item() == 6
     assert (x * torch.tensor(2.0)).tolist() == [2, 2, 2]
     assert torch.arange(3, device=FAR)[1:].cpu().tolist() == [1, 2]
-    {}
+    for forgets in (
+        lambda: x + torch.ones(3), lambda: torch.cat([x, torch.zeros(1)]), lambda: x.numpy()
+    ):
+        try:
+            forgets()
+        except (RuntimeError, TypeError):
+            print("refused")
 """
 
 
-@pytest.mark.parametrize(
-    "line", ("x + torch.ones(3)", "torch.cat([x, torch.zeros(1)])", "x.numpy()")
-)
-def test_what_a_device_refuses(line):
-    assert elsewhere("-c", FORGOTTEN.format("pass")).returncode == 0
-    found = elsewhere("-c", FORGOTTEN.format(line))
-    assert found.returncode == 1
-    assert "Error" in found.stderr
+def test_what_a_device_refuses():
+    found = elsewhere("-c", FORGOTTEN)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert found.stdout.split() == ["refused"] * 3

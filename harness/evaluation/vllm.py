@@ -108,5 +108,7 @@ class VLLM(Evaluation):
             done = subprocess.run(words, capture_output=True, text=True)
             if done.returncode or not answer.is_file():
                 lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-                raise DataError(f"vLLM refuses {asked['folder']}: {lines[-1]}")
+                # its shutdown may warn after the error
+                told = next((line for line in reversed(lines) if "Error" in line), lines[-1])
+                raise DataError(f"vLLM refuses {asked['folder']}: {told}")
             return json.loads(answer.read_text())["losses"]

@@ -19,13 +19,14 @@ from torch import Tensor
 from harness.formats import Format, QTensor, Scales
 from harness.solvers.search import raw
 
-ROUNDS = 2  # a third lowers no error by another thousandth
+ROUNDS = 2  # a third takes at most .4 % more off the error of random weights, in five formats
 
 
 def refit(weight: Tensor, format: Format, q: QTensor, hessian: Tensor) -> QTensor:
-    """The same codes of a weight [out, n] on scales of less error.
+    """The same codes of a weight [out, n] on scales of less error, stored as those were.
 
-    hessian: [n, n], or blocks of its diagonal [n / k, k, k], k a multiple of the group.
+    hessian: [n, n], or blocks of its diagonal [n / k, k, k], k a multiple of the group; computed
+    with in float32.
     """
     blocks = hessian.float()
     if blocks.ndim == 2:
