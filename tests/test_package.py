@@ -65,6 +65,11 @@ def required(names: list[str]) -> set[str]:
     return found
 
 
+def plain() -> dict[str, str]:
+    """This process's environment less what shows a Python, pip too, other packages than its own."""
+    return {key: x for key, x in os.environ.items() if not key.startswith(("PYTHON", "HARNESS"))}
+
+
 def built(folder: Path) -> Path:
     """The wheel, of a copy of the sources: a build leaves files beside them."""
     unwanted = shutil.ignore_patterns("__pycache__")
@@ -85,7 +90,7 @@ def install(wheel: Path, folder: Path) -> None:
     venv.create(folder, symlinks=True)
     pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
     options = ["--no-deps", "--no-index", "--quiet"]
-    subprocess.run([*pip, "install", *options, str(wheel)], check=True)
+    subprocess.run([*pip, "install", *options, str(wheel)], check=True, env=plain())
     (site,) = folder.glob("lib/python*/site-packages")
     (own,) = site.glob("harness-*.dist-info")
     for name in required(Distribution.at(own).requires or []):
@@ -117,13 +122,12 @@ def run(shared, tmp_path):
     """Runs a command of the environment in an empty folder: words -> CompletedProcess."""
     (tmp_path / "here").mkdir()
     (tmp_path / "text").symlink_to(shared / "text")
-    kept = {key: x for key, x in os.environ.items() if not key.startswith(("PYTHON", "HARNESS"))}
 
     def command(program, *words, **variables):
         return subprocess.run(
             [shared / "environment" / "bin" / program, *words],
             cwd=tmp_path / "here",
-            env={**kept, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **variables},
+            env={**plain(), "COLUMNS": "200", "OMP_NUM_THREADS": "1", **variables},
             capture_output=True,
             text=True,
             timeout=300,
