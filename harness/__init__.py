@@ -17,6 +17,14 @@ def load(path, device="cpu", dtype=None, packed=False):
     return model, tokenizer
 
 
+def run(*words):
+    """What the command `harness WORDS` computes, or finds done: see harness/command/call.py.
+
+    outcome = harness.run("format=nvfp4", "solver=gptq"); outcome.metrics, outcome.run.path
+    """
+    return import_module("harness.command.call").call(words)
+
+
 # by name: the package itself imports no room, and no library before it is used
 import_module("harness.libraries.arrival").after(
     "transformers.quantizers", "harness.checkpoints.pretrained"

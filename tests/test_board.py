@@ -50,6 +50,23 @@ def test_it_is_written_by_one_command(tmp_path, capsys):
     assert "No two finished runs" in capsys.readouterr().out
 
 
+def test_what_is_kept_of_runs_gives_the_board_that_they_gave(tmp_path, capsys):
+    """And the files of others, of which a failed one has no figure, do not come along."""
+    for words in (["solver=rtn"], ["solver=gptq"], ["solver=rtn", "format=mxfp4"]):
+        assert execute(*small(tmp_path, *words)).status == "done"
+    root, kept = tmp_path / "runs", tmp_path / "kept"
+    (root / "tiny-nvfp4-identity-rtn-0123456789").mkdir()
+    (root / "tiny-nvfp4-identity-rtn-0123456789" / "status.json").write_text('{"status": "failed"}')
+    assert main(["keep", str(root), "format=nvfp4", "--into", str(kept)]) == 0
+    assert "2 runs are kept" in capsys.readouterr().out
+    chosen = [row for row in rows(root) if row["labels"]["format"] == "nvfp4"]
+    assert board(rows(kept)) == board(chosen)
+    assert sorted({path.name for path in kept.rglob("*.*")}) == sorted(
+        {"config.yaml", "metrics.json", "status.json"}
+    )
+    assert all("host" not in path.read_text() for path in kept.rglob("status.json"))
+
+
 def test_runs_that_only_the_seed_tells_apart_share_a_row(tmp_path):
     quarot = ["transform=quarot", "solver=rtn"]
     for settings in (["solver=rtn"], [*quarot, "seed=0"], [*quarot, "seed=1"]):

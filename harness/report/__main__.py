@@ -1,6 +1,6 @@
 """Stored runs at the terminal.
 
-    python -m harness.report ls|show|diff|board|failed|prune|page [RUNS] ...
+    python -m harness.report ls|show|diff|board|keep|failed|prune|page [RUNS] ...
 
 RUNS is the run root, else runs. Exit status: 0 done, 2 the arguments are wrong or name no run.
 Imports no torch.
@@ -19,8 +19,9 @@ from rich.text import Text
 
 from harness.config.errors import ConfigError
 from harness.report import rows as stored
+from harness.report.detail import show_run
 from harness.report.difference import show_difference
-from harness.report.figures import NONE, Cell, in_order, number, row_figures
+from harness.report.figures import NONE, Cell, in_order, row_figures
 from harness.report.prune import doomed, freed, remove
 from harness.report.rows import LABELS
 from harness.report.selection import (
@@ -32,11 +33,10 @@ from harness.report.selection import (
     unrecorded,
 )
 from harness.report.settings import apart, dotted
-from harness.report.table import print_table, run_table, say, say_marks, terminal
+from harness.report.table import print_table, say, say_marks, terminal
 from harness.report.table import show as show_table
 from harness.store.files import write
 
-WORST = 5  # layers that `show` names
 STYLES = {"done": None, "running": "cyan"}  # of a line, by status; any other is red
 
 
@@ -59,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m harness.report", description="What the stored runs say."
     )
-    commands = parser.add_subparsers(required=True, metavar="ls|show|diff|board|failed|prune|page")
+    commands = parser.add_subparsers(
+        required=True, metavar="ls|show|diff|board|keep|failed|prune|page"
+    )
 
     def command(
         function: Callable[[argparse.Namespace], None], words: str, about: str
@@ -90,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     command(
         board, filters, "finished runs of each model and format, best first, as Markdown"
     ).add_argument("--out", type=Path, help="a file to write instead of showing it")
+    command(
+        keep, filters, "copy settings, figures and losses of finished runs, for another `board`"
+    ).add_argument("--into", type=Path, required=True, help="a folder, which is a run root then")
     command(failed, "RUNS", "failed and interrupted runs, and how to try them again")
     pruned = command(
         prune, filters, "remove failed and interrupted runs; without --yes only lists them"
@@ -156,51 +161,9 @@ def _listed(
 
 
 def show(arguments: argparse.Namespace) -> None:
-    """One run: stages, marks, warnings, the worst layers, outliers, and what went wrong."""
+    """Everything about one run."""
     root, names = root_and_runs(arguments.words, 1)
-    row = find(stored.rows(root), names[0])
-    say(f"{row['run_id']}  {row['status']}  started {row['started']}")
-    say(f"command: {row['command'] or unrecorded(row)}")
-    run_table(row, Path(row["path"]), terminal())
-    for name, marks in row["marks"].items():
-        if marks:
-            say(f"mark {name}: {'; '.join(marks)}")
-    measured = [layer for layer in row["layers"] if layer.get("rel_error") is not None]
-    worst = sorted(measured, key=lambda layer: -layer["rel_error"])[:WORST]
-    if worst:
-        cells = [
-            [layer["name"], number(layer["rel_error"], 6), number(layer.get("sqnr_db"), 2)]
-            for layer in worst
-        ]
-        print_table("worst layers", ["layer", "relative error", "SQNR dB"], cells)
-    _show_outliers((stored.outliers(row) or {}).get("rows") or [])
-    if row["error"]:
-        say(
-            f"failed in stage {row['stage']}: {row['error']}\n"
-            f"The traceback is in {Path(row['path']) / 'status.json'}."
-        )
-
-
-def _show_outliers(sites: list[dict]) -> None:
-    """The site of the largest kurtosis before the transform, and after it."""
-    cells = []
-    for side in ("before", "after"):
-        measured = [site for site in sites if (site.get(side) or {}).get("kurtosis") is not None]
-        if measured:
-            worst = max(measured, key=lambda site: site[side]["kurtosis"])
-            place = f"layer {worst.get('layer')} {worst.get('site')}"
-            moves = [_move(worst, figure) for figure in ("kurtosis", "max_over_median")]
-            cells.append([f"worst {side}", place, *moves])
-    if cells:
-        print_table(
-            "outliers, before -> after the transform", ["", "site", "kurtosis", "max/median"], cells
-        )
-
-
-def _move(site: Mapping, figure: str) -> str:
-    """`88.0 -> 4.0`: before and after the transform."""
-    sides = [(site.get(side) or {}).get(figure) for side in ("before", "after")]
-    return " -> ".join(number(value, 1) for value in sides)
+    show_run(find(stored.rows(root), names[0]))
 
 
 def diff(arguments: argparse.Namespace) -> None:
@@ -222,6 +185,16 @@ def board(arguments: argparse.Namespace) -> None:
     heading = "# Leaderboard\n\nWritten by `python -m harness.report board RUNS --out FILE`.\n\n"
     write(arguments.out, heading + text)
     say(str(arguments.out))
+
+
+def keep(arguments: argparse.Namespace) -> None:
+    """Copy what a leaderboard needs of finished runs, and say how many there were."""
+    from harness.report.keep import keep as copied
+
+    root, filters = root_and_filters(arguments.words)
+    rows = filtered(stored.rows(root), filters)
+    kept = [copied(row, arguments.into) for row in rows]
+    say(f"{len(kept) - kept.count(None)} runs are kept in {arguments.into}")
 
 
 def failed(arguments: argparse.Namespace) -> None:
