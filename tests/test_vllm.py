@@ -450,6 +450,71 @@ def test_vllm_says_what_we_say(folders):
     assert json.loads(done.stdout.partition("SAID ")[2].splitlines()[0]) == wanted
 
 
+PROMPTS = ["def walk(self):", "The language reference", "import"]
+GO_ON = """
+task: go_on
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{query}}}}"
+doc_to_target: "the"
+generation_kwargs: {{max_gen_toks: 8, until: ["\\0"], do_sample: false}}
+metric_list: [{{metric: exact_match}}]
+"""
+
+
+def scored(words: list[str]) -> None:
+    """lm-eval's command in the environment that has vLLM."""
+    done = subprocess.run(
+        [str(PYTHON), "-m", "harness.lm_eval", *words],
+        env=os.environ | ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@needs_vllm
+@pytest.mark.vllm
+def test_lm_eval_scores_and_generates_there(tmp_path):
+    """NVFP4 W4A4, which has no kernel for a CPU: a choice between endings, and a text gone on
+    with."""
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "ends.jsonl").write_text(
+        "".join(
+            json.dumps({"query": text, "choices": [" a b", " the", " 12"], "gold": 1}) + "\n"
+            for text in PROMPTS
+        )
+    )
+    run = ["format=nvfp4", "transform=quarot", "solver=rtn", "export=harness", "eval=zeroshot"]
+    run += ["eval.zeroshot.tasks=[ends]", f"eval.zeroshot.data_path={documents}"]
+    outcome = execute(*small(tmp_path, *run, f"export.path={tmp_path / 'out'}"))
+    folder = outcome.metrics["export"]["path"]
+    wanted = outcome.metrics["stages"]["quantized"]["zeroshot"]["ends"]["acc"]
+    arguments = f"pretrained={folder},dtype=float32,enforce_eager=True,max_model_len=128"
+    words = ["--model", "vllm", "--model_args", arguments, "--log_samples"]
+    words += ["--output_path", str(tmp_path / "scores")]
+    tasks = ["--tasks", "ends", "--data_path", str(documents)]
+    scored(words + tasks)
+    found = next((tmp_path / "scores").rglob("results_*.json"))
+    assert json.loads(found.read_text())["results"]["ends"]["acc,none"] == wanted
+    (tmp_path / "go_on.yaml").write_text(GO_ON.format(documents / "ends.jsonl"))
+    scored([*words, "--tasks", "go_on", "--include_path", str(tmp_path)])
+    path = next((tmp_path / "scores").rglob("samples_go_on_*.jsonl"))
+    said = [json.loads(line)["resps"][0][0] for line in path.read_text().splitlines()]
+    model, tokenizer = harness.load(folder)
+    asked = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    for prompt, ours in zip(PROMPTS, said, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        tokens = model.generate(ids, generation_config=asked)[0, ids.shape[1] :]
+        # bytes that are no text yet, vLLM holds back
+        assert tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd") == ours
+
+
 @needs_vllm
 @pytest.mark.vllm
 @pytest.mark.parametrize("family", FAMILIES)
