@@ -45,7 +45,7 @@ from harness.formats import (
     Scheme,
 )
 from harness.libraries.compressed_tensors import cache_refusal
-from harness.models.adapter import Adapter, shape_of, structure_of
+from harness.models.adapter import Adapter, shape_of
 from harness.models.attention import attach
 from harness.models.merge import fuse_norms, place, swap
 from harness.models.tiny import Tiny
@@ -261,7 +261,7 @@ def written(
         parameter.data = parameter.data.to(dtype)
     adapter, placements = Adapter(model), []
     layers = adapter.structure.layers
-    context = shape_of(structure_of(model.config), scheme)
+    context = shape_of(adapter.structure, scheme)
     exporter = CompressedTensors(engine)
     exporter.check(scheme, [transform], context)
     swap(adapter)

@@ -34,7 +34,6 @@ from harness.transforms.wush import Wush
 
 ALONE = Scheme(weight=weight())
 CASES = {  # transform, formats, {(type, order): linears}
-    "blocks": (HadamardBlocks(32), ALONE, {("hadamard", 32): 14}),
     "signs": (
         HadamardBlocks(16, random_signs=True),
         Scheme(weight=weight(symmetric=False)),
@@ -106,7 +105,7 @@ def test_the_config_says_which_matrix_stands_where(folders, case):
 
 def test_without_the_transform_it_is_another_model(folders):
     """Why plain transformers, which drops it, is no way to load such a file."""
-    made = folders("blocks")
+    made = folders("activations")
     model = AutoModelForCausalLM.from_pretrained(made.folder).eval()
     assert (logits(model) - made.rounded).abs().max() > 0.1
 
@@ -130,23 +129,26 @@ def test_a_run_holds_its_file_to_the_evaluation_with_the_transform(tmp_path, mon
     words += ["export=compressed_tensors", f"export.path={tmp_path / 'out'}"]
     with pytest.raises(ConfigError, match=r"^transform=hadamard with .* set export\.engine=vllm"):
         execute(*small(tmp_path, *words))
-    outcome = execute(*small(tmp_path, *words, "export.engine=vllm"))
+    words.append("export.engine=vllm")
+    with monkeypatch.context() as without:
+        without.setattr(online_reader, "run", lambda *_: None)
+        outcome = execute(*small(tmp_path, *words))
+    assert outcome.status == "failed"
+    assert "perplexity on pydoc" in outcome.error
+    outcome = execute(*small(tmp_path, *words))
     assert outcome.status == "done", outcome.error
     for evaluated, loaded in outcome.metrics["export"]["ppl"].values():
         assert loaded == pytest.approx(evaluated, rel=1e-5)
     assert any("tensor_parallel_size=1" in each for each in outcome.metrics["warnings"])
     (folder,) = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
     card = (folder / "README.md").read_text()
-    assert "vllm serve" in card and "from transformers" not in card
-    monkeypatch.setattr(online_reader, "run", lambda *_: None)
-    outcome = execute(*small(tmp_path, *words, "export.engine=vllm", "force=true"))
-    assert outcome.status == "failed"
-    assert "perplexity on pydoc" in outcome.error
+    assert "vllm serve" in card
+    assert "from transformers" not in card
 
 
 FIELD = {
     "transform=": (SequencyBlocks(16), Wush(), PCA(), Residual()),
-    "transform.online_heads=true": (QuaRot(r4="off", online_heads=True),),
+    "transform.online_heads=true": (QuaRot(r3="off", r4="off", online_heads=True),),
     "transform.r3=on": (QuaRot(r3="on", r4="off"),),
 }
 
@@ -170,7 +172,7 @@ def test_linears_that_vllm_leaves_alone_are_refused():
     fused = tiny_shape(Scheme(weight=NV, act=NV_ACT))
     assert not has_hadamard(284)
     cases = {
-        "routed experts": (QuaRot(r4="on"), mixture),
+        "routed experts of a mixtral": (HadamardBlocks(16), mixture),
         "q_proj has a bias": (HadamardBlocks(16), biased),
         "other names in vLLM": (QuaRot(r4="on"), sees),
         "NVFP4 activations of attn_in by another rule": (HadamardBlocks(16), fused),
@@ -183,7 +185,7 @@ def test_linears_that_vllm_leaves_alone_are_refused():
 
 
 def test_what_is_no_hadamard_matrix_is_not_written(folders):
-    made = folders("blocks")
+    made = folders("activations")
     codec = Blocks(torch.eye(16))
     dense = Placement(online={(0, "down_in"): codec})
     turned = Placement(query_key=codec)
