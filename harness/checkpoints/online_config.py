@@ -13,10 +13,11 @@ As compressed-tensors saves it, the matrix stands in the file without its norm: 
 +-1 and so exact in 16 bits, once for all linears that share it (LINEAR.online_0_input.weight).
 
 Refused is what vLLM has no such place for: R3 (it reads `q_attn` and `k_cache`, and runs neither),
-matrices that are not Hadamard, routed experts, which it would leave without a word, linears with a
-bias, which it refuses behind a transform, NVFP4 activations in blocks of 16 to 128, which a kernel
-of its own scales otherwise, and models that see or hear. Tensor parallelism it refuses itself. Its
-dense product has 1 / sqrt(n) rounded to the model's dtype. transformers drops `transform_config`;
+matrices that are not Hadamard, linears with a bias, which it refuses behind a transform, and NVFP4
+activations in blocks of 16 to 128, which a kernel of its own scales otherwise. It finds linears by
+the names of its own model, and leaves alone, without a word, those it does not find and routed
+experts: so the families of models/engine.py alone. Tensor parallelism it refuses itself. Its dense
+product has 1 / sqrt(n) rounded to the model's dtype. transformers drops `transform_config`;
 online_reader.py has the library apply it. Source: vLLM 0.32, compressed_tensors/transform.
 """
 
@@ -38,6 +39,7 @@ from harness.formats import NVFP4
 from harness.libraries.compressed_tensors import has_hadamard
 from harness.libraries.saved import Saved
 from harness.linalg.hadamard import Hadamard
+from harness.models.engine import FAMILIES
 from harness.transforms import ModelShape, Transform
 from harness.transforms.hadamard import HadamardBlocks
 from harness.transforms.rotations import Rotations
@@ -204,15 +206,17 @@ def _unserved(shape: ModelShape, orders: Mapping[str, set[int]]) -> Iterator[str
     structure = shape.structure
     if structure is None:
         return
-    if structure.towers:
-        yield f"a {structure.architecture} has other names in vLLM than in its files"
+    if structure.architecture not in FAMILIES:
+        yield (
+            f"model_type={structure.architecture}: vLLM leaves out, without a word, what stands "
+            "before routed experts and before linears that it calls otherwise than the file; only "
+            f"{', '.join(FAMILIES)} have neither"
+        )
     for layer, sites in enumerate(structure.sites):
         for site in sites:
-            found = orders.get(site.name) or orders.get(site.activation)
+            found = orders.get(site.name)
             if not found:
                 continue
-            if site.experts:
-                yield f"nothing runs before the routed experts of a {structure.architecture} there"
             for matrix in site.matrices:
                 if matrix.quantize and matrix.bias is not None:
                     yield f"{matrix.name} has a bias, which vLLM refuses behind a transform"
