@@ -12,7 +12,12 @@ DEVICE = "HARNESS_TEST_DEVICE"  # what `composed.small` runs on
 ROOM = 4 * 2**30  # bytes; all tests together leave about 1 GiB
 
 OPTIONAL = ("compressed_tensors", "lm_eval", "datasets", "plotly", "wandb", "gguf", "scipy")
-COMPARED = ("test_compressed_tensors.py", "test_fp8.py", "test_zeroshot.py")
+COMPARED = (
+    "test_compressed_tensors.py",
+    "test_fp8.py",
+    "test_online_config.py",
+    "test_zeroshot.py",
+)
 collect_ignore = [] if find_spec("compressed_tensors") else list(COMPARED)
 
 LIBRARIES = (

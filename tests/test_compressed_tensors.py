@@ -45,7 +45,7 @@ from harness.formats import (
     Scheme,
 )
 from harness.libraries.compressed_tensors import cache_refusal
-from harness.models.adapter import Adapter, shape_of, structure_of
+from harness.models.adapter import Adapter, shape_of
 from harness.models.attention import attach
 from harness.models.merge import fuse_norms, place, swap
 from harness.models.tiny import Tiny
@@ -59,6 +59,7 @@ from harness.transforms.identity import Identity
 from harness.transforms.quarot import QuaRot
 
 SERVED = {"compute_dtype": "input", "zp_range": "signed", "zp_order": "add_then_round"}
+IDENTITY = Identity()
 IDS = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(0))
 
 
@@ -248,20 +249,23 @@ def logits(model) -> torch.Tensor:
 def make(folder, family: str, scheme: Scheme, rotate: bool, dtype=torch.float32) -> Made:
     """Quantize the tiny model to nearest, with or without what merges of QuaRot, and write the
     checkpoint."""
-    return written(folder, *Tiny(family=family).load(), scheme, rotate, dtype)
+    transform = QuaRot(r3="off", r4="off") if rotate else IDENTITY
+    return written(folder, *Tiny(family=family).load(), scheme, transform, dtype)
 
 
-def written(folder, model, tokenizer, scheme: Scheme, rotate=False, dtype=torch.float32) -> Made:
-    """The same of any model."""
+def written(
+    folder, model, tokenizer, scheme, transform=IDENTITY, dtype=torch.float32, engine=None
+) -> Made:
+    """The same of any model and transform."""
     for parameter in model.parameters():  # the rotary table stays float32
         parameter.data = parameter.data.to(dtype)
     adapter, placements = Adapter(model), []
     layers = adapter.structure.layers
-    context = shape_of(structure_of(model.config), scheme)
-    transform = QuaRot(r3="off", r4="off") if rotate else Identity()
-    CompressedTensors().check(scheme, [transform], context)
+    context = shape_of(adapter.structure, scheme)
+    exporter = CompressedTensors(engine)
+    exporter.check(scheme, [transform], context)
     swap(adapter)
-    if rotate:
+    if transform is not IDENTITY:
         gains = fuse_norms(adapter)
         placements = [transform.fit(context, StreamedModel(adapter, IDS, gains=gains))]
         place(adapter, placements[0])
@@ -280,7 +284,7 @@ def written(folder, model, tokenizer, scheme: Scheme, rotate=False, dtype=torch.
         for name, q in solved(adapter, scheme, run, i).items()
     }
     snapshot = Snapshot(adapter, tokenizer, scheme, placements, qtensors, {}, {})
-    write_checkpoint(CompressedTensors(), snapshot, folder)
+    write_checkpoint(exporter, snapshot, folder)
     exact = logits(model)
     rounded(model)
     return Made(folder, snapshot, exact, logits(model))

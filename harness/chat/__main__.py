@@ -70,10 +70,12 @@ def talk(
 def _loaded(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoTokenizer
 
+    from harness.checkpoints import online_reader
     from harness.structure.composite import model_class
 
     kind = model_class(config_of(folder))
     model = kind.from_pretrained(folder, dtype="auto", device_map={"": device})
+    online_reader.run(model, folder)
     return model, AutoTokenizer.from_pretrained(folder)
 
 

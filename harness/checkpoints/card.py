@@ -163,6 +163,9 @@ def _loading(name: str, kind: str, exporter: Exporter) -> list[str]:
             "With llama.cpp:",
             _fenced(f"from llama_cpp import Llama\n\nmodel = Llama({file})", "python"),
         ]
+    vllm = ["With vLLM:", _fenced(f"vllm serve {shlex.quote(name)}", "sh")]
+    if exporter.library == "vllm":
+        return [*vllm, "transformers leaves out what its config.json has as transform_config."]
     lines = [
         f"from transformers import {kind}, AutoTokenizer",
         "",
@@ -179,8 +182,7 @@ def _loading(name: str, kind: str, exporter: Exporter) -> list[str]:
     return [
         f"With transformers{package}:",
         _fenced("\n".join(lines), "python"),
-        "With vLLM:",
-        _fenced(f"vllm serve {shlex.quote(name)}", "sh"),
+        *vllm,
     ]
 
 

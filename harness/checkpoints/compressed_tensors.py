@@ -7,7 +7,8 @@ Held: the formats of `layouts`, mixed over linears as one likes, the head too; r
 applies, and vLLM where scales are stored: FP8, scale=unit or static); all that is merged into
 weights. Tensors are called as transformers saves them. Refused: what stays online.
 compressed-tensors has a `transform_config`, but transformers (5.23) drops it on loading, so a file
-that counted on it would compute something else without a word.
+that counted on it would compute something else without a word. export.engine=vllm writes it, for
+vLLM alone (online_config.py).
 
 The file is served in bfloat16; of a float16 model of integers in float16 (NVFP4 and MX weights are
 unpacked to bfloat16 even then, on which float16 inputs fail). A loaded weight is the decoded one,
@@ -25,13 +26,14 @@ served, bit for bit; one in float32 does not: rounding flips some codes, and the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoints import entries, layouts
+from harness.checkpoints import entries, layouts, online_config, online_reader
 from harness.checkpoints.base import (
     Exporter,
     Snapshot,
@@ -41,6 +43,7 @@ from harness.checkpoints.base import (
     weight_format,
 )
 from harness.checkpoints.experts import parts_of, refuse_experts, routers, targets
+from harness.config.checks import one_of
 from harness.config.errors import ConfigError
 from harness.formats import Format, FourOverSix, Scheme
 from harness.libraries.extras import need
@@ -56,11 +59,16 @@ if TYPE_CHECKING:
 
 
 class CompressedTensors(Exporter):
-    """The compressed-tensors layout."""
+    """The compressed-tensors layout. engine: None for whatever loads it, vllm for vLLM alone."""
 
     name = "compressed_tensors"
     package = "compressed-tensors"
     tolerance = 0.005
+
+    def __init__(self, engine: str | None = None):
+        self.engine = None if engine is None else one_of("export.engine", engine, ("vllm",))
+        if self.engine is not None:
+            self.library = self.engine
 
     def stored(self, snapshot: Snapshot) -> torch.dtype:
         return entries.served(snapshot.adapter.model.dtype, _formats(snapshot.scheme))
@@ -73,14 +81,7 @@ class CompressedTensors(Exporter):
         dtype: str = "auto",
     ) -> list[str]:
         need("compressed_tensors", "export=compressed_tensors")
-        for transform in transforms:
-            left = transform.leaves(context)
-            if left:
-                raise ConfigError(
-                    f"transform={transform.name} with export=compressed_tensors: {', '.join(left)} "
-                    "would have to run online, and whoever loads the file would not run it; use "
-                    "export=harness."
-                )
+        told = online_config.check(transforms, context, self.engine)
         layouts.refuse_linears("compressed_tensors", context, experts=True)
         layouts.cache_scheme(scheme.kv, context.head_dim)
         for layer, name in scheme.overrides:
@@ -94,7 +95,7 @@ class CompressedTensors(Exporter):
         for format, field in formats.items():
             layouts.refuse(format, field)
             layouts.refuse_padding(format, field, context)
-        return self._warnings(scheme, formats, dtype)
+        return told + self._warnings(scheme, formats, dtype)
 
     def _warnings(self, scheme: Scheme, formats: Iterable[Format], dtype: str) -> list[str]:
         """What is held, and yet not everywhere computed as it was evaluated."""
@@ -122,7 +123,9 @@ class CompressedTensors(Exporter):
 
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
         saved = Saved(snapshot.adapter.model)
-        for name, tensor in self._tensors(snapshot):
+        online = online_config.groups(snapshot, self.engine)
+        matrices = online_config.tensors(online, self.stored(snapshot))
+        for name, tensor in chain(self._tensors(snapshot), matrices):
             yield saved.name(name), tensor
 
     def _tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
@@ -157,6 +160,7 @@ class CompressedTensors(Exporter):
 
     def config(self, snapshot: Snapshot) -> dict:
         model = snapshot.adapter.model
+        online = online_config.groups(snapshot, self.engine)
         groups = _groups(snapshot)
         saved = Saved(model)
         quantized = {name for _, names in groups for name in names}
@@ -195,6 +199,8 @@ class CompressedTensors(Exporter):
             for (kind, weight, _), _ in groups
         ):
             quantization["dequantize"] = True  # see layouts.layout
+        if online:
+            quantization["transform_config"] = online_config.config(online, saved)
         served = str(self.stored(snapshot)).removeprefix("torch.")
         return {
             "architectures": [type(model).__name__],
@@ -210,6 +216,7 @@ class CompressedTensors(Exporter):
         model.config.use_cache = False
         with torch.no_grad():  # the first forward unpacks the weights
             model(torch.zeros(1, 1, dtype=torch.long, device=device))
+        online_reader.run(model, folder)
         cast(model, model.dtype, dtype)
         return model
 
@@ -238,12 +245,6 @@ def _groups(snapshot: Snapshot) -> list[tuple[tuple[str, Format | None, Format |
     """[((layout, weight format, activation format), names)] of every quantized linear, in the order
     of the model. Raises ConfigError for what the file cannot hold.
     """
-    for placement in snapshot.placements:
-        if placement.online or placement.query_key is not None:
-            raise ConfigError(
-                "a transform that stays online with export=compressed_tensors: whoever loads the "
-                "file would not run it; use export=harness."
-            )
     groups: dict[tuple[Format | None, Format | None], list[str]] = {}
     for name, module in snapshot.adapter.model.named_modules():
         q = snapshot.qtensors.get(name)

@@ -111,10 +111,12 @@ class CheckpointModel(ModelSource):
 
 
 def _compressed(folder: Path, dtype: torch.dtype | str, device: torch.device | str):
-    """(model, tokenizer) of a compressed-tensors folder, as transformers runs it."""
+    """(model, tokenizer) of a compressed-tensors folder, as transformers runs it, with what of its
+    transform_config runs online."""
     import torch
     from transformers import AutoTokenizer
 
+    from harness.checkpoints import online_reader
     from harness.structure.composite import model_class
 
     loaded = model_class(config_of(folder)).from_pretrained(
@@ -133,4 +135,5 @@ def _compressed(folder: Path, dtype: torch.dtype | str, device: torch.device | s
     model = model.to(device)
     with torch.no_grad():  # the first forward unpacks the weights
         model(torch.zeros(1, 1, dtype=torch.long, device=device))
+    online_reader.run(model, folder)
     return model, AutoTokenizer.from_pretrained(folder)

@@ -1,8 +1,10 @@
-"""compressed-tensors, its insides: the cache it finds, what scales an activation, how transformers
-makes experts of its files.
+"""compressed-tensors, its insides: the cache it finds, what scales an activation, what runs its
+transforms, how transformers makes experts of its files.
 
 is_cached_attention_module
     which modules get a quantized cache
+TransformFactory, TransformBase, random_hadamard_matrix
+    what runs a `transform_config`
 CompressedTensorsHfQuantizer, update_weight_conversions, MergeModulelist
     what transformers does with a file's tensors before it stacks them
 """
@@ -43,6 +45,38 @@ def spans_tokens(module: nn.Module) -> bool:
     """Whether a module of a model that it runs scales its activation by the whole tensor."""
     act = getattr(getattr(module, "quantization_scheme", None), "input_activations", None)
     return act is not None and act.dynamic is True and act.strategy == "tensor"
+
+
+def has_hadamard(order: int) -> bool:
+    """Whether it can make a Hadamard matrix of that order, to be filled with a file's."""
+    import torch
+    from compressed_tensors.transform.utils.hadamard import random_hadamard_matrix
+
+    try:
+        random_hadamard_matrix(order, torch.float32, torch.device("meta"))
+    except ValueError:
+        return False
+    return True
+
+
+def attach_transforms(model: nn.Module, config: Mapping) -> dict[str, nn.Parameter]:
+    """Put what of a `transform_config` runs online into a model with merged weights.
+
+    Returns {absolute name: matrix} of all of them, drawn anew where they are random; those that
+    are shared are one parameter under several names.
+    """
+    from compressed_tensors.transform import TransformBase, TransformConfig, TransformFactory
+
+    for name, scheme in TransformConfig.model_validate(config).config_groups.items():
+        scheme.apply = [args for args in scheme.apply if args.is_online()]
+        # not apply_transform_config, which draws a progress bar
+        TransformFactory.from_scheme(scheme, name=name).apply_to_model(model, use_tqdm=False)
+    return {
+        f"{name}.{entry}": parameter
+        for name, module in model.named_modules()
+        if isinstance(module, TransformBase)
+        for entry, parameter in module.named_parameters(recurse=False)
+    }
 
 
 def expert_loaded(entries: Mapping[str, Tensor], group: Mapping, like: Tensor) -> Tensor | None:
