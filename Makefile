@@ -27,10 +27,11 @@ run: .venv/installed   ## quantize the embedded model to NVFP4 with GPTQ (ARGS="
 report: .venv/installed   ## one HTML page of all runs, runs/report.html (ARGS=DIR for another run root)
 	$(PY) -m harness.report page $(ARGS)
 
-# By name: pdoc leaves out what a package does not import
+# By name, for pdoc leaves out what a package keeps to itself; the plug-in imports vLLM
 docs: .venv/installed   ## docstrings as pages, docs/index.html
 	$(LOCKED) $(PY) -m pip install --quiet -e ".[docs]"
-	$(PY) -m pdoc --math --output-directory docs harness $(subst /,.,$(basename $(filter-out %__.py,$(wildcard harness/*/*.py))))
+	$(PY) -m pdoc --math --output-directory docs harness $(subst /,.,$(basename \
+		$(filter-out %__.py,$(wildcard harness/*/*.py)))) '!harness.engines.vllm_plugin'
 
 test: .venv/installed   ## all tests
 	$(TEST) $(ARGS)
