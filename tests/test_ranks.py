@@ -17,7 +17,6 @@ from harness.calibration.shipped import Pydoc
 from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
 from harness.calibration.subject import StreamedModel
-from harness.config.errors import ConfigError
 from harness.evaluation.divergence import Reference
 from harness.evaluation.perplexity import window_losses
 from harness.formats import NVFP4
@@ -25,12 +24,12 @@ from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.tiny import Tiny
 from harness.parallel import ALONE, Ranks
+from harness.parallel.gradients import add_gradients
 from harness.parallel.joined import first_host, place
 from harness.parallel.ranks import Place
-from harness.pipeline.solvable import check_ranks
 from harness.quantize.spread import assigned, spread
-from harness.solvers import AWQ, GPTQ, Problem, SignRound
-from harness.transforms.loop import Course, add_gradients, descend
+from harness.solvers import AWQ, GPTQ, Problem
+from harness.transforms.loop import Course, descend
 from harness.transforms.sampling import Covariance, Reservoir
 
 IDS = torch.randint(256, (5, 48), generator=torch.Generator().manual_seed(0))
@@ -358,16 +357,6 @@ def test_who_launched_says_the_place():
     # a batch script is a process alone, whatever its job has
     assert place({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}) is None
     assert [first_host(n) for n in ("a1", "a1,b2", "a[1,3-4],b")] == ["a1", "a1", "a1"]
-
-
-def test_what_ranks_do_not_share_is_refused():
-    class Two(Ranks):
-        count = 2
-
-    with pytest.raises(ConfigError, match=r"SignRound on 2 ranks: .*one process"):
-        check_ranks(SignRound(), Two())
-    check_ranks(GPTQ(), Two())
-    check_ranks(SignRound(), ALONE)
 
 
 # Whole runs, by torchrun.

@@ -21,6 +21,7 @@ from harness.parallel import ALONE, Ranks
 from harness.structure.site import Site
 from harness.structure.tape import tensors_of
 
+TOKENS = 2048  # of a batch: enough for matmuls, few enough to lie in memory beside the stream
 ENOUGH = 128  # tokens: an expert that the router gave fewer is shown all of its layer's
 
 
@@ -91,37 +92,47 @@ def _pass_by(
 class Stream:
     """Hidden states of all calibration windows [N, L, hidden], walked in micro-batches.
 
-    A micro-batch has at most `tokens_at_once` tokens, but at least a window. What outlives it lies
-    in one allocation each, so that the temporaries between reuse the same memory; with a `folder`,
-    in files there, whose pages the system may drop and read again.
+    A batch has at most `tokens_at_once` tokens, but at least a window. One process passes it as one
+    micro-batch; several, where there are more of them than batches, in parts. What outlives a
+    micro-batch lies in one allocation each, so that the temporaries between reuse the same memory;
+    with a `folder`, in files there, whose pages the system may drop and read again.
     """
 
     def __init__(
         self,
         adapter: Adapter,
         windows: Tensor,
-        tokens_at_once: int = 2048,
+        tokens_at_once: int = TOKENS,
         folder: Path | None = None,
         enough: int | None = ENOUGH,
         ranks: Ranks = ALONE,
+        apart: bool = False,
     ):
         """windows: token ids [N, L]. enough: see Passage. ranks: each has its share of the
-        micro-batches, which are those of one rank where there are as many as ranks.
+        micro-batches. apart: whether ranks are to share the windows of every batch.
 
         Runs the embedding, the rotary table and the masks once. `block_kwargs` {block: what it is
         called with besides hidden states, one a micro-batch}. tokens: of all ranks; starts: where
-        in the text each micro-batch begins.
+        in the text each micro-batch begins. batches: the windows of each; places: (batch, row in
+        it) with which each micro-batch begins.
         """
         self.adapter = adapter
         self._folder = folder
         self.ranks = ranks
         self.tokens = windows.numel()
+        self._length = windows.shape[1]
         self._enough = enough
         self._alone: dict[nn.Module, dict] | None = None
-        batch = max(1, tokens_at_once // windows.shape[1])
-        self._batch = min(batch, -(-len(windows) // ranks.count))
-        firsts = range(0, len(windows), self._batch)
-        self.starts = [first * windows.shape[1] for first in ranks.share(firsts)]
+        count = len(windows)
+        together = max(1, tokens_at_once // windows.shape[1])
+        self.batches = [min(together, count - first) for first in range(0, count, together)]
+        self._batch = -(-count // ranks.count)
+        if together < count:
+            most = together // ranks.count if apart else self._batch
+            self._batch = _divisor(together, most)
+        firsts = ranks.share(range(0, count, self._batch))
+        self.starts = [first * windows.shape[1] for first in firsts]
+        self.places = [divmod(first, together) for first in firsts]
         self._windows = ranks.share(windows.split(self._batch))
         self._hidden = torch.empty(0, device=adapter.device)  # of a rank without a micro-batch
         self.block_kwargs: dict[nn.Module, list[dict]] = {block: [] for block in adapter.blocks}
@@ -166,10 +177,13 @@ class Stream:
         return self.hidden[0][:1], self._alone[block]
 
     def leading(self, block: nn.Module, tokens: int) -> list[tuple[Tensor, dict]]:
-        """The micro-batches of the text's first tokens, on every rank: hidden states, copied, and
-        what the block is called with beside them."""
-        passing = zip(self.starts, self.hidden, self.block_kwargs[block])
-        own = [(hidden.clone(), kwargs) for start, hidden, kwargs in passing if start < tokens]
+        """The batches that begin within the text's first tokens, on every rank: hidden states,
+        copied, of each micro-batch, and what the block is called with beside them."""
+        own = []
+        passing = zip(self.places, self.starts, self.hidden, self.block_kwargs[block])
+        for (_, row), start, hidden, kwargs in passing:
+            if start - row * self._length < tokens:
+                own.append((hidden.clone(), kwargs))
         return self.ranks.merged(own)
 
     def walk(
@@ -209,3 +223,8 @@ class Stream:
         """What the output head reads, once all blocks are passed, one micro-batch at a time."""
         for hidden, ids in zip(self.hidden, self._windows):
             yield _pass_by(self.adapter, ids.to(self.adapter.device), hidden)[1]
+
+
+def _divisor(number: int, most: int) -> int:
+    """The greatest divisor that is no greater than `most`; 1 at least."""
+    return max(each for each in range(1, number + 1) if number % each == 0 and each <= max(1, most))
