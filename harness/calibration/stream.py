@@ -21,7 +21,6 @@ from harness.parallel import ALONE, Ranks
 from harness.structure.site import Site
 from harness.structure.tape import tensors_of
 
-TOKENS = 2048  # of a batch: enough for matmuls, few enough to lie in memory beside the stream
 ENOUGH = 128  # tokens: an expert that the router gave fewer is shown all of its layer's
 
 
@@ -92,24 +91,24 @@ def _pass_by(
 class Stream:
     """Hidden states of all calibration windows [N, L, hidden], walked in micro-batches.
 
-    A batch has at most `tokens_at_once` tokens, but at least a window. One process passes it as one
-    micro-batch; several, where there are more of them than batches, in parts. What outlives a
-    micro-batch lies in one allocation each, so that the temporaries between reuse the same memory;
-    with a `folder`, in files there, whose pages the system may drop and read again.
+    A micro-batch has at most `tokens_at_once` tokens, but at least a window. What outlives it lies
+    in one allocation each, so that the temporaries between reuse the same memory; with a `folder`,
+    in files there, whose pages the system may drop and read again.
     """
 
     def __init__(
         self,
         adapter: Adapter,
         windows: Tensor,
-        tokens_at_once: int = TOKENS,
+        tokens_at_once: int = 2048,
         folder: Path | None = None,
         enough: int | None = ENOUGH,
         ranks: Ranks = ALONE,
         apart: bool = False,
     ):
         """windows: token ids [N, L]. enough: see Passage. ranks: each has its share of the
-        micro-batches. apart: whether ranks are to share the windows of every batch.
+        micro-batches, which are those of one process: some quantizers look at all of one. apart:
+        they are cut, so that ranks share the windows of each of one process's, a batch here.
 
         Runs the embedding, the rotary table and the masks once. `block_kwargs` {block: what it is
         called with besides hidden states, one a micro-batch}. tokens: of all ranks; starts: where
@@ -120,16 +119,12 @@ class Stream:
         self._folder = folder
         self.ranks = ranks
         self.tokens = windows.numel()
-        self._length = windows.shape[1]
         self._enough = enough
         self._alone: dict[nn.Module, dict] | None = None
         count = len(windows)
         together = max(1, tokens_at_once // windows.shape[1])
         self.batches = [min(together, count - first) for first in range(0, count, together)]
-        self._batch = -(-count // ranks.count)
-        if together < count:
-            most = together // ranks.count if apart else self._batch
-            self._batch = _divisor(together, most)
+        self._batch = _divisor(together, together // ranks.count) if apart else together
         firsts = ranks.share(range(0, count, self._batch))
         self.starts = [first * windows.shape[1] for first in firsts]
         self.places = [divmod(first, together) for first in firsts]
@@ -177,13 +172,10 @@ class Stream:
         return self.hidden[0][:1], self._alone[block]
 
     def leading(self, block: nn.Module, tokens: int) -> list[tuple[Tensor, dict]]:
-        """The batches that begin within the text's first tokens, on every rank: hidden states,
-        copied, of each micro-batch, and what the block is called with beside them."""
-        own = []
-        passing = zip(self.places, self.starts, self.hidden, self.block_kwargs[block])
-        for (_, row), start, hidden, kwargs in passing:
-            if start - row * self._length < tokens:
-                own.append((hidden.clone(), kwargs))
+        """The micro-batches of the text's first tokens, on every rank: hidden states, copied, and
+        what the block is called with beside them."""
+        passing = zip(self.starts, self.hidden, self.block_kwargs[block])
+        own = [(hidden.clone(), kwargs) for start, hidden, kwargs in passing if start < tokens]
         return self.ranks.merged(own)
 
     def walk(
