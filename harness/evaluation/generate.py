@@ -55,7 +55,7 @@ class Generate(Evaluation):
 
     def measure(self, subject: Subject) -> Figures:
         own = subject.ranks.share(self.prompts)
-        said: list[str] = []
+        said = []
         with subject.progress(f"continue {subject.stage}", len(own)) as advance:
             for prompt in own:
                 ids = subject.tokenizer(prompt, return_tensors="pt").input_ids
