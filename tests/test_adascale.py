@@ -10,9 +10,12 @@ from composed import small
 from harness.calibration.subject import quiet, unlogged
 from harness.config.errors import ConfigError
 from harness.formats import FP4, MX, NVFP4, FourOverSix, Integer
+from harness.parallel import ALONE
 from harness.pipeline.job import execute
 from harness.solvers import AdaScale, MinMax, Problem
-from harness.solvers.adascale import Rounding, distance
+from harness.solvers.adascale import Rounding
+from harness.solvers.base import Part
+from harness.solvers.learning import distance
 from harness.solvers.minmax import minmax
 from harness.tracking.replay import Record
 
@@ -49,11 +52,16 @@ class OneLayer(SimpleNamespace):
             sites={"in": ("a",), "out": ("b",)},
             original=x,
             quantized=[t + 0.05 * draw(*t.shape, seed=99) for t in x],
-            generator=torch.Generator().manual_seed(5),
+            batches=[[Part(i, slice(0, 2), 1.0)] for i in range(8)],
+            ranks=ALONE,
             stage=quiet,
             log=unlogged,
         )
+        self.generator = torch.Generator().manual_seed(5)
         self.targets = [self.forward(i, t, weights) for i, t in enumerate(x)]
+
+    def draws(self, batch):
+        return [torch.rand(2, 40, 64, generator=self.generator)]
 
     def forward(self, index, hidden, weights):
         return torch.tanh(hidden @ weights["a"].T) @ weights["b"].T

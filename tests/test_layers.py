@@ -6,7 +6,8 @@ from imports import by_file, circle, floors, loose
 
 FLOORS = [
     {"config"},
-    {"libraries", "parallel"},
+    {"libraries"},
+    {"parallel"},
     {"store", "formats", "linalg", "structure"},
     {"codecs", "solvers", "tracking"},
     {"transforms"},

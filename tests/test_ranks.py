@@ -1,23 +1,26 @@
 """One model over several processes: what ranks share, against one process; and how they end."""
 
+import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
-from composed import ROOT, SMALL
+from composed import ROOT, SMALL, composed
 from torch.multiprocessing.spawn import spawn
 
 from harness.calibration.shipped import Pydoc
 from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
 from harness.calibration.subject import StreamedModel
-from harness.config.errors import ConfigError
+from harness.command.run import run as command
 from harness.evaluation.divergence import Reference
 from harness.evaluation.perplexity import window_losses
 from harness.formats import NVFP4
@@ -25,12 +28,15 @@ from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.tiny import Tiny
 from harness.parallel import ALONE, Ranks
+from harness.parallel.gradients import add_gradients
 from harness.parallel.joined import first_host, place
 from harness.parallel.ranks import Place
-from harness.pipeline.solvable import check_ranks
+from harness.pipeline.job import execute
 from harness.quantize.spread import assigned, spread
-from harness.solvers import AWQ, GPTQ, Problem, SignRound
-from harness.transforms.loop import Course, add_gradients, descend
+from harness.solvers import AWQ, GPTQ, Problem
+from harness.store import Run
+from harness.tracking.replay import Record
+from harness.transforms.loop import Course, descend
 from harness.transforms.sampling import Covariance, Reservoir
 
 IDS = torch.randint(256, (5, 48), generator=torch.Generator().manual_seed(0))
@@ -203,6 +209,111 @@ def solved(ranks: Ranks) -> dict:
     }
 
 
+WORDS = [
+    *SMALL,
+    "data=text",
+    "data.path={folder}/text",
+    "data.name=pydoc",
+    "eval.perplexity.corpora=[data]",
+    "run_root={root}",
+]
+# Each rank has micro-batches of its own; steps on one window, which one rank has, and on three, of
+# which one has two.
+RUNS = {
+    "plain": ["data.calibration.length=512"],
+    "adascale": [
+        "format=nvfp4",
+        "transform=spinquant",
+        "transform.steps=2",
+        "transform.r3=off",
+        "transform.r4=off",
+        "solver=adascale",
+        "solver.iterations=6",
+        "export=compressed_tensors",
+        "export.path={root}/exports",
+    ],
+    "signround": [
+        "format=int4",
+        "transform=flatquant",
+        "transform.steps=2",
+        "solver=signround",
+        "solver.steps=6",
+        "solver.batch=3",
+        "data.calibration.windows=7",
+        "tune=scales",
+        "tune.steps=3",
+        "tune.windows=4",
+        "eval=generate",
+        "eval.generate.tokens=4",
+    ],
+}
+
+
+def texts(folder: Path) -> None:
+    """The corpus of whole runs."""
+    (folder / "text").mkdir(parents=True, exist_ok=True)
+    for file, part in (("train.txt", "calibration"), ("test.txt", "evaluation")):
+        (folder / "text" / file).write_text(Pydoc().text(part)[:8000])
+
+
+def runs(ranks: Ranks) -> dict:
+    """Whole runs: what each leaves behind, of one process once, of two ranks twice."""
+    folder = Path(ranks.lead(lambda: os.environ["RANKS_FOLDER"]))
+    ranks.lead(lambda: texts(folder))
+
+    def done(name: str, words: list[str], time: int) -> dict:
+        root = folder / f"{name}.{ranks.count}.{time}"
+        settings = [word.format(folder=folder, root=root) for word in (*WORDS, *words)]
+        outcome = execute(*ranks.lead(lambda: composed(*settings)), ranks=ranks)
+        return ranks.lead(lambda: left(outcome.run, root))
+
+    return {
+        name: [done(name, words, time) for time in range(ranks.count)]
+        for name, words in RUNS.items()
+    }
+
+
+def left(run: Run, root: Path) -> dict:
+    """The numbers of a run that is done, and all tensors that it wrote."""
+    metrics = run.metrics
+    assert metrics is not None and metrics["status"] == "done", run.status
+    return {
+        "records": metrics["records"],
+        "stages": metrics["stages"],
+        "layers": metrics["layers"],
+        "curves": [point for _, point in Record.read(run).curves],
+        "tensors": {
+            # its name is that of its settings, of which the export's folder is one
+            str(path.relative_to(root)).replace(run.path.name, "run"): path.read_bytes()
+            for path in sorted(root.rglob("*.safetensors"))
+        },
+    }
+
+
+def refused(ranks: Ranks) -> tuple:
+    """How a command ends with a setting that is wrong, and what it says; of several ranks."""
+    if ranks.count == 1:
+        return ()
+    os.environ |= {
+        "RANK": str(ranks.rank),
+        "LOCAL_RANK": str(ranks.rank),
+        "WORLD_SIZE": str(ranks.count),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(ranks.lead(free_port)),
+    }
+    root = Path(os.environ["RANKS_FOLDER"]) / "refused"
+    said = io.StringIO()
+    with redirect_stderr(said), pytest.raises(SystemExit) as end:
+        command(["model=tiny", f"run_root={root}", "format.weight.group_size=7"])
+    return end.value.code, said.getvalue(), root.exists()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def everything(ranks: Ranks) -> dict:
     return {
         "collectives": collectives(ranks),
@@ -213,6 +324,8 @@ def everything(ranks: Ranks) -> dict:
         "observed": observed(ranks),
         "learned": learned(ranks),
         "solved": solved(ranks),
+        "runs": runs(ranks),
+        "refused": refused(ranks),
     }
 
 
@@ -300,11 +413,7 @@ def test_collectors_see_the_text_in_its_order(found):
     alone, ranks = found
     for each in ranks:
         assert equal(each["observed"]["samples"], alone["observed"]["samples"])
-        for where, covariance in each["observed"]["covariances"].items():
-            one = alone["observed"]["covariances"][where]
-            # micro-batches of other sizes: five windows are one for one process, two for two ranks
-            assert (covariance - one).norm() < 1e-6 * one.norm(), where
-    assert equal(ranks[0]["observed"]["covariances"], ranks[1]["observed"]["covariances"])
+        assert equal(each["observed"]["covariances"], alone["observed"]["covariances"])
     assert [each["observed"]["windows"] for each in ranks] == [[[0, 2, 4]] * 2, [[1, 3]] * 2]
 
 
@@ -360,41 +469,72 @@ def test_who_launched_says_the_place():
     assert [first_host(n) for n in ("a1", "a1,b2", "a[1,3-4],b")] == ["a1", "a1", "a1"]
 
 
-def test_what_ranks_do_not_share_is_refused():
-    class Two(Ranks):
-        count = 2
-
-    with pytest.raises(ConfigError, match=r"SignRound on 2 ranks: .*one process"):
-        check_ranks(SignRound(), Two())
-    check_ranks(GPTQ(), Two())
-    check_ranks(SignRound(), ALONE)
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_are_equal_in_every_bit(found, name):
+    for each in found[1]:
+        first, again = each["runs"][name]
+        assert equal(first, again)
+        assert equal(first, found[1][0]["runs"][name][0])
 
 
-# Whole runs, by torchrun.
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_that_of_one_process(found, name):
+    """But for the order of sums: what is learned is, step by step, and so is what comes of it."""
+    (one,) = found[0]["runs"][name]
+    several = found[1][0]["runs"][name][0]
+    assert several["tensors"].keys() == one["tensors"].keys()
+    assert len(several["curves"]) == len(one["curves"])
+    # what is solved from sums of both ranks has some codes on a border, and errors that follow
+    near = 0.1 if name == "plain" else 1e-3
+    for point, alone in zip(several["curves"], one["curves"], strict=True):
+        assert point == pytest.approx(alone, rel=near)
+    for layer, alone in zip(several["layers"], one["layers"], strict=True):
+        losses = {key: value for key, value in alone.items() if key.startswith("loss_")}
+        assert {key: layer[key] for key in losses} == pytest.approx(losses, rel=1e-3)
+    alike(several["records"], one["records"])
 
-WORDS = [
-    *SMALL,
-    "data=text",
-    "data.path=text",
-    "data.name=pydoc",
-    "eval.perplexity.corpora=[data]",
-]
+
+def alike(several: list[dict], one: list[dict]) -> None:
+    """Weights on the border between two codes fall otherwise with the last bit of a sum."""
+    for record, alone in zip(several, one, strict=True):
+        near = {"kl": 0.1, "ppl": 0.05, "top1": 0.1}[record["metric"]]
+        assert record["value"] == pytest.approx(alone["value"], rel=near)
+        if record["stage"] == "baseline":
+            assert record["value"] == alone["value"]
 
 
-def launched(folder: Path, count: int, end: str = "", *words: str) -> subprocess.CompletedProcess:
-    """The run on so many ranks, which ends as mortal.py has it."""
-    (folder / "text").mkdir(parents=True, exist_ok=True)
-    for file, part in (("train.txt", "calibration"), ("test.txt", "evaluation")):
-        (folder / "text" / file).write_text(Pydoc().text(part)[:8000])
+def test_all_ranks_say_what_one_process_says(found):
+    stages = [each["runs"]["signround"][0]["stages"] for each in (found[0], *found[1])]
+    said = [stage["baseline"]["texts"] for stage in stages]
+    assert len(said[0]) == 2 and said[0] == said[1] == said[2]
+
+
+def test_a_setting_that_is_wrong_is_said_once(found):
+    statuses, said, begun = zip(*(each["refused"] for each in found[1]))
+    assert statuses == (2, 2) and not any(begun)
+    assert "".join(said).count("error: format.weight.group_size") == 1
+
+
+# The same by torchrun.
+
+
+def launched(folder: Path, end: str = "") -> subprocess.CompletedProcess:
+    """The plain run on two ranks, which ends as mortal.py has it."""
+    texts(folder)
     if end:
         (folder / "end").write_text(end)
     else:
         (folder / "end").unlink(missing_ok=True)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = str(ROOT / "tests" / "mortal.py")
-    line = [sys.executable, *(launcher if count > 1 else []), script, *WORDS, *words]
+    line = [sys.executable, *launcher, script, *plain()]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     return subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+
+
+def plain() -> list[str]:
+    """The settings of the plain run, in a folder of its own."""
+    return [word.format(folder=".", root="runs") for word in (*WORDS, *RUNS["plain"])]
 
 
 def stored(folder: Path) -> tuple[Path, dict]:
@@ -407,14 +547,19 @@ def solutions(run: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(run.glob("blocks/*"))]
 
 
+def solved_blocks(run: dict) -> list[bytes]:
+    """The same of a run in this process."""
+    return [content for path, content in run["tensors"].items() if "/blocks/" in path]
+
+
 def records(run: Path) -> list[dict]:
     return json.loads((run / "metrics.json").read_text())["records"]
 
 
-def test_ranks_that_end_and_who_goes_on(tmp_path):
+def test_ranks_that_end_and_who_goes_on(found, tmp_path, monkeypatch):
     """A run goes on from its last block with any number of ranks, whoever ended it."""
     folder = tmp_path / "mortal"
-    ended = launched(folder, 2, "raise 1")
+    ended = launched(folder, "raise 1")
     run, status = stored(folder)
     assert ended.returncode
     assert status["status"] == "failed"
@@ -423,7 +568,7 @@ def test_ranks_that_end_and_who_goes_on(tmp_path):
     assert [path.name for path in run.glob("blocks/*")] == ["0000.safetensors"]
 
     for rank in (1, 0):
-        ended = launched(folder, 2, f"kill {rank}")
+        ended = launched(folder, f"kill {rank}")
         _, status = stored(folder)
         assert ended.returncode
         assert status["status"] == "failed"
@@ -432,35 +577,24 @@ def test_ranks_that_end_and_who_goes_on(tmp_path):
         assert len(solutions(run)) == 1
 
     alone = shutil.copytree(folder, tmp_path / "alone")
-    one = launched(alone, 1)
-    assert one.returncode == 0, one.stderr
-    two = launched(folder, 2)
+    two = launched(folder)
     assert two.returncode == 0, two.stderr
-    undisturbed = launched(tmp_path / "undisturbed", 2)
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    assert undisturbed.stdout.count("run directory") == 1  # one rank talks
-
-    again, status = stored(tmp_path / "undisturbed")
+    assert two.stdout.count("run directory") == 1  # one rank talks
+    _, status = stored(folder)
     assert status["status"] == "done"
-    assert solutions(run) == solutions(again)
-    assert records(run) == records(again)
-    assert solutions(stored(alone)[0])[0] == solutions(run)[0]
+    undisturbed = found[1][0]["runs"]["plain"][0]
+    assert solutions(run) == solved_blocks(undisturbed)
+    assert records(run) == undisturbed["records"]
     assert json.loads((run / "environment.json").read_text())["compute"]["ranks"] == 2
-    # one process finds it done, for ranks are no part of what a run is known by
-    found = launched(folder, 1)
-    assert found.returncode == 0 and "stored result" in found.stderr
 
-    # Weights on the border between two codes fall otherwise with the last bit of a sum.
-    first, second = records(stored(alone)[0]), records(run)
-    for one, other in zip(first, second, strict=True):
-        near = {"kl": 0.1, "ppl": 0.05, "top1": 0.1}[one["metric"]]
-        assert other["value"] == pytest.approx(one["value"], rel=near)
-        if one["stage"] == "baseline":
-            assert other["value"] == one["value"]
-
-
-def test_a_setting_that_is_wrong_is_said_once(tmp_path):
-    refused = launched(tmp_path, 2, "", "format.weight.group_size=7")
-    assert refused.returncode
-    assert refused.stderr.count("error: format.weight.group_size") == 1
-    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").glob("tiny*"))
+    # ranks are no part of what a run is known by: one process goes on with it, or finds it done
+    settings = composed(*plain())
+    monkeypatch.chdir(alone)
+    begun = solutions(stored(alone)[0])
+    one = execute(*settings)
+    assert one.status == "done" and not one.stored
+    assert solutions(one.run.path)[:1] == begun
+    near = found[0]["runs"]["plain"][0]["records"]
+    alike(records(one.run.path), near)
+    monkeypatch.chdir(folder)
+    assert execute(*settings).stored

@@ -21,6 +21,7 @@ from harness.formats import Format, Scheme
 from harness.models.adapter import Adapter
 from harness.models.merge import place
 from harness.models.quant_linear import SiteInput
+from harness.solvers.base import Part
 from harness.structure.site import Site
 from harness.structure.tape import tensors_of
 from harness.transforms import Diagonal, Placement
@@ -100,7 +101,8 @@ class BlockView(BlockScales):
         super().__init__(adapter, index)
         self.scheme = scheme
         self.stream = stream
-        self.generator = generator
+        self.ranks = stream.ranks
+        self._generator = generator
         self._stage = stage
         self._log = log
         self.sites: Mapping[str, tuple[str, ...]] = {
@@ -124,6 +126,23 @@ class BlockView(BlockScales):
     def quantized(self) -> tuple[Tensor, ...]:
         """The hidden states that came through the solved blocks, one a micro-batch."""
         return self.stream.hidden
+
+    @property
+    def batches(self) -> list[list[Part]]:
+        parts: list[list[Part]] = [[] for _ in self.stream.batches]
+        passing = zip(self.stream.places, self.quantized)
+        for index, ((batch, row), hidden) in enumerate(passing):
+            rows = slice(row, row + len(hidden))
+            parts[batch].append(Part(index, rows, len(hidden) / self.stream.batches[batch]))
+        return parts
+
+    def draws(self, batch: int) -> list[Tensor]:
+        if not self.quantized:
+            return []
+        # all ranks draw for all of the batch, as one process does
+        shape = (self.stream.batches[batch], *self.quantized[0].shape[1:])
+        drawn = torch.rand(shape, generator=self._generator)
+        return [drawn[part.rows] for part in self.batches[batch]]
 
     def stage(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
         return self._stage(title, total)

@@ -104,13 +104,16 @@ class Stream:
         folder: Path | None = None,
         enough: int | None = ENOUGH,
         ranks: Ranks = ALONE,
+        apart: bool = False,
     ):
         """windows: token ids [N, L]. enough: see Passage. ranks: each has its share of the
-        micro-batches, which are those of one rank where there are as many as ranks.
+        micro-batches, which are those of one process: some quantizers look at all of one. apart:
+        they are cut, so that ranks share the windows of each of one process's, a batch here.
 
         Runs the embedding, the rotary table and the masks once. `block_kwargs` {block: what it is
         called with besides hidden states, one a micro-batch}. tokens: of all ranks; starts: where
-        in the text each micro-batch begins.
+        in the text each micro-batch begins. batches: the windows of each; places: (batch, row in
+        it) with which each micro-batch begins.
         """
         self.adapter = adapter
         self._folder = folder
@@ -118,10 +121,13 @@ class Stream:
         self.tokens = windows.numel()
         self._enough = enough
         self._alone: dict[nn.Module, dict] | None = None
-        batch = max(1, tokens_at_once // windows.shape[1])
-        self._batch = min(batch, -(-len(windows) // ranks.count))
-        firsts = range(0, len(windows), self._batch)
-        self.starts = [first * windows.shape[1] for first in ranks.share(firsts)]
+        count = len(windows)
+        together = max(1, tokens_at_once // windows.shape[1])
+        self.batches = [min(together, count - first) for first in range(0, count, together)]
+        self._batch = _divisor(together, together // ranks.count) if apart else together
+        firsts = ranks.share(range(0, count, self._batch))
+        self.starts = [first * windows.shape[1] for first in firsts]
+        self.places = [divmod(first, together) for first in firsts]
         self._windows = ranks.share(windows.split(self._batch))
         self._hidden = torch.empty(0, device=adapter.device)  # of a rank without a micro-batch
         self.block_kwargs: dict[nn.Module, list[dict]] = {block: [] for block in adapter.blocks}
@@ -209,3 +215,8 @@ class Stream:
         """What the output head reads, once all blocks are passed, one micro-batch at a time."""
         for hidden, ids in zip(self.hidden, self._windows):
             yield _pass_by(self.adapter, ids.to(self.adapter.device), hidden)[1]
+
+
+def _divisor(number: int, most: int) -> int:
+    """The greatest divisor that is no greater than `most`; 1 at least."""
+    return max(each for each in range(1, number + 1) if number % each == 0 and each <= max(1, most))

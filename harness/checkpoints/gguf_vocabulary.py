@@ -48,7 +48,7 @@ def add_vocabulary(
     writer.add_token_types([_kind(index, names, added) for index in range(size)])
     merges = [each if isinstance(each, str) else " ".join(each) for each in model["merges"]]
     # an empty list cannot be written and its lack is refused; what makes no token merges nothing
-    writer.add_token_merges(merges or [" ".join(list(names.values())[:2])])
+    writer.add_token_merges(merges or [" ".join(names[index] for index in sorted(names)[:2])])
     for name in SPECIAL:
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None:

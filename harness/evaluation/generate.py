@@ -54,14 +54,15 @@ class Generate(Evaluation):
         return {"generate": [list(self.prompts), self.tokens]}
 
     def measure(self, subject: Subject) -> Figures:
-        said = {}
-        with subject.progress(f"continue {subject.stage}", len(self.prompts)) as advance:
-            for prompt in self.prompts:
+        own = subject.ranks.share(self.prompts)
+        said = []
+        with subject.progress(f"continue {subject.stage}", len(own)) as advance:
+            for prompt in own:
                 ids = subject.tokenizer(prompt, return_tensors="pt").input_ids
                 tokens = continuation(subject.adapter, ids, self.tokens, subject.amp)
-                said[prompt] = subject.tokenizer.decode(tokens, skip_special_tokens=True)
+                said.append(subject.tokenizer.decode(tokens, skip_special_tokens=True))
                 advance()
-        subject.details[TEXTS] = said
+        subject.details[TEXTS] = dict(zip(self.prompts, subject.ranks.merged(said)))
         return {}
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from harness.libraries.distributed import connected
 from harness.parallel.ranks import Place, RankLost, Ranks
 
 T = TypeVar("T")
@@ -38,11 +39,12 @@ POLL = 0.05
 class Group(Ranks):
     """This process's rank; made by `join`."""
 
-    def __init__(self, place: Place, store: Store):
+    def __init__(self, place: Place, store: Store, group: dist.ProcessGroup):
         self.rank = place.rank
         self.count = place.count
         self.local = place.local
         self._store = store
+        self._group = group
         self._writer = 0
         self._places = self.gather((socket.gethostname(), os.getpid()))
 
@@ -53,43 +55,35 @@ class Group(Ranks):
     @classmethod
     def join(cls, place: Place) -> Group:
         """Wait until all ranks have come."""
-        backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(place.local % torch.cuda.device_count())
-            backend = "cpu:gloo,cuda:nccl"
         meeting = rendezvous(place.url, place.rank, place.count, timeout=MEET)
         store, _, _ = next(meeting)
-        dist.init_process_group(
-            backend,
-            store=PrefixStore("group", store),
-            rank=place.rank,
-            world_size=place.count,
-            timeout=WAIT,
-        )
-        return cls(place, PrefixStore("harness", store))
+        group = connected(PrefixStore("group", store), place.rank, place.count, WAIT)
+        return cls(place, PrefixStore("harness", store), group)
 
     def leave(self) -> None:
         """No rank is heard of any more."""
-        dist.destroy_process_group()
+        self._group.shutdown()
 
     def gather(self, value: T) -> list[T]:
         values: list = [None] * self.count
         with _meeting():
-            dist.all_gather_object(values, _packed(value))
+            dist.all_gather_object(values, _packed(value), self._group)
         return [_unpacked(packed) for packed in values]
 
     def sum_(self, *tensors: Tensor) -> None:
         for tensor in tensors:
             whole = tensor.contiguous()  # itself, in most cases
             with _meeting():
-                dist.all_reduce(whole)
+                dist.all_reduce(whole, group=self._group)
             if whole is not tensor:
                 tensor.copy_(whole)
 
     def maximum_(self, *tensors: Tensor) -> None:
         for tensor in tensors:
             with _meeting():
-                dist.all_reduce(tensor, dist.ReduceOp.MAX)
+                dist.all_reduce(tensor, dist.ReduceOp.MAX, self._group)
 
     def in_turn(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
         own = iter(tensors)
@@ -107,20 +101,28 @@ class Group(Ranks):
                     tensor = mine.contiguous()
                 else:
                     tensor = torch.empty(shape, dtype=dtype, device=kind)
-                with _meeting():
-                    dist.broadcast(tensor, rank)
+                self._send(tensor, rank)
                 yield tensor
 
+    def _send(self, tensor: Tensor, rank: int) -> None:
+        """A rank's tensor to all others, in place of theirs."""
+        with _meeting():
+            dist.broadcast(tensor, group=self._group, group_src=rank)
+
     def lead(self, call: Callable[[], T]) -> T:
-        told: list = [None]
+        told = b""
         if self.rank == 0:
             try:
-                told = [_packed((call(), None))]
+                told = _packed((call(), None))
             except Exception as error:
-                told = [_packed((None, _sendable(error)))]
-        with _meeting():
-            dist.broadcast_object_list(told, 0)
-        value, error = _unpacked(told[0])
+                told = _packed((None, _sendable(error)))
+        length = torch.tensor(len(told))
+        self._send(length, 0)
+        sent = torch.empty(int(length), dtype=torch.uint8)
+        if self.rank == 0:
+            sent = torch.frombuffer(bytearray(told), dtype=torch.uint8)
+        self._send(sent, 0)
+        value, error = _unpacked(sent.numpy().tobytes())
         if error is not None:
             raise error
         return value

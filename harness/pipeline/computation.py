@@ -28,6 +28,7 @@ from harness.models.adapter import Adapter
 from harness.models.attention import attach
 from harness.models.online import online
 from harness.models.source import assert_finite
+from harness.parallel import ALONE
 from harness.pipeline import export, measure, stages, tuning
 from harness.pipeline.state import Job, LoadedJob
 from harness.pipeline.texts import sharing
@@ -62,12 +63,12 @@ def compute(start: Job, device: torch.device) -> None:
         subject = measure.evaluate(job, "quantized", adapter)
     exporter = job.parts.exporter
     if exporter is not None:
-        alone = replace(job, run=job.run.alone())
+        alone = replace(job, run=job.run.alone(), ranks=ALONE)
 
         def written() -> None:
             folder = export.export(alone, adapter, exporter)
             if subject is not None:
-                measure.exported(alone, subject, folder)
+                measure.exported(alone, replace(subject, ranks=ALONE), folder)
 
         job.ranks.lead(written)
     # A float model's weights have the bits of their dtype; a checkpoint's are not known here.

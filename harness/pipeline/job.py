@@ -81,10 +81,8 @@ def execute(
     plan.check()
     # Not before: it takes seconds to import torch.
     from harness.pipeline.build import components
-    from harness.pipeline.solvable import check_ranks
 
     parts = components(plan)
-    check_ranks(parts.solver, ranks)
     # A person is told at once who computes this; a job of a sweep may wait for another one.
     lock = records.locked(run.path / "lock", wait=sweep is not None, say=reporter.say)
     with ranks.leading(lock):

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from harness.config.checks import nearest
 from harness.config.errors import ConfigError
 from harness.formats import Format, Scheme
-from harness.parallel import Ranks
 from harness.quantize.allocation import Auto
 from harness.solvers import Solver
 from harness.structure.structure import Structure
@@ -37,16 +36,6 @@ def check_budget(auto: Auto, scheme: Scheme, structure: Structure) -> None:
         raise ConfigError(
             "format.auto with format.overrides of every linear: nothing is left to allocate; "
             "drop one of them."
-        )
-
-
-def check_ranks(solver: Solver | None, ranks: Ranks) -> None:
-    """Refuse what several processes cannot share."""
-    if ranks.count > 1 and solver is not None and solver.scope == "block":
-        raise ConfigError(
-            f"solver: {type(solver).__name__} on {ranks.count} ranks: the steps by which it learns "
-            "a block are not shared; run it as one process, or use a solver of single sites (gptq, "
-            "awq, rtn)."
         )
 
 

@@ -65,7 +65,11 @@ def quantize(
     count = len(adapter.blocks)
     outside = Embeddings(adapter, scheme, solver)
     missing = any(run.load_block(i) is None for i in range(count + outside.quantizes))
-    streaming = partial(Stream, windows=windows, folder=folder, enough=enough, ranks=ranks)
+    # a solver of blocks takes a step on every batch, in which each rank has to have its part
+    whole = solver is not None and solver.scope == "block"
+    streaming = partial(
+        Stream, windows=windows, folder=folder, enough=enough, ranks=ranks, apart=whole
+    )
     # where scales span tokens, a text is quantized without its neighbours, as it is when evaluated
     at_once = 1 if scheme.spans_tokens else None
     if solver is not None and solver.windows is not None:
@@ -73,7 +77,7 @@ def quantize(
     if at_once is not None:
         streaming = partial(streaming, tokens_at_once=at_once * windows.shape[1])
     original = stream = error = None
-    if missing and solver is not None and (solver.scope == "block" or solver.propagate != "none"):
+    if missing and solver is not None and (whole or solver.propagate != "none"):
         original = streaming(adapter if untouched is None else untouched.adapter)
     # the original stream has begun: it sees the embedding before this rounds it
     outside.embed(run)

@@ -30,14 +30,14 @@ from harness.config.checks import boolean, integer, number
 from harness.config.errors import ConfigError
 from harness.formats import Format, FourOverSix
 from harness.solvers.base import Block, Solution, Solver
-from harness.solvers.learning import distance, learn, problems
+from harness.solvers.learning import error, learn, problems
 from harness.solvers.minmax import MinMax, minmax
 from harness.solvers.rounding import Rounding
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaScale(Solver):
-    """iterations: steps a block, one micro-batch of `batch` windows each, in turn.
+    """iterations: steps a block, `batch` windows each, in turn.
     lr_clip: of beta and gamma; lr_round: of s2, s3 (and s4); Adam, both falling to 0 by a cosine.
     lwc: learn beta and gamma. flexround: learn s2, s3.
     mix: share of the elements taken from the quantized prefix.
@@ -123,21 +123,22 @@ class AdaScale(Solver):
         def weights() -> dict[str, Tensor]:
             return {name: rounding() for name, rounding in roundings.items()}
 
-        def descend(step: int, index: int) -> float:
-            hidden = self._mixed(block, index)
-            loss = distance(block.forward(index, hidden, weights()), block.targets[index])
-            adam.zero_grad()
-            loss.backward()
+        def loss(step: int, batch: int) -> Tensor:
+            return error(block, batch, self._mixed(block, batch), weights())
+
+        def move(step: int) -> None:
             adam.step()
             rates.step()
-            return loss.item()
 
         remedy = "lower solver.lr_round and solver.lr_clip"
-        return learn(block, "adascale", self.iterations, clip + shape, weights, descend, remedy)
+        parameters = clip + shape
+        return learn(block, "adascale", self.iterations, parameters, weights, loss, move, remedy)
 
-    def _mixed(self, block: Block, index: int) -> Tensor:
-        """Micro-batch `index`, each element of which is from one stream or the other."""
-        quantized = block.quantized[index]
-        original = block.original[index]
-        draws = torch.rand(original.shape, generator=block.generator).to(original.device)
-        return torch.where(draws < self.mix, quantized, original)
+    def _mixed(self, block: Block, batch: int) -> list[Tensor]:
+        """The parts of a batch, each element of which is from one stream or the other."""
+        mixed = []
+        for part, draws in zip(block.batches[batch], block.draws(batch)):
+            original = block.original[part.index]
+            first = draws.to(original.device) < self.mix
+            mixed.append(torch.where(first, block.quantized[part.index], original))
+        return mixed

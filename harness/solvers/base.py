@@ -19,6 +19,7 @@ from torch import Tensor
 from harness.config.checks import boolean, integer, number, one_of
 from harness.config.errors import ConfigError
 from harness.formats import Format, QTensor, Scales
+from harness.parallel import Ranks
 from harness.solvers.refit import refit
 from harness.solvers.search import under_hessian
 
@@ -54,11 +55,23 @@ class Solution:
     report: dict
 
 
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch as a part of a batch. index: of the micro-batch; rows: its windows among those
+    of the batch; share: how much of the batch they are."""
+
+    index: int
+    rows: slice
+    share: float
+
+
 class Block(Protocol):
     """One decoder block with the calibration activations before it.
 
     For solvers that look beyond one site. A micro-batch of hidden states is [B, L, hidden];
-    `quantized[i]` came through the solved blocks, `original[i]` through untouched ones.
+    `quantized[i]` came through the solved blocks, `original[i]` through untouched ones. A batch of
+    windows, on which one step is taken, is one micro-batch of one process; `ranks` share its
+    windows, and each has micro-batches of its own.
     """
 
     index: int  # of the block in the model
@@ -66,7 +79,19 @@ class Block(Protocol):
     sites: Mapping[str, tuple[str, ...]]  # {site: its linears} in the order of the forward
     original: Sequence[Tensor]
     targets: Sequence[Tensor]  # what the untouched block makes of `original`
-    generator: torch.Generator  # for draws, seeded by the run and the block
+    ranks: Ranks
+
+    @property
+    def batches(self) -> Sequence[Sequence[Part]]:
+        """The parts of each batch that this rank has, if any."""
+        ...
+
+    def draws(self, batch: int) -> list[Tensor]:
+        """Of each such part, a number of [0, 1) for every element of its hidden states.
+
+        Seeded by the run and the block, the next ones at each call: all ranks have to call.
+        """
+        ...
 
     @property
     def weights(self) -> Mapping[str, Tensor]:

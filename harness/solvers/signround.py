@@ -15,7 +15,7 @@ Differences: v is a share of the interval between the neighbours, which is the s
 AutoRound's float formats add v steps, which is too little where intervals are wide and too much
 where they are narrow. Ratios multiply the range of the format's observer, so that v = 0 is rtn bit
 for bit. Float and symmetric integer formats have one ratio, for one end decides their scale.
-Micro-batches come in turn, activations are not quantized meanwhile, and the best iterate by the
+Batches come in turn, activations are not quantized meanwhile, and the best iterate by the
 held-out tenth of the calibration windows is kept, the start included. h is pushed by a slope that
 grows, not by a penalty: that has no weight to choose, and needs few steps.
 """
@@ -34,7 +34,7 @@ from harness.config.errors import ConfigError
 from harness.formats import Format, Scales
 from harness.solvers.base import Block, Solution, Solver
 from harness.solvers.intervals import Between, Interval, Offset
-from harness.solvers.learning import distance, learn, problems
+from harness.solvers.learning import arriving, error, learn, problems
 from harness.solvers.rtn import RTN
 
 TRAVEL = {"offset": 1.0, "interval": 4.0}  # steps times the first rate; v goes half as far
@@ -43,7 +43,7 @@ TRAVEL = {"offset": 1.0, "interval": 4.0}  # steps times the first rate; v goes 
 @dataclass(frozen=True, kw_only=True)
 class SignRound(Solver):
     """rounding: offset | interval.
-    steps: a block, one micro-batch of `batch` windows each, in turn.
+    steps: a block, `batch` windows each, in turn.
     lr: the first rate, null for 1 / steps (offset) or 4 / steps (interval).
     clip: learn a and b (offset).
     """
@@ -113,19 +113,19 @@ class SignRound(Solver):
         def stored() -> dict[str, Tensor]:
             return {name: r.qtensor().dequantize() for name, r in roundings.items()}
 
-        def descend(step: int, index: int) -> float:
+        def loss(step: int, batch: int) -> Tensor:
             weights = {name: r(step / self.steps) for name, r in roundings.items()}
-            output = block.forward(index, block.quantized[index], weights)
-            loss = distance(output, block.targets[index])
-            # an expert that was given no token has a gradient of 0
-            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            return error(block, batch, arriving(block, batch), weights)
+
+        def move(step: int) -> None:
             first = TRAVEL[self.rounding] / self.steps if self.lr is None else self.lr
             rate = first * (1 - (step - 1) / self.steps)
             with torch.no_grad():
-                for parameter, gradient in zip(parameters, gradients):
-                    parameter.sub_(gradient.sign(), alpha=rate)
+                for parameter in parameters:
+                    if parameter.grad is not None:  # as of an expert that was given no token
+                        parameter.sub_(parameter.grad.sign(), alpha=rate)
             for rounding in roundings.values():
                 rounding.confine()
-            return loss.item()
 
-        return learn(block, "signround", self.steps, parameters, stored, descend, "lower solver.lr")
+        remedy = "lower solver.lr"
+        return learn(block, "signround", self.steps, parameters, stored, loss, move, remedy)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from harness.parallel import Ranks
+from harness.parallel.gradients import add_gradients
 
 CHECKS = 8  # how often the held-out loss is taken
 
@@ -154,16 +155,3 @@ def held_out(text: Text, loss: Loss) -> float:
     windows = enumerate(text.held.split(1), text.held_from)
     own = sum(float(loss(ids, True)) for number, ids in windows if text.ranks.owns(number))
     return sum(text.ranks.gather(own)) / len(text.held)
-
-
-def add_gradients(leaves: Sequence[Tensor], ranks: Ranks) -> None:
-    """Make each gradient the sum of all ranks'; a tensor for which none has one stays without."""
-    having = ranks.gather([leaf.grad is not None for leaf in leaves])
-    gradients = []
-    for leaf, has in zip(leaves, map(any, zip(*having))):
-        if not has:
-            continue
-        if leaf.grad is None:
-            leaf.grad = torch.zeros_like(leaf)
-        gradients.append(leaf.grad)
-    ranks.sum_(*gradients)
