@@ -154,7 +154,9 @@ FIELD = {
 
 
 @pytest.mark.parametrize(
-    ("field", "transform"), [(field, each) for field, all in FIELD.items() for each in all], ids=str
+    ("field", "transform"),
+    [(field, each) for field, all in FIELD.items() for each in all],
+    ids=lambda given: given if isinstance(given, str) else type(given).__name__,
 )
 def test_what_vllm_does_not_run_is_refused(field, transform):
     scheme = Scheme(weight=weight(), act=token(), kv=KVCache())
