@@ -219,7 +219,9 @@ def test_what_a_run_lacks_is_one_sentence_before_it_begins(many, tmp_path):
 
 
 def test_the_python_of_the_readme_runs(run):
-    for example in examples("README.md"):
+    found = examples("README.md")
+    assert len(found) == 2
+    for example in found:
         got = run("python", "-c", example)
         assert got.returncode == 0, got.stderr
 
