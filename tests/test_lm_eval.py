@@ -32,44 +32,65 @@ def folder(tmp_path):
     return tmp_path / "tasks"
 
 
-@pytest.mark.parametrize("scope", ["token", "tensor"])
-def test_its_numbers_are_those_of_the_run(scope, tmp_path, folder):
-    """Every accuracy; every log-likelihood too, to the last bit where requests are not batched."""
-    run = ["eval=zeroshot", "eval.zeroshot.tasks=[agreement,sums,words]", "eval.zeroshot.limit=10"]
-    run += [f"eval.zeroshot.data_path={folder}", "transform=quarot", "format=nvfp4", "solver=rtn"]
-    run += [f"format.act.scope={scope}", "format.kv.bits=4", "export=harness"]
-    outcome = execute(*small(tmp_path, *run, f"export.path={tmp_path / 'out'}"))
-    assert outcome.status == "done", outcome.error
-    arguments = f"pretrained={outcome.metrics['export']['path']}"
-    words = ["--model", "harness", "--model_args", arguments, "--batch_size", "8", "--limit", "10"]
-    words += ["--device", "cuda" if torch.cuda.is_available() else "cpu"]
-    words += ["--tasks", "agreement,sums,words", "--data_path", str(folder), "--log_samples"]
-    words += ["--output_path", str(tmp_path / "scores")]
+SCOPES = ("token", "tensor")
+COMMANDS = """
+import json, sys
+from harness.lm_eval.__main__ import main
+for words in json.loads(sys.argv[1]):
+    assert main(words) == 0
+"""
+
+
+@pytest.fixture
+def scored(tmp_path, folder):
+    """{scope of activation scales: (the run, lm-eval's results and samples of its checkpoint)}; one
+    process, for it takes longer to start than to score."""
+    outcomes = {}
+    commands = []
+    for scope in SCOPES:
+        own = tmp_path / scope
+        run = ["eval=zeroshot", "eval.zeroshot.tasks=[agreement,sums,words]"]
+        run += ["eval.zeroshot.limit=10", f"eval.zeroshot.data_path={folder}", "transform=quarot"]
+        run += ["format=nvfp4", "solver=rtn", f"format.act.scope={scope}", "format.kv.bits=4"]
+        outcome = execute(*small(own, *run, "export=harness", f"export.path={own / 'out'}"))
+        assert outcome.status == "done", outcome.error
+        outcomes[scope] = outcome
+        words = ["--model", "harness", "--batch_size", "8", "--limit", "10", "--log_samples"]
+        words += ["--model_args", f"pretrained={outcome.metrics['export']['path']}"]
+        words += ["--device", "cuda" if torch.cuda.is_available() else "cpu"]
+        words += ["--tasks", "agreement,sums,words", "--data_path", str(folder)]
+        commands.append([*words, "--output_path", str(own / "scores")])
     done = subprocess.run(
-        [sys.executable, "-m", "harness.lm_eval", *words],
+        [sys.executable, "-c", COMMANDS, json.dumps(commands)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "|sums" in done.stdout
-    results = json.loads(next((tmp_path / "scores").rglob("results_*.json")).read_text())["results"]
-    wanted = outcome.metrics["stages"]["quantized"]["zeroshot"]
-    assert set(results) == set(wanted)
-    for task, figures in wanted.items():
-        for metric in {"acc", "acc_norm", "acc_stderr"} & figures.keys():
-            assert results[task][f"{metric},none"] == figures[metric], (task, metric)
-    for task in wanted:
-        kept = json.loads((outcome.run.path / "samples/quantized" / f"{task}.json").read_text())
-        path = next((tmp_path / "scores").rglob(f"samples_{task}_*.jsonl"))
-        lines = [json.loads(line) for line in path.read_text().split("\n") if line]
-        scores = [[float(answer[0]) for answer in line["filtered_resps"]] for line in lines]
-        wanted_scores = [each["scores"] for each in kept]
-        if scope == "tensor":
-            assert scores == wanted_scores
-        else:  # the command puts requests of several tasks in one batch
-            for one, other in zip(scores, wanted_scores, strict=True):
+    assert done.stdout.count("|sums") == 2
+    return {scope: (outcome, tmp_path / scope / "scores") for scope, outcome in outcomes.items()}
+
+
+def test_its_numbers_are_those_of_the_run(scored):
+    """Every accuracy; every log-likelihood too, to the last bit where requests are not batched."""
+    for scope, (outcome, scores) in scored.items():
+        results = json.loads(next(scores.rglob("results_*.json")).read_text())["results"]
+        wanted = outcome.metrics["stages"]["quantized"]["zeroshot"]
+        assert set(results) == set(wanted)
+        for task, figures in wanted.items():
+            for metric in {"acc", "acc_norm", "acc_stderr"} & figures.keys():
+                assert results[task][f"{metric},none"] == figures[metric], (task, metric)
+            kept = json.loads((outcome.run.path / f"samples/quantized/{task}.json").read_text())
+            path = next(scores.rglob(f"samples_{task}_*.jsonl"))
+            lines = [json.loads(line) for line in path.read_text().split("\n") if line]
+            found = [[float(answer[0]) for answer in line["filtered_resps"]] for line in lines]
+            likely = [each["scores"] for each in kept]
+            if scope == "tensor":
+                assert found == likely
+                continue
+            # the command puts requests of several tasks in one batch
+            for one, other in zip(found, likely, strict=True):
                 assert one == pytest.approx(other, rel=1e-4)
 
 
