@@ -18,7 +18,7 @@ FORMATS = {
 SPELLED = {
     "rtn": ["solver=rtn"],
     "gptq": ["solver=gptq", "solver.order=activation", "format.weight.observer=mse"],
-    "hessian": ["solver=rtn", "format.weight.observer=hessian"],
+    "hessian": ["solver=rtn", "format.weight.observer=hessian", "solver.refit=true"],
     "propagated": [
         "solver=gptq",
         "solver.order=activation",
