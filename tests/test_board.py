@@ -57,6 +57,8 @@ def test_what_is_kept_of_runs_gives_the_board_that_they_gave(tmp_path, capsys):
     root, kept = tmp_path / "runs", tmp_path / "kept"
     (root / "tiny-nvfp4-identity-rtn-0123456789").mkdir()
     (root / "tiny-nvfp4-identity-rtn-0123456789" / "status.json").write_text('{"status": "failed"}')
+    for path in root.glob("tiny-*/config.yaml"):
+        path.write_text(path.read_text() + "api_key: hunter2\n")
     assert main(["keep", str(root), "format=nvfp4", "--into", str(kept)]) == 0
     assert "2 runs are kept" in capsys.readouterr().out
     chosen = [row for row in rows(root) if row["labels"]["format"] == "nvfp4"]
@@ -64,6 +66,7 @@ def test_what_is_kept_of_runs_gives_the_board_that_they_gave(tmp_path, capsys):
     assert sorted({path.name for path in kept.rglob("*.*")}) == sorted(
         {"config.yaml", "metrics.json", "status.json"}
     )
+    assert all("hunter2" not in path.read_text() for path in kept.rglob("config.yaml"))
     assert all("host" not in path.read_text() for path in kept.rglob("status.json"))
 
 

@@ -35,13 +35,15 @@ def test_the_first_hour(tmp_path, monkeypatch, capsys):
     assert "window losses, paired" in shown
 
 
-def test_a_run_from_python_is_the_one_of_the_command(tmp_path):
-    words = [*SMALL, f"run_root={tmp_path}", "solver=rtn", "eval.perplexity.corpora=[pydoc]"]
+def test_a_run_from_python_is_the_one_of_the_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = [*SMALL, "run_root=~/runs", "solver=rtn", "eval.perplexity.corpora=[pydoc]"]
     first = harness.run(*words)
     again = harness.run(*words)
     assert first.status == again.status == "done"
     assert again.stored and not first.stored
     assert figures(first) == figures(again)
+    assert first.run.path.parent == tmp_path / "runs", "~ is the home folder, as on a line"
     assert first.metrics["command"].endswith("'eval.perplexity.corpora=[pydoc]'")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hydra import compose
 from omegaconf import open_dict
 
-from harness.command.run import GROUPS, reason, through
+from harness.command.run import GROUPS, arranged, reason, through
 from harness.config.command_line import again
 from harness.config.errors import ConfigError
 from harness.config.search_path import composing
@@ -23,7 +23,7 @@ def call(words: Sequence[str]) -> Outcome:
     Raises ConfigError or DataError where the command says in a line what is wrong, RuntimeError
     where the run fails (under on_error=record its outcome says so).
     """
-    given = list(words)
+    given = arranged(list(words))
     try:
         with composing():
             cfg = compose("config", overrides=given, return_hydra_config=True)

@@ -1,15 +1,18 @@
 """What tables and tests need of finished runs, copied to where it outlives the run root.
 
 Settings, figures and every window's loss, some ten kilobytes a run; no blocks, curves, samples and
-figures of single layers, and no name of a machine. The folder is a run root itself: `board` reads
-it, and whoever adds runs to it adds rows.
+figures of single layers, no secret and no name of a machine. The folder is a run root itself:
+`board` reads it, and whoever adds runs to it adds rows.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 from harness.report.rows import last
+from harness.report.settings import publishable
 from harness.store import Run
 from harness.store.files import write, write_json
 from harness.store.records import write_checked
@@ -25,7 +28,7 @@ def keep(row: dict, folder: Path) -> Path | None:
     if metrics is None or not last(row).get("ppl"):
         return None
     target = folder / source.path.name
-    write(target / "config.yaml", (source.path / "config.yaml").read_text(encoding="utf-8"))
+    write(target / "config.yaml", yaml.safe_dump(publishable(row), sort_keys=False))
     digest = write_checked(target / "metrics.json", metrics | {"layers": []})
     known = {key: source.status.get(key) for key in STATUS}
     write_json(target / "status.json", known | {"digests": {"metrics.json": digest}})

@@ -18,16 +18,20 @@ SILENT = ("run_root", "tracking", "on_error", "force")  # of these no number dep
 GROUPS = {"data": None, "eval": None, "export": None, "recipe": None, "tune": "none"}
 
 
-def dotted(row: Mapping) -> dict[str, str]:
-    """{dotted key: value as typed} of a row's config.yaml, without what is secret; empty where it
-    cannot be read."""
+def publishable(row: Mapping) -> dict:
+    """A row's config.yaml without what is secret; empty where it cannot be read."""
     try:
         config = yaml.load((Path(row["path"]) / "config.yaml").read_text(encoding="utf-8"), LOADER)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     if not isinstance(config, dict):
         return {}
-    return dict(_leaves(without_secrets(config)))
+    return without_secrets(config)
+
+
+def dotted(row: Mapping) -> dict[str, str]:
+    """{dotted key: value as typed} of a row's `publishable` settings."""
+    return dict(_leaves(publishable(row)))
 
 
 def seedless(row: Mapping) -> tuple:
