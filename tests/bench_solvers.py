@@ -25,9 +25,10 @@ from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.source import ModelSource
 from harness.solvers import GPTQ, Problem, Solver
-from harness.solvers.adascale import Rounding, distance
+from harness.solvers.adascale import Rounding
 from harness.solvers.columns import Columns, StaticLattice
 from harness.solvers.inverses import Begun, inverses
+from harness.solvers.learning import distance
 from harness.solvers.minmax import minmax
 from harness.solvers.propagation import compensated
 from harness.solvers.search import under_hessian

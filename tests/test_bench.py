@@ -2,6 +2,7 @@
 
 import copy
 
+import bench
 import torch
 from bench_gpu import measured
 from bench_models import nvfp4, quantized
@@ -9,6 +10,12 @@ from bench_models import nvfp4, quantized
 from harness.models.quant_linear import QuantLinear
 from harness.models.tiny import Tiny
 from harness.solvers import RTN
+
+
+def test_every_part_that_the_bench_names_is_there():
+    """What it imports of the harness, too: nothing else in the suite does."""
+    assert all(map(callable, bench.PARTS.values()))
+    assert all(part in bench.__doc__ for part in bench.PARTS)
 
 
 def test_the_bench_quantizes_every_linear_it_times():
