@@ -119,17 +119,27 @@ def test_ids_know_the_release_of_a_plug_in_and_no_other(flips):
 
 def test_a_checkpoint_names_a_format_of_a_plug_in_where_that_is_installed(flips, tmp_path):
     code = "from harness.formats import NVFP4\n\n\nclass Wide(NVFP4):\n    pass\n"
-    (tmp_path / "site" / "flips" / "wide.py").write_text(code)
+    package = tmp_path / "site" / "flips"
+    (package / "wide.py").write_text(code)
+    (package / "trap.py").write_text("raise SystemExit")
+    (package / "conf" / "format").mkdir()
+    option = "weight:\n  _target_: flips.wide.Wide\nact:\n  _target_: harness.formats.NVFP4\n"
+    (package / "conf" / "format" / "wide.yaml").write_text(option)
     wide = build({"_target_": "flips.wide.Wide"}, "format.weight", Format)
     told = spec(wide)
     assert told["_target_"] == "flips.wide.Wide"
     assert format_of(told, "there", Format) == wide
     assert spec(NVFP4())["_target_"] == "harness.formats.NVFP4"
+
+    def refused(*targets):
+        for target in targets:
+            with pytest.raises(DataError, match=f"there._target_={target}: is no format"):
+                format_of(told | {"_target_": target}, "there", Format)
+
+    refused("flips.trap.Wide", "flips.flip.Flip", "harness.solvers.GPTQ", "os.system")
     (tmp_path / "site" / "flips-1.dist-info" / "entry_points.txt").unlink()
     plugins.plugins.cache_clear()
-    for target in ("flips.wide.Wide", "harness.solvers.GPTQ", "os.system"):
-        with pytest.raises(DataError, match=f"there._target_={target}: is no format"):
-            format_of(told | {"_target_": target}, "there", Format)
+    refused("flips.wide.Wide")
 
 
 def test_a_plug_in_without_options_is_named(flips, tmp_path, command):

@@ -1,7 +1,7 @@
 """What the files of a checkpoint say, as data.
 
-Every field is checked; nothing is built or imported because a file names it, but the formats of
-installed plug-ins.
+Every field is checked; nothing is built or imported because a file names it, but the formats that
+the options of an installed plug-in name.
 
     harness.json                version, dtype, {"format", "names"} of weights and activations,
                                 "kv"; read as a Record
@@ -9,13 +9,13 @@ installed plug-ins.
     quantization_metadata.json  what the checkpoint is, for people and tools
 
 A format stands there by the name of its class and its fields. The name is looked up among the
-formats of this project, or is that of a plug-in; the fields are plain values and the class itself
-judges them.
+formats of this project and those that a plug-in offers as options; the fields are plain values and
+the class itself judges them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -80,11 +80,7 @@ class Record:
 
 def spec(format: Format | KVCache) -> dict:
     """A format as JSON: its class and all of its fields."""
-    kind = type(format)
-    # a file says of our own formats no more than the name, so that it outlives a move
-    ours = kind.__module__.startswith(SPELLED)
-    target = f"{SPELLED}{kind.__name__}" if ours else f"{kind.__module__}.{kind.__name__}"
-    return {"_target_": target, **asdict(format)}
+    return {"_target_": _spelled(type(format)), **asdict(format)}
 
 
 def format_of(entry: object, where: str, base: type[F]) -> F:
@@ -97,7 +93,10 @@ def format_of(entry: object, where: str, base: type[F]) -> F:
     name = str(entry.get("_target_"))
     kind = _kind(name, base)
     if kind is None:
-        raise DataError(f"{where}._target_={name}: is no {base.__name__.lower()} of this project.")
+        raise DataError(
+            f"{where}._target_={name}: is no {base.__name__.lower()} of this project, nor of an "
+            "option that an installed plug-in offers."
+        )
     values = {key: value for key, value in entry.items() if key != "_target_"}
     legal = {field.name for field in fields(kind)}
     for key, value in values.items():
@@ -114,12 +113,23 @@ def _kind(name: str, base: type[F]) -> type[F] | None:
     """The class that a file names; None where there is no such format."""
     if name.startswith(SPELLED):
         return classes(base).get(name.removeprefix(SPELLED))
-    if name.partition(".")[0] not in [plugin.package for plugin in plugins()]:
-        return None
-    try:
-        return class_of(name, "format", base)
-    except ConfigError:
-        return None
+    offering = [plugin for plugin in plugins() if plugin.package == name.partition(".")[0]]
+    targets = [target for plugin in offering for target in plugin.targets("format")]
+    return next((kind for kind in _built(targets, base) if _spelled(kind) == name), None)
+
+
+def _built(targets: list[str], base: type[F]) -> Iterator[type[F]]:
+    for target in targets:
+        try:
+            yield class_of(target, "format", base)
+        except ConfigError:  # what stands there is of another kind
+            continue
+
+
+def _spelled(kind: type) -> str:
+    """The name of a class in a file: of our own no more than that, so that it outlives a move."""
+    module = SPELLED if kind.__module__.startswith(SPELLED) else f"{kind.__module__}."
+    return f"{module}{kind.__name__}"
 
 
 def classes(base: type[F]) -> dict[str, type[F]]:

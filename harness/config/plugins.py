@@ -18,6 +18,8 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
+import yaml
+
 from harness.config.errors import ConfigError
 
 GROUP = "harness.plugins"
@@ -33,6 +35,11 @@ class Plugin:
     release: str
     package: str
     folder: Path
+
+    def targets(self, group: str) -> list[str]:
+        """The classes that its options of a config group name."""
+        files = sorted((self.folder / group).glob("*.yaml"))
+        return [name for file in files for name in _targets(yaml.safe_load(file.read_text()))]
 
 
 @cache  # a process computes with what is installed when it starts
