@@ -15,8 +15,8 @@ import harness
 from harness.checkpoints import base
 from harness.checkpoints.base import Snapshot, digests, write_checkpoint
 from harness.checkpoints.compressed_tensors import CompressedTensors
-from harness.checkpoints.native import PackedLinear
 from harness.checkpoints.native_writer import Checkpoint
+from harness.checkpoints.packed_linear import PackedLinear
 from harness.checkpoints.record import spec
 from harness.checkpoints.source import CheckpointModel
 from harness.config.errors import ConfigError, DataError

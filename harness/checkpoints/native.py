@@ -1,6 +1,6 @@
 """The project's own checkpoint: a folder that loads as the very model that was evaluated.
 
-native_writer.py writes it.
+native_writer.py writes it, native_tensors.py finds its tensors by the names of parameters.
 
     model*.safetensors      {module}.codes, .scale, .zero, .global_scale of every quantized weight;
                             every other parameter and buffer as it is; {block}.{site}.global_scale
@@ -22,21 +22,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from harness.checkpoints.native_files import DIGESTS, PLACEMENT, RECORD, recorded, unguard
+from harness.checkpoints.native_tensors import Tensors, stored
+from harness.checkpoints.packed_linear import PackedLinear
 from harness.checkpoints.record import Record
 from harness.codecs.packing import unpack
 from harness.codecs.placement import HEAD_SITE, Placement
 from harness.config.errors import DataError
-from harness.formats import Format, KVCache, QTensor, Scales
+from harness.formats import KVCache, QTensor
 from harness.libraries.transformers import Conversion, empty_plain_cache
 from harness.models.adapter import Adapter
 from harness.models.attention import cache, named
@@ -44,44 +45,9 @@ from harness.models.facts import config_of, read_object
 from harness.models.merge import attach_online, swap, swap_head
 from harness.models.offload import assign
 from harness.models.quant_linear import QuantLinear, SiteInput
-from harness.models.weights import tensor_files, weight_files
+from harness.models.weights import weight_files
 from harness.structure.composite import model_class
 from harness.structure.structure import Structure
-
-PARTS = ("codes", *(field.name for field in fields(Scales)))  # of a quantized weight
-
-
-class PackedLinear(QuantLinear):
-    """A QuantLinear that keeps codes and scales and makes its weight [out, in] whenever it is used:
-    little memory, slow.
-    """
-
-    def __init__(self, linear: QuantLinear, quantized: QTensor, dtype: torch.dtype):
-        nn.Module.__init__(self)
-        for name, tensor in quantized.state().items():
-            self.register_buffer(name, tensor)
-        self.register_buffer("bias", linear.bias)
-        self.site = linear.site
-        self.decoder = linear.decoder
-        self.encoder = linear.encoder
-        self.format = quantized.format
-        self.shape = quantized.shape
-        self.stored = quantized.dtype
-        self.dtype = dtype
-
-    @property
-    def weight(self) -> Tensor:
-        state = {name: getattr(self, name) for name in PARTS if name in self._buffers}
-        quantized = QTensor.from_state(self.format, state, self.shape, self.stored)
-        return quantized.dequantize().to(self.dtype)
-
-    @property
-    def in_features(self) -> int:
-        return self.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.shape[0]
 
 
 @torch.no_grad()
@@ -135,7 +101,7 @@ def revive(
     if encoded or quantized & {HEAD_SITE, adapter.structure.head}:
         swap_head(adapter)
     with ExitStack() as stack:
-        tensors = _Tensors(folder, stack, device)
+        tensors = Tensors(folder, stack, device)
         towers = _fill_towers(model, adapter.structure, tensors)
         _fill(model, record, tensors, dtype, packed, towers)
         for name, site in sites(adapter):
@@ -207,35 +173,7 @@ def _placements(folder: Path) -> list[Placement]:
     return [unpack(spec, tensors) for spec in specs]
 
 
-class _Tensors:
-    """The tensors of a folder by name, on a device, while the stack is open.
-
-    Each comes in memory of its own, so that no file stays mapped.
-    """
-
-    def __init__(self, folder: Path, stack: ExitStack, device: torch.device):
-        self.folder = folder
-        self.device = device
-        self.files = tensor_files(folder)
-        self.opened = {
-            path: stack.enter_context(safe_open(path, "pt")) for path in set(self.files.values())
-        }
-
-    def find(self, name: str) -> Tensor | None:
-        """The tensor, None where the files have no such."""
-        if name not in self.files:
-            return None
-        return self.opened[self.files[name]].get_tensor(name).to(self.device, copy=True)
-
-    def take(self, name: str) -> Tensor:
-        """The tensor. Raises DataError where the files have no such."""
-        tensor = self.find(name)
-        if tensor is None:
-            raise DataError(f"{self.folder}: its files lack the tensor {name}; export it again.")
-        return tensor
-
-
-def _fill_towers(model, structure: Structure, tensors: _Tensors) -> set[str]:
+def _fill_towers(model, structure: Structure, tensors: Tensors) -> set[str]:
     """Give what stands beside the text decoder its tensors; returns the parameters they became."""
     conversion = Conversion(model)
     empty = {name: each for name, each in model.state_dict().items() if structure.beside(name)}
@@ -246,7 +184,7 @@ def _fill_towers(model, structure: Structure, tensors: _Tensors) -> set[str]:
     return set(filled)
 
 
-def _fill_cache(adapter: Adapter, kv: KVCache, tensors: _Tensors) -> None:
+def _fill_cache(adapter: Adapter, kv: KVCache, tensors: Tensors) -> None:
     """Have keys and values quantized, on scales that stand in the files where they are static."""
     for name, heads in named(adapter).items():
         heads.format = kv
@@ -257,7 +195,7 @@ def _fill_cache(adapter: Adapter, kv: KVCache, tensors: _Tensors) -> None:
 def _fill(
     model: nn.Module,
     record: Record,
-    tensors: _Tensors,
+    tensors: Tensors,
     dtype: torch.dtype | None,
     packed: bool,
     filled: Container[str],
@@ -272,7 +210,7 @@ def _fill(
             continue
         owner = name.rpartition(".")[0]
         module = model.get_submodule(owner)
-        tensor = _stored(name, empty.shape, record, tensors)
+        tensor = stored(name, empty.shape, record, tensors)
         if isinstance(tensor, QTensor):
             if packed and isinstance(module, QuantLinear):
                 packed_linear = PackedLinear(module, tensor, dtype or record.dtype)
@@ -282,63 +220,6 @@ def _fill(
         # the rotary table, which has a dtype of its own
         computed = name in buffers and not isinstance(module, QuantLinear)
         assign(model, name, tensor if dtype is None or computed else tensor.to(dtype))
-
-
-def _stored(name: str, shape: torch.Size, record: Record, tensors: _Tensors) -> Tensor | QTensor:
-    """What the files hold of the parameter or buffer of that name and shape."""
-    owner, _, leaf = name.rpartition(".")
-    if leaf != "weight" or owner not in record.weights:
-        return tensors.take(name)
-    # which scales there are is the format's matter; codes there are always
-    state = {"codes": tensors.take(f"{owner}.codes")}
-    for part in PARTS[1:]:
-        scale = tensors.find(f"{owner}.{part}")
-        if scale is not None:
-            state[part] = scale
-    format = record.weights[owner]
-    _refuse_other_state(owner, format, state, shape)
-    return QTensor.from_state(format, state, shape, record.dtype)
-
-
-def changed(model: nn.Module, folder: Path) -> str | None:
-    """The first parameter or buffer of a dense model that is not what its folder holds, None where
-    all are; what stands beside a text decoder is not looked at."""
-    record = Record.read(folder)
-    with ExitStack() as stack:
-        tensors = _Tensors(folder, stack, torch.device("cpu"))
-        for name, own in (dict(model.named_parameters()) | dict(model.named_buffers())).items():
-            codes = f"{name.removesuffix('.weight')}.codes"
-            if name not in tensors.files and codes not in tensors.files:
-                continue  # of a tower, by another name there
-            tensor = _stored(name, own.shape, record, tensors)
-            if isinstance(tensor, QTensor):
-                tensor = tensor.dequantize()
-            if not torch.equal(tensor.to(own.dtype), own.cpu()):
-                return name
-    return None
-
-
-def _refuse_other_state(
-    name: str, format: Format, state: Mapping[str, Tensor], shape: torch.Size
-) -> None:
-    """Raise DataError where codes and scales are not those of a weight of that shape in that
-    format, as one row tells.
-    """
-    row = format.quantize(torch.zeros(1, shape[-1])).state()
-    groups = format.split(torch.empty(shape, device="meta")).shape[:-1].numel()
-    whole = dict.fromkeys(row, groups) | {
-        "codes": row["codes"].numel() * shape[0],
-        "global_scale": 1,
-    }
-    for part in sorted({*row, *state}):
-        if part in row and part in state:
-            same = part != "codes" or state[part].dtype == row[part].dtype
-            if same and state[part].numel() == whole[part]:
-                continue
-        raise DataError(
-            f"{RECORD} gives {name} the format {type(format).__name__}, and {part} in the file is "
-            "not one's; export it again."
-        )
 
 
 class _QuantizedCache:

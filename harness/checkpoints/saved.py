@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from harness.checkpoints.base import digests
-from harness.checkpoints.native import changed
 from harness.checkpoints.native_files import DIGESTS
+from harness.checkpoints.native_tensors import changed
 from harness.config.errors import DataError
 from harness.models.facts import read_object
 from harness.store import write_json
