@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
 from harness.checkpoints.base import Exporter
-from harness.checkpoints.names import spelled
+from harness.checkpoints.spelling import spelled
 from harness.report.figures import columns, figures, number
 from harness.report.marks import legend, letters
 

@@ -33,7 +33,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harness.checkpoints.base import Snapshot, weight_format
-from harness.checkpoints.names import base_of, hub_id, word
+from harness.checkpoints.names import base_of, hub_id
+from harness.checkpoints.spelling import word
 from harness.config.build import build
 from harness.formats import Format, KVCache, QTensor
 from harness.models.adapter import Adapter

@@ -8,30 +8,29 @@ underscores, a dataset called open-math must be written otherwise (in a foreign 
 read as part of the base). Everything behind is read from the right: the tag, then the method, then
 what came before quantization, which is told apart by its words (TRAININGS, PEFT).
 
-The tag is w<weights>_g<group>_a<activations>_kv<cache>_head<output head>. Integers are their bits,
-16 is not quantized (fp16 for the head), a floating format is its word: nvfp4, fouroversix, if4,
-fp4, fp8, mxfp4, mxfp6, mxfp8 (fp8.e5m2, mxfp6.e3m2, mxfp8.e5m2). mixed4: single linears differ from
-4; auto4.5: allocated under 4.5 bits a weight. No g means one scale a channel, as in names written
-elsewhere, so that one model has one spelling; gtensor is one scale a tensor, g128x128 one a square.
-Foreign names may leave out a and kv, which means 8 there, and the head, which means fp16; headw4 is
-read as head4.
+The tag is w<weights>_g<group>_a<activations>_kv<cache>_head<output head>, each format as
+spelling.py has it; a head that is not quantized is fp16, and auto4.5 is allocated under 4.5 bits a
+weight. No g means one scale a channel, as in names written elsewhere, so that one model has one
+spelling; gtensor is one scale a tensor, g128x128 one a square. Foreign names may leave out a and
+kv, which means 8 there, and the head, which means fp16; headw4 is read as head4.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.checkpoints.spelling import group_of, mixed, spelled, word
 from harness.config.build import build
 from harness.config.errors import ConfigError
 from harness.models.source import ModelSource
 
 if TYPE_CHECKING:
     from harness.checkpoints.base import Snapshot
-    from harness.formats import Format, Scheme
+    from harness.formats import Scheme
 
 BASE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 WORDS = ("dataset", "training", "peft")  # what came before quantization, in order
@@ -47,29 +46,6 @@ TAG = {  # from the right
     "act": re.compile(rf"a({FORMAT})"),
     "group": re.compile(r"g([1-9]\d*(?:x[1-9]\d*)?|tensor)"),
     "weight": re.compile(rf"w({FORMAT})"),
-}
-ELEMENTS = {"e2m1": "mxfp4", "e2m3": "mxfp6", "e4m3": "mxfp8"}
-SPELLING = {
-    "adacodec": "AdaCodec",
-    "adascale": "AdaScale",
-    "awq": "AWQ",
-    "dartquant": "DartQuant",
-    "dct": "DCT",
-    "dst": "DST",
-    "faar": "FAAR",
-    "gptq": "GPTQ",
-    "gsr": "GSR",
-    "jointquant": "JointQuant",
-    "jq": "JQ",
-    "minmax": "MinMax",
-    "pca": "PCA",
-    "quarot": "QuaRot",
-    "rht": "RHT",
-    "rtn": "RTN",
-    "signround": "SignRound",
-    "smoothquant": "SmoothQuant",
-    "spinquant": "SpinQuant",
-    "wush": "WUSH",
 }
 
 
@@ -200,8 +176,8 @@ class Name:
             for option in (transform, choices["solver"], choices.get("tune"))
             if option is not None and option not in ("identity", "none")
         ]
-        weight = _mixed(scheme, "weight")
-        group = _group(scheme.weight)
+        weight = mixed(scheme, "weight")
+        group = group_of(scheme.weight)
         auto = settings["format"]["auto"]
         if auto:  # the candidates need not have one group
             weight = f"auto{auto['bits_per_weight']:g}"
@@ -216,7 +192,7 @@ class Name:
                 method=".".join(methods) or None,
                 weight=weight,
                 group=group,
-                act=_mixed(scheme, "act"),
+                act=mixed(scheme, "act"),
                 kv=16 if scheme.kv is None else word(scheme.kv.part("key")),
                 head="fp16" if top is None else word(top),
             )
@@ -259,58 +235,6 @@ def hub_id(model: Mapping) -> str | None:
     """
     path = model.get("path")
     return None if path is None or Path(path).expanduser().exists() else path
-
-
-def spelled(option: str) -> str:
-    """An option of transform, solver or tune as its method is spelled: jq_seed is JQSeed."""
-    return "".join(SPELLING.get(part) or part.capitalize() for part in option.split("_"))
-
-
-def word(format: Format | None) -> int | str:
-    """The bits of an integer format, the word of another, 16 for none."""
-    if format is None:
-        return 16
-    from harness.formats import FP8, MX, Integer  # torch, which a name can be parsed without
-
-    if type(format) is Integer:
-        return format.bits
-    if type(format) is MX:
-        return ELEMENTS.get(format.element) or f"mxfp{format.bits}.{format.element}"
-    if type(format) is FP8 and format.element != "e4m3":
-        return f"fp8.{format.element}"
-    kind = type(format).__name__.lower()
-    return kind if kind == "fouroversix" or kind[-1].isdigit() else f"{kind}{format.bits}"
-
-
-def _group(format: Format | None) -> int | str | None:
-    """Elements a scale of the weights; None is one a channel."""
-    if format is not None and format.granularity == "tensor":
-        return "tensor"
-    if format is not None and format.granularity == "block":
-        return f"{format.group_size}x{format.group_size}"
-    return None if format is None else format.group_size
-
-
-def _mixed(scheme: Scheme, part: str) -> int | str:
-    """The word of all linears' format.
-
-    Where single linears of the blocks have another one, it says so.
-    """
-    formats = [
-        parts[part]
-        for (layer, _), parts in scheme.overrides.items()
-        if layer is not None and part in parts
-    ]
-    common = getattr(scheme, part)
-    same = all(_unclipped(format) == _unclipped(common) for format in formats)
-    return word(common) if same else f"mixed{word(common)}"
-
-
-def _unclipped(format: Format | None) -> Format | None:
-    """The format without a ratio that a transform may have learned, which a name does not know."""
-    from harness.formats import Integer
-
-    return replace(format, clip=1.0) if isinstance(format, Integer) else format
 
 
 def _kind(piece: str) -> str:
