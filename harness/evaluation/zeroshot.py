@@ -1,7 +1,7 @@
 """Zero-shot accuracy through lm-eval, on the model object itself.
 
-A task is `agreement` (shipped, agreement.py), a .jsonl file of eval.zeroshot.data_path
-(documents.py), or a task of lm-eval by name (of include_path, else its own, which need the hub).
+A task is shipped, a .jsonl file of eval.zeroshot.data_path, or one of lm-eval by name (of
+include_path, else its own, which need the hub); tasks.py says how lm-eval takes it.
 
 Requests are padded to a batch, except where an activation is read on a scale that spans tokens:
 padding and neighbours would be part of it, so each request is then a forward of its own. lm-eval
@@ -23,11 +23,19 @@ from typing import TYPE_CHECKING, get_type_hints
 
 import numpy
 
-from harness.config.checks import integer, nearest, typed
+from harness.config.checks import integer, typed
 from harness.config.errors import ConfigError, DataError
-from harness.evaluation.agreement import NAME, documents
+from harness.evaluation.agreement import NAME
 from harness.evaluation.base import Display, Evaluation, Figures, Subject
 from harness.evaluation.documents import read
+from harness.evaluation.tasks import (
+    METRICS,
+    configured,
+    figures_of,
+    refuse_unknown,
+    sample,
+    show_examples,
+)
 from harness.libraries.extras import need
 from harness.parallel import ALONE, Ranks
 from harness.store import write_checked
@@ -35,8 +43,6 @@ from harness.store import write_checked
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-METRICS = ("acc_norm", "acc", "exact_match", "mc2", "mc1")  # the first of a task is the one shown
 
 
 @dataclass(frozen=True)
@@ -124,20 +130,8 @@ class ZeroShot(Evaluation):
         for library in ("lm_eval", "datasets", "accelerate"):
             need(library, "eval.zeroshot", extra="zeroshot")
         named = [name for name in self.tasks if self.file(name) is None and name != NAME]
-        if not named:
-            return
-        from lm_eval.tasks import TaskManager
-
-        known = TaskManager(
-            include_path=self.include_path, include_defaults=self.include_path is None
-        ).all_tasks
-        for name in named:
-            if name not in known:
-                raise ConfigError(
-                    f"eval.zeroshot.tasks: there is no task {name}."
-                    f"{nearest(name, [*known, NAME])} Tasks are files of eval.zeroshot.data_path, "
-                    "agreement, and those of lm-eval."
-                )
+        if named:
+            refuse_unknown(named, self.include_path)
 
     def limits(self) -> Mapping[str, int | None]:
         return dict.fromkeys(self.tasks, self.limit)
@@ -158,7 +152,7 @@ class ZeroShot(Evaluation):
 
 def tasks_for_lm_eval(settings: ZeroShot) -> list[dict | str]:
     """Every task as lm-eval takes it: a configuration with its documents, or a name."""
-    return [_configured(settings, name) for name in settings.tasks]
+    return [configured(name, settings.file(name)) for name in settings.tasks]
 
 
 def zeroshot(
@@ -203,30 +197,16 @@ def zeroshot(
         # simple_evaluate does these three and lists the packages of the machine, for seconds
         with _undisturbed():
             chosen = manager.load([task])
-            _show_examples(chosen["tasks"], shots.get(name))
+            show_examples(chosen["tasks"], shots.get(name))
             options = {"lm": lm, "task_dict": chosen, "limit": settings.limit}
             answers: dict = dict(evaluate(**options, bootstrap_iters=100) or {})
         # lm-eval gives none to who is not the first process of its machine
         for key, result in answers.get("results", {}).items():
-            figures[key] = _figures(result, answers["n-samples"].get(key, {}).get("effective"))
+            figures[key] = figures_of(result, answers["n-samples"].get(key, {}).get("effective"))
         for key, read_documents in answers.get("samples", {}).items():
-            samples[key] = [_sample(document) for document in read_documents]
+            samples[key] = [sample(document) for document in read_documents]
         advance()
     return ranks.gather((figures, samples))[0]
-
-
-def _show_examples(tasks: Mapping, count: int | None) -> None:
-    """Have every task of lm-eval's show that many examples, as lm-eval's command does: none of its
-    own without a number, and none at all where the task says so."""
-    from lm_eval.defaults import DEFAULT_OTHER_SEED
-
-    for task in tasks.values():
-        own = task.get_config("num_fewshot")
-        if count is not None and own != 0:
-            task.set_config(key="num_fewshot", value=count)
-        elif own is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
 def together(model: PreTrainedModel, batch_size: int) -> int:
@@ -257,75 +237,6 @@ def _undisturbed() -> Iterator[None]:
         logger.setLevel(level)
         random.setstate(python)
         numpy.random.set_state(arrays)
-
-
-def _configured(settings: ZeroShot, name: str) -> dict | str:
-    from datasets import Dataset, DatasetDict
-
-    path = settings.file(name)
-    if path is None and name != NAME:
-        return name
-    rows = documents() if path is None else read(path)
-
-    def load(**_) -> DatasetDict:
-        return DatasetDict({"test": Dataset.from_list(rows)})
-
-    return configuration(name, rows, path is None) | {"custom_dataset": load}
-
-
-def configuration(name: str, rows: list[dict], shipped: bool) -> dict:
-    """How lm-eval scores a task of these documents, all but where they are.
-
-    shipped: they are those of agreement.
-    """
-    common = {"task": name, "test_split": "test", "metadata": {"version": 1}}
-    if "context" in rows[0]:
-        metrics = [
-            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-        ]
-        texts = {
-            "doc_to_text": "{{context}}",
-            "doc_to_target": "{{' ' + continuation}}",
-            "target_delimiter": "",
-        }
-        return common | texts | {"output_type": "loglikelihood", "metric_list": metrics}
-    if shipped:  # both answers are of one length, but not in bytes
-        names = ["acc"]
-        text = "{{query}}"
-    else:
-        names = ["acc", "acc_norm"]
-        text = "{{query.rstrip() + '\\nAnswer:'}}"
-    metrics = [
-        {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in names
-    ]
-    return common | {
-        "output_type": "multiple_choice",
-        "doc_to_text": text,
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
-        "metric_list": metrics,
-    }
-
-
-def _figures(result: Mapping, count: int | None) -> dict:
-    """lm-eval's {"acc,none": .., "acc_stderr,none": ..} without filters' names (the last filter of
-    a metric stands)."""
-    figures = {
-        key.partition(",")[0]: value for key, value in result.items() if isinstance(value, float)
-    }
-    return figures | {"n": count}
-
-
-def _sample(document: Mapping) -> dict:
-    """What stays of one document: which one, its metrics, the log-likelihood of every answer."""
-    scores = []
-    for answer in document["filtered_resps"]:
-        score = answer[0] if isinstance(answer, tuple | list) else answer
-        if isinstance(score, int | float):  # a generated answer is a text
-            scores.append(score)
-    metrics = {key: document[key] for key in METRICS if isinstance(document.get(key), int | float)}
-    return {"doc": document["doc_id"], **metrics, "scores": scores}
 
 
 def _digest(content: bytes) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from harness.config.errors import DataError
 from harness.evaluation.agreement import NAME, documents
 from harness.evaluation.documents import read
-from harness.evaluation.zeroshot import configuration
+from harness.evaluation.tasks import configuration
 
 
 def write_tasks(data_path: str | None, folder: Path) -> list[str]:
