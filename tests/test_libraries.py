@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from harness.calibration.corpus import HubText
-from harness.libraries import compressed_tensors, datasets, hydra, saved
+from harness.libraries import compressed_tensors, conversion, datasets, hydra, saved
 from harness.libraries import transformers as inside
 from harness.models.tiny import Tiny
 
@@ -139,7 +139,7 @@ def test_a_gguf_file_gives_tensors_by_their_names_here(model, tmp_path):
     config = AutoConfig.for_model(**Tiny().facts())
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
-    facts, tensors = inside.read_gguf(path, config, skeleton)
+    facts, tensors = conversion.read_gguf(path, config, skeleton)
     assert facts["num_hidden_layers"] == 2, says(
         "transformers", "reads a GGUF header into other fields"
     )
@@ -228,7 +228,7 @@ def test_experts_of_a_file_become_the_parameters_of_a_model(tmp_path):
     mixture = zoo.make("mixtral")
     mixture.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    converted = inside.Conversion(mixture).converted(tensors)
+    converted = conversion.Conversion(mixture).converted(tensors)
     wanted = mixture.state_dict()
     assert set(tensors) != set(wanted), says("transformers", "stores experts as they are in memory")
     same = converted.keys() == wanted.keys() and all(

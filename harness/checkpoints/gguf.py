@@ -30,7 +30,7 @@ from harness.checkpoints.base import Exporter, Snapshot, modules, weight_at
 from harness.checkpoints.gguf_vocabulary import add_vocabulary
 from harness.config.errors import ConfigError, DataError
 from harness.formats import Scheme
-from harness.libraries.transformers import read_gguf
+from harness.libraries.conversion import read_gguf
 from harness.models.adapter import Adapter
 from harness.models.facts import config_of
 from harness.store import replacing

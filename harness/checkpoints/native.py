@@ -38,7 +38,8 @@ from harness.codecs.packing import unpack
 from harness.codecs.placement import HEAD_SITE, Placement
 from harness.config.errors import DataError
 from harness.formats import KVCache, QTensor
-from harness.libraries.transformers import Conversion, empty_plain_cache
+from harness.libraries.conversion import Conversion
+from harness.libraries.transformers import empty_plain_cache
 from harness.models.adapter import Adapter
 from harness.models.attention import cache, named
 from harness.models.facts import config_of, read_object

@@ -1,4 +1,4 @@
-"""What of other libraries' insides is used here, one file a library.
+"""What of other libraries' insides is used here, one library a file.
 
 A release that moves a piece is met in one place. What a library documents is imported where it is
 used. tests/test_libraries.py asks for every piece by itself and says which release lacks it.

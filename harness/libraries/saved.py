@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from harness.libraries.transformers import Conversion
+from harness.libraries.conversion import Conversion
 
 Parts = tuple[tuple[str, range], ...]
 

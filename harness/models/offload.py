@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from harness.libraries.transformers import Conversion, compute_buffers, tied_names
+from harness.libraries.conversion import Conversion
+from harness.libraries.transformers import compute_buffers, tied_names
 from harness.models.source import refuse_nonfinite
 from harness.models.weights import Weights
 from harness.structure.composite import model_class

@@ -152,7 +152,8 @@ def weights_of(folder: Path, config) -> Weights:
             f"{folder / 'config.json'}: quantization_config says that the weights are quantized; "
             "measure it with model=checkpoint, or give the unquantized model."
         )
-    from harness.libraries.transformers import Conversion, tied_names
+    from harness.libraries.conversion import Conversion
+    from harness.libraries.transformers import tied_names
 
     entries = stored(weight_files(folder))
     model = _without_storage(config)

@@ -70,7 +70,7 @@ class Wheel(ModelSource):
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-        from harness.libraries.transformers import read_gguf
+        from harness.libraries.conversion import read_gguf
 
         config = AutoConfig.for_model(**self.architecture)
         with torch.device("meta"):
