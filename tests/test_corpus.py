@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from harness.calibration.corpus import PARTS, HubText, Samples, TextFolder
+from harness.calibration.corpus import PARTS, HubText, TextFolder
+from harness.calibration.samples import Samples
 from harness.calibration.shipped import Pydoc, Stdlib
 from harness.calibration.windows import tokenize, windows
 from harness.config.errors import ConfigError, DataError

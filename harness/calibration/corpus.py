@@ -1,16 +1,9 @@
 """Corpora: a text to calibrate on and another to evaluate on, never the same one.
 
-A corpus answers
-
-    name                the word that stands in the result tables
-    check()             cheap and without weights: is the text there, and is there anything in it
-    text(part)          part "calibration" | "evaluation" -> the whole text as one string
-    fingerprint(part)   what a stored result is keyed by: a hash of local text, the id and revision
-                        of a hub data set
-
-Texts that need no network and no file are in shipped.py; one of them is the default. Hub data sets
-are read through the `datasets` library. Nothing here imports torch, transformers or datasets before
-it has to: a finished run is found by its fingerprint in a process that must answer at once.
+Texts that need no network and no file are in shipped.py; one of them is the default. A file that
+only calibrates is in samples.py. Hub data sets are read through the `datasets` library. Nothing
+here imports torch, transformers or datasets before it has to: a finished run is found by its
+fingerprint in a process that must answer at once.
 """
 
 from __future__ import annotations
@@ -35,20 +28,20 @@ HUB_TIMEOUT = 2.0  # seconds `check` waits for a hub that does not answer
 
 
 class Corpus(ABC):
-    """A text in two parts, as listed above."""
+    """A text in two parts, "calibration" and "evaluation"."""
 
-    name: str
+    name: str  # in the result tables
 
     @abstractmethod
     def check(self) -> None:
-        """Raise ConfigError or DataError where the text is not there, or blank."""
+        """Raise ConfigError or DataError where the text is not there, or blank. Cheap."""
 
     @abstractmethod
     def text(self, part: str) -> str | list[str]:
         """The text of a part, in samples where it comes in samples."""
 
     def fingerprint(self, part: str) -> str:
-        """A hash of that part's text, whatever it is called.
+        """What a stored result is keyed by: a hash of that part's text, whatever it is called.
 
         Another text under the same name so never replays a stored number.
         """
@@ -69,10 +62,10 @@ class TextFolder(Corpus):
 
     def check(self) -> None:
         for part in PARTS:
-            _refuse_blank(self._file(part), "data.path")
+            refuse_blank(self._file(part), "data.path")
 
     def text(self, part: str) -> str:
-        return _read(self._file(part), "data.path")
+        return read(self._file(part), "data.path")
 
     def _file(self, part: str) -> Path:
         if self.path is None:
@@ -92,62 +85,6 @@ class TextFolder(Corpus):
             f"data.path={self.path} holds no {' or '.join(names)}, which {part} needs; "
             "put one there"
         )
-
-
-class Samples(Corpus):
-    """A calibration file of one's own, `data.calibration.path=FILE`.
-
-    A `.txt` file is one text, a `.jsonl` file has a sample in the field "text" of each line.
-    `text("calibration")` is a string for `.txt` and a list of strings for `.jsonl`;
-    `windows.tokenize` takes either.
-    """
-
-    def __init__(self, path: str, name: str | None = None):
-        if not isinstance(path, str):
-            raise ConfigError(f"data.calibration.path={path}: needs a file's name, or null")
-        self.path = Path(path).expanduser()
-        self.name = name or self.path.name
-
-    def check(self) -> None:
-        if self.path.suffix not in (".txt", ".jsonl"):
-            raise ConfigError(
-                f"data.calibration.path={self.path}: only .txt and .jsonl files are read"
-            )
-        self.text("calibration")
-        _refuse_blank(self.path, "data.calibration.path")
-
-    def text(self, part: str) -> str | list[str]:
-        if part != "calibration":
-            raise ConfigError(
-                f"data.calibration.path={self.path} only calibrates; there is no {part} text in it"
-            )
-        if not self.path.is_file():
-            raise DataError(
-                f"data.calibration.path={self.path} is not a file; "
-                "give one, or null to calibrate on the data set"
-            )
-        content = _read(self.path, "data.calibration.path")
-        return content if self.path.suffix == ".txt" else self._samples(content)
-
-    def _samples(self, content: str) -> list[str]:
-        """The samples of a .jsonl file's content; empty lines are none."""
-        samples = []
-        # not splitlines(): a JSON string may hold a line separator that it would split at
-        for number, line in enumerate(content.split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                sample = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                sample = None
-            if not isinstance(sample, str):
-                raise DataError(
-                    f'data.calibration.path={self.path} line {number}: expected {{"text": "..."}}'
-                )
-            samples.append(sample)
-        if not any(sample.strip() for sample in samples):
-            raise DataError(f"data.calibration.path={self.path}: every sample is empty")
-        return samples
 
 
 class HubText(Corpus):
@@ -224,7 +161,7 @@ class HubText(Corpus):
         return "\n\n".join(self._written(row) for row in rows)
 
     def fingerprint(self, part: str) -> str:
-        # not of the text: a finished run is found without asking the hub
+        # the set and its revision, not the text: a finished run is found without asking the hub
         start, stop = self._range(part)
         rows = "" if stop is None else f"[{start or ''}:{stop}]"
         columns = "" if self.columns == ("text",) else f"/{'+'.join(self.columns)}"
@@ -293,7 +230,8 @@ def _index(part: str) -> int:
     return PARTS.index(part)
 
 
-def _read(path: Path, field: str) -> str:
+def read(path: Path, field: str) -> str:
+    """The text of a file, as it is. field: what names the file in the DataError of no UTF-8."""
     try:
         # by bytes: a text file's own line ends are part of what is tokenized
         return path.read_bytes().decode("utf-8")
@@ -303,7 +241,8 @@ def _read(path: Path, field: str) -> str:
         ) from error
 
 
-def _refuse_blank(path: Path, field: str) -> None:
+def refuse_blank(path: Path, field: str) -> None:
+    """Raise DataError, which names the field, where a file holds white space alone."""
     with path.open("rb") as file:
         if not any(line.strip() for line in file):
             raise DataError(f"{field}: {path} holds no text; give a file with some")

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from harness.calibration.corpus import Corpus, Samples
+from harness.calibration.corpus import Corpus
+from harness.calibration.samples import Samples
 from harness.config.build import build, fingerprint
 from harness.config.checks import integer, one_of, typed
 from harness.config.errors import ConfigError

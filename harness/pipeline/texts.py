@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from harness.calibration.corpus import Corpus, Samples, TextFolder
+from harness.calibration.corpus import Corpus, TextFolder
+from harness.calibration.samples import Samples
 from harness.config.build import build, option
 from harness.config.checks import integer, one_of
 from harness.config.errors import ConfigError, DataError
