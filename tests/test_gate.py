@@ -11,7 +11,7 @@ from harness.evaluation.perplexity import window_losses
 from harness.models import merge
 from harness.models.adapter import Adapter
 from harness.models.tiny import FAMILIES, Tiny, byte_tokenizer
-from harness.pipeline import stages
+from harness.pipeline import fitting
 from harness.pipeline.job import execute
 
 IDS = torch.randint(256, (2, 96), generator=torch.Generator().manual_seed(0))
@@ -130,7 +130,7 @@ def test_a_bias_forgotten_in_16_bits_is_found(tmp_path, monkeypatch, forgotten):
         weight = adapter.blocks[0].get_submodule(f"self_attn.{forgotten}").weight
         weight.copy_(weight.roll(1, 0))
 
-    monkeypatch.setattr(stages.merge, "place", torch.no_grad()(careless))
+    monkeypatch.setattr(fitting.merge, "place", torch.no_grad()(careless))
     settings = [
         "model.family=qwen2",
         "model.dtype=bfloat16",

@@ -5,7 +5,7 @@ import pytest
 from composed import small
 
 from harness.config.errors import ConfigError
-from harness.pipeline import stages
+from harness.pipeline import solving
 from harness.pipeline.job import execute
 from harness.quantize import blocks
 
@@ -21,7 +21,7 @@ def streamed(tmp_path, monkeypatch, *settings) -> tuple[int, dict]:
         return quantize(adapter, scheme, solver, windows, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages.blocks, "quantize", counting)
+        patch.setattr(solving.blocks, "quantize", counting)
         outcome = execute(*small(tmp_path, *settings))
     assert outcome.status == "done", outcome.error
     return seen[0], outcome.metrics

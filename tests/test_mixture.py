@@ -14,7 +14,7 @@ from harness.config.build import settings
 from harness.config.errors import ConfigError, DataError
 from harness.models.adapter import Adapter
 from harness.models.tiny import Tiny
-from harness.pipeline import stages
+from harness.pipeline import solving
 from harness.pipeline.job import execute
 from harness.pipeline.plan import make_plan
 from harness.pipeline.texts import Windows
@@ -97,7 +97,7 @@ def calibrated(tmp_path, monkeypatch, *words):
         return quantize(adapter, scheme, solver, windows, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages.blocks, "quantize", watching)
+        patch.setattr(solving.blocks, "quantize", watching)
         outcome = execute(*small(tmp_path, *RTN, *words))
     assert outcome.status == "done", outcome.error
     return (seen[0] if seen else None), outcome

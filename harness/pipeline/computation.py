@@ -1,4 +1,4 @@
-"""What a run computes, stage after stage; stages.py says what each does to the model.
+"""What a run computes, stage after stage; a file of each says what it does to the model.
 
 load -> baseline -> transform, fold, gate -> blocks: statistics, solve, swap, save
      -> tune -> evaluate -> export
@@ -29,7 +29,7 @@ from harness.models.attention import attach
 from harness.models.online import online
 from harness.models.source import assert_finite
 from harness.parallel import ALONE
-from harness.pipeline import export, measure, stages, tuning
+from harness.pipeline import export, fitting, measure, solving, tuning
 from harness.pipeline.state import Job, LoadedJob
 from harness.pipeline.texts import sharing
 from harness.structure.derive import derive
@@ -50,7 +50,7 @@ def compute(start: Job, device: torch.device) -> None:
     probe = calibration[:PROBE_WINDOWS, :PROBE_LENGTH].to(device)
     changed = False
     if not plan.model.quantized:  # what is quantized already is measured as it is
-        changed = stages.transform(job, adapter, calibration, probe)
+        changed = fitting.transform(job, adapter, calibration, probe)
     job.metrics["online"] = online(adapter)
     # What is exact need not be evaluated, for the gate has found the same logits; unless the run
     # quantizes nothing, and the transformed model is its result.
@@ -242,14 +242,14 @@ def _quantize(job: LoadedJob, adapter: Adapter, calibration: Tensor, fresh: Tens
     auto = job.parts.auto
     if auto is not None:
         # Here, and not when the parts are built: it takes gradients of the transformed model.
-        scheme = stages.allocation(job, adapter, calibration, auto)
+        scheme = solving.allocation(job, adapter, calibration, auto)
         job.parts = replace(job.parts, scheme=scheme)
     scheme = job.parts.scheme
     tuning.keep_solved(job, adapter)
     if scheme.any("weight") or scheme.any("act"):
         # Several evaluations of one quantized model solve it once.
         with job.store.holding(job.store.shared("solving", job.plan.quant_id)):
-            stages.quantize(job, adapter, calibration)
+            solving.quantize(job, adapter, calibration)
     if scheme.kv is not None:
         if scheme.kv.needs_static:
             count = len(adapter.blocks)

@@ -19,7 +19,7 @@ from harness.config.errors import DataError
 from harness.formats import QTensor
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import QuantLinear
-from harness.pipeline.stages import write_encodings
+from harness.pipeline.solving import write_encodings
 from harness.pipeline.state import LoadedJob
 from harness.quantize.weights import solved
 from harness.store import Run
