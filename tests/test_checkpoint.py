@@ -12,9 +12,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import harness
-from harness.checkpoints import base
-from harness.checkpoints.base import Snapshot, digests, write_checkpoint
+from harness.checkpoints import shards
+from harness.checkpoints.base import Snapshot
 from harness.checkpoints.compressed_tensors import CompressedTensors
+from harness.checkpoints.folder import digests, write_checkpoint
 from harness.checkpoints.native_writer import Checkpoint
 from harness.checkpoints.packed_linear import PackedLinear
 from harness.checkpoints.record import spec
@@ -136,7 +137,7 @@ def snapshots(tmp_path_factory):
         if case not in made:
             root = tmp_path_factory.mktemp(case)
             snapshot = evaluated(root, patch, *CASES[case])
-            patch.setattr(base, "SHARD", SHARD)
+            patch.setattr(shards, "SHARD", SHARD)
             made[case] = snapshot, written(snapshot, root / "checkpoint")
         return made[case]
 

@@ -26,8 +26,9 @@ from harness.calibration.cache import calibrate
 from harness.calibration.subject import StreamedModel
 from harness.checkpoints import entries, layouts
 from harness.checkpoints import source as checkpoint_source
-from harness.checkpoints.base import Snapshot, write_checkpoint
+from harness.checkpoints.base import Snapshot
 from harness.checkpoints.compressed_tensors import CompressedTensors
+from harness.checkpoints.folder import write_checkpoint
 from harness.checkpoints.source import CheckpointModel
 from harness.config.build import build, settings
 from harness.config.errors import ConfigError, DataError

@@ -16,7 +16,8 @@ from composed import small
 from preserved import tiny_shape
 from safetensors.torch import load_file
 
-from harness.checkpoints.base import Snapshot, write_checkpoint
+from harness.checkpoints.base import Snapshot
+from harness.checkpoints.folder import write_checkpoint
 from harness.checkpoints.fp_quant import FPQuant
 from harness.checkpoints.fp_quant_reader import decoded
 from harness.config.errors import ConfigError

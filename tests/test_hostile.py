@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import snapshots  # noqa: F401  a fixture
 
 import harness
-from harness.checkpoints.base import digests
+from harness.checkpoints.folder import digests
 from harness.checkpoints.source import CheckpointModel
 from harness.config.build import option
 from harness.config.errors import ConfigError, DataError

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import harness
-from harness.checkpoints.base import digests
+from harness.checkpoints.folder import digests
 from harness.checkpoints.pretrained import HarnessConfig
 from harness.config.errors import DataError
 from harness.models.tiny import Tiny, byte_tokenizer

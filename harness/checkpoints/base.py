@@ -1,14 +1,11 @@
-"""What leaves the harness: a model exactly as it was evaluated, and the folder it is written to.
+"""What leaves the harness: a model exactly as it was evaluated, and the layouts that hold one.
 
 An exporter says what it cannot hold, which tensors it writes under which names, and what
-config.json must say about them. The folder is written under another name, loaded back, compared,
-and only then gets its own: no half checkpoint is ever found there.
+config.json must say about them. folder.py writes the rest of a checkpoint around them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,23 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harness.config.errors import ConfigError
+from harness.checkpoints.shards import write_shards
 from harness.formats import Format, QTensor, Scheme
-from harness.libraries.transformers import config_json
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import SiteInput
-from harness.models.weights import PROCESSORS, Weights
-from harness.store import replacing, writable, write_json
+from harness.models.weights import Weights
 from harness.transforms import ModelShape, Placement, Transform
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-SHARD = 4_000_000_000  # bytes of tensors a file
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -131,71 +122,12 @@ class Exporter(ABC):
         """The weight [out, in] with which module `name` of a loaded model computes."""
 
     def write(self, snapshot: Snapshot, folder: Path) -> None:
-        """Write the weights into the folder.
-
-        In safetensors of at most SHARD bytes, with an index where there are several.
-        """
-        shards = _save(self.tensors(snapshot), folder)
-        if len(shards) > 1:
-            total = sum(size for _, size in shards.values())
-            names = {tensor: file for tensor, (file, _) in shards.items()}
-            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
+        """Write the weights into the folder, as safetensors of bounded size."""
+        write_shards(self.tensors(snapshot), folder)
 
     # most layouts have none
     def extras(self, snapshot: Snapshot, folder: Path) -> None:  # noqa: B027
         """Write further files of the layout into the folder."""
-
-
-def check_destination(section: Mapping) -> None:
-    """Refuse what would fail only after hours: a folder that is none, a hub that cannot be used.
-
-    Raises ConfigError.
-    """
-    try:
-        folder = isinstance(section["path"], str) and not Path(section["path"]).is_file()
-    except OSError as error:
-        raise ConfigError(
-            f"export.path={section['path']}: {error.strerror}; give another folder."
-        ) from None
-    if not folder:
-        raise ConfigError(f"export.path={section['path']}: needs a folder.")
-    writable("export.path", Path(section["path"]))
-    if section["push_to"] is None:
-        return
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().whoami()
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(
-            f"export.push_to={section['push_to']}: the hub cannot be used ({reason}); set "
-            "HF_TOKEN, or export.push_to=null."
-        ) from None
-
-
-def write_checkpoint(exporter: Exporter, snapshot: Snapshot, folder: Path) -> None:
-    """Write weights, config.json, generation_config.json, tokenizer, what shows images and sounds
-    to a model that takes them, and the layout's own files into an empty folder.
-    """
-    folder.mkdir(parents=True)
-    exporter.write(snapshot, folder)
-    model = snapshot.adapter.model
-    config = model.config.to_dict() | exporter.config(snapshot)
-    # a tower's own word for it would be another
-    for part in model.config.sub_configs:
-        if isinstance(config.get(part), dict):
-            config[part]["dtype"] = config["dtype"]
-    # what begins with _ is of this process: where the model came from, for one
-    public = {key: value for key, value in config.items() if not key.startswith("_")}
-    write_json(folder / "config.json", config_json(public))
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    snapshot.tokenizer.save_pretrained(folder)
-    if snapshot.towers is not None:
-        for file in snapshot.towers.folder.glob(PROCESSORS):
-            shutil.copyfile(file, folder / file.name)
-    exporter.extras(snapshot, folder)
 
 
 def modules(adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
@@ -248,41 +180,3 @@ def cast(model: nn.Module, old: torch.dtype, new: torch.dtype) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dtype == old:
             tensor.data = tensor.data.to(new)
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """{file: sha256} of everything in a folder, except the record of the digests itself."""
-    hashes = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name != "digests.json":
-            with open(path, "rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
-
-
-def _save(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> dict[str, tuple[str, int]]:
-    """Write shards of at most SHARD bytes, one in memory at a time; {tensor: (file, bytes)}."""
-    shards: list[dict[str, int]] = []
-    part: dict[str, Tensor] = {}
-
-    def close() -> None:
-        with replacing(folder / f"{len(shards)}.part") as temporary:
-            save_file(part, temporary, metadata={"format": "pt"})
-        shards.append({name: tensor.nbytes for name, tensor in part.items()})
-        part.clear()
-
-    for name, tensor in tensors:
-        tensor = tensor.detach().cpu().contiguous()
-        if part and sum(other.nbytes for other in part.values()) + tensor.nbytes > SHARD:
-            close()
-        part[name] = tensor
-    close()
-    # a file's name says of how many it is one, which is known only now
-    files = {}
-    for index, sizes in enumerate(shards):
-        file = "model.safetensors"
-        if len(shards) > 1:
-            file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{index}.part").rename(folder / file)
-        files |= {name: (file, size) for name, size in sizes.items()}
-    return files

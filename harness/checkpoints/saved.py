@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import PreTrainedModel
 
-from harness.checkpoints.base import digests
+from harness.checkpoints.folder import digests
 from harness.checkpoints.native_files import DIGESTS
 from harness.checkpoints.native_tensors import changed
 from harness.config.errors import DataError

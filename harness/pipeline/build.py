@@ -15,7 +15,8 @@ from itertools import cycle
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from harness.checkpoints.base import Exporter, check_destination
+from harness.checkpoints.base import Exporter
+from harness.checkpoints.folder import check_destination
 from harness.checkpoints.names import Name
 from harness.config.build import build
 from harness.config.checks import nearest

@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from harness.checkpoints.about import ABOUT, about
-from harness.checkpoints.base import Exporter, Snapshot, cast, digests, write_checkpoint
+from harness.checkpoints.base import Exporter, Snapshot, cast
 from harness.checkpoints.card import card
+from harness.checkpoints.folder import digests, write_checkpoint
 from harness.checkpoints.metadata import metadata
 from harness.checkpoints.names import name_of
 from harness.checkpoints.saved import upload
