@@ -10,10 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from harness.calibration.corpus import Corpus
-from harness.calibration.samples import Samples
 from harness.config.build import build, fingerprint
 from harness.config.checks import integer, one_of, typed
-from harness.config.errors import ConfigError
 from harness.evaluation.base import Evaluation
 from harness.evaluation.shipped import evaluations
 from harness.models.source import ModelSource
@@ -28,10 +26,10 @@ from harness.pipeline.sections import (
 from harness.pipeline.texts import (
     Windows,
     calibrating,
-    check_length,
+    check_texts,
     corpus_of,
     evaluated,
-    sharing,
+    names_of,
     windows_of,
 )
 from harness.tracking import Tracker
@@ -110,18 +108,8 @@ class Plan:
 
     @property
     def calibrated(self) -> tuple[str, ...]:
-        """Names of the corpora whose texts calibrate: that of an evaluated one where it is the same
-        text, whoever named it."""
-        if not self.calibrates:
-            return ()
-        evaluated = {
-            c.fingerprint("calibration"): c.name
-            for c in reversed(self.corpora)
-            if not isinstance(c, Samples)
-        }
-        return tuple(
-            evaluated.get(c.fingerprint("calibration"), c.name) for c in self.calibration_corpora
-        )
+        """Names of the corpora whose texts calibrate."""
+        return names_of(self.calibration_corpora, self.corpora) if self.calibrates else ()
 
     @property
     def enough(self) -> int | None:
@@ -208,22 +196,7 @@ class Plan:
         for corpus in self.corpora:
             corpus.check()
         self.model.check()
-        for corpus in self.corpora:
-            check_length("eval.perplexity", self.evaluation, corpus.text("evaluation"))
-        if self.calibration.count is not None:
-            for corpus, share in zip(texts, self.calibration.shares(len(texts))):
-                with sharing(corpus, texts):
-                    check_length("data.calibration", share, corpus.text("calibration"))
-        # By what it says: a file may hold what an evaluated corpus has under another name.
-        tested = {corpus.fingerprint("evaluation") for corpus in self.corpora}
-        for corpus in texts:
-            if corpus.fingerprint("calibration") in tested:
-                field = "data.calibration.path" if isinstance(corpus, Samples) else "data"
-                name = corpus.path if isinstance(corpus, Samples) else corpus.name
-                raise ConfigError(
-                    f"{field}={name} calibrates with the text that is evaluated; calibrate on "
-                    "another one."
-                )
+        check_texts(texts, self.calibration, self.corpora, self.evaluation)
 
 
 def make_plan(

@@ -1,4 +1,5 @@
-"""The texts of a run as its settings name them: corpora, and the windows that are cut of them.
+"""The texts of a run as its settings name them: corpora, and the windows that are cut of them, long
+enough and apart from one another.
 
 Imports no torch; calibration/windows.py cuts.
 """
@@ -109,6 +110,17 @@ def calibrating(section: Mapping, windows: Windows, data: Corpus) -> tuple[Corpu
     return tuple(corpora.values())
 
 
+def names_of(texts: Sequence[Corpus], corpora: Sequence[Corpus]) -> tuple[str, ...]:
+    """Names of texts that calibrate: that of an evaluated corpus where it is the same text, whoever
+    named it."""
+    known = {
+        corpus.fingerprint("calibration"): corpus.name
+        for corpus in reversed(corpora)
+        if not isinstance(corpus, Samples)
+    }
+    return tuple(known.get(text.fingerprint("calibration"), text.name) for text in texts)
+
+
 @contextmanager
 def sharing(corpus: Corpus, corpora: Sequence[Corpus]) -> Iterator[None]:
     """Says whose share it is that a text is too short for, where it is one of several."""
@@ -120,7 +132,33 @@ def sharing(corpus: Corpus, corpora: Sequence[Corpus]) -> Iterator[None]:
         raise DataError(f"{MIXED}: the share of {corpus.name}: {error}") from None
 
 
-def check_length(field: str, windows: Windows, text: str | list[str]) -> None:
+def check_texts(
+    texts: Sequence[Corpus], calibration: Windows, corpora: Sequence[Corpus], evaluation: Windows
+) -> None:
+    """Refuse texts too short for their windows (DataError), and one that calibrates and is
+    evaluated (ConfigError).
+
+    texts: those that calibrate, in equal shares; corpora: those that are evaluated.
+    """
+    for corpus in corpora:
+        _check_length("eval.perplexity", evaluation, corpus.text("evaluation"))
+    if calibration.count is not None:
+        for corpus, share in zip(texts, calibration.shares(len(texts))):
+            with sharing(corpus, texts):
+                _check_length("data.calibration", share, corpus.text("calibration"))
+    # By what it says: a file may hold what an evaluated corpus has under another name.
+    tested = {corpus.fingerprint("evaluation") for corpus in corpora}
+    for corpus in texts:
+        if corpus.fingerprint("calibration") in tested:
+            field = "data.calibration.path" if isinstance(corpus, Samples) else "data"
+            name = corpus.path if isinstance(corpus, Samples) else corpus.name
+            raise ConfigError(
+                f"{field}={name} calibrates with the text that is evaluated; calibrate on "
+                "another one."
+            )
+
+
+def _check_length(field: str, windows: Windows, text: str | list[str]) -> None:
     """Refuse a text with fewer bytes than tokens asked for; the exact count needs the tokenizer and
     comes later."""
     parts = [text] if isinstance(text, str) else text
