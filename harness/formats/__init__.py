@@ -2,7 +2,7 @@
 
 base        Format, the maps of all          qtensor     codes and scales, as they are stored
 settings    what all are set to             observers   minmax and mse, the range of a group
-integer     INT-b; int16: INT16             packing     two codes a byte, eight a word
+integer     INT-b, integer_settings; int16  packing     two codes a byte, eight a word
 floating    fp4, fp8, nvfp4, fouroversix,   cache       keys and values
             if4, mxfp                       scheme      the formats of a model
 grids       casts to small floats

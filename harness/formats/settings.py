@@ -17,6 +17,8 @@ from harness.formats.observers import MSE
 
 # Observers that leave the choice of a weight's scales to its solver, which has a Hessian.
 UNDER_HESSIAN = ("hessian", "hessian_diagonal")
+# Scales of integers, FP4 and FP8 may be stored as one of these, or as the tensor itself (`input`).
+SCALE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
