@@ -72,6 +72,26 @@ class Fit:
     best: float
 
 
+def ridge(
+    model: CalibrationModel, shape: ModelShape, start: Mapping[str, Tensor]
+) -> tuple[dict[Where, Codec], dict[str, object]]:
+    """{(layer, site): an encoder and its ridge decoder}, and notes: their mean relative error.
+
+    start: {site: encoders [L, nb, g, g]}.
+    """
+
+    def collector(layer: int | None, site: str, width: int) -> Ridge:
+        return Ridge(Blocks(start[site][layer]), shape.reads(site, layer))
+
+    solved = model.observe(collector, start, "ridge decoders")
+    online: dict[Where, Codec] = {
+        (layer, site): Blocks(start[site][layer], decoder)
+        for (layer, site), (decoder, _) in solved.items()
+    }
+    error = sum(error for _, error in solved.values()) / len(solved)
+    return online, {"ridge_error": error}
+
+
 def reconstruct(
     model: CalibrationModel, shape: ModelShape, start: Mapping[str, Tensor], descent: Descent
 ) -> tuple[dict[str, Tensor], dict]:
