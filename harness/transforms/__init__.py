@@ -16,7 +16,8 @@ from harness.codecs.codec import (
 )
 from harness.codecs.fold import fold, merge
 from harness.codecs.placement import Placement, Role
-from harness.transforms.base import CalibrationModel, ModelShape, Transform, generator
+from harness.transforms.base import ModelShape, Transform, generator
+from harness.transforms.calibration_model import CalibrationModel
 
 __all__ = [
     "Blocks",

@@ -42,8 +42,9 @@ from harness.config.errors import ConfigError
 from harness.linalg.hadamard import reachable
 from harness.linalg.stiefel import deviation
 from harness.transforms import codec_starts
-from harness.transforms.base import CalibrationModel, ModelShape, Transform
+from harness.transforms.base import ModelShape, Transform
 from harness.transforms.block_diagonal import BLOCKS, alternatives, common_blocks
+from harness.transforms.calibration_model import CalibrationModel
 from harness.transforms.codec_places import along_stream, at_sites, gap, linears_of
 from harness.transforms.layerwise import reconstruct, ridge
 from harness.transforms.learn import Descent, end_to_end

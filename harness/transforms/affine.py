@@ -33,7 +33,8 @@ from harness.config.errors import ConfigError
 from harness.formats import Integer, Scheme
 from harness.linalg.invertible import Invertible
 from harness.transforms import loop
-from harness.transforms.base import CalibrationModel, FloatBlock, ModelShape, Transform
+from harness.transforms.base import ModelShape, Transform
+from harness.transforms.calibration_model import CalibrationModel, FloatBlock
 from harness.transforms.learn import Teacher, placed_loss
 
 SEEN = ("act", "weight")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from harness.codecs.placement import Role
 from harness.linalg.hadamard import Hadamard, random_signs
-from harness.transforms.base import CalibrationModel, ModelShape, generator
+from harness.transforms.base import ModelShape, generator
+from harness.transforms.calibration_model import CalibrationModel
 from harness.transforms.codec_places import on_stream
 from harness.transforms.pca import principal_axes
 from harness.transforms.sampling import Covariance

@@ -24,7 +24,8 @@ from harness.codecs.codec import Blocks, Codec
 from harness.codecs.placement import Where
 from harness.formats import Format
 from harness.linalg.blocks import times
-from harness.transforms.base import CalibrationModel, ModelShape, weights_at
+from harness.transforms.base import ModelShape
+from harness.transforms.calibration_model import CalibrationModel, weights_at
 from harness.transforms.learn import Best, Descent, Orthogonal
 from harness.transforms.sampling import Reservoir, Then
 

@@ -34,7 +34,8 @@ from harness.codecs.codec import Blocks, Codec
 from harness.config.checks import integer, names, number, one_of
 from harness.linalg.hadamard import reachable
 from harness.linalg.stiefel import project
-from harness.transforms.base import CalibrationModel, ModelShape, generator
+from harness.transforms.base import ModelShape, generator
+from harness.transforms.calibration_model import CalibrationModel
 from harness.transforms.qr_orth import Calibration
 from harness.transforms.rotations import Rotations
 from harness.transforms.sampling import Starts
