@@ -23,7 +23,8 @@ from harness.codecs.codec import Blocks, Codec
 from harness.codecs.placement import Role, Where
 from harness.config.checks import one_of
 from harness.linalg.invertible import Invertible
-from harness.transforms.affine import Affine, Matrices
+from harness.transforms.affine import Affine
+from harness.transforms.affine_sites import Matrices
 from harness.transforms.base import ModelShape
 from harness.transforms.block_diagonal import smaller_than_groups
 from harness.transforms.calibration_model import CalibrationModel
