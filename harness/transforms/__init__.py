@@ -3,17 +3,8 @@
 A new one is one file here and one in conf/transform.
 """
 
-from harness.codecs.codec import (
-    Blocks,
-    Chain,
-    Codec,
-    Diagonal,
-    Kronecker,
-    Permutation,
-    Repeated,
-    Rotation,
-    Rows,
-)
+from harness.codecs.codec import Blocks, Codec, Diagonal, Kronecker, Permutation, Rotation
+from harness.codecs.composed import Chain, Repeated, Rows
 from harness.codecs.fold import fold, merge
 from harness.codecs.placement import Placement, Role
 from harness.transforms.base import ModelShape, Transform, generator
