@@ -9,8 +9,7 @@ import torch
 from bench_models import nvfp4, quantized, row
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness.solvers import GPTQ
-from harness.solvers.base import Problem, Solution
+from harness.solvers import GPTQ, Problem, Solution
 
 LAYER = {  # 64 experts, 8 a token
     "hidden_size": 512,

@@ -14,7 +14,7 @@ from harness.parallel import ALONE
 from harness.pipeline.job import execute
 from harness.solvers import AdaScale, MinMax, Problem
 from harness.solvers.adascale import Rounding
-from harness.solvers.base import Part
+from harness.solvers.block import Part
 from harness.solvers.learning import distance
 from harness.solvers.minmax import minmax
 from harness.tracking.replay import Record

@@ -22,7 +22,8 @@ from harness.models.adapter import Adapter, shape_of
 from harness.models.merge import place, swap
 from harness.models.ranged import Ranged
 from harness.pipeline.job import execute
-from harness.transforms.affine import Moving, Site, block_error, placed
+from harness.transforms.affine import block_error
+from harness.transforms.affine_sites import Moving, Site, placed
 from harness.transforms.block_affine import BlockAffine
 from harness.transforms.flatquant import FlatQuant, Pair
 from harness.transforms.wush import Wush

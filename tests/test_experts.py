@@ -17,9 +17,8 @@ from harness.models.tiny import byte_tokenizer
 from harness.pipeline import ids as ids_of_runs
 from harness.pipeline.job import execute
 from harness.quantize.blocks import quantize
-from harness.solvers import GPTQ, RTN, Problem, Solver
+from harness.solvers import GPTQ, RTN, Problem, Solution, Solver
 from harness.solvers.awq import AWQ
-from harness.solvers.base import Solution
 from harness.store import Run
 
 

@@ -29,8 +29,7 @@ from harness.formats import E4M3, E5M2, FP8, Format, KVCache, QTensor
 from harness.models.attention import HeadsInput
 from harness.models.attention import cache as empty
 from harness.pipeline import ids
-from harness.solvers import AWQ, GPTQ, RTN
-from harness.solvers.base import Problem
+from harness.solvers import AWQ, GPTQ, RTN, Problem
 from harness.solvers.rounding import Rounding
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

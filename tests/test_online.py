@@ -4,7 +4,8 @@ import pytest
 import torch
 from composed import small
 
-from harness.codecs.codec import Blocks, Chain, Diagonal, Kronecker, Repeated, Rotation, Rows
+from harness.codecs.codec import Blocks, Diagonal, Kronecker, Rotation
+from harness.codecs.composed import Chain, Repeated, Rows
 from harness.linalg.hadamard import Hadamard
 from harness.pipeline.job import execute
 

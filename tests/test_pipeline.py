@@ -19,8 +19,8 @@ from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.tiny import Tiny
 from harness.pipeline.job import execute
-from harness.quantize import block as solved_block
 from harness.quantize import blocks
+from harness.quantize.block_state import BlockState
 from harness.solvers import GPTQ
 from harness.store import RunLocked, Store, locked
 from harness.transforms import Rotation
@@ -229,7 +229,7 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, format, 
     class Killed(Exception):
         pass
 
-    settle, calls = solved_block.SolvedBlock._settle, []
+    settle, calls = BlockState.settle, []
 
     def dies_in_the_second_block(self, *args):
         calls.append(self.index)
@@ -237,7 +237,7 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, format, 
             raise Killed
         return settle(self, *args)
 
-    monkeypatch.setattr(solved_block.SolvedBlock, "_settle", dies_in_the_second_block)
+    monkeypatch.setattr(BlockState, "settle", dies_in_the_second_block)
     assert run(tmp_path / "b", *settings).status == "failed"
     monkeypatch.undo()
     resumed = run(tmp_path / "b", *settings)

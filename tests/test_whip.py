@@ -17,8 +17,9 @@ from harness.models.merge import fuse_norms, swap
 from harness.models.tiny import Tiny
 from harness.transforms.dartquant import DartQuant
 from harness.transforms.jointquant import JointQuant
+from harness.transforms.qr_orth import Calibration
 from harness.transforms.sampling import Reservoir
-from harness.transforms.whip import SCHEDULES, Calibration, whip
+from harness.transforms.whip import SCHEDULES, whip
 
 N = 576
 LEAST = 1 / math.e

@@ -21,7 +21,7 @@ from harness.formats import Format, Scheme
 from harness.models.adapter import Adapter
 from harness.models.merge import place
 from harness.models.quant_linear import SiteInput
-from harness.solvers.base import Part
+from harness.solvers.block import Part
 from harness.structure.site import Site
 from harness.structure.tape import tensors_of
 from harness.transforms import Diagonal, Placement

@@ -18,7 +18,7 @@ from harness.models.unmerged import unmerged
 from harness.parallel import ALONE, Ranks
 from harness.structure.tape import tensors_of
 from harness.transforms import Placement
-from harness.transforms.base import Collector
+from harness.transforms.calibration_model import Collector
 
 T = TypeVar("T")
 # A progress bar (title, total), which yields `advance(note="")`; and what takes points of curves.
@@ -39,7 +39,7 @@ def unlogged(values: dict, step: int) -> None:
 
 @dataclass
 class FloatBlockView:
-    """See transforms.base.FloatBlock. kwargs: what the block is called with besides, one a window.
+    """See calibration_model.FloatBlock. kwargs: what it is called with besides, one a window.
 
     Good until the stream it was cut from goes on.
     """

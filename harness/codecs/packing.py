@@ -170,6 +170,7 @@ def _hadamard(n: object, signs: object) -> Hadamard | None:
 
 def _built(name: str, values: dict[str, object]) -> Codec | None:
     """The codec of that class with those fields, or None where they do not fit."""
+    # those of composed.py, too, which placement.py imports
     classes = {codec.__name__: codec for codec in Codec.__subclasses__()}
     if name not in classes:
         return None

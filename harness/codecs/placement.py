@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.codecs.codec import Chain, Codec, Repeated, Rows
+from harness.codecs.codec import Codec
+from harness.codecs.composed import Chain, Repeated, Rows
 
 Where = tuple[int | None, str]
 HEAD_SITE = "head_in"  # what the output head reads; it stands outside the blocks, under layer None

@@ -1,10 +1,11 @@
 """Number formats: tensors to codes and scales and back, exact to the last bit.
 
-base        Format, what all share          qtensor     codes and scales, as they are stored
-integer     INT-b; int16: INT16             observers   minmax and mse, the range of a group
-floating    fp4, fp8, nvfp4, fouroversix,   packing     two codes a byte, eight a word
-            if4, mxfp                       cache       keys and values
-grids       casts to small floats           scheme      the formats of a model
+base        Format, the maps of all          qtensor     codes and scales, as they are stored
+settings    what all are set to             observers   minmax and mse, the range of a group
+integer     INT-b, integer_settings; int16  packing     two codes a byte, eight a word
+floating    fp4, fp8, nvfp4, fouroversix,   cache       keys and values
+            if4, mxfp                       scheme      the formats of a model
+grids       casts to small floats
 """
 
 from harness.formats.base import Format, straight_through

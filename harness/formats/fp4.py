@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from harness.formats.floating import Floating
-from harness.formats.integer import SCALE_DTYPES
 from harness.formats.qtensor import Scales
+from harness.formats.settings import SCALE_DTYPES
 
 
 @dataclass(frozen=True)

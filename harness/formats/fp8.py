@@ -21,8 +21,8 @@ from harness.config.errors import ConfigError
 from harness.formats.base import Format, over
 from harness.formats.floating import Floating
 from harness.formats.grids import GRIDS, Grid
-from harness.formats.integer import SCALE_DTYPES
 from harness.formats.qtensor import Scales
+from harness.formats.settings import SCALE_DTYPES
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from harness.config.errors import ConfigError
 
 
 class Geometry:
-    """granularity, group_size, pad: the fields of a format that decide it (base.Format)."""
+    """granularity, group_size, pad: the fields of a format that decide it (settings.py)."""
 
     granularity: str
     group_size: int | None

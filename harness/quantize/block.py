@@ -1,7 +1,7 @@
 """One block on its way from float to quantized, while the calibration activations pass through it.
 
 Sites are solved in the order of the forward; experts of a layer, none of which reads another, side
-by side.
+by side. A solved block's state (block_state.py) is taken from its record instead.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from itertools import groupby, islice, zip_longest
 
 from torch import Tensor
 
-from harness.calibration.block import BlockScales, BlockView
+from harness.calibration.block import BlockView
 from harness.calibration.passage import Arriving
 from harness.calibration.stream import Stream
 from harness.formats import Scheme
 from harness.models.adapter import Adapter
-from harness.models.quant_linear import QuantLinear
 from harness.parallel import ALONE, Ranks
-from harness.quantize.gathering import Gathered, Gathering, site_input
+from harness.quantize.block_state import BlockState
+from harness.quantize.gathering import Gathered, Gathering
 from harness.quantize.spread import spread
 from harness.quantize.untouched import Untouched
-from harness.quantize.weights import stored, swap_in
 from harness.solvers import Problem, Solution, Solver
 from harness.solvers.propagation import compensated
 from harness.structure.site import Site
@@ -31,7 +30,7 @@ TOGETHER = 2**27  # numbers that solving experts at once may hold: 512 MiB of fl
 
 
 class SolvedBlock:
-    """One block on its way from float to quantized: solved now, or installed from a record.
+    """One block on its way from float to quantized; `state` is what has become of it.
 
     record: (tensors, report) of an earlier attempt; None where the block is to be solved.
     untouched: where the original stream passes through it, and not through what this block was.
@@ -55,17 +54,7 @@ class SolvedBlock:
         self.record = record
         self.untouched = untouched
         self.ranks = ranks
-        self.block = adapter.blocks[index]
-        self.sites = adapter.sites(index)
-        self.inputs = {site.name: site_input(adapter, index, site) for site in self.sites}
-        self.acts = {site.name: scheme.part("act", index, site.linears[0]) for site in self.sites}
-        self.tensors: dict[str, Tensor] = {}
-        self.layers: list[dict] = []
-        self.output: dict = {}
-        if record is not None:
-            self.tensors, report = record
-            self.layers = report["layers"]
-            self.output = report.get("output", {})
+        self.state = BlockState(adapter, scheme, solver, index, record)
 
     def walk(self, stream: Stream, original: Stream | None, view: BlockView) -> None:
         """Pass the stream through, solving each site on the way.
@@ -76,7 +65,7 @@ class SolvedBlock:
         if original is not None and self._by_block:
             if self.record is None:
                 view.original = [hidden.clone() for hidden in original.hidden]
-            original.advance(self.block)
+            original.advance(self.state.block)
             view.targets = original.hidden
         shared = self._prepare(view)
         beside: Iterator[tuple[Site, Arriving]] = iter(())
@@ -85,10 +74,10 @@ class SolvedBlock:
             beside = original.walk(block, twin=block)
         elif original is not None and not self._by_block:
             # after what was merged, so that both read the same features
-            beside = original.walk(self.block, twin=copy.deepcopy(self.block))
+            beside = original.walk(self.state.block, twin=copy.deepcopy(self.state.block))
         whole = self.solver is not None and "block" in (self.solver.sequencing, self.solver.scope)
         if self.record is not None:
-            self._load()
+            self.state.load()
         elif whole:
             self._solve_whole(stream, view, shared)
         self._pass(stream, beside, shared, whole)
@@ -96,10 +85,10 @@ class SolvedBlock:
     def _prepare(self, view: BlockView) -> Mapping:
         """Merge what the solver merges into the block, or the record has; the solver's report."""
         if self.record is not None:
-            self._merge()
+            self.state.merge()
         elif self.solver is not None and self.solver.prepares:
             report = self.solver.prepare(view)
-            self.tensors |= {f"{site}.merged": scale for site, scale in view.merged.items()}
+            self.state.tensors |= {f"{site}.merged": scale for site, scale in view.merged.items()}
             return report
         return {}
 
@@ -115,7 +104,7 @@ class SolvedBlock:
         Sites are solved on the way, unless they have been: by a record, or as a whole block.
         """
         gathering = self._gathering(stream)
-        walk = stream.walk(self.block)
+        walk = stream.walk(self.state.block)
         for sites in self._together():
             arrived = list(islice(walk, len(sites)))
             untouched = [arriving for _, arriving in islice(beside, len(sites))]
@@ -126,17 +115,17 @@ class SolvedBlock:
                 ]
                 if whole:
                     for site, found in zip(sites, gathered):
-                        self._calibrate(site, found.statistics.range)
+                        self.state.calibrate(site, found.statistics.range)
                 else:
                     self._solve([sites], dict(zip((s.name for s in sites), gathered)), shared)
                 del gathered  # Hessians, before there are others
             if self.solver is not None and self.solver.stream == "both":
                 for site in sites:
-                    self.inputs[site.name].format = self.acts[site.name]
+                    self.state.inputs[site.name].format = self.state.acts[site.name]
         next(walk, None)  # on to the block's end
         if self.index + 1 < len(self.adapter.blocks):  # nobody compares what leaves the last
             next(beside, None)
-        for given in self.inputs.values():
+        for given in self.state.inputs.values():
             given.format = None
 
     def _gathering(self, stream: Stream) -> Gathering:
@@ -150,46 +139,14 @@ class SolvedBlock:
 
     def _together(self) -> Iterator[list[Site]]:
         """The sites in their order, those of experts as many at once as memory may hold."""
-        for _, group in groupby(self.sites, key=_kind):
+        for _, group in groupby(self.state.sites, key=_kind):
             sites = list(group)
-            rows = sum(self._linear(name).out_features for name in sites[0].linears)
+            rows = sum(self.state.linear(name).out_features for name in sites[0].linears)
             width = self.adapter.width(sites[0], self.index)
             # H and its inverse; the weights before and after, as they stand and turned
             count = max(1, TOGETHER // (2 * width**2 + 4 * width * rows))
             for first in range(0, len(sites), count):
                 yield sites[first : first + count]
-
-    def install(self) -> None:
-        """Take weights, merged scales and activation scales from the record.
-
-        Nothing is streamed.
-        """
-        # before the weights: what is loaded holds these scales, and is not to be scaled again
-        self._merge()
-        self._load()
-
-    def _merge(self) -> None:
-        """Merge the scales of the record."""
-        scales = BlockScales(self.adapter, self.index)
-        for site in self.sites:
-            if f"{site.name}.merged" in self.tensors:
-                scale = self.tensors[f"{site.name}.merged"]
-                scales.merge(site.name, scale.to(self.adapter.device))
-
-    def _load(self) -> None:
-        """Take weights and activation scales from the record."""
-        for site in self.sites:
-            self._calibrate(site, self.tensors[f"{site.name}.range"])
-            formats = {} if self.solver is None else self.scheme.weights(self.index, site.linears)
-            for name, format in formats.items():
-                linear = self._linear(name)
-                linear.load(stored(self.tensors, name, format, linear.weight).dequantize())
-
-    def _linear(self, name: str) -> QuantLinear:
-        """The linear of that block-relative name."""
-        linear = self.block.get_submodule(name)
-        assert isinstance(linear, QuantLinear)
-        return linear
 
     def _solve_whole(self, stream: Stream, view: BlockView, shared: Mapping) -> None:
         """Solve all sites from the unquantized block, which leaves the stream where it is."""
@@ -197,7 +154,7 @@ class SolvedBlock:
         gathering = self._gathering(stream)
         gathered = {
             site.name: gathering.gather(site, arriving)
-            for site, arriving in stream.walk(self.block, stay=True)
+            for site, arriving in stream.walk(self.state.block, stay=True)
         }
         if self.solver.scope == "site":
             self._solve(list(self._together()), gathered, shared)
@@ -205,9 +162,9 @@ class SolvedBlock:
         solution = Solution({}, {})
         if view.formats:  # else all linears of this block stay as they are
             solution = self.solver.solve_block(view)
-        for site in self.sites:
+        for site in self.state.sites:
             qtensors = {name: q for name, q in solution.qtensors.items() if name in site.linears}
-            self._settle(site, gathered[site.name], Solution(qtensors, solution.report))
+            self.state.settle(site, gathered[site.name], Solution(qtensors, solution.report))
 
     def _solve(
         self,
@@ -231,7 +188,7 @@ class SolvedBlock:
         for site in sites:
             solution = solutions.get(site.name, Solution({}, {}))
             whole = Solution(solution.qtensors, {**shared, **solution.report})
-            self._settle(site, gathered[site.name], whole, origins[site.name])
+            self.state.settle(site, gathered[site.name], whole, origins[site.name])
 
     def _problem(
         self, site: Site, found: Gathered, origins: Mapping[str, Tensor] | None
@@ -240,7 +197,7 @@ class SolvedBlock:
         formats = self.scheme.weights(self.index, site.linears)
         if self.solver is None or not formats:
             return None
-        weights = {name: self._linear(name).weight for name in formats}
+        weights = {name: self.state.linear(name).weight for name in formats}
         hessian, drift = found.statistics.hessian, found.statistics.drift
         problem = Problem(weights, formats, hessian, drift=drift, origins=origins)
         if self.solver.propagate == "qep":
@@ -254,40 +211,6 @@ class SolvedBlock:
             return None
         names = {name: self.adapter.name(self.index, name) for name in site.linears}
         return {name: self.untouched.origin(absolute) for name, absolute in names.items()}
-
-    def _settle(
-        self,
-        site: Site,
-        found: Gathered,
-        solution: Solution,
-        origins: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Swap a site's solved weights in and report on them."""
-        linears = {n: self._linear(n) for n in site.linears}
-        self._calibrate(site, found.statistics.range)
-        names = {n: self.adapter.name(self.index, n) for n in site.linears}
-        reports = swap_in(
-            linears,
-            names,
-            solution.qtensors,
-            found.statistics,
-            self.acts[site.name],
-            self.inputs[site.name].global_scale,
-            counts=self.solver is not None,
-            origins=origins,
-        )
-        for name, q in solution.qtensors.items():
-            reports[name] |= {**solution.report, **found.report}
-            self.tensors |= {f"{name}.{key}": value for key, value in q.state().items()}
-        self.layers += reports.values()
-
-    def _calibrate(self, site: Site, seen: Tensor) -> None:
-        """Give the site the activation scale of the range [2] it saw, and keep that."""
-        self.tensors[f"{site.name}.range"] = seen
-        act = self.acts[site.name]
-        if act is not None and act.needs_static:
-            weight = self._linear(site.linears[0]).weight
-            self.inputs[site.name].global_scale = act.calibrated(*seen.to(weight))
 
 
 def _kind(site: Site) -> str:

@@ -87,6 +87,7 @@ def quantize(
     for index in range(count):
         record = run.load_block(index)
         solved = SolvedBlock(adapter, scheme, solver, index, record, untouched, ranks)
+        state = solved.state
         with adapter.open(index, write=True):
             if stream is not None and error is not None:
                 if solved.record is None:
@@ -96,14 +97,12 @@ def quantize(
                 )
                 solved.walk(stream, original, view)
                 if solved.record is None:
-                    solved.output = error.after(index)
+                    state.output = error.after(index)
             else:
-                solved.install()
+                state.install()
         if solved.record is None:
-            run.save_block(
-                index, solved.tensors, {"layers": solved.layers, "output": solved.output}
-            )
-        done(index, solved.layers, solved.output)
+            run.save_block(index, state.tensors, {"layers": state.layers, "output": state.output})
+        done(index, state.layers, state.output)
         trim()
     if outside.quantizes:
         done(count, outside.finish(stream, run), {})

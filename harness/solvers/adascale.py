@@ -29,9 +29,11 @@ from torch import Tensor
 from harness.config.checks import boolean, integer, number
 from harness.config.errors import ConfigError
 from harness.formats import Format, FourOverSix
-from harness.solvers.base import Block, Solution, Solver
+from harness.solvers.base import Solver
+from harness.solvers.block import Block
 from harness.solvers.learning import error, learn, problems
 from harness.solvers.minmax import MinMax, minmax
+from harness.solvers.problem import Solution
 from harness.solvers.rounding import Rounding
 
 

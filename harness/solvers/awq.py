@@ -30,8 +30,10 @@ from torch import Tensor
 
 from harness.config.checks import boolean, integer, one_of
 from harness.formats import Format, FourOverSix, Scales
-from harness.solvers.base import Block, Problem, Solution, Solver
+from harness.solvers.base import Solver
+from harness.solvers.block import Block
 from harness.solvers.gptq import GPTQ
+from harness.solvers.problem import Problem, Solution
 from harness.solvers.rtn import RTN
 from harness.solvers.search import least, raw
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.formats import Scales
-from harness.solvers.base import Problem
+from harness.solvers.problem import Problem
 
 
 class Lattice(ABC):

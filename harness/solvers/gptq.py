@@ -36,9 +36,10 @@ from harness.config.checks import integer, number, one_of
 from harness.config.errors import ConfigError, DataError
 from harness.formats import Format, Scales
 from harness.solvers.asymmetry import pulls
-from harness.solvers.base import Problem, Solution, Solver
+from harness.solvers.base import Solver
 from harness.solvers.columns import Columns, DynamicLattice, Lattice, ManyColumns, StaticLattice
 from harness.solvers.inverses import Begun, finite, inverses
+from harness.solvers.problem import Problem, Solution
 
 
 @dataclass(frozen=True, kw_only=True)

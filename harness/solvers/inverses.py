@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from harness.formats import Scales
-from harness.solvers.base import Problem
+from harness.solvers.problem import Problem
 
 LEAF = 64  # width at which many Hessians at once are factored by LAPACK
 

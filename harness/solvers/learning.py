@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from harness.parallel.gradients import add_gradients
-from harness.solvers.base import Block, Problem
+from harness.solvers.block import Block
+from harness.solvers.problem import Problem
 
 HELD = 10  # every tenth batch, at the end, chooses the best iterate
 CHECKS = 8  # times the held-out loss is taken

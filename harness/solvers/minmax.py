@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from harness.formats import Format, Integer
-from harness.solvers.base import Problem, Solution
+from harness.solvers.problem import Problem, Solution
 from harness.solvers.rtn import RTN
 
 

@@ -27,7 +27,7 @@ from dataclasses import replace
 
 import torch
 
-from harness.solvers.base import Problem
+from harness.solvers.problem import Problem
 
 
 def compensated(problem: Problem, alpha: float, damp: float) -> Problem:

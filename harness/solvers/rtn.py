@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from harness.solvers.base import Problem, Solution, Solver
+from harness.solvers.base import Solver
+from harness.solvers.problem import Problem, Solution
 
 
 @dataclass(frozen=True, kw_only=True)

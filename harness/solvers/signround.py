@@ -32,9 +32,11 @@ from torch import Tensor
 from harness.config.checks import boolean, integer, number, one_of
 from harness.config.errors import ConfigError
 from harness.formats import Format, Scales
-from harness.solvers.base import Block, Solution, Solver
+from harness.solvers.base import Solver
+from harness.solvers.block import Block
 from harness.solvers.intervals import Between, Interval, Offset
 from harness.solvers.learning import arriving, error, learn, problems
+from harness.solvers.problem import Solution
 from harness.solvers.rtn import RTN
 
 TRAVEL = {"offset": 1.0, "interval": 4.0}  # steps times the first rate; v goes half as far

@@ -3,20 +3,12 @@
 A new one is one file here and one in conf/transform.
 """
 
-from harness.codecs.codec import (
-    Blocks,
-    Chain,
-    Codec,
-    Diagonal,
-    Kronecker,
-    Permutation,
-    Repeated,
-    Rotation,
-    Rows,
-)
+from harness.codecs.codec import Blocks, Codec, Diagonal, Kronecker, Permutation, Rotation
+from harness.codecs.composed import Chain, Repeated, Rows
 from harness.codecs.fold import fold, merge
 from harness.codecs.placement import Placement, Role
-from harness.transforms.base import CalibrationModel, ModelShape, Transform, generator
+from harness.transforms.base import ModelShape, Transform, generator
+from harness.transforms.calibration_model import CalibrationModel
 
 __all__ = [
     "Blocks",

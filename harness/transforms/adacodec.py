@@ -36,19 +36,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from harness.codecs.codec import Blocks
 from harness.codecs.placement import Placement
 from harness.config.checks import one_of
 from harness.config.errors import ConfigError
-from harness.linalg.hadamard import Hadamard, random_signs, reachable
+from harness.linalg.hadamard import reachable
 from harness.linalg.stiefel import deviation
-from harness.transforms.base import CalibrationModel, ModelShape, Transform, generator
+from harness.transforms import codec_starts
+from harness.transforms.base import ModelShape, Transform
 from harness.transforms.block_diagonal import BLOCKS, alternatives, common_blocks
-from harness.transforms.codec_places import along_stream, at_sites, gap, linears_of, on_stream
-from harness.transforms.layerwise import Ridge, reconstruct
+from harness.transforms.calibration_model import CalibrationModel
+from harness.transforms.codec_places import along_stream, at_sites, gap, linears_of
+from harness.transforms.layerwise import reconstruct, ridge
 from harness.transforms.learn import Descent, end_to_end
-from harness.transforms.pca import principal_axes
-from harness.transforms.sampling import Covariance
 
 FLOOR = 1e-5  # least magnitude of a norm weight that is divided by
 # sites whose codec, if they have one, does not take its block size from all the others
@@ -182,7 +181,8 @@ class AdaCodec(Transform):
             "init": self.init,
         }
         if self.decoder == "ridge":
-            return self._ridge(shape, model, start, notes)
+            online, more = ridge(model, shape, start)
+            return Placement(online=online, notes=notes | more)
         if self.objective == "layer":
             learned, more = reconstruct(model, shape, start, self.descent)
         else:
@@ -201,13 +201,17 @@ class AdaCodec(Transform):
         decoders are named as their encoders with ^, and begin as copies of them: what decodes is
         the transpose.
         """
+        encoded = self._encoded(shape)
         if self.init == "pca":
-            encoders = self._principal(shape, model)
+            encoders = codec_starts.principal(shape, model, encoded)
         else:
-            encoders = self._encoders(shape)
+            encoders = codec_starts.alike(shape, encoded, self.init)
         if self.decoder != "free":
             return encoders
-        return encoders | self._copies(encoders, model)
+        linears = linears_of(model, 0)  # all layers are alike
+        if self.place == "site":
+            return encoders | codec_starts.copies_at_sites(encoders, linears)
+        return encoders | codec_starts.copies_along_stream(encoders, linears)
 
     def build(
         self, shape: ModelShape, model: CalibrationModel, matrices: Mapping[str, Tensor]
@@ -218,8 +222,8 @@ class AdaCodec(Transform):
             return at_sites(matrices, linears)
         return along_stream(matrices, linears, partial(self._scale, model))
 
-    def _encoded(self, shape: ModelShape) -> dict[str, tuple[int, list[str]]]:
-        """{encoder: (the order of its blocks, the sites whose activations it is for)}."""
+    def _encoded(self, shape: ModelShape) -> codec_starts.Encoded:
+        """The encoders that there are."""
         g = self._block(shape)
         if self.place == "site":
             return {site: (g, [site]) for site in shape.widths}
@@ -227,60 +231,6 @@ class AdaCodec(Transform):
         if self.place == "stream":
             encoded["RM"] = (g, ["down_in"])
         return encoded
-
-    def _encoders(self, shape: ModelShape) -> dict[str, Tensor]:
-        """Encoders whose blocks are all alike."""
-        start = {}
-        for name, (g, sites) in self._encoded(shape).items():
-            width = shape.widths[sites[0]]
-            if name == "R2":
-                width = shape.kv_heads * shape.head_dim
-            block = torch.eye(g, dtype=torch.float64)
-            if self.init == "hadamard":
-                signs = random_signs(g, generator(shape.seed, "adacodec", g))
-                block = Hadamard(g, signs).dense()
-            layers = () if name == "R1" else (shape.layers,)
-            start[name] = block.expand(*layers, width // g, g, g).clone()
-        return start
-
-    def _principal(self, shape: ModelShape, model: CalibrationModel) -> dict[str, Tensor]:
-        """Encoders along the principal axes of what they encode."""
-        encoded = self._encoded(shape)
-        orders = {site: g for g, sites in encoded.values() for site in sites}
-        covariances = model.observe(
-            lambda layer, site, width: Covariance(orders[site], center=False),
-            orders,
-            "principal axes",
-        )
-        start = {}
-        for name, (g, sites) in encoded.items():
-            layers = [
-                torch.stack([covariances[layer, site] for site in sites]).mean(0)
-                for layer in range(shape.layers)
-            ]
-            c = torch.stack(layers)
-            if name == "R1":  # one for all layers
-                c = c.mean(0)
-            if name == "R2":  # the query heads of one key/value head read the same values
-                per_head = c.unflatten(1, (shape.kv_heads, -1, shape.head_dim // g))
-                c = per_head.mean(2).flatten(1, 2)
-            start[name] = principal_axes(c).cpu()
-        return start
-
-    def _copies(self, encoders: Mapping[str, Tensor], model: CalibrationModel) -> dict[str, Tensor]:
-        """Every decoder as a matrix of its own, beginning where its encoder begins."""
-        linears = linears_of(model, 0)  # all layers are alike
-        if self.place == "site":
-            counts = {site: sum(role.reads == site for role in linears) for site in encoders}
-            return {
-                f"{site}^": e[:, None].expand(-1, counts[site], *e.shape[1:]).clone()
-                for site, e in encoders.items()
-            }
-        layers = len(encoders["R2"])
-        r1 = encoders["R1"]
-        copies = {"R1^": r1.expand(layers, sum(map(on_stream, linears)), *r1.shape).clone()}
-        copies |= {f"{name}^": e.clone() for name, e in encoders.items() if name != "R1"}
-        return copies
 
     def _scale(self, model: CalibrationModel, layer: int, site: str) -> Tensor | None:
         """s with Q(h R1 diag(1 / s)): 1 / gamma from identity, none from another basis.
@@ -292,21 +242,3 @@ class AdaCodec(Transform):
         if gain is None or self.init != "identity":
             return None
         return 1 / torch.copysign(gain.abs().clamp_min(FLOOR), gain)
-
-    def _ridge(
-        self,
-        shape: ModelShape,
-        model: CalibrationModel,
-        start: Mapping[str, Tensor],
-        notes: Mapping[str, object],
-    ) -> Placement:
-        def collector(layer: int | None, site: str, width: int) -> Ridge:
-            return Ridge(Blocks(start[site][layer]), shape.reads(site, layer))
-
-        solved = model.observe(collector, start, "ridge decoders")
-        online = {
-            (layer, site): Blocks(start[site][layer], decoder)
-            for (layer, site), (decoder, _) in solved.items()
-        }
-        error = sum(error for _, error in solved.values()) / len(solved)
-        return Placement(online=online, notes={**notes, "ridge_error": error})

@@ -23,9 +23,11 @@ from harness.codecs.codec import Blocks, Codec
 from harness.codecs.placement import Role, Where
 from harness.config.checks import one_of
 from harness.linalg.invertible import Invertible
-from harness.transforms.affine import Affine, Matrices
-from harness.transforms.base import CalibrationModel, ModelShape
+from harness.transforms.affine import Affine
+from harness.transforms.affine_sites import Matrices
+from harness.transforms.base import ModelShape
 from harness.transforms.block_diagonal import smaller_than_groups
+from harness.transforms.calibration_model import CalibrationModel
 from harness.transforms.wush import Wush
 
 

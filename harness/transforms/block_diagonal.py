@@ -20,7 +20,8 @@ from harness.codecs.codec import Codec
 from harness.codecs.placement import Placement, Where
 from harness.config.errors import ConfigError
 from harness.formats import Scheme
-from harness.transforms.base import CalibrationModel, ModelShape, Transform
+from harness.transforms.base import ModelShape, Transform
+from harness.transforms.calibration_model import CalibrationModel
 
 BLOCKS = (128, 64, 32, 16)
 

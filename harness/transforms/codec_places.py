@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.codecs.codec import Blocks, Codec, Diagonal
 from harness.codecs.placement import Placement, Role, Where
-from harness.transforms.base import CalibrationModel
+from harness.transforms.calibration_model import CalibrationModel
 
 
 def linears_of(model: CalibrationModel, layer: int) -> list[Role]:

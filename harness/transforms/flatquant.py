@@ -25,8 +25,10 @@ from harness.codecs.codec import Codec, Diagonal, Kronecker
 from harness.codecs.placement import Role, Where
 from harness.config.checks import boolean, one_of
 from harness.linalg.invertible import Invertible
-from harness.transforms.affine import Affine, Matrices
-from harness.transforms.base import CalibrationModel, ModelShape, generator
+from harness.transforms.affine import Affine
+from harness.transforms.affine_sites import Matrices
+from harness.transforms.base import ModelShape, generator
+from harness.transforms.calibration_model import CalibrationModel
 from harness.transforms.full import FullMatrix, dense
 from harness.transforms.kronecker import closest
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from harness.codecs.placement import Placement
-from harness.transforms.base import CalibrationModel, ModelShape, Transform
+from harness.transforms.base import ModelShape, Transform
+from harness.transforms.calibration_model import CalibrationModel
 
 
 class Identity(Transform):

@@ -24,7 +24,8 @@ from harness.codecs.codec import Blocks, Codec
 from harness.codecs.placement import Where
 from harness.formats import Format
 from harness.linalg.blocks import times
-from harness.transforms.base import CalibrationModel, ModelShape, weights_at
+from harness.transforms.base import ModelShape
+from harness.transforms.calibration_model import CalibrationModel, weights_at
 from harness.transforms.learn import Best, Descent, Orthogonal
 from harness.transforms.sampling import Reservoir, Then
 
@@ -70,6 +71,26 @@ class Fit:
     matrices: Mapping[str, Tensor]
     first: float
     best: float
+
+
+def ridge(
+    model: CalibrationModel, shape: ModelShape, start: Mapping[str, Tensor]
+) -> tuple[dict[Where, Codec], dict[str, object]]:
+    """{(layer, site): an encoder and its ridge decoder}, and notes: their mean relative error.
+
+    start: {site: encoders [L, nb, g, g]}.
+    """
+
+    def collector(layer: int | None, site: str, width: int) -> Ridge:
+        return Ridge(Blocks(start[site][layer]), shape.reads(site, layer))
+
+    solved = model.observe(collector, start, "ridge decoders")
+    online: dict[Where, Codec] = {
+        (layer, site): Blocks(start[site][layer], decoder)
+        for (layer, site), (decoder, _) in solved.items()
+    }
+    error = sum(error for _, error in solved.values()) / len(solved)
+    return online, {"ridge_error": error}
 
 
 def reconstruct(

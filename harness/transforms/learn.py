@@ -18,7 +18,7 @@ from harness.config.errors import ConfigError
 from harness.formats import Scheme
 from harness.linalg.stiefel import CAPS, CayleySGD, cayley, project
 from harness.transforms import loop
-from harness.transforms.base import CalibrationModel
+from harness.transforms.calibration_model import CalibrationModel
 from harness.transforms.losses import loss_of
 
 OPTIMIZERS = ("cayley", "fixed_point", "cayley_adam")

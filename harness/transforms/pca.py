@@ -28,7 +28,8 @@ from harness.config.checks import boolean, integer, one_of
 from harness.config.errors import ConfigError
 from harness.formats import MX, Integer
 from harness.linalg.hadamard import hadamard, reachable
-from harness.transforms.base import CalibrationModel, ModelShape, Transform
+from harness.transforms.base import ModelShape, Transform
+from harness.transforms.calibration_model import CalibrationModel
 from harness.transforms.sampling import Covariance, Then
 
 

@@ -23,7 +23,8 @@ from harness.config.checks import boolean
 from harness.config.errors import ConfigError
 from harness.linalg.hadamard import Hadamard, hadamard, reachable
 from harness.linalg.stiefel import random_orthogonal
-from harness.transforms.base import CalibrationModel, ModelShape, generator
+from harness.transforms.base import ModelShape, generator
+from harness.transforms.calibration_model import CalibrationModel
 from harness.transforms.rotations import Rotations
 
 

@@ -28,7 +28,8 @@ from harness.codecs.codec import Codec, Permutation
 from harness.codecs.placement import Placement, Where
 from harness.config.checks import integer, number
 from harness.config.errors import ConfigError
-from harness.transforms.base import CalibrationModel, ModelShape, Transform
+from harness.transforms.base import ModelShape, Transform
+from harness.transforms.calibration_model import CalibrationModel
 from harness.transforms.sampling import Peak, Then
 
 

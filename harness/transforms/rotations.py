@@ -25,7 +25,8 @@ from harness.config.checks import boolean, integer
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4
 from harness.linalg.hadamard import Hadamard, random_signs, reachable
-from harness.transforms.base import CalibrationModel, ModelShape, Transform, generator
+from harness.transforms.base import ModelShape, Transform, generator
+from harness.transforms.calibration_model import CalibrationModel
 
 
 class Rotations(Transform):

@@ -7,7 +7,8 @@ from typing import Generic, TypeVar
 
 from torch import Tensor, cat, float64, maximum, rand, zeros
 
-from harness.transforms.base import Collector, generator
+from harness.transforms.base import generator
+from harness.transforms.calibration_model import Collector
 
 S = TypeVar("S")
 T = TypeVar("T")

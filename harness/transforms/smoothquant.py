@@ -23,7 +23,8 @@ from harness.codecs.codec import Codec, Diagonal
 from harness.codecs.placement import Placement, Where
 from harness.config.checks import names, number
 from harness.formats import MX, NVFP4
-from harness.transforms.base import CalibrationModel, ModelShape, Transform, weights_at
+from harness.transforms.base import ModelShape, Transform
+from harness.transforms.calibration_model import CalibrationModel, weights_at
 from harness.transforms.sampling import Peak
 
 FLOOR = 1e-5

@@ -25,7 +25,8 @@ from harness.codecs.placement import Placement
 from harness.config.checks import one_of
 from harness.config.errors import ConfigError
 from harness.linalg.stiefel import deviation
-from harness.transforms.base import CalibrationModel, ModelShape
+from harness.transforms.base import ModelShape
+from harness.transforms.calibration_model import CalibrationModel
 from harness.transforms.learn import Descent, end_to_end
 from harness.transforms.quarot import QuaRot
 

@@ -33,8 +33,9 @@ from harness.codecs.placement import Placement, Where
 from harness.config.checks import boolean, number, one_of
 from harness.config.errors import ConfigError
 from harness.linalg.hadamard import hadamard, reachable
-from harness.transforms.base import CalibrationModel, ModelShape, Transform
+from harness.transforms.base import ModelShape, Transform
 from harness.transforms.block_diagonal import alternatives, common_blocks, smaller_than_groups
+from harness.transforms.calibration_model import CalibrationModel
 from harness.transforms.pca import principal_axes
 from harness.transforms.sampling import Covariance, Then
 

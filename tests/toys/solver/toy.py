@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harness.config.checks import number
-from harness.solvers.base import Problem, Solution, Solver
+from harness.solvers import Problem, Solution, Solver
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import torch
 
 from harness.codecs.codec import Blocks
 from harness.codecs.placement import Placement
-from harness.transforms.base import CalibrationModel, ModelShape, Transform
+from harness.transforms import CalibrationModel, ModelShape, Transform
 
 
 class Reversal(Transform):
