@@ -23,15 +23,17 @@ SETTINGS = (
     "eval.zeroshot.limit=4",
 )
 KINDS = {
+    # of tensors
     "tokens": "_shared/tokens/*.safetensors",
     "hidden states": "_shared/baselines/*.safetensors",
+    "matrices": "_shared/placements/*.safetensors",
+    "block": "tiny-*/blocks/0001.safetensors",
+    "kept matrices": "kept.safetensors",
+    # of JSON
     "baseline": "_shared/baselines/*.json",
     "answers": "_shared/baselines/*/agreement.json",
-    "matrices": "_shared/placements/*.safetensors",
     "sensitivities": "_shared/sensitivities/*.json",
-    "block": "tiny-*/blocks/0001.safetensors",
     "metrics": "tiny-*/metrics.json",
-    "kept matrices": "kept.safetensors",
 }
 
 
@@ -49,13 +51,13 @@ DAMAGES = {
 }
 
 
-# Each kind of record meets a file that is none, one whose content is another's, and one more, so
-# that each damage meets a record of tensors and one of JSON; all of both: test_store.py
-OTHERS = ("a byte of its head", "empty", "garbage", "another program's")
+# Each kind of record meets content that is another's, and one more damage, so that all but the last
+# meet a record of tensors and one of JSON; all of both: test_store.py
+OTHERS = ("cut off", "empty", "garbage", "another program's", "a byte of its head")
 DAMAGED = [
     (kind, damage)
     for i, kind in enumerate(KINDS)
-    for damage in ("cut off", "a byte of its data", OTHERS[i % len(OTHERS)])
+    for damage in ("a byte of its data", OTHERS[i % len(OTHERS)])
 ]
 
 
