@@ -137,6 +137,9 @@ def test_a_checkpoint_names_a_format_of_a_plug_in_where_that_is_installed(flips,
                 format_of(told | {"_target_": target}, "there", Format)
 
     refused("flips.trap.Wide", "flips.flip.Flip", "harness.solvers.GPTQ", "os.system")
+    (package / "conf" / "format" / "torn.yaml").write_text("weight: [")
+    with pytest.raises(ConfigError, match=r"torn\.yaml: cannot be read .* install flips==1\.2"):
+        format_of(told, "there", Format)
     (tmp_path / "site" / "flips-1.dist-info" / "entry_points.txt").unlink()
     plugins.plugins.cache_clear()
     refused("flips.wide.Wide")

@@ -86,7 +86,7 @@ def spec(format: Format | KVCache) -> dict:
 def format_of(entry: object, where: str, base: type[F]) -> F:
     """Inverse of `spec`, for the formats of that base, of this project and of installed plug-ins.
 
-    Raises DataError, beginning with `where`.
+    Raises DataError, beginning with `where`; ConfigError where a plug-in's options cannot be read.
     """
     if not isinstance(entry, Mapping):
         raise DataError(f"{where}={entry}: needs a format, its class and its fields.")

@@ -37,9 +37,21 @@ class Plugin:
     folder: Path
 
     def targets(self, group: str) -> list[str]:
-        """The classes that its options of a config group name."""
-        files = sorted((self.folder / group).glob("*.yaml"))
-        return [name for file in files for name in _targets(yaml.safe_load(file.read_text()))]
+        """The classes that its options of a config group name.
+
+        Raises ConfigError naming a file that cannot be read.
+        """
+        found = []
+        for file in sorted((self.folder / group).glob("*.yaml")):
+            try:
+                found += _targets(yaml.safe_load(file.read_text(encoding="utf-8")))
+            except (OSError, ValueError, yaml.YAMLError) as error:
+                why = " ".join(str(error).split())  # YAML's own takes several lines
+                raise ConfigError(
+                    f"{file}: cannot be read as YAML ({why}); install {self.release} anew, or "
+                    "remove it."
+                ) from None
+        return found
 
 
 @cache  # a process computes with what is installed when it starts

@@ -1,6 +1,6 @@
 """Number formats: tensors to codes and scales and back, exact to the last bit.
 
-base        Format, the maps of all          qtensor     codes and scales, as they are stored
+base        Format, the maps of all         qtensor     codes and scales, as they are stored
 settings    what all are set to             observers   minmax and mse, the range of a group
 integer     INT-b, integer_settings; int16  packing     two codes a byte, eight a word
 floating    fp4, fp8, nvfp4, fouroversix,   cache       keys and values
