@@ -16,10 +16,12 @@ import zoo
 from composed import ROOT, SMALL, composed
 from torch.multiprocessing.spawn import spawn
 
+from harness.calibration.outliers import profiles
 from harness.calibration.shipped import Pydoc
 from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
 from harness.calibration.subject import StreamedModel
+from harness.calibration.windows import bos_gain
 from harness.command.run import run as command
 from harness.evaluation.divergence import Reference
 from harness.evaluation.perplexity import window_losses
@@ -143,6 +145,15 @@ def observed(ranks: Ranks) -> dict:
         "samples": {str(key): value for key, value in samples.items()},
         "windows": [sorted(block.inputs) for block in model.blocks()],
     }
+
+
+def looks(ranks: Ranks) -> dict:
+    """What is seen of a model and its text before anything is done to it."""
+    adapter = tiny()
+    seen = {}
+    for name, each in (("tiny", adapter), ("mixture", mixture())):
+        seen[name] = {str(key): profile for key, profile in profiles(each, IDS, ranks).items()}
+    return {"profiles": seen, "gain": bos_gain(adapter.model, IDS[0], 0, ranks)}
 
 
 class Point:
@@ -322,6 +333,7 @@ def everything(ranks: Ranks) -> dict:
         "starved": statistics(ranks, mixture(), enough=10**6),
         "evaluation": evaluation(ranks),
         "observed": observed(ranks),
+        "looks": looks(ranks),
         "learned": learned(ranks),
         "solved": solved(ranks),
         "runs": runs(ranks),
@@ -415,6 +427,13 @@ def test_collectors_see_the_text_in_its_order(found):
         assert equal(each["observed"]["samples"], alone["observed"]["samples"])
         assert equal(each["observed"]["covariances"], alone["observed"]["covariances"])
     assert [each["observed"]["windows"] for each in ranks] == [[[0, 2, 4]] * 2, [[1, 3]] * 2]
+
+
+def test_looks_at_a_model_are_those_of_one_process_in_every_bit(found):
+    alone, ranks = found
+    assert alone["looks"]["gain"] != 0
+    for each in ranks:
+        assert each["looks"] == alone["looks"]
 
 
 def test_gradients_are_those_of_one_process(found):

@@ -28,11 +28,19 @@ def profiles(
 ) -> dict[tuple[int, str], dict]:
     """{(layer, site): {"max_over_median", "kurtosis", "counts": [64]}} of a swapped model.
 
-    windows: token ids [N, L]; ranks: each passes its share, and has the profiles of all.
+    windows: token ids [N, L]; ranks: each passes its share of them and makes its share of the
+    profiles, and has them all.
     """
     # experts as the router feeds them, together: one that got little adds little
     stream = Stream(adapter, windows[:WINDOWS], enough=0, ranks=ranks)
-    profiles = {}
+    keys: list[tuple[int, str]] = []
+    own: list[dict] = []
+
+    def profile(layer: int, name: str, values: list[Tensor]) -> None:
+        if ranks.owns(len(keys)):
+            own.append(_profile(torch.cat(values)))
+        keys.append((layer, name))
+
     for layer, block in enumerate(adapter.blocks):
         with adapter.open(layer):
             routed: dict[str, list[Tensor]] = {}
@@ -40,15 +48,15 @@ def profiles(
                 if not adapter.shows(layer, site):
                     continue
                 encode = block.get_submodule(site.linears[0]).site.encode
-                own = (encode(x).float().flatten() for x in activations)
-                values = list(ranks.in_turn(own))
+                encoded = (encode(x).float().flatten() for x in activations)
+                values = list(ranks.in_turn(encoded))
                 if site.expert is None:
-                    profiles[layer, site.activation] = _profile(torch.cat(values))
+                    profile(layer, site.activation, values)
                 else:  # of all experts together
                     routed.setdefault(site.activation, []).extend(values)
             for name, values in routed.items():
-                profiles[layer, name] = _profile(torch.cat(values))
-    return profiles
+                profile(layer, name, values)
+    return dict(zip(keys, ranks.merged(own)))
 
 
 def outliers(before: dict[tuple[int, str], dict], after: dict[tuple[int, str], dict]) -> dict:

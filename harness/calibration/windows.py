@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from harness.config.errors import ConfigError, DataError
+from harness.parallel import ALONE, Ranks
 
 if TYPE_CHECKING:  # planning imports this, and should not wait for it
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,16 +122,19 @@ def without(tokens: torch.Tensor, bos: int | None) -> torch.Tensor:
 
 
 @torch.no_grad()
-def bos_gain(model: PreTrainedModel, tokens: torch.Tensor, bos: int) -> float:
+def bos_gain(
+    model: PreTrainedModel, tokens: torch.Tensor, bos: int, ranks: Ranks = ALONE
+) -> float:
     """By how many nats a token a model's loss is lower with a BOS before it.
 
-    tokens: one window `[L]` of text.
+    tokens: one window `[L]` of text; ranks: each reads its share, of it without and with a BOS.
     """
     text = without(tokens, bos).to(model.get_input_embeddings().get_parameter("weight").device)
     started = torch.cat([text.new_tensor([bos]), text])
     losses = []
-    for ids, skip in ((text, 0), (started, 1)):
+    for ids, skip in ranks.share(((text, 0), (started, 1))):
         logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
         targets = ids[skip + 1 :]
         losses.append(torch.nn.functional.cross_entropy(logits[skip:-1], targets))
-    return float(losses[0] - losses[1])
+    without_bos, with_bos = ranks.merged(losses)
+    return float(without_bos - with_bos)

@@ -161,7 +161,7 @@ def _bos(job: LoadedJob, adapter: Adapter, ids: Tensor) -> str:
         return where
     probe = ids[: job.plan.evaluation.length]
     refuse_unknown_ids("data", torch.cat([probe, probe.new_tensor([bos])]), _rows(adapter))
-    gain = bos_gain(adapter.model, probe, bos)
+    gain = bos_gain(adapter.model, probe, bos, job.ranks)
     if gain <= NEEDED:
         return "auto"
     job.metrics["notes"]["bos"] = f"in every window, for {gain:.2f} nats a token less"
