@@ -51,6 +51,17 @@ def warnings(tmp_path, *overrides):
             "AdaScale as it is set",
         ),
         (
+            ["solver=signround", "solver.hessian_input=fp"],
+            "solver.hessian_input",
+            "SignRound as it is set",
+        ),
+        (["solver=adascale", "+solver.refit=true"], "solver.refit", "AdaScale as it is set"),
+        (
+            ["solver=adascale", "+solver.propagate_alpha=1"],
+            "solver.propagate_alpha",
+            "AdaScale as it is set",
+        ),
+        (
             [
                 "transform=adacodec",
                 "transform.placement=site",

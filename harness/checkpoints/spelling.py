@@ -24,6 +24,7 @@ SPELLING = {  # where more than the first letter is a capital
     "dct": "DCT",
     "dst": "DST",
     "faar": "FAAR",
+    "flatquant": "FlatQuant",
     "gptq": "GPTQ",
     "gsr": "GSR",
     "jointquant": "JointQuant",

@@ -46,6 +46,7 @@ class AdaScale(Solver):
     """
 
     scope: ClassVar[str] = "block"
+    propagates: ClassVar[tuple[str, ...]] = ("none",)
     encodings: ClassVar[str] = "encodings"
 
     iterations: int = 1500
@@ -55,10 +56,6 @@ class AdaScale(Solver):
     lwc: bool = True
     flexround: bool = True
     mix: float = 0.5
-
-    @property
-    def unread(self) -> tuple[str, ...]:
-        return ("sequencing",)
 
     def __post_init__(self):
         super().__post_init__()

@@ -24,6 +24,10 @@ from harness.solvers.refit import refit
 from harness.solvers.search import under_hessian
 
 
+PROPAGATION = ("propagate_alpha", "propagate_damp", "propagate_skip")
+OF_SITES = ("sequencing", "refit")  # what solving a whole block never asks
+
+
 @dataclass(frozen=True, kw_only=True)
 class Solver:
     """(weights, statistics, format) -> QTensors.
@@ -87,9 +91,12 @@ class Solver:
                 "read, which scales would undo; use solver.propagate=qep."
             )
         if self.propagate not in self.propagates:
+            why = "it stands in the loop over columns that only gptq has; use solver=gptq or"
+            if self.scope == "block":
+                why = "a block is learned from the untouched one's output already; use"
             raise ConfigError(
-                f"solver.propagate={self.propagate} with {type(self).__name__}: it stands in the "
-                "loop over columns that only gptq has; use solver=gptq or solver.propagate=qep."
+                f"solver.propagate={self.propagate} with {type(self).__name__}: {why} "
+                f"solver.propagate={self.propagates[-1]}."
             )
         if self.propagate != "none" and self.sequencing == "block":
             raise ConfigError(
@@ -100,9 +107,8 @@ class Solver:
     @property
     def unread(self) -> tuple[str, ...]:
         """Settings without effect as the others are set."""
-        if self.propagate != "none":
-            return ()
-        return ("propagate_alpha", "propagate_damp", "propagate_skip")
+        how = () if self.propagate != "none" else PROPAGATION
+        return how if self.scope == "site" else (*OF_SITES, *how)
 
     def told(self, scored: frozenset[str]) -> Solver:
         """This solver for one model; scored: its linears that queries and keys are made by."""

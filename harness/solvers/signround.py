@@ -51,16 +51,13 @@ class SignRound(Solver):
     """
 
     scope: ClassVar[str] = "block"
+    propagates: ClassVar[tuple[str, ...]] = ("none",)
 
     rounding: str = "offset"
     steps: int = 200
     batch: int = 4
     lr: float | None = None
     clip: bool = True
-
-    @property
-    def unread(self) -> tuple[str, ...]:
-        return ("sequencing",)
 
     def __post_init__(self):
         super().__post_init__()
