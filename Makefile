@@ -117,9 +117,9 @@ vllm: .venv/installed .venv-vllm/installed
 	$(VLLM) -m pip install --quiet torch==2.13.0 -r .venv-vllm/requirements.txt \
 		"omegaconf>=2.3,<2.4" "scipy>=1.10,<2" "accelerate>=1.0,<2" "lm-eval>=0.4.12,<0.5"
 	# lm-eval asks for vLLM by the name of its other wheels
-	mkdir -p .venv-vllm/lib/python3.11/site-packages/vllm-0.32.0.dist-info
-	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' \
-		> .venv-vllm/lib/python3.11/site-packages/vllm-0.32.0.dist-info/METADATA
+	into=$$(echo .venv-vllm/lib/python3.*/site-packages)/vllm-0.32.0.dist-info && \
+		mkdir -p $$into && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' \
+		> $$into/METADATA
 	$(VLLM) -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
