@@ -228,8 +228,9 @@ def test_more_damping_is_reported():
 def test_what_is_no_finite_number_is_refused(place, value):
     h = hessian(inputs())
     h[place] = value
-    with pytest.raises(DataError, match="w0"):
-        GPTQ().solve(problem(FORMATS["nvfp4"], h))
+    for solver in (GPTQ(), RTN()):
+        with pytest.raises(DataError, match="w0"):
+            solver.solved([problem(NVFP4(observer="hessian"), h)])
 
 
 def test_contradicting_settings_are_refused():

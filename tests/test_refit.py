@@ -106,9 +106,11 @@ def test_it_runs_and_lowers_the_error_of_layers(tmp_path, solver):
         (["solver=gptq", "solver.propagate=gptaq"], "solver.propagate=gptaq"),
         (["format.weight.granularity=tensor", "format.weight.group_size=null"], "spans rows"),
         (["solver.refit=maybe"], "solver.refit=maybe"),
+        (["solver=minmax"], "of which it has none"),
+        (["solver=adascale"], "of which it has none"),
     ),
 )
 def test_what_it_refuses(tmp_path, overrides, said):
-    cfg, choices = small(tmp_path, "format=int4", "solver.refit=true", *overrides)
+    cfg, choices = small(tmp_path, "format=int4", "+solver.refit=true", *overrides)
     with pytest.raises(ConfigError, match=said):
         execute(cfg, choices)

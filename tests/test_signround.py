@@ -134,6 +134,16 @@ def test_what_is_stored_is_what_was_trained(name):
     assert torch.equal(last[arrived], interval.qtensor().dequantize()[arrived])
 
 
+@pytest.mark.parametrize("far", [-20.0, 20.0])
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_lies_beyond_the_lattice_is_stored_as_it_was_trained(name, far):
+    weight, format, scales = started(name, draw(24, 70 if name == "padded" else 64))
+    interval = Interval(2 * weight, format, scales)
+    with torch.no_grad():
+        interval.v.fill_(far)
+    assert torch.equal(interval(1.0), interval.qtensor().dequantize())
+
+
 def straight(x, value):
     return x + (value - x).detach()
 

@@ -55,7 +55,6 @@ def warnings(tmp_path, *overrides):
             "solver.hessian_input",
             "SignRound as it is set",
         ),
-        (["solver=adascale", "+solver.refit=true"], "solver.refit", "AdaScale as it is set"),
         (
             ["solver=adascale", "+solver.propagate_alpha=1"],
             "solver.propagate_alpha",

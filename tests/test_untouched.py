@@ -120,8 +120,8 @@ def test_a_rotated_model_is_solved_as_it_is_beside_its_own_copy(tmp_path):
     [
         (["solver=gptq", "solver.propagate=gptaq"], "use solver.propagate=qep"),
         (["solver=awq", "solver.propagate=qep"], "channel scales"),
-        (["solver=adascale", "+solver.propagate=qep"], "use solver.propagate=none"),
-        (["solver=signround", "+solver.propagate=gptaq"], "use solver.propagate=none"),
+        (["solver=adascale", "+solver.propagate=qep"], "or solver.propagate=none"),
+        (["solver=signround", "+solver.propagate=gptaq"], "or solver.propagate=none"),
     ],
     ids=["gptaq", "awq", "adascale", "signround"],
 )

@@ -220,7 +220,7 @@ def _cache(kv: KVCache) -> Iterable[tuple[str, tuple, str]]:
     yield (
         "kind",
         ("integer", "fp8", "mxfp4"),
-        "other elements it has not, and the scale of NVFP4 is calibrated there",
+        "elements of other kinds, and NVFP4's calibrated scale, have no place in it",
     )
     if kv.kind == "integer":
         yield (

@@ -133,9 +133,14 @@ class KVCache:
     @property
     def unread(self) -> tuple[str, ...]:
         """Fields without effect as the others are set."""
+        zero = ("zp_order", "zp_range")
         if self.kind == "integer":
-            return ("scale", "incl0") if self.symmetric else ("scale",)
-        integers = ("symmetric", "incl0", "clip_k", "clip_v", "zp", "zp_order", "zp_range")
+            if self.symmetric:
+                return ("scale", "incl0", *zero)
+            return ("scale",) if self.zp == "rounded" else ("scale", *zero)
+        integers = ("symmetric", "incl0", "clip_k", "clip_v", "zp", *zero)
+        if self.scale == "unit":
+            return (*integers, "group_size")
         return (*integers, "scale") if self.kind == "mxfp4" else integers
 
     @property

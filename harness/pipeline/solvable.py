@@ -59,6 +59,13 @@ def check_solver(
                 f"format.weight.observer={format.observer} with solver={name}: it finds scales "
                 "without a Hessian; use format.weight.observer=minmax, or solver=rtn, gptq or awq."
             )
+        if solver.refit and (
+            solver.scope == "block" or not solver.curvature([format], format.group_size or 1)
+        ):
+            raise ConfigError(
+                f"solver.refit=true with solver={name}: scales are chosen anew under a Hessian, of "
+                "which it has none; set solver.refit=false, or use solver=rtn, gptq or awq."
+            )
         if solver.refit and format.spans_rows:
             raise ConfigError(
                 f"solver.refit=true with format.weight.granularity={format.granularity}: a scale "

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from harness.config.checks import boolean, integer, number, one_of
-from harness.config.errors import ConfigError
+from harness.config.errors import ConfigError, DataError
 from harness.formats import Format, Scales
 from harness.solvers.block import Block
+from harness.solvers.inverses import finite
 from harness.solvers.problem import Problem, Solution
 from harness.solvers.refit import refit
 from harness.solvers.search import under_hessian
 
 PROPAGATION = ("propagate_alpha", "propagate_damp", "propagate_skip")
-OF_SITES = ("sequencing", "refit")  # what solving a whole block never asks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Solver:
     propagate: how weights undo what earlier layers did, none | qep (before anything is rounded,
         propagation.py) | gptaq (in gptq's loop, asymmetry.py); propagate_alpha: how much of it;
         propagate_damp: its damping, a share of mean(diag H); propagate_skip: sites left out. Routed
-        experts always are: their tokens differ.
+        experts always are, for their tokens differ, and a head that is quantized.
     refit: whether scales are chosen anew once codes are (refit.py).
     """
 
@@ -90,12 +90,10 @@ class Solver:
                 "read, which scales would undo; use solver.propagate=qep."
             )
         if self.propagate not in self.propagates:
-            why = "it stands in the loop over columns that only gptq has; use solver=gptq or"
-            if self.scope == "block":
-                why = "a block is learned from the untouched one's output already; use"
+            known = ", ".join(self.propagates)
             raise ConfigError(
-                f"solver.propagate={self.propagate} with {type(self).__name__}: {why} "
-                f"solver.propagate={self.propagates[-1]}."
+                f"solver.propagate={self.propagate} with {type(self).__name__}, which has {known}; "
+                f"use solver=gptq, which has all, or solver.propagate={self.propagates[-1]}."
             )
         if self.propagate != "none" and self.sequencing == "block":
             raise ConfigError(
@@ -107,7 +105,7 @@ class Solver:
     def unread(self) -> tuple[str, ...]:
         """Settings without effect as the others are set."""
         how = () if self.propagate != "none" else PROPAGATION
-        return how if self.scope == "site" else (*OF_SITES, *how)
+        return how if self.scope == "site" else ("sequencing", *how)
 
     def told(self, scored: frozenset[str]) -> Solver:
         """This solver for one model; scored: its linears that queries and keys are made by."""
@@ -178,7 +176,16 @@ class Solver:
         )
 
     def solved(self, problems: Sequence[Problem]) -> list[Solution]:
-        """Their solutions with scales as they are to be stored."""
+        """Their solutions with scales as they are to be stored.
+
+        Raises DataError where activations were no numbers.
+        """
+        for problem in problems:
+            if problem.hessian is not None and not finite(problem.hessian):
+                raise DataError(
+                    f"the activations read by {', '.join(problem.weights)} contain NaN or Inf; "
+                    "check the model and its dtype"
+                )
         solutions = self.solve_together(problems)
         if not self.refit:
             return solutions

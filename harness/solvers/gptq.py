@@ -33,12 +33,12 @@ import torch
 from torch import Tensor
 
 from harness.config.checks import integer, number, one_of
-from harness.config.errors import ConfigError, DataError
+from harness.config.errors import ConfigError
 from harness.formats import Format, Scales
 from harness.solvers.asymmetry import pulls
 from harness.solvers.base import Solver
 from harness.solvers.columns import Columns, DynamicLattice, Lattice, ManyColumns, StaticLattice
-from harness.solvers.inverses import Begun, finite, inverses
+from harness.solvers.inverses import Begun, inverses
 from harness.solvers.problem import Problem, Solution
 
 
@@ -128,11 +128,6 @@ class GPTQ(Solver):
         """A problem with its Hessian, scales and order; raises DataError."""
         assert problem.hessian is not None  # as `needs` asks
         hessian = problem.hessian.to(self._dtype)
-        if not finite(hessian):
-            raise DataError(
-                f"the activations read by {', '.join(problem.weights)} contain NaN or Inf; "
-                "check the model and its dtype"
-            )
         dead = hessian.diagonal() == 0
         problem = _masked(problem)  # before the scales: a group then has zero in its range
         order = torch.arange(len(hessian), device=hessian.device)

@@ -122,9 +122,11 @@ class Interval(Between):
     def __init__(self, weight: Tensor, format: Format, start: Scales):
         super().__init__(weight, format, start)
         # scales that stay have neighbours that do
-        self.place = around(self.weight, format, start)
-        gap = (self.place.hi - self.place.lo).clamp_min(TINY)
-        share = ((self.place.blocks - self.place.lo) / gap).clamp(0, 1)
+        place = around(self.weight, format, start)
+        # what lies beyond the lattice starts at its end
+        self.place = place._replace(blocks=place.blocks.clamp(place.lo, place.hi))
+        gap = (place.hi - place.lo).clamp_min(TINY)
+        share = (self.place.blocks - place.lo) / gap
         self.v0 = ((share - 0.5) / STRETCH + 0.5).logit()
 
     def confine(self) -> None:

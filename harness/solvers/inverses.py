@@ -47,7 +47,7 @@ def inverses(
     units = torch.empty(0)
     took: list[float | None] = [None] * len(begun)
     for dtype in dict.fromkeys((precision, torch.float64)):
-        for tried in _dampings(damp):
+        for tried in dampings(damp):
             left = [index for index, found in enumerate(took) if found is None]
             if not left:
                 break
@@ -61,7 +61,7 @@ def inverses(
     return units, took
 
 
-def _dampings(damp: float) -> Iterator[float]:
+def dampings(damp: float) -> Iterator[float]:
     """From the setting on, ten times more each, up to 1."""
     yield damp
     while damp < 1:

@@ -24,6 +24,7 @@ class MinMax(RTN):
     """No statistics of the activations, and no search."""
 
     encodings: ClassVar[str] = "min_max_encodings"
+    propagates: ClassVar[tuple[str, ...]] = ("none",)
 
     def check(self, format: Format) -> list[str]:
         why = "its rule is for symmetric integers"

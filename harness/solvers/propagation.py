@@ -27,20 +27,25 @@ from dataclasses import replace
 
 import torch
 
+from harness.solvers.inverses import dampings
 from harness.solvers.problem import Problem
 
 
 def compensated(problem: Problem, alpha: float, damp: float) -> Problem:
     """The problem with its weights moved; as it is where its drift is not known.
 
-    Its Hessian has to be whole.
+    Its Hessian has to be whole. Where it has no factor, damped so, it is damped as gptq's is then.
     """
     if problem.drift is None or problem.hessian is None:
         return problem
-    damped = problem.hessian.to(torch.float64, copy=True)
-    damped.diagonal().add_(damp * damped.diagonal().mean())
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if failed:  # features that are always 0, undamped
+    factor = None
+    for tried in dampings(damp):
+        damped = problem.hessian.to(torch.float64, copy=True)
+        damped.diagonal().add_(tried * damped.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            break
+    else:  # nothing was read
         return problem
     # D (L L^T)^-1 once, whose product with each W is all that is left
     step = alpha * torch.cholesky_solve(problem.drift.double().T, factor).T
