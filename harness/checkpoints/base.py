@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.checkpoints.shards import write_shards
-from harness.formats import Format, QTensor, Scheme
+from harness.formats import QTensor, Scheme
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import SiteInput
 from harness.models.weights import Weights
@@ -149,12 +149,6 @@ def modules(adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
             for name, module in named:
                 if not isinstance(module, SiteInput) and not (tied and module is adapter.head):
                     yield name, module
-
-
-def weight_format(quantized: QTensor) -> Format:
-    """The format of a weight with all its settings, of which a QTensor itself asks few."""
-    assert isinstance(quantized.format, Format), "weights are quantized by a Format"
-    return quantized.format
 
 
 def weight_at(model: nn.Module, name: str) -> Tensor:

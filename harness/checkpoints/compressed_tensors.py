@@ -34,18 +34,11 @@ import torch
 from torch import Tensor, nn
 
 from harness.checkpoints import entries, layouts, online_config, online_reader
-from harness.checkpoints.base import (
-    Exporter,
-    Snapshot,
-    cast,
-    modules,
-    weight_at,
-    weight_format,
-)
+from harness.checkpoints.base import Exporter, Snapshot, cast, modules, weight_at
 from harness.checkpoints.experts import parts_of, refuse_experts, routers, targets
 from harness.config.checks import one_of
 from harness.config.errors import ConfigError
-from harness.formats import Format, FourOverSix, Scheme
+from harness.formats import Format, FourOverSix, Scheme, weight_format
 from harness.libraries.extras import need
 from harness.libraries.saved import Saved
 from harness.models.attention import named

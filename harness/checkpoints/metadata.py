@@ -32,11 +32,11 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from harness.checkpoints.base import Snapshot, weight_format
+from harness.checkpoints.base import Snapshot
 from harness.checkpoints.names import base_of, hub_id
 from harness.checkpoints.spelling import word
 from harness.config.build import build
-from harness.formats import Format, KVCache, QTensor
+from harness.formats import Format, KVCache, QTensor, weight_format
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import QuantLinear
 from harness.models.source import ModelSource

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness.checkpoints.base import Exporter, Snapshot, modules, weight_at, weight_format
+from harness.checkpoints.base import Exporter, Snapshot, modules, weight_at
 from harness.checkpoints.native import load, sites
 from harness.checkpoints.native_files import PLACEMENT, RECORD, guard
 from harness.checkpoints.record import Record
 from harness.codecs.packing import pack
-from harness.formats import Scheme
+from harness.formats import Scheme, weight_format
 from harness.models.adapter import Adapter
 from harness.models.attention import named
 from harness.models.offload import read
