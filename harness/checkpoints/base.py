@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.checkpoints.shards import write_shards
+from harness.checkpoints.snippets import fenced, pretrained, served
 from harness.formats import QTensor, Scheme
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import SiteInput
@@ -65,14 +66,15 @@ class Exporter(ABC):
 
     name: as `export=` calls it. tolerance: relative perplexity difference that loading back may
     show, None where it must be the same. weights_alone: whoever loads it reads activations, keys
-    and values as floats. library: who loads it, by the hub's word; package: what transformers needs
-    besides to read it. A field of the option that is none of the common ones
-    (sections.EXPORT) is an argument of the class.
+    and values as floats. files: those of the folder that hold weights, a glob. library: who loads
+    it, by the hub's word; package: what transformers needs besides to read it. A field of the
+    option that is none of the common ones (sections.EXPORT) is an argument of the class.
     """
 
     name: str
     tolerance: float | None = None
     weights_alone: bool = False
+    files: str = "*.safetensors"
     library: str = "transformers"
     package: str | None = None
 
@@ -117,12 +119,21 @@ class Exporter(ABC):
         without KV cache.
         """
 
-    @abstractmethod
     def weight(self, model: PreTrainedModel, name: str) -> Tensor:
         """The weight [out, in] with which module `name` of a loaded model computes."""
+        return weight_at(model, name)
+
+    def loading(self, name: str, kind: str) -> list[str]:
+        """What the card says of loading folder `name`, paragraphs of Markdown.
+
+        kind: the model's class of transformers.
+        """
+        package = "" if self.package is None else f" (and the package {self.package})"
+        code = fenced(pretrained(name, kind), "python")
+        return [f"With transformers{package}:", code, *served(name)]
 
     def write(self, snapshot: Snapshot, folder: Path) -> None:
-        """Write the weights into the folder, as safetensors of bounded size."""
+        """Write the weights into `files` of the folder, here safetensors of bounded size."""
         write_shards(self.tensors(snapshot), folder)
 
     # most layouts have none
