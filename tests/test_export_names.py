@@ -293,7 +293,7 @@ def about(tmp_path_factory):
     snapshot = Snapshot(
         adapter, tokenizer, Scheme(**parts, kv=KVCache()), (), qtensors, plain, choices, metrics
     )
-    return metadata(snapshot, "tiny-QuaRot.GPTQ_w4_g64_a4_kv4_headfp16", folder)
+    return metadata(snapshot, Checkpoint(), "tiny-QuaRot.GPTQ_w4_g64_a4_kv4_headfp16", folder)
 
 
 def test_counts_and_sizes_by_hand(about):

@@ -139,7 +139,7 @@ def test_a_layout_refuses_a_format_that_it_does_not_know(run, tmp_path, exports,
     assert list(tmp_path.iterdir()) == [], "before any weight"
 
 
-def test_an_exporter_writes_a_checkpoint_with_a_setting_of_its_own(run, exports):
+def test_an_exporter_writes_a_checkpoint_with_a_setting_and_a_file_of_its_own(run, exports):
     weights = ["format=int4", "format.act.bits=16", "solver=rtn"]
     got = run(*weights, "export=toy", "export.half=true", exports)
     assert got.status == 0, got.told
@@ -148,6 +148,12 @@ def test_an_exporter_writes_a_checkpoint_with_a_setting_of_its_own(run, exports)
     assert exported["weights"] == 14, "every weight was compared with what is loaded"
     evaluated, loaded = exported["ppl"]["pydoc"]
     assert loaded == pytest.approx(evaluated, rel=0.005)
+    folder = Path(exported["path"])
+    assert exported["sizes"]["after"] == (folder / "weights.toy").stat().st_size
+    text = (folder / "README.md").read_text()
+    assert 'library_name: "toys"' in text
+    loading = text.partition("## How to load it\n\n")[2].partition("\n\n## ")[0]
+    assert loading == f"With toys:\n\n```sh\ntoys {exported['name']}/weights.toy\n```"
 
 
 def test_a_tracker_is_told_the_summary_beside_the_local_files(run, tmp_path):

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.checkpoints.shards import write_shards
-from harness.formats import Format, QTensor, Scheme
+from harness.checkpoints.snippets import fenced, pretrained, served
+from harness.formats import QTensor, Scheme
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import SiteInput
 from harness.models.weights import Weights
@@ -65,14 +66,15 @@ class Exporter(ABC):
 
     name: as `export=` calls it. tolerance: relative perplexity difference that loading back may
     show, None where it must be the same. weights_alone: whoever loads it reads activations, keys
-    and values as floats. library: who loads it, by the hub's word; package: what transformers needs
-    besides to read it. A field of the option that is none of the common ones
-    (sections.EXPORT) is an argument of the class.
+    and values as floats. files: those of the folder that hold weights, a glob. library: who loads
+    it, by the hub's word; package: what transformers needs besides to read it. A field of the
+    option that is none of the common ones (sections.EXPORT) is an argument of the class.
     """
 
     name: str
     tolerance: float | None = None
     weights_alone: bool = False
+    files: str = "*.safetensors"
     library: str = "transformers"
     package: str | None = None
 
@@ -124,12 +126,21 @@ class Exporter(ABC):
         without KV cache.
         """
 
-    @abstractmethod
     def weight(self, model: PreTrainedModel, name: str) -> Tensor:
         """The weight [out, in] with which module `name` of a loaded model computes."""
+        return weight_at(model, name)
+
+    def loading(self, name: str, kind: str) -> list[str]:
+        """What the card says of loading folder `name`, paragraphs of Markdown.
+
+        kind: the model's class of transformers.
+        """
+        package = "" if self.package is None else f" (and the package {self.package})"
+        code = fenced(pretrained(name, kind), "python")
+        return [f"With transformers{package}:", code, *served(name)]
 
     def write(self, snapshot: Snapshot, folder: Path) -> None:
-        """Write the weights into the folder, as safetensors of bounded size."""
+        """Write the weights into `files` of the folder, here safetensors of bounded size."""
         write_shards(self.tensors(snapshot), folder)
 
     # most layouts have none
@@ -156,12 +167,6 @@ def modules(adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
             for name, module in named:
                 if not isinstance(module, SiteInput) and not (tied and module is adapter.head):
                     yield name, module
-
-
-def weight_format(quantized: QTensor) -> Format:
-    """The format of a weight with all its settings, of which a QTensor itself asks few."""
-    assert isinstance(quantized.format, Format), "weights are quantized by a Format"
-    return quantized.format
 
 
 def weight_at(model: nn.Module, name: str) -> Tensor:

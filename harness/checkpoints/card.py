@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
 from harness.checkpoints.base import Exporter
+from harness.checkpoints.snippets import fenced
 from harness.checkpoints.spelling import spelled
 from harness.report.figures import columns, figures, number
 from harness.report.marks import legend, letters
@@ -29,7 +29,7 @@ SPECIAL = re.compile(r"([\\`*_\[\]<>|~&#$])")
 def card(metadata: Mapping, exporter: Exporter) -> str:
     """Markdown with YAML front matter.
 
-    exporter: what wrote the files, of which it asks who loads them.
+    exporter: what wrote the files, of which it asks who loads them, and how.
     """
     sections = [
         _front(metadata, exporter),
@@ -41,10 +41,10 @@ def card(metadata: Mapping, exporter: Exporter) -> str:
         _floats(metadata, exporter),
         *_texts(metadata),
         "## How it was made",
-        _fenced(metadata["command"] or "(not recorded)", "sh"),
+        fenced(metadata["command"] or "(not recorded)", "sh"),
         _origin(metadata),
         "## How to load it",
-        *_loading(metadata["name"], metadata["class"], exporter),
+        *exporter.loading(metadata["name"], metadata["class"]),
         "## Bits and sizes",
         _bits(metadata),
         _sizes(metadata),
@@ -155,37 +155,6 @@ def _origin(metadata: Mapping) -> str:
     )
 
 
-def _loading(name: str, kind: str, exporter: Exporter) -> list[str]:
-    path = json.dumps(name)
-    if exporter.library == "llama-cpp-python":
-        file = json.dumps(f"{name}/model.gguf")
-        return [
-            "With llama.cpp:",
-            _fenced(f"from llama_cpp import Llama\n\nmodel = Llama({file})", "python"),
-        ]
-    vllm = ["With vLLM:", _fenced(f"vllm serve {shlex.quote(name)}", "sh")]
-    if exporter.library == "vllm":
-        return [*vllm, "transformers leaves out what its config.json has as transform_config."]
-    lines = [
-        f"from transformers import {kind}, AutoTokenizer",
-        "",
-        f'model = {kind}.from_pretrained({path}, dtype="auto")',
-        f"tokenizer = AutoTokenizer.from_pretrained({path})",
-    ]
-    if exporter.library == "harness":
-        return [
-            _fenced(f"import harness\n\nmodel, tokenizer = harness.load({path})", "python"),
-            "The same model by transformers, which needs that import:",
-            _fenced("\n".join(["import harness", *lines]), "python"),
-        ]
-    package = "" if exporter.package is None else f" (and the package {exporter.package})"
-    return [
-        f"With transformers{package}:",
-        _fenced("\n".join(lines), "python"),
-        *vllm,
-    ]
-
-
 def _bits(metadata: Mapping) -> str:
     rows = []
     for part, format in metadata["bits"].items():
@@ -231,9 +200,3 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _plain(text: str) -> str:
     """Text that Markdown takes for nothing but text, on one line."""
     return SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
-
-
-def _fenced(text: str, language: str) -> str:
-    """A code block with a fence that the text does not hold."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}\n{fence}"

@@ -34,18 +34,12 @@ import torch
 from torch import Tensor, nn
 
 from harness.checkpoints import entries, layouts, online_config, online_reader
-from harness.checkpoints.base import (
-    Exporter,
-    Snapshot,
-    cast,
-    modules,
-    weight_at,
-    weight_format,
-)
+from harness.checkpoints.base import Exporter, Snapshot, cast, modules, weight_at
 from harness.checkpoints.experts import parts_of, refuse_experts, routers, targets
+from harness.checkpoints.snippets import served
 from harness.config.checks import one_of
 from harness.config.errors import ConfigError
-from harness.formats import Format, FourOverSix, Scheme
+from harness.formats import Format, FourOverSix, Scheme, weight_format
 from harness.libraries.extras import need
 from harness.libraries.saved import Saved
 from harness.models.attention import named
@@ -222,6 +216,12 @@ class CompressedTensors(Exporter):
 
     def weight(self, model: PreTrainedModel, name: str) -> Tensor:
         return weight_at(model, name).to(model.config.dtype)  # what it was loaded as
+
+    def loading(self, name: str, kind: str) -> list[str]:
+        if self.engine is None:
+            return super().loading(name, kind)
+        left = "transformers leaves out what its config.json has as transform_config."
+        return [*served(name), left]
 
 
 def _embeds(shape: ModelShape, name: str) -> bool:

@@ -39,13 +39,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoints.base import Exporter, Snapshot, modules, weight_at, weight_format
+from harness.checkpoints.base import Exporter, Snapshot, modules, weight_at
 from harness.checkpoints.fp_quant_layout import KINDS, check
 from harness.checkpoints.fp_quant_reader import MATRIX, read
 from harness.codecs.codec import Blocks, Rotation
 from harness.config.checks import boolean
 from harness.config.errors import ConfigError
-from harness.formats import MX, Format, QTensor, Scheme, pack_nibbles
+from harness.formats import MX, Format, QTensor, Scheme, pack_nibbles, weight_format
 from harness.models.quant_linear import QuantLinear
 from harness.transforms import Codec, ModelShape, Transform
 

@@ -25,9 +25,8 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from harness.checkpoints.base import weight_format
 from harness.config.errors import ConfigError, DataError
-from harness.formats import MX, NVFP4, Format, Integer, QTensor
+from harness.formats import MX, NVFP4, Format, Integer, QTensor, weight_format
 from harness.transforms import ModelShape
 
 BLOCK = 32  # weights

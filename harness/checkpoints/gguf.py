@@ -16,6 +16,7 @@ The gate reads the file back with transformers, which knows GGUF and nothing of 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,8 +27,9 @@ import torch
 from torch import Tensor
 
 from harness.checkpoints import ggml
-from harness.checkpoints.base import Exporter, Snapshot, modules, weight_at
+from harness.checkpoints.base import Exporter, Snapshot, modules
 from harness.checkpoints.gguf_vocabulary import add_vocabulary, byte_level
+from harness.checkpoints.snippets import fenced
 from harness.config.errors import ConfigError, DataError
 from harness.formats import Scheme
 from harness.libraries.conversion import read_gguf
@@ -57,6 +59,7 @@ class Gguf(Exporter):
     """
 
     name = "gguf"
+    files = FILE
     library = "llama-cpp-python"
     weights_alone = True
 
@@ -155,8 +158,10 @@ class Gguf(Exporter):
         model.config.use_cache = False
         return model
 
-    def weight(self, model: PreTrainedModel, name: str) -> Tensor:
-        return weight_at(model, name)
+    def loading(self, name: str, kind: str) -> list[str]:
+        path = json.dumps(f"{name}/{FILE}")
+        code = f"from llama_cpp import Llama\n\nmodel = Llama({path})"
+        return ["With llama.cpp:", fenced(code, "python")]
 
 
 def rotated(rows: Tensor, heads: int) -> Tensor:

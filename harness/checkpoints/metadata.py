@@ -19,10 +19,10 @@ The model card is written from it too.
 model is the untouched model's name, base_model its hub id (null: it came from no hub), class the
 one of transformers' that loads it. `bits` is what holds for all linears, `layers` what each one
 has. sizes, in bytes: "before" are all parameters of the untouched model at 2 bytes, tied ones once;
-"after" are the safetensors or GGUF written; "files" is everything in the folder but this record,
-the card and the hashes; "weights" are codes, scales and zero points of what is quantized. kv_cache,
-in bytes a token: at "fp16", and "quantized" as a packed cache would take, scales and zero points
-included.
+"after" are the files that hold weights (Exporter.files); "files" is everything in the folder but
+this record, the card and the hashes; "weights" are codes, scales and zero points of what is
+quantized. kv_cache, in bytes a token: at "fp16", and "quantized" as a packed cache would take,
+scales and zero points included.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from harness.checkpoints.base import Snapshot, weight_format
+from harness.checkpoints.base import Exporter, Snapshot
 from harness.checkpoints.names import base_of, hub_id
 from harness.checkpoints.spelling import word
 from harness.config.build import build
-from harness.formats import Format, KVCache, QTensor
+from harness.formats import Format, KVCache, QTensor, weight_format
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import QuantLinear
 from harness.models.source import ModelSource
@@ -45,14 +45,14 @@ from harness.store import version
 from harness.structure.composite import model_class
 from harness.structure.structure import Structure
 
-WEIGHTS = (".safetensors", ".gguf")  # files that hold them
 FIGURES = ("ppl", "divergence", "zeroshot", "tokens")
 
 
-def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
+def metadata(snapshot: Snapshot, exporter: Exporter, name: str, folder: Path) -> dict:
     """What the checkpoint `name`, whose tensors lie in `folder`, is.
 
-    Reads every quantized tensor once.
+    exporter: what wrote them, of which it asks which files they are. Reads every quantized tensor
+    once.
     """
     settings = snapshot.settings
     choices = snapshot.choices
@@ -85,7 +85,11 @@ def metadata(snapshot: Snapshot, name: str, folder: Path) -> dict:
         "formats": dict(Counter(layer["format"] for layer in layers)),
         "layers": layers,
         "sizes": _sizes(
-            adapter, _tied(section), sum(layer["stored_bits"] for layer in layers), folder
+            adapter,
+            _tied(section),
+            sum(layer["stored_bits"] for layer in layers),
+            folder,
+            exporter.files,
         ),
         "kv_cache": _kv_bytes(scheme.kv, adapter.structure),
         "evaluation": {
@@ -189,10 +193,10 @@ def _calibration(data: Mapping, option: str | None, used: Mapping) -> dict:
     return {"corpus": corpus, **windows, **used}
 
 
-def _sizes(adapter: Adapter, tied: bool, stored_bits: int, folder: Path) -> dict:
+def _sizes(adapter: Adapter, tied: bool, stored_bits: int, folder: Path, weights: str) -> dict:
     """tied: whether head and embedding of the untouched model are one tensor.
 
-    A transform separates them.
+    A transform separates them. weights: glob of the files in folder that hold them.
     """
     model = adapter.model
     parameters = list(model.parameters())
@@ -203,8 +207,7 @@ def _sizes(adapter: Adapter, tied: bool, stored_bits: int, folder: Path) -> dict
     if tied and adapter.head.weight is not model.get_input_embeddings().weight:
         count -= adapter.head.weight.numel()
     before = 2 * count
-    weights = (path for path in folder.iterdir() if path.suffix in WEIGHTS)
-    after = sum(path.stat().st_size for path in weights)
+    after = sum(path.stat().st_size for path in folder.glob(weights))
     files = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {
         "before": before,

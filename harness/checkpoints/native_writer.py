@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness.checkpoints.base import Exporter, Snapshot, modules, weight_at, weight_format
+from harness.checkpoints.base import Exporter, Snapshot, modules
 from harness.checkpoints.native import load, sites
 from harness.checkpoints.native_files import PLACEMENT, RECORD, guard
 from harness.checkpoints.record import Record
+from harness.checkpoints.snippets import fenced, pretrained
 from harness.codecs.packing import pack
-from harness.formats import Scheme
+from harness.formats import Scheme, weight_format
 from harness.models.adapter import Adapter
 from harness.models.attention import named
 from harness.models.offload import read
@@ -104,8 +105,13 @@ class Checkpoint(Exporter):
         model.config.use_cache = False
         return model
 
-    def weight(self, model: PreTrainedModel, name: str) -> Tensor:
-        return weight_at(model, name)
+    def loading(self, name: str, kind: str) -> list[str]:
+        code = f"import harness\n\nmodel, tokenizer = harness.load({json.dumps(name)})"
+        return [
+            fenced(code, "python"),
+            "The same model by transformers, which needs that import:",
+            fenced(f"import harness\n{pretrained(name, kind)}", "python"),
+        ]
 
 
 def _cache_scales(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:

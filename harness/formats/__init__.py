@@ -8,7 +8,7 @@ floating    fp4, fp8, nvfp4, fouroversix,   cache       keys and values
 grids       casts to small floats
 """
 
-from harness.formats.base import Format, straight_through
+from harness.formats.base import Format, straight_through, weight_format
 from harness.formats.cache import KVCache
 from harness.formats.fouroversix import FourOverSix
 from harness.formats.fp4 import FP4
@@ -52,4 +52,5 @@ __all__ = [
     "straight_through",
     "unpack_nibbles",
     "unpack_words",
+    "weight_format",
 ]

@@ -228,6 +228,12 @@ def straight_through(x: Tensor, dq: Tensor) -> Tensor:
     return x + (dq - x).detach()
 
 
+def weight_format(q: QTensor) -> Format:
+    """The format of a weight with all that it can do, of which a QTensor itself asks little."""
+    assert isinstance(q.format, Format), "weights are quantized by a Format"
+    return q.format
+
+
 def over(x: Tensor, divisor: float) -> Tensor:
     """x / divisor, correctly rounded.
 

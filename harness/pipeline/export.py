@@ -70,7 +70,7 @@ def export(job: LoadedJob, adapter: Adapter, exporter: Exporter) -> Path:
             # Runs that differ in what a name does not say may end at the same time.
             with locked(folder / f".{name}.lock", wait=True):
                 final = _free(folder, name, run_id)
-                description = metadata(snapshot, final.name, beside)
+                description = metadata(snapshot, exporter, final.name, beside)
                 write_json(beside / ABOUT, description)
                 write(beside / "README.md", card(description, exporter))
                 # Again, for the files that have come since the gate read them.

@@ -13,15 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.formats import Format, QTensor, Scales
+from harness.formats import Format, QTensor, Scales, weight_format
 
 HALVINGS = 8  # of the way; what is left of it is too short to matter
-
-
-def weight_format(q: QTensor) -> Format:
-    """The format with all that it can do, of which a QTensor itself asks little."""
-    assert isinstance(q.format, Format)
-    return q.format
 
 
 def rounded(x: Tensor, format: Format, scales: Scales, dtype: torch.dtype) -> Tensor:

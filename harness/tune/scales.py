@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from harness.config.checks import one_of
 from harness.config.errors import ConfigError
-from harness.formats import MX, NVFP4, Format, FourOverSix, QTensor, Scales
-from harness.tune.cells import weight_format, within
+from harness.formats import MX, NVFP4, Format, FourOverSix, QTensor, Scales, weight_format
+from harness.tune.cells import within
 from harness.tune.distill import Distillation, Quantized
 
 CODES = ("fixed", "rounded", "dual")

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from harness.formats import QTensor
-from harness.tune.cells import rounded, weight_format, within
+from harness.formats import QTensor, weight_format
+from harness.tune.cells import rounded, within
 from harness.tune.distill import Distillation, Quantized
 
 

@@ -1,25 +1,33 @@
-"""A dense checkpoint: quantized weights as the floats they stand for, which plain transformers
-loads."""
+"""A dense checkpoint: quantized weights as the floats they stand for, in a file that only its own
+reader knows."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from harness.checkpoints.base import Exporter, Snapshot, modules
+from harness.checkpoints.snippets import fenced
 from harness.config.checks import boolean
 from harness.config.errors import ConfigError
 from harness.formats import Scheme
+from harness.models.facts import config_of
 from harness.transforms import ModelShape, Transform
+
+FILE = "weights.toy"
 
 
 class Dense(Exporter):
     """half: store bfloat16, else the dtype of the evaluation."""
 
     name = "toy"
+    files = FILE
+    library = "toys"
     tolerance = 0.005
 
     def __init__(self, half: bool = False):
@@ -42,6 +50,9 @@ class Dense(Exporter):
             )
         return []
 
+    def write(self, snapshot: Snapshot, folder: Path) -> None:
+        save_file(dict(self.tensors(snapshot)), folder / FILE)
+
     def tensors(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
         for name, module in modules(snapshot.adapter):
             for part, tensor in module.state_dict(keep_vars=True).items():
@@ -58,12 +69,14 @@ class Dense(Exporter):
     def load(self, folder: Path, device: torch.device, dtype: torch.dtype):
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        model = AutoModelForCausalLM.from_config(config_of(folder), dtype=dtype)
+        # a head that is the embedding stands in the file once
+        model.load_state_dict(load_file(folder / FILE), strict=False)
         model.config.use_cache = False
-        return model
+        return model.to(device).eval()
 
-    def weight(self, model, name: str) -> Tensor:
-        return model.get_submodule(name).weight
+    def loading(self, name: str, kind: str) -> list[str]:
+        return ["With toys:", fenced(f"toys {shlex.quote(f'{name}/{FILE}')}", "sh")]
 
     def _dtype(self, snapshot: Snapshot) -> torch.dtype:
         return self.stored(snapshot) or snapshot.adapter.model.dtype

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from harness.formats import weight_format
 from harness.tune.base import Student, Tuned, Tuner
-from harness.tune.cells import weight_format
 
 
 @dataclass(frozen=True, kw_only=True)
