@@ -25,7 +25,7 @@ from test_readme import examples
 
 from harness.calibration.shipped import Pydoc
 from harness.config.errors import ConfigError
-from harness.libraries.extras import EXTRAS
+from harness.config.extras import EXTRAS
 from harness.models.wheel import Wheel
 from harness.report import paired
 from harness.store import locked
