@@ -36,7 +36,7 @@ def main(words: Sequence[str]) -> int:
             import_module("harness.lm_eval.model")  # registers itself
             import_module("lm_eval.__main__").cli_evaluate()
         except (ConfigError, DataError) as error:
-            print(error, file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
             return 2
         finally:
             sys.argv = before
