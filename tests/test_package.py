@@ -258,6 +258,7 @@ def plugin(folder: Path, version: str = "1.2") -> Path:
         "flips/__init__.py": "print('flips is imported')\n",
         "flips/flip.py": code,
         "flips/lost.py": "import nowhere\n",
+        "flips/conf/transform/lost.yaml": "name: lost\n_target_: flips.lost.Lost\n",
         "flips/conf/transform/flip.yaml": option.replace("harness.transforms.", "flips."),
         "flips-1.dist-info/METADATA": f"Metadata-Version: 2.1\nName: flips\nVersion: {version}\n",
         "flips-1.dist-info/entry_points.txt": "[harness.plugins]\nflips = flips\n",
@@ -270,7 +271,7 @@ def plugin(folder: Path, version: str = "1.2") -> Path:
 
 def test_a_plug_in_is_found_and_runs_only_when_it_is_chosen(many, run, tmp_path):
     path = str(plugin(tmp_path / "plugins"))
-    lost = [*BASE, *TEXT, "transform=flip", "transform._target_=flips.lost.Lost"]
+    lost = [*BASE, *TEXT, "transform=lost"]
     helped, wrong, lacking = many(["--help"], ["transform=flop"], lost, PYTHONPATH=path)
     assert "flip" in re.search(r"^transform: (.*)$", helped[1], re.M)[1].split(", ")
     assert wrong[0] == 2 and "Did you mean flip?" in wrong[2]
