@@ -156,7 +156,7 @@ def test_lm_eval_runs_it_of_a_hub_id_as_of_a_folder(folders, tmp_path, monkeypat
         )
     ]
     assert all(torch.equal(each, scores[0]) for each in scores)
-    assert (scores[0] - folders("activations").rounded).abs().max() < 0.1, "not run at all"
+    assert (scores[0] - folders("activations").rounded).abs().max() < 1, "not run at all"
     with pytest.raises(OSError, match="find them in the cached files"):
         HarnessLM("some/other", device="cpu")
 
