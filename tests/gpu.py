@@ -9,9 +9,8 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).parent.parent
 WORKERS = 14
@@ -32,14 +31,20 @@ def missing() -> list[str]:
 
 
 def main() -> int:
+    if find_spec("torch") is None or find_spec("pytest") is None:
+        print(f"make gpu: {sys.executable} has no torch or no pytest; name one with PYTHON=...")
+        return 1
+    import torch
+
     if not torch.cuda.is_available():
         print("make gpu: torch sees no CUDA device here; `make test` is for the CPU")
         return 1
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"not installed: {', '.join(missing()) or 'nothing'}")
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    workers = str(min(WORKERS, os.cpu_count() or 1))
-    suite = ["-m", "pytest", "-n", workers, "--device", "cuda", "tests"]
+    suite = ["-m", "pytest", "--device", "cuda", "tests"]
+    if find_spec("xdist") is not None:
+        suite += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
     status = subprocess.run([sys.executable, *suite], cwd=ROOT, env=env).returncode
     bench = subprocess.run([sys.executable, "tests/bench.py", "gpu"], cwd=ROOT, env=env)
     return status or bench.returncode

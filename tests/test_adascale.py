@@ -1,4 +1,4 @@
-"""T13: AdaScale starts at min-max, learns, and is folded into exactly what was trained."""
+"""AdaScale starts at min-max, learns, and is folded into exactly what was trained."""
 
 import math
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""T14: AWQ never chooses worse than no scaling, and its scaling leaves the float function alone."""
+"""AWQ never chooses worse than no scaling, and its scaling leaves the float function alone."""
 
 import pytest
 import torch

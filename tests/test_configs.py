@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 import pytest
 from composed import ROOT, composed, whole
+from density import settings as texts
+from density import wide
 from format_parts import PARTS
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -38,6 +40,10 @@ def test_option_composes_and_says_what_it_is(group, name):
     assert lines[0].startswith("# "), "the first comment says what the option is"
     if group in NAMED:
         assert cfg[group].name == name
+
+
+def test_no_line_of_settings_is_longer_than_one_of_code():
+    assert [where for path in texts() for where in wide(path)] == []
 
 
 @pytest.mark.parametrize(

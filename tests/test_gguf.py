@@ -225,6 +225,16 @@ def test_what_llama_cpp_computes_otherwise_is_refused_by_the_config(tmp_path, fi
         run(tmp_path, "format=int4", "model=hf", f"model.path={tmp_path / 'model'}")
 
 
+def test_a_tokenizer_that_has_no_name_there_is_refused_before_anything_is_computed(tmp_path):
+    model, tokenizer = Tiny().load()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    with pytest.raises(DataError, match=r"set export\.pre"):
+        run(tmp_path, "format=int4", "model=hf", f"model.path={tmp_path / 'model'}")
+    assert not list((tmp_path / "runs").glob("*/metrics.json"))
+
+
 @pytest.mark.parametrize("zp", ["rounded", "float_offset"])
 def test_no_number_is_rounded_to_the_file(zp):
     weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""T11 and T12: what GPTQ must satisfy whatever the numbers are."""
+"""What GPTQ must satisfy whatever the numbers are."""
 
 import pytest
 import torch
@@ -137,8 +137,8 @@ def test_agrees_with_the_textbook(name, order):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("options", [{}, {"order": "activation"}, {"scales": "dynamic"}], ids=str)
 def test_result_lies_on_the_grid_of_its_stored_scales(name, options):
-    """T12: quantizing the result again with the stored scales changes no code, and storing it
-    changes no bit."""
+    """Quantizing the result again with the stored scales changes no code, and storing it changes
+    no bit."""
     format = FORMATS[name]
     p = problem(format, hessian(inputs()))
     for n, q in GPTQ(**options).solve(p).qtensors.items():

@@ -1,4 +1,4 @@
-"""T16: the perplexity of two windows by hand, the dropped tail, and a model that knows nothing."""
+"""The perplexity of two windows by hand, the dropped tail, and a model that knows nothing."""
 
 import math
 

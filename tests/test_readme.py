@@ -59,7 +59,7 @@ GRID = re.compile(
 )
 COMMANDS = [
     line
-    for name in ("README.md", "sweeps/RESULTS.md")
+    for name in ("README.md", "sweeps/RESULTS.md", "sweeps/SERVING.md")
     for line in commands(name)
     if not GRID.fullmatch(line)
 ]

@@ -1,5 +1,6 @@
-"""The first systems' defaults by one word: each preset is its system's table of arguments, value by
-value, and each row of the table is an override that composes to what the row says."""
+"""Defaults of published systems by one word (conf/experiment/*_seed.yaml): each preset is its
+system's table of arguments, value by value, and each row of the table is an override that composes
+to what the row says."""
 
 import re
 

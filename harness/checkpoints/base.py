@@ -96,6 +96,13 @@ class Exporter(ABC):
         facts: the fields of transformers' config.
         """
 
+    # most layouts take it as it is
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: B027
+        """Refuse (ConfigError or DataError) a tokenizer that the layout cannot say.
+
+        Called when the model is loaded, before anything is computed.
+        """
+
     def stored(self, snapshot: Snapshot) -> torch.dtype | None:
         """Dtype of weights and biases in the file, and of who computes with them.
 

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.checkpoints.base import Exporter, Snapshot, modules, weight_at, weight_format
-from harness.checkpoints.fp_quant_layout import KINDS, check, refuse
+from harness.checkpoints.fp_quant_layout import KINDS, check
 from harness.checkpoints.fp_quant_reader import MATRIX, read
 from harness.codecs.codec import Blocks, Rotation
 from harness.config.checks import boolean
@@ -83,7 +83,7 @@ class FPQuant(Exporter):
             q = snapshot.qtensors.get(name)
             if q is not None:
                 assert isinstance(module, QuantLinear), "only linears are quantized in this layout"
-                for entry, tensor in self._entries(name, module, q).items():
+                for entry, tensor in self._entries(module, q).items():
                     yield f"{name}.{entry}", tensor
             for entry, tensor in module.state_dict(keep_vars=True).items():
                 if "." not in entry and not (entry == "weight" and q is not None):
@@ -127,18 +127,8 @@ class FPQuant(Exporter):
         # as `load` rounds it, and the gate what it compares with
         return weight_at(model, name).bfloat16()
 
-    def _entries(self, name: str, module: QuantLinear, q: QTensor) -> dict[str, Tensor]:
-        """{entry: tensor} of one quantized linear, its bias apart.
-
-        Raises ConfigError for a bias that would be added twice.
-        """
-        if self.pseudo and module.bias is not None:
-            refuse(
-                "export.pseudo",
-                "true",
-                f"{name} has a bias, which fp_quant 0.3.2 adds twice",
-                "set export.pseudo=false",
-            )
+    def _entries(self, module: QuantLinear, q: QTensor) -> dict[str, Tensor]:
+        """{entry: tensor} of one quantized linear, its bias apart."""
         format = weight_format(q)
         act = module.site.format
         assert act is not None, "whatever has a weight in this layout has its input in it, too"

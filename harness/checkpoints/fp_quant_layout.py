@@ -8,6 +8,7 @@ run online without being one block matrix in front of every linear. fp_quant.py 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NoReturn
 
 import torch
@@ -33,6 +34,8 @@ def check(
     pseudo: export.pseudo.
     """
     refuse_linears("fp_quant", context)
+    if pseudo:
+        _refuse_biases(context)
     if context.structure is not None and context.structure.towers:
         raise ConfigError(
             f"export=fp_quant with a {context.structure.architecture}: the layout is read back "
@@ -76,11 +79,22 @@ def check(
         )
     if pseudo:
         warnings.append(
-            "export.pseudo=true: transformers loads it only with ignore_mismatched_sizes=True; "
-            "quantized linears with biases, which fp_quant 0.3.2 adds twice, are refused when "
-            "they are written"
+            "export.pseudo=true: transformers loads it only with ignore_mismatched_sizes=True"
         )
     return warnings
+
+
+def _refuse_biases(context: ModelShape) -> None:
+    """Refuse export.pseudo=true for quantized linears with biases."""
+    sites = [] if context.structure is None else chain.from_iterable(context.structure.sites)
+    for matrix in chain.from_iterable(site.matrices for site in sites):
+        if matrix.quantize and matrix.bias is not None:
+            refuse(
+                "export.pseudo",
+                "true",
+                f"{matrix.name} has a bias, which fp_quant 0.3.2 adds twice",
+                "set export.pseudo=false",
+            )
 
 
 def _knobs(format: Format, pseudo: bool) -> Iterable[tuple[str, tuple, str]]:

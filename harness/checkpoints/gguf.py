@@ -27,7 +27,7 @@ from torch import Tensor
 
 from harness.checkpoints import ggml
 from harness.checkpoints.base import Exporter, Snapshot, modules, weight_at
-from harness.checkpoints.gguf_vocabulary import add_vocabulary
+from harness.checkpoints.gguf_vocabulary import add_vocabulary, byte_level
 from harness.config.errors import ConfigError, DataError
 from harness.formats import Scheme
 from harness.libraries.conversion import read_gguf
@@ -38,7 +38,7 @@ from harness.structure.skeleton import skeleton
 from harness.transforms import ModelShape, Transform
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 FILE = "model.gguf"
 KINDS = {
@@ -114,6 +114,9 @@ class Gguf(Exporter):
                     f"export=gguf with a {kind} of {key}={value}: llama.cpp computes such a model "
                     "otherwise; use export=harness."
                 )
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        byte_level(tokenizer, self.pre)
 
     def write(self, snapshot: Snapshot, folder: Path) -> None:
         config = snapshot.adapter.model.config

@@ -29,21 +29,14 @@ def add_vocabulary(
 ) -> None:
     """Write a tokenizer into a file of a model with `size` embeddings.
 
-    pre: the rule's name; None: that of the tokenizer's own. Raises DataError where it is no
-    byte-level BPE, or its rule is none that has a name here.
+    pre: the rule's name; None: that of the tokenizer's own. Raises what `byte_level` raises.
     """
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    content = {} if fast is None else json.loads(fast.to_str())
-    model = content.get("model", {})
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise DataError(
-            f"export=gguf with a tokenizer of {model.get('type')}: it writes byte-level BPE alone; "
-            "use export=dequantized, which llama.cpp's converter reads."
-        )
+    content, pre = byte_level(tokenizer, pre)
+    model = content["model"]
     names = {index: token for token, index in tokenizer.get_vocab().items()}
     added = {token["id"]: token["special"] for token in content["added_tokens"]}
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre or rule(content["pre_tokenizer"]))
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list([names.get(index, f"[PAD{index}]") for index in range(size)])
     writer.add_token_types([_kind(index, names, added) for index in range(size)])
     merges = [each if isinstance(each, str) else " ".join(each) for each in model["merges"]]
@@ -58,6 +51,22 @@ def add_vocabulary(
     writer.add_add_space_prefix(False)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def byte_level(tokenizer: PreTrainedTokenizerBase, pre: str | None = None) -> tuple[dict, str]:
+    """(what tokenizer.json says, llama.cpp's name of how it splits text); pre: the name, if given.
+
+    Raises DataError where it is no byte-level BPE, or its rule is none that has a name here.
+    """
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    content = {} if fast is None else json.loads(fast.to_str())
+    model = content.get("model", {})
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise DataError(
+            f"export=gguf with a tokenizer of {model.get('type')}: it writes byte-level BPE alone; "
+            "use export=dequantized, which llama.cpp's converter reads."
+        )
+    return content, pre or rule(content["pre_tokenizer"])
 
 
 def rule(pre_tokenizer: Mapping | None) -> str:

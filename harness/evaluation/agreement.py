@@ -25,7 +25,7 @@ NAME = "agreement"
 
 
 def documents() -> list[dict]:
-    """[{"query", "choices", "gold"}], 224 of them, always the same."""
+    """[{"query", "choices", "gold", "id"}], 224 of them, always the same."""
     rows: list[dict] = []
     for head in NOUNS:
         for attractor in NOUNS:

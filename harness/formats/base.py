@@ -148,7 +148,7 @@ class Format(Settings, ABC):
         return self.join(self.snap(self.split(x).float(), *lattice), x.shape)
 
     def encode(self, x: Tensor, scales: Scales) -> Tensor:
-        """Codes [*lead, n] (int8 or uint8) of x [*lead, n]."""
+        """Codes [*lead, n] of x [*lead, n]: int8 or uint8, of INT16 int16 or int32."""
         dtype = self._element(x.dtype)
         lattice = (t.unsqueeze(-1) for t in self.lattice(scales, dtype))
         return self.join(self._encode(self.split(x).to(dtype), *lattice), x.shape)

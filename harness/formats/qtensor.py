@@ -59,7 +59,8 @@ class Scales:
 class QTensor:
     """A quantized tensor.
 
-    codes: [*shape] uint8 or int8. format: what reads them. dtype: that of the original.
+    codes: [*shape] uint8 or int8, of INT16 int16 or int32. format: what reads them. dtype: that of
+    the original.
     """
 
     codes: Tensor
@@ -76,7 +77,10 @@ class QTensor:
         return self.format.decode(self.codes, self.scales, self.dtype)
 
     def bits(self) -> int:
-        """Stored bits: codes, scales, global scales, zero points (integers as wide as a code)."""
+        """Stored bits: codes, scales, global scales, zero points.
+
+        A zero point that is a code counts as one, an offset as a float (format.zero_bits).
+        """
         total = self.codes.numel() * self.format.bits
         for name, t in self.scales.tensors().items():
             width = self.format.zero_bits if name == "zero" else 8 * t.element_size()

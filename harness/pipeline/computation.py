@@ -80,6 +80,8 @@ def _load(start: Job, device: torch.device) -> tuple[LoadedJob, Adapter]:
     """The run with its model, which is finite."""
     plan = start.plan
     model, tokenizer = plan.model.load(device)
+    if start.parts.exporter is not None:
+        start.parts.exporter.check_tokenizer(tokenizer)
     start.metrics["warnings"] += plan.model.warnings
     assert_finite(model)
     if not plan.model.quantized:  # a checkpoint's linears are not the model's own
