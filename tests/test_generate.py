@@ -190,6 +190,7 @@ TEMPLATE = (
 
 def test_a_conversation_is_put_into_the_template(tmp_path, monkeypatch, capsys):
     model, tokenizer = Tiny().load()
+    monkeypatch.setattr("transformers.integrations.accelerate.is_accelerate_available", bool)
     tokenizer.chat_template = TEMPLATE
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -217,3 +218,36 @@ def test_a_conversation_is_put_into_the_template(tmp_path, monkeypatch, capsys):
 def test_a_folder_that_holds_no_model_is_named(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     assert f"{tmp_path} lacks config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["--tokens", "0"], ["--device", "cuda:99"], ["--device", "gpu"]], ids=" ".join
+)
+def test_a_word_that_cannot_be_is_named(words, tmp_path, capsys):
+    model, tokenizer = Tiny().load()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main([str(tmp_path), *words])
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and f"error: {'='.join(words)}: " in told
+    assert "Traceback" not in told
+
+
+def test_a_folder_for_somebody_else_names_who_loads_it(tmp_path, capsys, monkeypatch):
+    Tiny().load()[0].config.save_pretrained(tmp_path)
+    (tmp_path / "model.gguf").touch()
+    assert main([str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert f"llama.cpp: llama-cli -m {tmp_path / 'model.gguf'}" in told and told.count("\n") == 1
+    (tmp_path / "model.gguf").unlink()
+    fields = json.loads((tmp_path / "config.json").read_text())
+    for method, library, extra in (
+        ("compressed-tensors", "compressed_tensors", "export"),
+        ("fp_quant", "accelerate", "zeroshot"),
+    ):
+        monkeypatch.setitem(sys.modules, library, None)
+        own = {"quantization_config": {"quant_method": method}}
+        (tmp_path / "config.json").write_text(json.dumps(fields | own))
+        assert main([str(tmp_path)]) == 2
+        assert f'pip install "harness[{extra}]"' in capsys.readouterr().err

@@ -112,6 +112,73 @@ def test_task_files_hold_the_documents_as_they_are_read(tmp_path, folder):
     assert [dict(row) for row in found["agreement"].test_docs()] == documents()
 
 
+@pytest.fixture
+def handed(monkeypatch):
+    """words -> (what lm-eval is given of them, {its folder of tasks: files in it})."""
+
+    def command(*words):
+        got = []
+
+        def evaluate():
+            given = sys.argv[1:]
+            found = {w: {f.stem for f in Path(w).glob("*.yaml")} for w in given if Path(w).is_dir()}
+            got.append((given, found))
+
+        monkeypatch.setattr("lm_eval.__main__.cli_evaluate", evaluate)
+        assert main(words) == 0
+        return got[0]
+
+    return command
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--tasks", "sums"],
+        ["--tasks=sums"],
+        ["-t", "sums"],
+        ["-tsums"],
+        ["--task", "sums"],
+        ["validate", "-t", "sums"],
+        ["ls", "tasks"],
+        ["--config", "asked.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_the_data_folder_is_there_however_tasks_are_asked_for(
+    words, folder, handed, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("asked.yaml").write_text("tasks: [sums]")
+    for line in ([*words, "--data_path", str(folder)], [f"--data_path={folder}", *words]):
+        given, found = handed(*line)
+        assert given[:-2] == words and given[-2] == "--include_path"
+        assert found[given[-1]] == {"agreement", "sums", "words"}
+    if words != ["ls", "tasks"]:
+        given, found = handed(*words)
+        assert given[:-2] == words and found[given[-1]] == {"agreement"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--tasks=mine", "--include_path", "own"],
+        ["ls", "tasks", "--include_path=own"],
+        ["-C", "own.yaml"],
+        ["-C", "own.yaml", "--tasks", "mine"],
+        ["--help"],
+        [],
+    ],
+    ids=" ".join,
+)
+def test_all_other_words_are_lm_evals(words, handed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text("tasks: mine\ninclude_path: own")
+    assert handed(*words)[0] == words
+    if "--help" not in words and words:
+        assert main([*words, "--data_path", "."]) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [

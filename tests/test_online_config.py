@@ -3,6 +3,7 @@ transformers loaded, give what was evaluated; what vLLM would not run is refused
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -32,6 +33,7 @@ from harness.transforms.quarot import QuaRot
 from harness.transforms.residual import Residual
 from harness.transforms.wush import Wush
 
+REVISION = "0123456789abcdef0123456789abcdef01234567"
 ALONE = Scheme(weight=weight())
 CASES = {  # transform, formats, {(type, order): linears}
     "signs": (
@@ -122,6 +124,41 @@ def test_it_is_measured_again_with_its_transform(folders, tmp_path):
     save_file(lacking, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(DataError, match=r"lacks .*down_proj\.online_0_input\.weight"):
         CheckpointModel(path=str(tmp_path)).load()
+
+
+def cached(folder, cache, name: str):
+    """The hub's cache with a folder in it as the one revision of a repository."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, place / "snapshots" / REVISION)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(REVISION)
+
+
+@torch.no_grad()
+def test_lm_eval_runs_it_of_a_hub_id_as_of_a_folder(folders, tmp_path, monkeypatch):
+    """Whether the repository is the folder, or holds it."""
+    from harness.lm_eval.model import HarnessLM
+
+    folder, where = folders("activations").folder, "huggingface_hub.constants"
+    cached(folder, tmp_path, "some/model")
+    shutil.copytree(folder, tmp_path / "whole" / "part")
+    cached(tmp_path / "whole", tmp_path, "some/parts")
+    monkeypatch.setattr(f"{where}.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(f"{where}.HF_HUB_OFFLINE", True)
+    scores = [
+        logits(HarnessLM(name, device="cpu", dtype="float32", **options).model)
+        for name, options in (
+            (str(folder), {}),
+            ("some/model", {}),
+            ("some/model", {"revision": REVISION}),
+            ("some/parts", {"subfolder": "part"}),
+            (str(tmp_path / "whole"), {"subfolder": "part"}),
+        )
+    ]
+    assert all(torch.equal(each, scores[0]) for each in scores)
+    assert (scores[0] - folders("activations").rounded).abs().max() < 1, "not run at all"
+    with pytest.raises(OSError, match="find them in the cached files"):
+        HarnessLM("some/other", device="cpu")
 
 
 def test_a_run_holds_its_file_to_the_evaluation_with_the_transform(tmp_path, monkeypatch):

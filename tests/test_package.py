@@ -25,7 +25,7 @@ from test_readme import examples
 
 from harness.calibration.shipped import Pydoc
 from harness.config.errors import ConfigError
-from harness.libraries.extras import EXTRAS
+from harness.config.extras import EXTRAS
 from harness.models.wheel import Wheel
 from harness.report import paired
 from harness.store import locked
@@ -123,11 +123,12 @@ def run(shared, tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "text").symlink_to(shared / "text")
 
-    def command(program, *words, **variables):
+    def command(program, *words, typed="", **variables):
         return subprocess.run(
             [shared / "environment" / "bin" / program, *words],
             cwd=tmp_path / "here",
             env={**plain(), "COLUMNS": "200", "OMP_NUM_THREADS": "1", **variables},
+            input=typed,
             capture_output=True,
             text=True,
             timeout=300,
@@ -161,8 +162,10 @@ def test_the_wheel_holds_every_file_of_the_package_and_every_option(shared):
 
 
 def test_a_run_where_nothing_else_is_installed(run, tmp_path):
-    """Results lie in the current folder, they know the version, and W&B is missed once."""
+    """Results lie in the current folder, they know the version, W&B is missed once, and what was
+    exported answers."""
     line = [*BASE, *TEXT, "format=nvfp4", "transform=quarot", "solver=gptq"]
+    line += ["export=harness", "export.path=../out"]
     got = run("harness", *line)
     assert got.returncode == 0, got.stderr
     assert got.stderr.count('pip install "harness[wandb]"') == 1
@@ -174,17 +177,20 @@ def test_a_run_where_nothing_else_is_installed(run, tmp_path):
     about = json.loads((folder / "environment.json").read_text())
     assert (about["harness"], about["commit"]) == (PROJECT["version"], None)
     assert about["packages"]["wandb"] is about["packages"]["lm-eval"] is None
+    chat = run("harness", "chat", metrics["export"]["path"], "--tokens", "3", typed="Hello\n\n")
+    assert (chat.returncode, chat.stdout.count("\n")) == (0, 1), chat.stderr
 
 
 def test_the_commands_beside_a_run(many, tmp_path):
     grid = ["-m", *BASE, *TEXT, "format=none", "solver=none", "seed=0,1"]
-    version, shipped, swept, listed, page, structure, odd, words = many(
+    version, shipped, swept, listed, page, structure, scored, odd, words = many(
         ["--version"],
         ["--cfg", "hydra", "sweeps=bits"],
         grid,
         ["report", "ls"],
         ["report", "page"],
         ["structure", "nowhere/at all"],
+        ["lm_eval", "--model", "harness", "--tasks", "agreement"],
         ["reprot", "ls"],
         ["format=nvfp5"],
     )
@@ -197,6 +203,8 @@ def test_the_commands_beside_a_run(many, tmp_path):
     assert listed[0] == 0 and "2 runs" in listed[1]
     assert page[0] == 2 and 'pip install "harness[report]"' in page[2]
     assert structure[0] == 2 and "nowhere/at all" in structure[2]
+    assert scored[:2] == [2, ""] and scored[2].count("\n") == 1
+    assert 'harness lm_eval needs the package lm-eval: pip install "harness[zeroshot]"' in scored[2]
     assert odd[0] == 2 and "Did you mean report?" in odd[2]
     assert words[0] == 2 and "nvfp4" in words[2]
 
@@ -206,6 +214,7 @@ NEEDS = [
     (["data=wikitext2"], "data=wikitext2", "datasets", "datasets"),
     (["format=auto"], "format.auto", "scipy", "auto"),
     (["format=int4", "export=compressed_tensors"], "export=", "compressed-tensors", "export"),
+    (["format=int4", "export=gguf"], "export._target_", "gguf", "gguf"),
     (["-m", "hydra/launcher=slurm"], "hydra/launcher=slurm", "hydra-submitit-launcher", "slurm"),
 ]
 
@@ -248,6 +257,8 @@ def plugin(folder: Path, version: str = "1.2") -> Path:
     files = {
         "flips/__init__.py": "print('flips is imported')\n",
         "flips/flip.py": code,
+        "flips/lost.py": "import nowhere\n",
+        "flips/conf/transform/lost.yaml": "name: lost\n_target_: flips.lost.Lost\n",
         "flips/conf/transform/flip.yaml": option.replace("harness.transforms.", "flips."),
         "flips-1.dist-info/METADATA": f"Metadata-Version: 2.1\nName: flips\nVersion: {version}\n",
         "flips-1.dist-info/entry_points.txt": "[harness.plugins]\nflips = flips\n",
@@ -260,10 +271,12 @@ def plugin(folder: Path, version: str = "1.2") -> Path:
 
 def test_a_plug_in_is_found_and_runs_only_when_it_is_chosen(many, run, tmp_path):
     path = str(plugin(tmp_path / "plugins"))
-    helped, wrong = many(["--help"], ["transform=flop"], PYTHONPATH=path)
+    lost = [*BASE, *TEXT, "transform=lost"]
+    helped, wrong, lacking = many(["--help"], ["transform=flop"], lost, PYTHONPATH=path)
     assert "flip" in re.search(r"^transform: (.*)$", helped[1], re.M)[1].split(", ")
     assert wrong[0] == 2 and "Did you mean flip?" in wrong[2]
     assert "imported" not in helped[1] + wrong[1]
+    assert lacking[0] == 2 and "flips.lost.Lost needs the package nowhere, which" in lacking[2]
     got = run("harness", *BASE, *TEXT, "transform=flip", "solver=rtn", PYTHONPATH=path)
     assert got.returncode == 0, got.stderr
     assert got.stdout.count("flips is imported") == 1

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config.errors import ConfigError, DataError
+from harness.config.extras import need
 from harness.libraries.datasets import cached_builder, offline
-from harness.libraries.extras import need
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder

@@ -1,8 +1,9 @@
 """python -m harness.chat DIR: talk to a checkpoint, line by line, until the input ends.
 
 A tokenizer with a chat template has the whole conversation put into it; any other has each line
-continued as it stands. How tokens are drawn is the checkpoint's generation_config.json. What
-transformers loads is talked to, checkpoints of every layout and models that are not quantized.
+continued as it stands. How tokens are drawn is the checkpoint's generation_config.json. Talked to
+are checkpoints of export=harness, and what transformers loads: other layouts (of fp_quant on a GPU
+that has its kernels) and models that are not quantized. A GGUF file is for llama.cpp.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.config.errors import DataError
+from harness.checkpoints.native_files import METHOD, RECORD
+from harness.config.checks import device, integer
+from harness.config.errors import ConfigError, DataError
+from harness.config.extras import need
 from harness.models.facts import config_of, reason
 
 if TYPE_CHECKING:
@@ -29,9 +33,16 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=int, default=TOKENS, help="the most of an answer")
     parser.add_argument("--device", default="cpu", help="where it computes: cpu, cuda, cuda:1")
     asked = parser.parse_args(words)
+    from harness.models.device import refuse_missing
+
+    try:
+        integer("--tokens", asked.tokens)
+        refuse_missing("--device", device("--device", asked.device))
+    except ConfigError as error:
+        parser.error(str(error))
     try:
         model, tokenizer = _loaded(asked.folder.expanduser(), asked.device)
-    except (DataError, OSError, RuntimeError, ValueError) as error:
+    except (DataError, ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"{asked.folder}: {reason(error)}", file=sys.stderr)
         return 2
     talk(model, tokenizer, _typed(), asked.tokens)
@@ -70,13 +81,36 @@ def talk(
 def _loaded(folder: Path, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoTokenizer
 
-    from harness.checkpoints import online_reader
+    from harness.checkpoints import native, online_reader
     from harness.structure.composite import model_class
 
-    kind = model_class(config_of(folder))
-    model = kind.from_pretrained(folder, dtype="auto", device_map={"": device})
+    _refuse_gguf(folder)
+    config = config_of(folder)
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method == METHOD or (folder / RECORD).is_file():
+        return native.load(folder, device)
+    kind = model_class(config)
+    who = f"harness chat of a {method} checkpoint"
+    if method in (None, "compressed-tensors"):
+        if method is not None:
+            need("compressed_tensors", who)
+        model = kind.from_pretrained(folder, dtype="auto")
+        # its annotation, of a wrapped function, binds no self
+        model = model.to(device)  # pyright: ignore[reportArgumentType]
+    else:  # whose library may ask where the model is to be before it is loaded
+        need("accelerate", who)
+        model = kind.from_pretrained(folder, dtype="auto", device_map={"": device})
     online_reader.run(model, folder)
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+def _refuse_gguf(folder: Path) -> None:
+    """Raise DataError for a folder whose weights are a GGUF file, and no others."""
+    file = next(iter(sorted(folder.glob("*.gguf"))), None)
+    if file is not None and not any(folder.glob("*.safetensors")):
+        raise DataError(
+            f"{file.name} is not loaded by transformers but by llama.cpp: llama-cli -m {file}."
+        )
 
 
 def _typed() -> Iterator[str]:

@@ -39,8 +39,8 @@ from harness.checkpoints.experts import parts_of, refuse_experts, routers, targe
 from harness.checkpoints.snippets import served
 from harness.config.checks import one_of
 from harness.config.errors import ConfigError
+from harness.config.extras import need
 from harness.formats import Format, FourOverSix, Scheme, weight_format
-from harness.libraries.extras import need
 from harness.libraries.saved import Saved
 from harness.models.attention import named
 from harness.models.facts import config_of

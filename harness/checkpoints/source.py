@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from harness.checkpoints.native_files import DIGESTS, RECORD
 from harness.config.errors import ConfigError, DataError
+from harness.config.extras import need
 from harness.libraries.compressed_tensors import cache_refusal
-from harness.libraries.extras import need
 from harness.models.facts import config_of, facts_of
 from harness.models.source import ModelSource
 from harness.models.weights import stored, weight_files

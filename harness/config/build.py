@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError
 
 from harness.config import options
-from harness.config.checks import integer, known_keys, one_of, typed
+from harness.config.checks import device, integer, known_keys, one_of, typed
 from harness.config.errors import ConfigError
+from harness.config.extras import installed, lacking
 from harness.config.plugins import plugins
 
 PACKAGE = __name__.partition(".")[0]
@@ -135,27 +136,34 @@ def build(node: Mapping, field: str, base: type | UnionType) -> object:
 def class_of(target: str, field: str, base: type | UnionType) -> type:
     """The class of that name, of this package or of a plug-in.
 
-    Raises ConfigError where it is none of ours, or of another kind than `base`.
+    Raises ConfigError where it is none of ours, or of another kind than `base`, and, with the extra
+    that brings it, where its file needs a library that is not installed.
     """
     module, _, name = target.rpartition(".")
     package = module.partition(".")[0]
+    where = f"{field}._target_={target}"
     if not _builds(package):
         raise ConfigError(
-            f"{field}._target_={target}: only classes of this package ({PACKAGE}.*) and of "
-            "installed plug-ins are built."
+            f"{where}: only classes of this package ({PACKAGE}.*) and of installed plug-ins are "
+            "built."
         )
     try:
-        candidate = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        why = f" ({error})" if package != PACKAGE else ""  # it may lack another package
-        raise ConfigError(f"{field}._target_={target}: there is no such class{why}.") from None
+        candidate = getattr(import_module(module), name, None)
+    except ImportError as error:
+        library = (error.name or package).partition(".")[0]
+        if library == package:  # the file itself
+            candidate = None
+        elif installed(library):  # another release of what the file needs
+            raise ConfigError(f"{where} cannot be imported: {error}.") from None
+        else:
+            raise ConfigError(f"{lacking(library, where)}.") from None
+    if candidate is None:
+        raise ConfigError(f"{where}: there is no such class.")
     ours = isinstance(candidate, type) and _builds(candidate.__module__.partition(".")[0])
     if not ours or not issubclass(candidate, base):
         bases = base.__args__ if isinstance(base, UnionType) else [base]
         kinds = " or ".join(kind.__name__ for kind in bases)
-        raise ConfigError(
-            f"{field}._target_={target}: no class of this package that can stand there ({kinds})."
-        )
+        raise ConfigError(f"{where}: no class of this package that can stand there ({kinds}).")
     return candidate
 
 
@@ -214,11 +222,7 @@ def settings(cfg: DictConfig) -> dict:
         typed(f"{section}." if section else "", values, hints, needed=hints)
     integer("seed", plain["seed"], low=0)
     one_of("on_error", plain["on_error"], ("raise", "record"))
-    device = plain["device"]
-    if device not in ("auto", "cpu", "cuda") and not (
-        device.startswith("cuda:") and device[5:].isdigit()
-    ):
-        raise ConfigError(f"device={device}: needs auto, cpu, cuda or cuda:N.")
+    device("device", plain["device"], ("auto", "cpu", "cuda"))
     if not plain["run_root"]:
         raise ConfigError(f"run_root={plain['run_root']}: needs a folder.")
     return plain

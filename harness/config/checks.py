@@ -56,6 +56,13 @@ def boolean(field: str, value) -> bool:
     return value
 
 
+def device(field: str, value: str, words: Iterable[str] = ("cpu", "cuda")) -> str:
+    """`value` if it is one of these words or cuda:N; torch is not asked for the N-th."""
+    if value not in words and not (value.startswith("cuda:") and value[5:].isdecimal()):
+        raise ConfigError(f"{field}={value}: needs {', '.join(words)} or cuda:N.")
+    return value
+
+
 def names(field: str, value, legal: Iterable) -> list:
     """`value` if it is a list of distinct legal names, at least one."""
     legal = list(legal)

@@ -25,6 +25,7 @@ import numpy
 
 from harness.config.checks import integer, typed
 from harness.config.errors import ConfigError, DataError
+from harness.config.extras import need
 from harness.evaluation.agreement import NAME
 from harness.evaluation.base import Display, Evaluation, Figures, Subject
 from harness.evaluation.documents import read
@@ -36,7 +37,6 @@ from harness.evaluation.tasks import (
     sample,
     show_examples,
 )
-from harness.libraries.extras import need
 from harness.parallel import ALONE, Ranks
 from harness.store import write_checked
 

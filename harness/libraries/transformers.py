@@ -12,6 +12,8 @@ all_tied_weights_keys, get_expanded_tied_weights_keys
     which parameters are saved once
 _init_weights, _non_persistent_buffers_set
     what a model computes from its config, and no file holds
+cached_file
+    where a file of a model lies, by the folder or hub id and the options of from_pretrained
 _keys_to_ignore_on_load_unexpected, _keys_to_ignore_on_load_missing, _is_hf_initialized
     what a file may hold and a model has no use for; what else from_pretrained begins and reports
 
@@ -24,6 +26,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +41,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.hub import cached_file
 
 from harness.config.errors import DataError
 
@@ -45,6 +49,16 @@ __all__ = ["Cache", "DynamicCache", "DynamicLayer"]
 WATCHED = "harness_watched_"  # and the name of what it hands over to
 UNSET = 12345.678  # of a buffer that nobody has computed
 CACHE_ARGUMENTS = ("cache", "past_key_values")
+
+
+def folder_of(model: str, **options) -> Path | None:
+    """The folder with a model's config.json: its own, or that of its revision in the hub's cache,
+    which is fetched where it is not there. None where a repository has none.
+
+    options: of from_pretrained. Raises OSError where the hub is needed and cannot be reached.
+    """
+    file = cached_file(model, "config.json", **options)
+    return None if file is None else Path(file).parent
 
 
 def name_attention(name: str, function: Callable, before: str) -> None:

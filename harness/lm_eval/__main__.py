@@ -18,36 +18,63 @@ from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import yaml
+
 from harness.config.errors import ConfigError, DataError
+from harness.config.extras import need
 from harness.lm_eval.tasks import write_tasks
 
 
 def main(words: Sequence[str]) -> int:
     """Run the command; returns its exit status."""
-    from lm_eval.__main__ import cli_evaluate
-
-    import_module("harness.lm_eval.model")  # registers itself
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--data_path")
-    parser.add_argument("--include_path")
-    ours, rest = parser.parse_known_args(words)
     before = sys.argv
     with TemporaryDirectory() as folder:
         try:
-            if ours.include_path is None:
-                write_tasks(ours.data_path, Path(folder))
-                ours.include_path = folder
-            elif ours.data_path is not None:
-                raise ConfigError("--data_path and --include_path: give one of them.")
-            tasks = ["--include_path", ours.include_path] if "--tasks" in rest else []
-            sys.argv = ["lm_eval", *rest, *tasks]
-            cli_evaluate()
+            for library in ("lm_eval", "datasets", "accelerate"):
+                need(library, "harness lm_eval", extra="zeroshot")
+            sys.argv = ["lm_eval", *arranged(words, Path(folder))]
+            import_module("harness.lm_eval.model")  # registers itself
+            import_module("lm_eval.__main__").cli_evaluate()
         except (ConfigError, DataError) as error:
-            print(error, file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
             return 2
         finally:
             sys.argv = before
     return 0
+
+
+def arranged(words: Sequence[str], folder: Path) -> list[str]:
+    """The words as lm-eval takes them, with our tasks in the folder where any task is asked for.
+
+    Raises ConfigError for a --data_path where lm-eval is given another folder of tasks, of which it
+    takes one; DataError as `write_tasks` does.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--data_path")
+    ours, rest = parser.parse_known_args(words)
+    tasks, include_path = _asked(rest)
+    if include_path is not None and ours.data_path is not None:
+        raise ConfigError("--data_path and --include_path: give one of them.")
+    if include_path is not None or (tasks is None and ours.data_path is None):
+        return rest
+    write_tasks(ours.data_path, folder)
+    return [*rest, "--include_path", str(folder)]
+
+
+def _asked(words: Sequence[str]) -> tuple[object, object]:
+    """(tasks, include_path) as lm-eval reads them, from words and from the file of settings among
+    them; None for what is not there."""
+    parser = ArgumentParser(add_help=False)
+    parser.add_argument("--tasks", "-t", nargs="+")
+    parser.add_argument("--include_path")
+    parser.add_argument("--config", "-C", type=Path)
+    asked, _ = parser.parse_known_args(words)
+    held = None
+    if asked.config is not None and asked.config.is_file():
+        held = yaml.safe_load(asked.config.read_text(encoding="utf-8"))
+    if not isinstance(held, dict):  # lm-eval says what is wrong with it
+        held = {}
+    return asked.tasks or held.get("tasks"), asked.include_path or held.get("include_path")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """`--model harness`: a checkpoint as lm-eval reads one of transformers, loaded by transformers.
 
 It differs from `--model hf` in three points: `harness` is imported, by which transformers loads
-checkpoints of export=harness; a folder's transform_config is run; and requests are not padded to a
-batch where an activation's scale spans tokens, for padding would be part of it.
+checkpoints of export=harness; a transform_config is run, of a folder and of a hub's repository
+alike; and requests are not padded to a batch where an activation's scale spans tokens, for padding
+would be part of it.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lm_eval.api.registry import register_model
@@ -15,6 +15,9 @@ from lm_eval.models.huggingface import HFLM
 
 from harness.checkpoints import online_reader
 from harness.evaluation.zeroshot import together
+from harness.libraries.transformers import folder_of
+
+PLACE = ("subfolder", "cache_dir", "token", "local_files_only")  # what else says where files lie
 
 
 @register_model("harness")
@@ -28,7 +31,9 @@ class HarnessLM(HFLM):
         own = {"pretrained": pretrained, "batch_size": batch_size}
         super().__init__(**own, **options)
         lm: Any = self
-        if Path(pretrained).is_dir():
-            online_reader.run(lm.model, Path(pretrained))
+        place = {key: options[key] for key in PLACE if key in options}
+        folder = folder_of(pretrained, revision=lm.revision, **place)
+        if folder is not None:
+            online_reader.run(lm.model, folder)
         if together(lm.model, 2) == 1:
             lm.batch_size_per_gpu = 1

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config.errors import DataError
-from harness.libraries.extras import need
+from harness.config.extras import need
 from harness.models.facts import facts_of
 from harness.models.source import ModelSource
 

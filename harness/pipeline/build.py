@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import cycle
 
-import torch
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from harness.checkpoints.base import Exporter
@@ -23,6 +22,7 @@ from harness.config.checks import nearest
 from harness.config.errors import ConfigError
 from harness.formats import Format, KVCache, Scheme
 from harness.models.adapter import shape_of, structure_of
+from harness.models.device import refuse_missing
 from harness.models.facts import reason, text_of
 from harness.pipeline import combinations, solvable
 from harness.pipeline.plan import Plan
@@ -65,7 +65,7 @@ def components(plan: Plan) -> Components:
     """Build formats, transforms, solver and exporter of a run and check them against the model's
     real module shapes. Raises ConfigError."""
     settings = plan.settings
-    _check_device(settings["device"])
+    refuse_missing("device", settings["device"])
     facts = plan.model.facts()
     structure = structure_from(facts)
     combinations.check_blocks(plan, structure)
@@ -244,12 +244,3 @@ def _stored_dtype(name: str, facts: Mapping) -> str:
     if name != "auto":
         return name
     return str(facts.get("dtype") or name).removeprefix("torch.")
-
-
-def _check_device(name: str) -> None:
-    index = int(name.partition(":")[2] or 0)
-    if name.startswith("cuda") and index >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices; "
-            "use device=cpu or auto."
-        )

@@ -25,8 +25,8 @@ from harness.calibration.stream import Stream
 from harness.config.build import build, option
 from harness.config.checks import number, typed
 from harness.config.errors import ConfigError
+from harness.config.extras import need
 from harness.formats import Format
-from harness.libraries.extras import need
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import QuantLinear
 from harness.parallel import ALONE, Ranks

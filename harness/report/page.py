@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from harness.libraries.extras import need
+from harness.config.extras import need
 from harness.report.figures import Column, Figure, columns, figures
 from harness.report.marks import letter
 from harness.report.rows import final_stage, outliers, row

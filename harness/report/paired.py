@@ -11,8 +11,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from harness.config.extras import need
 from harness.evaluation.records import stored
-from harness.libraries.extras import need
 from harness.report.rows import final_stage, last, samples
 from harness.report.settings import dotted
 

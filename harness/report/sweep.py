@@ -35,8 +35,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from harness.config.build import build
+from harness.config.extras import installed, lacking, need
 from harness.config.search_path import composing
-from harness.libraries.extras import installed, lacking, need
 from harness.libraries.hydra import BasicLauncher, Callbacks, HydraContext, OverridesParser, jobs_of
 from harness.report.page import write_page
 from harness.report.progress import Reporter

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from harness.libraries.extras import installed, lacking
+from harness.config.extras import installed, lacking
 from harness.tracking.base import RunInfo, Several, Tracker
 from harness.tracking.local import Local
 from harness.tracking.wandb import Wandb

@@ -20,7 +20,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from harness.config.errors import DataError
-from harness.libraries.extras import installed, lacking
+from harness.config.extras import installed, lacking
 from harness.store import Run, RunLocked, Store, locked, read_json
 from harness.tracking.base import RunInfo, Tracker
 from harness.tracking.wandb import Wandb

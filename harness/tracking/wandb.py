@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from harness.config.errors import ConfigError
-from harness.libraries.extras import installed
+from harness.config.extras import installed
 from harness.tracking.base import Plain, RunInfo, Tracker, plain, plain_fields, without_secrets
 
 log = logging.getLogger(__name__)

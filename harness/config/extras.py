@@ -33,7 +33,10 @@ def lacking(library: str, who: str, extra: str | None = None) -> str:
     """What is said where `who`, a setting or a command, needs a library that is not there.
 
     extra: the one that brings all that `who` needs, where that is another than the library's own.
+    A library that none brings is called by its importable name.
     """
+    if library not in EXTRAS:
+        return f"{who} needs the package {library}, which is not installed"
     package, own = EXTRAS[library]
     return f'{who} needs the package {package}: pip install "harness[{extra or own}]"'
 
