@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.config.errors import DataError
+from harness.config.paths import expanded
 from harness.models.facts import config_of, reason
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--device", default="cpu", help="where it computes: cpu, cuda, cuda:1")
     asked = parser.parse_args(words)
     try:
-        model, tokenizer = _loaded(asked.folder.expanduser(), asked.device)
+        model, tokenizer = _loaded(expanded(asked.folder), asked.device)
     except (DataError, OSError, RuntimeError, ValueError) as error:
         print(f"{asked.folder}: {reason(error)}", file=sys.stderr)
         return 2
