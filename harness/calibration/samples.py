@@ -6,7 +6,6 @@ It calibrates in a corpus's place, which goes on to evaluate.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from harness.calibration.corpus import Corpus, read, refuse_blank
 from harness.config.errors import ConfigError, DataError

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from hydra import initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
