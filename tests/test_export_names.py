@@ -342,6 +342,7 @@ def test_counts_and_sizes_by_hand(about):
         ("data.path=me/texts/x", "data.path=x"),
         ("data.path=/home/me/my texts/", "data.path=my texts"),
         ("data.path=/home/me/a\\,b/c", "data.path=c"),
+        ("data.path=my texts/../a b/c", "data.path=c"),
         ("export.path=~/out", "export.path=out"),
         ("data.calibration={path: /home/me/y}", "data.calibration={path: y}"),
         (

@@ -16,6 +16,7 @@ STRING = re.compile(
     r"""(?P<text>'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|"""
     r"""(?:\\.|[^\s\[\]{},()'"\\])(?:\\.|[^\[\]{},()\\])*)"""
 )
+STARTS = ("/", "~", "./", "../")
 HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 # A path that shows by its beginning, in the midst of a text.
 INSIDE = re.compile(r"""(?<![^\s'"(=:\\])(?:~\w*|\.\.?)?/(?!/)\S+""")
@@ -40,7 +41,7 @@ def _string(text: str) -> str:
     quote = text[0] if text[0] in "'\"" and text[-1:] == text[0] else ""
     inner = text.strip(quote) if quote else text
     spaced = re.search(r"\s", inner.strip()) is not None
-    a_path = inner.startswith(("/", "~")) or "../" in inner or os.path.exists(inner)
+    a_path = inner.startswith(STARTS) or "/../" in inner or os.path.exists(inner)
     if spaced and not a_path:
         inner = INSIDE.sub(lambda found: Path(found[0]).name, inner)
     elif "/" in inner and (os.path.exists(inner) or not HUB.fullmatch(inner)):
