@@ -170,6 +170,20 @@ def test_flags_may_stand_behind_overrides(tmp_path):
     assert "harness.formats.Integer" in shown.stdout
 
 
+def test_home_in_an_option_file_of_a_sweep(tmp_path):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    option = "# @package _global_\nrun_root: ~/runs\n"
+    (tmp_path / "own" / "experiment" / "there.yaml").write_text(option)
+    env = {"HOME": str(tmp_path / "home"), "HARNESS_CONF": str(tmp_path / "own")}
+    line = [*SMALL, "-m", "solver=none", "format=none", "experiment=there"]
+    got = command(tmp_path, *line, env=env)
+    assert got.returncode == 0, got.stderr
+    assert "1 jobs, 0 failed" in got.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"own", "home"}
+    (metrics,) = (tmp_path / "home" / "runs").glob("[!_]*/metrics.json")
+    assert "_sweeps" not in json.loads(metrics.read_text())["command"]
+
+
 def test_termination_is_told_and_recorded(tmp_path):
     line = [*SMALL, "solver=adascale", "solver.iterations=100000"]
     process = subprocess.Popen(

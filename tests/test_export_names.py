@@ -3,6 +3,7 @@ hand."""
 
 import itertools
 import json
+import shlex
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from harness.checkpoints.compressed_tensors import CompressedTensors
 from harness.checkpoints.metadata import metadata
 from harness.checkpoints.names import LONGEST, Name, base_of, hub_id
 from harness.checkpoints.native_writer import Checkpoint
+from harness.checkpoints.public import public
 from harness.config.build import build, option, settings
 from harness.config.errors import ConfigError
 from harness.formats import NVFP4, Format, KVCache, Scheme
@@ -330,6 +332,40 @@ def test_counts_and_sizes_by_hand(about):
         "quantized": packed,
         "reduction_percent": 100 * (1 - packed / 512),
     }
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("eval.perplexity.corpora=[data,/home/me/secret]", "eval.perplexity.corpora=[data,secret]"),
+        ("data.path=../me/x", "data.path=x"),
+        ("data.path=me/texts/x", "data.path=x"),
+        ("data.path=/home/me/my texts/", "data.path=my texts"),
+        ("data.path=/home/me/a\\,b/c", "data.path=c"),
+        ("data.path=my texts/../a b/c", "data.path=c"),
+        ("export.path=~/out", "export.path=out"),
+        ("data.calibration={path: /home/me/y}", "data.calibration={path: y}"),
+        (
+            "data.calibration={path:'~me/a, b/y',windows: 3}",
+            "data.calibration={path:'y',windows: 3}",
+        ),
+        ("model.path=owner/name", "model.path=owner/name"),
+        ("hydra/launcher=slurm", "hydra/launcher=slurm"),
+        (
+            "eval.generate.prompts=['Half of 3/4 and/or (see ../me/x) http://a/b']",
+            "eval.generate.prompts=['Half of 3/4 and/or (see x) http://a/b']",
+        ),
+    ],
+    ids=str,
+)
+def test_no_folder_of_whoever_ran_it_is_public(word, told):
+    assert public(shlex.join(["python", "run.py", word])) == shlex.join(["python", "run.py", told])
+
+
+def test_what_is_a_folder_here_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "model").mkdir(parents=True)
+    assert public("harness model.path=me/model") == "harness model.path=model"
 
 
 def test_where_it_came_from(about):

@@ -93,6 +93,11 @@ def test_a_folder_that_cannot_serve_is_refused_by_its_name(own, command):
     assert status == 2 and told.count("\n") == 1
     for word in (str(own / "format" / "nvfp4.yaml"), "harness has an option format/nvfp4 already"):
         assert word in told
+    (own / "format" / "nvfp4.yaml").unlink()
+    (own / "sweeps").mkdir()
+    (own / "sweeps" / "bits.yaml").write_text("# @package _global_\nseed: 7\n")
+    status, _, told = command("-m", "sweeps=bits")
+    assert status == 2 and "harness has an option sweeps/bits already" in told
     os.environ["HARNESS_CONF"] = str(own / "none")
     status, _, told = command("format=int4")
     assert status == 2 and f"HARNESS_CONF={own / 'none'}: is no folder" in told

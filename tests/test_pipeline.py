@@ -4,6 +4,8 @@ the gate."""
 import json
 import os
 import shutil
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,16 +15,18 @@ from harness.calibration.shipped import Pydoc
 from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
 from harness.calibration.windows import tokenize, windows
+from harness.config.build import settings
 from harness.config.errors import ConfigError, DataError
 from harness.formats import NVFP4, Scheme
 from harness.models.adapter import Adapter
 from harness.models.merge import swap
 from harness.models.tiny import Tiny
-from harness.pipeline.job import execute
+from harness.pipeline.job import Attempt, execute
+from harness.pipeline.plan import make_plan
 from harness.quantize import blocks
 from harness.quantize.block_state import BlockState
 from harness.solvers import GPTQ
-from harness.store import RunLocked, Store, locked
+from harness.store import RunLocked, Store, files, locked
 from harness.transforms import Rotation
 
 # those of a cache alone leave no weight to a solver: test_window.py
@@ -491,6 +495,54 @@ def test_a_text_of_one_token_calibrates_nothing(tmp_path):
     ):
         run(tmp_path, *own)
     assert not any((tmp_path / "runs").glob("tiny*"))
+
+
+def test_who_waits_for_a_run_that_is_refused_keeps_it_to_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0)
+    waits, holds, over = (threading.Event() for _ in range(3))
+    cfg, choices = small(tmp_path)
+    lock = tmp_path / "runs" / make_plan(settings(cfg), choices).run_id / "lock"
+
+    def waiter():
+        with locked(lock, wait=True, say=lambda _: waits.set()):
+            (lock.parent / "status.json").write_text("mine")
+            holds.set()
+            over.wait(5)
+
+    thread = threading.Thread(target=waiter)
+
+    def refused(self):
+        thread.start()
+        assert waits.wait(5)
+        raise DataError("no good")
+
+    monkeypatch.setattr(Attempt, "_compute", refused)
+    with pytest.raises(DataError, match="no good"):
+        execute(cfg, choices)
+    try:
+        assert holds.wait(5)
+        with pytest.raises(RunLocked), locked(lock):
+            pass
+        assert [path.name for path in lock.parent.parent.iterdir()] == [lock.parent.name]
+        assert (lock.parent / "status.json").read_text() == "mine"
+    finally:
+        over.set()
+        thread.join(5)
+
+
+def test_home_folders_in_option_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    cfg, choices = small(tmp_path, "export=harness", "export.path='~/out'", "run_root='~/runs'")
+    outcome = execute(cfg, choices)
+    assert outcome.status == "done", outcome.error
+    assert outcome.run.path.parent == tmp_path / "home" / "runs"
+    assert Path(outcome.metrics["export"]["path"]).parent == tmp_path / "home" / "out"
+    assert not (tmp_path / "~").exists()
+    assert execute(cfg, choices).stored
+    cfg.run_root = "~nobody-of-that-name/runs"
+    with pytest.raises(ConfigError, match=r"\./~nobody-of-that-name"):
+        execute(cfg, choices)
 
 
 def test_two_writers(tmp_path):

@@ -3,6 +3,7 @@ model in every bit, saved and uploaded as it was. (test_checkpoint.py holds ever
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +14,18 @@ import torch
 import zoo
 from composed import small
 from preserved import CACHE
+from safetensors.torch import load_file
 from test_checkpoint import CASES, IDS, evaluated, logits, written
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import harness
+from harness.checkpoints import saved, shards
 from harness.checkpoints.folder import digests
 from harness.checkpoints.pretrained import HarnessConfig
 from harness.config.errors import DataError
 from harness.models.tiny import Tiny, byte_tokenizer
+from harness.models.weights import weight_files
 from harness.pipeline.job import execute
 from harness.store import write_json
 
@@ -145,6 +149,78 @@ def test_a_changed_model_is_not_saved_as_what_it_was(folder, tmp_path):
     assert not (tmp_path / "changed").exists()
 
 
+OTHERS = ("notes.txt", "adapter_model.safetensors", "model.fp16.safetensors", "model-1.safetensors")
+
+
+@pytest.fixture
+def sharded(folder, tmp_path, monkeypatch) -> Path:
+    """Another model than that of `folder`, in two files of weights."""
+    other = tmp_path / "sharded"
+    shutil.copytree(folder, other)
+    tensors = load_file(other / "model.safetensors")
+    (other / "model.safetensors").unlink()
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    half = sum(tensor.nbytes for tensor in tensors.values()) * 2 // 3
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "SHARD", half)
+        shards.write_shards(iter(tensors.items()), other)
+    write_json(other / "digests.json", digests(other))
+    assert len(list(other.glob("model-*"))) == 2
+    return other
+
+
+def test_a_folder_in_use_gets_the_new_weights_and_keeps_what_is_of_others(
+    folder, sharded, tmp_path
+):
+    used = tmp_path / "used"
+    shutil.copytree(folder, used)
+    for name in OTHERS:
+        (used / name).write_text("mine")
+    for source in (sharded, folder, sharded):  # from one file to two, and back
+        model, _ = harness.load(source)
+        model.save_pretrained(used)
+        assert torch.equal(logits(harness.load(used)[0]), logits(model))
+        assert {path.name for path in shards.laid(used)} == {
+            path.name for path in shards.laid(source)
+        }
+        assert {(used / name).read_text() for name in OTHERS} == {"mine"}
+        assert json.loads((used / "digests.json").read_text()) == digests(source)
+
+
+def test_a_kill_in_between_leaves_nothing_that_loads(folder, sharded, tmp_path, monkeypatch):
+    model, _ = harness.load(sharded)
+    count = len(digests(sharded))
+    for end in range(count):
+        used = tmp_path / str(end)
+        shutil.copytree(folder, used)
+        copies = iter(range(end))
+
+        def copied(source, target, copies=copies, copy=shutil.copyfile):
+            if next(copies, None) is None:
+                raise KeyboardInterrupt
+            return copy(source, target)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(saved.shutil, "copyfile", copied)
+            model.save_pretrained(used)
+        with pytest.raises(DataError, match=r"digests\.json"):
+            harness.load(used)
+        with pytest.raises(DataError, match="holds neither"):
+            weight_files(used)
+        model.save_pretrained(used)
+        assert torch.equal(logits(harness.load(used)[0]), logits(model))
+
+
+def test_damage_since_it_was_loaded_is_not_hashed_anew(folder, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    model, _ = harness.load(source)
+    (source / "tokenizer.json").write_bytes(b"{}")
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(DataError, match=r"tokenizer\.json is damaged or changed"):
+        harness.load(tmp_path / "saved")
+
+
 class Hub:
     """What of HfApi an upload calls."""
 
@@ -156,6 +232,9 @@ class Hub:
     def create_repo(self, repository, **options):
         self.calls.append(("create", repository, self.token, options))
         return huggingface_hub.RepoUrl(f"https://huggingface.co/me/{repository}")
+
+    def create_branch(self, repo_id, **options):
+        self.calls.append(("branch", repo_id, options))
 
     def upload_folder(self, *, repo_id, folder_path, **options):
         files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
@@ -171,13 +250,34 @@ def test_the_hub_gets_the_whole_folder_and_its_card(folder, tmp_path, monkeypatc
     model.push_to_hub("small", private=True, token="t", commit_message="first")
     created, uploaded = calls
     assert created == ("create", "small", "t", {"private": True, "exist_ok": True})
-    assert uploaded[1] == "me/small" and uploaded[3] == {"commit_message": "first"}
+    assert uploaded[1] == "me/small" and uploaded[3].pop("commit_message") == "first"
+    assert uploaded[3] == {"allow_patterns": None, "delete_patterns": list(shards.LAYOUT)}
     files = uploaded[2]
     assert files.keys() == {path.name for path in folder.iterdir()}
     assert files["README.md"] == (folder / "README.md").read_bytes()
     calls.clear()
     model.save_pretrained(tmp_path / "named", push_to_hub=True)
     assert calls[1][1] == "me/named" and calls[1][2].keys() == files.keys()
+    calls.clear()
+    (tmp_path / "named" / "notes.txt").write_text("mine")
+    asked = {"commit_message": "second", "commit_description": "why", "create_pr": True}
+    model.save_pretrained(tmp_path / "named", push_to_hub=True, repo_id="other", **asked)
+    (_, name, _, options) = calls[1]
+    assert name == "me/other" and asked.items() <= options.items()
+    assert set(options["allow_patterns"]) == files.keys()
+    calls.clear()
+    model.save_pretrained(tmp_path / "named", push_to_hub=True, revision="next")
+    assert calls[1] == ("branch", "me/named", {"branch": "next", "exist_ok": True})
+    assert calls[2][3]["revision"] == "next"
+
+
+def test_weights_of_another_layout_take_none_away(tmp_path, monkeypatch):
+    calls: list = []
+    monkeypatch.setattr(Hub, "calls", calls, raising=False)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    saved.upload(tmp_path, "small")
+    assert calls[1][3] == {"allow_patterns": None, "delete_patterns": None}
 
 
 OFFLINE = """

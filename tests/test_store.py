@@ -229,6 +229,32 @@ def test_who_waits_long_is_told_once_for_whom(tmp_path, patience):
     assert str(tmp_path / "lock") in message
 
 
+def test_who_waited_for_a_lock_that_is_gone_holds_the_new_one(tmp_path, monkeypatch):
+    """The folder is taken away, with the lock in it, by who holds that."""
+    monkeypatch.setattr(files, "PATIENCE", 0)
+    path = tmp_path / "run" / "lock"
+    waits, holds, over = (threading.Event() for _ in range(3))
+
+    def waiter():
+        with locked(path, wait=True, say=lambda _: waits.set()):
+            holds.set()
+            over.wait(5)
+
+    thread = threading.Thread(target=waiter)
+    with locked(path):
+        thread.start()
+        assert waits.wait(5)
+        files.aside(path.parent, tmp_path)
+        assert not path.parent.exists() and list(Store(tmp_path).runs()) == []
+    try:
+        assert holds.wait(5)
+        with pytest.raises(RunLocked, match=f"pid {os.getpid()}"), locked(path):
+            pass
+    finally:
+        over.set()
+        thread.join(5)
+
+
 def test_a_stage_that_another_process_makes_is_waited_for_aloud(tmp_path, patience):
     said = []
     store = Store(tmp_path, said.append)

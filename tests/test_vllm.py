@@ -354,14 +354,30 @@ def test_its_figures_stand_beside_the_run_s_own(tmp_path):
     assert {"vllm"} <= {record["evaluation"] for record in outcome.metrics["records"]}
 
 
-def test_what_the_engine_refuses_is_a_warning_of_the_run(tmp_path):
+def test_what_the_engine_refuses_is_tried_again_from_the_stored_blocks(tmp_path):
     python = program(tmp_path / "refuses", "raise SystemExit('no kernel for it')")
     run = ["eval=vllm", f"eval.evaluations.vllm.python={python}", "format=nvfp4", "solver=rtn"]
-    run += ["export=compressed_tensors", f"export.path={tmp_path / 'out'}"]
-    outcome = execute(*small(tmp_path, *run))
-    assert outcome.status == "done", outcome.error
-    assert any("no kernel for it" in warning for warning in outcome.metrics["warnings"])
-    assert "vllm" not in outcome.metrics["stages"]["quantized"]
+    run += ["export=harness", f"export.path={tmp_path / 'out'}"]
+    failed = execute(*small(tmp_path, *run))
+    assert failed.status == "failed" and failed.run.status["status"] == "failed"
+    assert "eval=vllm: vLLM refuses" in failed.error and "no kernel for it" in failed.error
+    assert "the same command tries this again" in failed.error
+    stages = failed.run.metrics["stages"]
+    assert stages["quantized"]["ppl"] and "vllm" not in stages["quantized"]
+    assert Path(failed.run.metrics["export"]["path"]).is_dir()
+    assert failed.run.metrics["bits_per_weight"]
+    program(tmp_path / "refuses", UNIFORM)
+    again = execute(*small(tmp_path, *run))
+    assert (again.status, again.stored) == ("done", False), again.error
+    assert again.metrics["stages"]["quantized"]["vllm"]["pydoc"]["ppl"] == pytest.approx(7)
+    events = (again.run.path / "events.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["event"] == "block" for line in events) == 2, "each solved once"
+    assert left(tmp_path / "out") == [Path(again.metrics["export"]["path"]).name]
+    assert execute(*small(tmp_path, *run)).stored
+
+
+def left(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 def test_where_vllm_is_moves_no_run():

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from harness.config.errors import ConfigError, DataError
 from harness.config.extras import need
+from harness.config.paths import expanded
 from harness.libraries.datasets import cached_builder, offline
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class TextFolder(Corpus):
     def __init__(self, path: str | None, name: str | None = None):
         if not isinstance(path, str | None):
             raise ConfigError(f"data.path={path}: needs a folder's name")
-        self.path = None if path is None else Path(path).expanduser()
+        self.path = None if path is None else expanded(path)
         self.name = name or ("text" if self.path is None else self.path.absolute().name)
 
     def check(self) -> None:

@@ -6,10 +6,10 @@ It calibrates in a corpus's place, which goes on to evaluate.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from harness.calibration.corpus import Corpus, read, refuse_blank
 from harness.config.errors import ConfigError, DataError
+from harness.config.paths import expanded
 
 
 class Samples(Corpus):
@@ -23,7 +23,7 @@ class Samples(Corpus):
     def __init__(self, path: str, name: str | None = None):
         if not isinstance(path, str):
             raise ConfigError(f"data.calibration.path={path}: needs a file's name, or null")
-        self.path = Path(path).expanduser()
+        self.path = expanded(path)
         self.name = name or self.path.name
 
     def check(self) -> None:

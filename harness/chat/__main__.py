@@ -18,6 +18,7 @@ from harness.checkpoints.native_files import METHOD, RECORD
 from harness.config.checks import device, integer
 from harness.config.errors import ConfigError, DataError
 from harness.config.extras import need
+from harness.config.paths import expanded
 from harness.models.facts import config_of, reason
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def main(words: Sequence[str]) -> int:
     except ConfigError as error:
         parser.error(str(error))
     try:
-        model, tokenizer = _loaded(asked.folder.expanduser(), asked.device)
+        model, tokenizer = _loaded(expanded(asked.folder), asked.device)
     except (DataError, ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"{asked.folder}: {reason(error)}", file=sys.stderr)
         return 2

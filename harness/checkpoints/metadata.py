@@ -27,13 +27,13 @@ scales and zero points included.
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from harness.checkpoints.base import Exporter, Snapshot
 from harness.checkpoints.names import base_of, hub_id
+from harness.checkpoints.public import public
 from harness.checkpoints.spelling import word
 from harness.config.build import build
 from harness.formats import Format, KVCache, QTensor, weight_format
@@ -101,7 +101,7 @@ def metadata(snapshot: Snapshot, exporter: Exporter, name: str, folder: Path) ->
         "displays": metrics.get("displays", {}),
         "marks": metrics.get("marks", {}),
         "run_id": metrics.get("run_id"),
-        "command": _public(metrics.get("command")),
+        "command": public(metrics.get("command")),
         "harness": version(),
     }
 
@@ -118,20 +118,6 @@ def _layer(name: str, q: QTensor) -> dict:
         "weights": q.codes.numel(),
         "stored_bits": q.bits(),
     }
-
-
-def _public(command: str | None) -> str | None:
-    """The command without the folders of whoever ran it, which are nobody's business.
-
-    The run's own record has it whole.
-    """
-    if command is None:
-        return None
-    words = []
-    for setting in shlex.split(command):
-        key, equals, value = setting.partition("=")
-        words.append(f"{key}{equals}{Path(value).name if value.startswith(('/', '~')) else value}")
-    return shlex.join(words)
 
 
 def _spelled(format: Format) -> str:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from harness.checkpoints.spelling import group_of, mixed, spelled, word
 from harness.config.build import build
 from harness.config.errors import ConfigError
+from harness.config.paths import expanded
 from harness.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def base_of(model: Mapping) -> str | None:
     if remote is not None:
         return Path(remote).name
     if model.get("path"):
-        return Path(model["path"]).expanduser().resolve().name
+        return expanded(model["path"]).resolve().name
     return build(model, "model", ModelSource).name
 
 
@@ -234,7 +235,7 @@ def hub_id(model: Mapping) -> str | None:
     None where it is a folder, or comes from elsewhere.
     """
     path = model.get("path")
-    return None if path is None or Path(path).expanduser().exists() else path
+    return None if path is None or expanded(path).exists() else path
 
 
 def _kind(piece: str) -> str:

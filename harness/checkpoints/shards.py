@@ -11,10 +11,13 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness.models.weights import INDEX
+from harness.models.weights import INDEX, SINGLE
 from harness.store import replacing, write_json
 
 SHARD = 4_000_000_000  # bytes of tensors a file
+DIGIT = "[0-9]"
+# every file of that layout, as patterns of glob and of the hub
+LAYOUT = (SINGLE, INDEX, f"model-{5 * DIGIT}-of-{5 * DIGIT}.safetensors")
 
 
 def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
@@ -27,6 +30,11 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
         total = sum(size for _, size in shards.values())
         names = {tensor: file for tensor, (file, _) in shards.items()}
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
+
+
+def laid(folder: Path) -> list[Path]:
+    """The files of a folder that this layout gives weights and their index."""
+    return [path for pattern in LAYOUT for path in folder.glob(pattern)]
 
 
 def _save(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> dict[str, tuple[str, int]]:
@@ -49,7 +57,7 @@ def _save(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> dict[str, tupl
     # a file's name says of how many it is one, which is known only now
     files = {}
     for index, sizes in enumerate(shards):
-        file = "model.safetensors"
+        file = SINGLE
         if len(shards) > 1:
             file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{index}.part").rename(folder / file)

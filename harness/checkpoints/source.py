@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from harness.checkpoints.native_files import DIGESTS, RECORD
 from harness.config.errors import ConfigError, DataError
 from harness.config.extras import need
+from harness.config.paths import expanded
 from harness.libraries.compressed_tensors import cache_refusal
 from harness.models.facts import config_of, facts_of
 from harness.models.source import ModelSource
@@ -94,7 +95,7 @@ class CheckpointModel(ModelSource):
     @property
     def _folder(self) -> Path:
         assert self.path is not None  # refused when it was built
-        return Path(self.path).expanduser()
+        return expanded(self.path)
 
     def _there(self) -> Path:
         """The folder. Raises DataError where there is none with a config."""

@@ -21,6 +21,7 @@ from harness.config import options
 from harness.config.checks import device, integer, known_keys, one_of, typed
 from harness.config.errors import ConfigError
 from harness.config.extras import installed, lacking
+from harness.config.paths import expanded
 from harness.config.plugins import plugins
 
 PACKAGE = __name__.partition(".")[0]
@@ -69,6 +70,15 @@ FIELDS = {  # {section: {setting: its type}} of what no class is built from
     },
     "eval.perplexity": WINDOWS | {"corpora": list[str]},
 }
+# settings that name a file or folder, and that several rooms read
+PATHS = (
+    "run_root",
+    "export.path",
+    "transform.save",
+    "transform.load",
+    "eval.zeroshot.data_path",
+    "eval.zeroshot.include_path",
+)
 # raised by every change that moves a number, so that no stale result is replayed
 RESULTS_VERSION = 3
 
@@ -209,7 +219,7 @@ def _plain(config: object) -> dict:
 
 
 def settings(cfg: DictConfig) -> dict:
-    """The resolved configuration as a plain dict.
+    """The resolved configuration as a plain dict, with home folders where paths begin with ~.
 
     Sections that no class is built from are checked as far as FIELDS goes.
     """
@@ -225,7 +235,19 @@ def settings(cfg: DictConfig) -> dict:
     device("device", plain["device"], ("auto", "cpu", "cuda"))
     if not plain["run_root"]:
         raise ConfigError(f"run_root={plain['run_root']}: needs a folder.")
+    _expand(plain)
     return plain
+
+
+def _expand(plain: dict) -> None:
+    """Put home folders into the settings that no class reads as paths."""
+    for setting in PATHS:
+        *sections, key = setting.split(".")
+        values = plain
+        for section in sections:
+            values = values.get(section) or {}
+        if isinstance(values.get(key), str) and values[key].startswith("~"):
+            values[key] = str(expanded(values[key]))
 
 
 def fingerprint(*parts) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from harness.config.checks import nearest
 from harness.config.errors import ConfigError
+from harness.config.paths import expanded
 from harness.config.plugins import plugins
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -38,7 +39,7 @@ def elsewhere() -> dict[Path, str]:
     folders = {plugin.folder: plugin.release for plugin in plugins()}
     own = os.environ.get(OWN)
     if own:
-        folder = Path(own).expanduser().absolute()
+        folder = expanded(own).absolute()
         if not folder.is_dir():
             raise ConfigError(f"{OWN}={own}: is no folder; name one with files GROUP/OPTION.yaml.")
         folders[folder] = OWN

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from hydra import initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
@@ -32,7 +31,8 @@ def composing() -> Iterator[None]:
 
 def extend() -> None:
     """Have Hydra find all options in this process. Raises ConfigError like `composing`."""
-    files: dict[Path, str] = {}
+    ours = conf().parent
+    files = {path.relative_to(ours): "harness" for path in (ours / "sweeps").glob("*.yaml")}
     for folder, who in {conf(): "harness", **elsewhere()}.items():
         for path in sorted(folder.rglob("*.yaml")):
             name = path.relative_to(folder)
@@ -43,7 +43,7 @@ def extend() -> None:
                 )
             files[name] = who
     # conf/config.yaml looks there for sweeps/, which Hydra's help would list with all else inside
-    os.environ["HARNESS_ROOT"] = str(conf().parent)
+    os.environ["HARNESS_ROOT"] = str(ours)
     Plugins.instance().register(Elsewhere)
 
 

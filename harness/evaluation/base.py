@@ -144,7 +144,7 @@ class Evaluation(ABC):
         """The same as `measure` gives, of the run's checkpoint in `folder`, once it is there.
 
         subject: the model at the stage that was exported. Raises DataError for what cannot be
-        measured after all, which becomes a warning of the run.
+        measured after all: the run then fails, once all else is stored.
         """
         return {}
 

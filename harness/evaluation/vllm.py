@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from harness.config import options
 from harness.config.checks import integer, one_of
 from harness.config.errors import ConfigError, DataError
+from harness.config.paths import expanded
 from harness.evaluation.base import Display, Evaluation, Figures, Subject
 from harness.models.facts import read_object
 
@@ -97,7 +98,7 @@ class VLLM(Evaluation):
 
     @property
     def _program(self) -> Path:
-        return (options.checkout() or Path.cwd()) / Path(self.python).expanduser()
+        return (options.checkout() or Path.cwd()) / expanded(self.python)
 
     def _losses(self, asked: dict) -> dict[str, list[float]]:
         """{corpus: summed loss of each window}, in nats."""

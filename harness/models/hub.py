@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config.errors import ConfigError, DataError
+from harness.config.paths import expanded
 from harness.models.facts import config_of, facts_of, reason
 from harness.models.source import BlockStorage, ModelSource
 from harness.models.weights import INDEX, PROCESSORS, SINGLE, Weights, shard_names, weights_of
@@ -169,7 +170,7 @@ class Hub(ModelSource):
 
     @property
     def _folder(self) -> Path | None:
-        folder = Path(self._address).expanduser()
+        folder = expanded(self._address)
         return folder if folder.is_dir() else None
 
     def _origin(self) -> dict:

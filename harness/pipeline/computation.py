@@ -61,6 +61,9 @@ def compute(start: Job, device: torch.device) -> None:
     if plan.quantizes:
         _quantize(job, adapter, calibration, fresh)
         subject = measure.evaluate(job, "quantized", adapter)
+    # A float model's weights have the bits of their dtype; a checkpoint's are not known here.
+    if job.metrics["bits_per_weight"] is None and not plan.model.quantized:
+        job.metrics["bits_per_weight"] = float(torch.finfo(adapter.model.dtype).bits)
     exporter = job.parts.exporter
     if exporter is not None:
         alone = replace(job, run=job.run.alone(), ranks=ALONE)
@@ -71,9 +74,6 @@ def compute(start: Job, device: torch.device) -> None:
                 measure.exported(alone, replace(subject, ranks=ALONE), folder)
 
         job.ranks.lead(written)
-    # A float model's weights have the bits of their dtype; a checkpoint's are not known here.
-    if job.metrics["bits_per_weight"] is None and not plan.model.quantized:
-        job.metrics["bits_per_weight"] = float(torch.finfo(adapter.model.dtype).bits)
 
 
 def _load(start: Job, device: torch.device) -> tuple[LoadedJob, Adapter]:

@@ -26,6 +26,7 @@ from harness import store as records
 from harness.checkpoints.about import about, held
 from harness.config.build import settings
 from harness.config.errors import ConfigError, DataError
+from harness.config.paths import expanded
 from harness.evaluation.records import rows, stored, summary
 from harness.parallel import ALONE, Ranks
 from harness.pipeline.plan import Plan, make_plan
@@ -155,7 +156,7 @@ class Attempt(Job):
         }
         if plan.model.quantized:
             # The run quantizes nothing; what it measures was quantized by these.
-            metrics["holds"] = held(Path(plan.settings["model"]["path"]).expanduser())
+            metrics["holds"] = held(expanded(plan.settings["model"]["path"]))
         tracker = Several([Local(), parts.tracker] if ranks.first else [])
         scratch = run.path / "scratch"
         if not ranks.first:
@@ -194,7 +195,8 @@ class Attempt(Job):
             self.run.end(self.metrics)
             self._mirror()
             if refused and new and self.ranks.first:  # nothing was computed, and nothing is left
-                shutil.rmtree(self.run.path, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(records.aside(self.run.path, self.store.root))
         return Outcome(self.metrics["status"], False, self.metrics, self.run, error)
 
     def _compute(self) -> None:

@@ -116,17 +116,26 @@ def evaluate(job: LoadedJob, stage: str, adapter: Adapter) -> Subject:
 
 def exported(job: LoadedJob, subject: Subject, folder: Path) -> None:
     """What evaluations say of the run's checkpoint, beside their figures of the stage that it
-    holds."""
+    holds.
+
+    Raises DataError where one of them failed, when the others are done: the run is no stored
+    result then, and the same command comes here again from its solved blocks.
+    """
     stage = job.metrics["stages"][subject.stage]
+    failures = []
     for name, evaluation in job.plan.evaluations.items():
         try:
             figures = evaluation.exported(replace(subject, details={}), folder)
         except DataError as error:
-            job.metrics["warnings"].append(str(error))
+            failures.append(f"eval={name}: {error}")
             continue
         if figures:
             stage[name] = figures
     job.metrics |= plain(job.plan.evaluations, job.metrics["stages"])
+    if failures:
+        raise DataError(
+            f"{'; '.join(failures)}; all else is stored, and the same command tries this again."
+        )
 
 
 def _pass(

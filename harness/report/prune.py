@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections import Counter
 from pathlib import Path
 
 from harness.evaluation.records import stored
 from harness.report.rows import final_stage
-from harness.store import Run, RunLocked, locked
+from harness.store import Run, RunLocked, aside, locked
 
 
 def doomed(row: dict, blocks: bool) -> Path | None:
@@ -49,9 +48,8 @@ def remove(row: dict, target: Path) -> bool:
         with locked(run.path / "lock"):
             if any(run.status.get(key) != row[key] for key in ("started", "updated")):
                 return False
-            aside = Path(tempfile.mkdtemp(prefix="_pruned-", dir=run.path.parent))
-            target.rename(aside / target.name)
+            place = aside(target, run.path.parent)
     except RunLocked:
         return False
-    shutil.rmtree(aside)
+    shutil.rmtree(place)
     return True

@@ -36,6 +36,7 @@ from rich.console import Console
 
 from harness.config.build import build
 from harness.config.extras import installed, lacking, need
+from harness.config.paths import expanded
 from harness.config.search_path import composing
 from harness.libraries.hydra import BasicLauncher, Callbacks, HydraContext, OverridesParser, jobs_of
 from harness.report.page import write_page
@@ -105,12 +106,15 @@ def sweep(task: Callable, overrides: list[str]) -> int:
     with composing():
         loader = GlobalHydra.instance().config_loader()
         compose = partial(loader.load_configuration, "config", run_mode=RunMode.MULTIRUN)
-        config, _, missing = _fitting(compose, [*overrides, "hydra.mode=MULTIRUN"])
+        words = [*overrides, "hydra.mode=MULTIRUN"]
+        config, _, missing = _fitting(compose, words)
+        folder = expanded(config.hydra.sweep.dir)
+        if config.hydra.sweep.dir.startswith("~"):  # Hydra composes it for each job anew
+            config, _, missing = _fitting(compose, [*words, f"hydra.sweep.dir='{folder}'"])
         unknown = [error for key, error in missing.items() if key.startswith("hydra.")]
         if unknown:  # which no job could have
             raise unknown[0]
         jobs = _jobs(loader, config, overrides)
-        folder = Path(config.hydra.sweep.dir)
         for earlier in folder.glob("[0-9]*.*"):  # where HARNESS_SWEEP names the folder
             earlier.unlink()
         begun = {"jobs": len(jobs), "overrides": jobs, "started": time.time(), "pid": os.getpid()}
@@ -225,7 +229,7 @@ def _write_page(config: DictConfig, folder: Path, runs: set[str]) -> None:
     path = folder / "report.html"
     paged = installed("plotly")
     if paged:
-        write_page(Path(config.run_root), path, runs)
+        write_page(expanded(config.run_root), path, runs)
     print(f"page: {path if paged else lacking('plotly', 'it')}")
     section = OmegaConf.to_container(config.tracking, resolve=True)
     assert isinstance(section, dict)  # a group is a mapping

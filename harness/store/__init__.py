@@ -13,6 +13,7 @@ absent. Imports no torch.
 from harness.store.files import (
     RunLocked,
     append,
+    aside,
     held,
     locked,
     read_json,
@@ -33,6 +34,7 @@ __all__ = [
     "RunLocked",
     "Store",
     "append",
+    "aside",
     "checked",
     "environment",
     "held",

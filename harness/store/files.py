@@ -105,6 +105,16 @@ def remove_leftovers(candidates: Iterable[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
+def aside(folder: Path, root: Path) -> Path:
+    """Move a folder into a new one of a run root, which is no run's; returns that, to be removed.
+
+    A process that comes meanwhile finds the folder whole or gone.
+    """
+    place = Path(tempfile.mkdtemp(prefix="_removed-", dir=root))
+    folder.rename(place / folder.name)
+    return place
+
+
 def write(path: Path, content: str) -> None:
     """Replace `path` by `content` in one step."""
     with replacing(path) as temporary:
@@ -175,21 +185,25 @@ def locked(path: Path, wait: bool = False, say: Callable[[str], None] = tell) ->
     Raises RunLocked at once when another process holds it, unless `wait`: then `say` is told once
     who that is, if it takes longer than PATIENCE.
     """
-    with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    # "a+" empties nothing: who holds the lock is written in the file
-    with open(path, "a+", encoding="utf-8") as file:
-        if not _taken(file):
-            if not wait:
-                raise RunLocked(
-                    f"{path.parent} is being written by another process ({_holder(file)})"
-                )
-            _wait(file, path, say)
-        holder = f"pid {os.getpid()} on {socket.gethostname()} since {now()}"
+    while True:
         with naming(path):
-            os.ftruncate(file.fileno(), 0)
-            os.write(file.fileno(), holder.encode())
-        yield
+            path.parent.mkdir(parents=True, exist_ok=True)
+        # "a+" empties nothing: who holds the lock is written in the file
+        with open(path, "a+", encoding="utf-8") as file:
+            if not _taken(file):
+                if not wait:
+                    raise RunLocked(
+                        f"{path.parent} is being written by another process ({_holder(file)})"
+                    )
+                _wait(file, path, say)
+            if not _stands(file, path):
+                continue  # who held it took its folder away, and the next one locks a new file
+            holder = f"pid {os.getpid()} on {socket.gethostname()} since {now()}"
+            with naming(path):
+                os.ftruncate(file.fileno(), 0)
+                os.write(file.fileno(), holder.encode())
+            yield
+            return
 
 
 def _taken(file: TextIO) -> bool:
@@ -198,6 +212,14 @@ def _taken(file: TextIO) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _stands(file: TextIO, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _wait(file: TextIO, path: Path, say: Callable[[str], None]) -> None:

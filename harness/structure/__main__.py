@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config.errors import DataError
+from harness.config.paths import expanded
 
 # torch and transformers take seconds to import: what needs neither is refused before
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def folder_of(model: str) -> Path:
     """The folder with a model's config; from the hub where it is none here and in no cache."""
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if folder.is_dir():
         return folder
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
