@@ -13,6 +13,8 @@ from harness.config.build import build, fingerprint
 from harness.config.checks import typed
 from harness.config.errors import ConfigError
 from harness.formats import Format
+from harness.models.hub import Hub
+from harness.models.source import ModelSource
 from harness.pipeline.transforms import transforms_of
 from harness.solvers import Solver
 from harness.tune import Tuner
@@ -199,6 +201,17 @@ def test_a_type_means_the_same_everywhere(value, hint, fits):
 def test_unknown_fields_get_the_nearest_name():
     with pytest.raises(ConfigError, match=r"solver\.dampp.*damp"):
         build({"_target_": "harness.solvers.GPTQ", "dampp": 1}, "solver", Solver)
+
+
+def test_only_what_comes_from_the_hub_has_code_to_trust():
+    trusting = {"_target_": "harness.models.hub.Hub", "path": "a/b", "trust_remote_code": True}
+    assert isinstance(build(trusting, "model", ModelSource), Hub)
+    with pytest.raises(ConfigError, match=r"^model\.trust_remote_code: no such setting"):
+        build(
+            {"_target_": "harness.models.tiny.Tiny", "trust_remote_code": True},
+            "model",
+            ModelSource,
+        )
 
 
 def test_fingerprint_ignores_order_but_no_value():

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.config.checks import boolean
 from harness.config.errors import ConfigError, DataError
 from harness.models.facts import config_of, facts_of, reason
 from harness.models.source import BlockStorage, ModelSource
@@ -29,16 +30,19 @@ class Hub(ModelSource):
     """A hub repository or a local folder: config.json, tokenizer files, *.safetensors.
 
     A repository that is already in the local cache is used from there, without asking the hub.
-    weights: memory, or disk = each block is read when it is used and dropped again.
+    trust_remote_code: let it run its own Python. weights: memory, or disk = each block is read when
+    it is used and dropped again.
     """
 
     path: str | None = None
     revision: str | None = None
+    trust_remote_code: bool = False
     weights: str = "memory"
 
     def __post_init__(self):
         super().__post_init__()
         self.name = self.name or Path(self.path or "hf").name
+        boolean("model.trust_remote_code", self.trust_remote_code)
         if self.weights not in ("memory", "disk"):
             raise ConfigError(f"model.weights={self.weights}: choose memory or disk")
 
