@@ -16,7 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.config.errors import ConfigError, DataError
+from harness.config.errors import ConfigError, DataError, reason
+from harness.libraries import hub
 from harness.libraries.datasets import cached_builder, offline
 from harness.libraries.extras import need
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from datasets import DatasetBuilder
 
 PARTS = ("calibration", "evaluation")
-HUB_TIMEOUT = 2.0  # seconds `check` waits for a hub that does not answer
 
 
 class Corpus(ABC):
@@ -148,7 +148,7 @@ class HubText(Corpus):
         if self._cached() is None:
             try:
                 self._refuse_offline()
-                HfApi().dataset_info(self.dataset, revision=self.revision, timeout=HUB_TIMEOUT)
+                HfApi().dataset_info(self.dataset, revision=self.revision, timeout=hub.TIMEOUT)
             except Exception as error:  # of the hub's HTTP library, which has changed over time
                 raise self._unreachable(error) from error
 
@@ -216,9 +216,9 @@ class HubText(Corpus):
             raise ConnectionError("HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set")
 
     def _unreachable(self, error: Exception) -> DataError:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         return DataError(
-            f"data={self.name}: cannot read {self.dataset} ({self.config}) from the hub: {reason}. "
+            f"data={self.name}: cannot read {self.dataset} ({self.config}) from the hub: "
+            f"{reason(error)}. "
             "Without the hub use data=pydoc, or data=text data.path=DIR with local files"
         )
 

@@ -122,9 +122,7 @@ def without(tokens: torch.Tensor, bos: int | None) -> torch.Tensor:
 
 
 @torch.no_grad()
-def bos_gain(
-    model: PreTrainedModel, tokens: torch.Tensor, bos: int, ranks: Ranks = ALONE
-) -> float:
+def bos_gain(model: PreTrainedModel, tokens: torch.Tensor, bos: int, ranks: Ranks = ALONE) -> float:
     """By how many nats a token a model's loss is lower with a BOS before it.
 
     tokens: one window `[L]` of text; ranks: each reads its share, of it without and with a BOS.

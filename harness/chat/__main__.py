@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.config.errors import DataError
-from harness.models.facts import config_of, reason
+from harness.config.errors import DataError, reason
+from harness.structure.facts import config_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +32,7 @@ def main(words: Sequence[str]) -> int:
     try:
         model, tokenizer = _loaded(asked.folder.expanduser(), asked.device)
     except (DataError, OSError, RuntimeError, ValueError) as error:
-        print(f"{asked.folder}: {reason(error)}", file=sys.stderr)
+        print(f"{asked.folder}: {reason(error)}.", file=sys.stderr)
         return 2
     talk(model, tokenizer, _typed(), asked.tokens)
     return 0

@@ -18,8 +18,8 @@ from harness.checkpoints.folder import digests
 from harness.checkpoints.native_files import DIGESTS
 from harness.checkpoints.native_tensors import changed
 from harness.config.errors import DataError
-from harness.models.facts import read_object
 from harness.store import write_json
+from harness.structure.facts import read_object
 
 
 def keep(model: PreTrainedModel, folder: str | Path) -> None:

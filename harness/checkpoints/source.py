@@ -12,9 +12,9 @@ from harness.checkpoints.native_files import DIGESTS, RECORD
 from harness.config.errors import ConfigError, DataError
 from harness.libraries.compressed_tensors import cache_refusal
 from harness.libraries.extras import need
-from harness.models.facts import config_of, facts_of
 from harness.models.source import ModelSource
 from harness.models.weights import stored, weight_files
+from harness.structure.facts import config_of, facts_of
 
 if TYPE_CHECKING:
     import torch

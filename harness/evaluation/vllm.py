@@ -19,7 +19,7 @@ from harness.config import options
 from harness.config.checks import integer, one_of
 from harness.config.errors import ConfigError, DataError
 from harness.evaluation.base import Display, Evaluation, Figures, Subject
-from harness.models.facts import read_object
+from harness.structure.facts import read_object
 
 if TYPE_CHECKING:
     from harness.formats import KVCache

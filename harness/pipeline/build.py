@@ -20,10 +20,9 @@ from harness.checkpoints.folder import check_destination
 from harness.checkpoints.names import Name
 from harness.config.build import build
 from harness.config.checks import nearest
-from harness.config.errors import ConfigError
+from harness.config.errors import ConfigError, reason
 from harness.formats import Format, KVCache, Scheme
 from harness.models.adapter import shape_of, structure_of
-from harness.models.facts import reason, text_of
 from harness.pipeline import combinations, solvable
 from harness.pipeline.plan import Plan
 from harness.pipeline.sections import exporter_fields, unnamed
@@ -33,6 +32,7 @@ from harness.quantize.allocation import Auto, auto_of
 from harness.quantize.named import linears
 from harness.quantize.overrides import resolve
 from harness.solvers import Solver
+from harness.structure.facts import text_of
 from harness.structure.structure import Structure
 from harness.tracking import Tracker
 from harness.transforms import ModelShape, Transform

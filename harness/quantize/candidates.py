@@ -1,8 +1,10 @@
-"""What a name among the candidates of format=auto stands for. Imports no torch: ids need it, too.
+"""What a name among the candidates of format=auto stands for: the first of these that it is.
 
-    int4, int8    int4's weight, with 8 bits for int8: in groups, whatever else the option int8 has
+    int4, int8    int4's weight, in its groups, with 4 or 8 bits
     an option     its weight, where conf/format, a plug-in or HARNESS_CONF has one of that name
-    intN          else: int4's weight with N bits
+    intN          int4's weight with N bits
+
+Imports no torch, for ids are made of it.
 """
 
 from __future__ import annotations
