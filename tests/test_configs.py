@@ -203,6 +203,20 @@ def test_unknown_fields_get_the_nearest_name():
         build({"_target_": "harness.solvers.GPTQ", "dampp": 1}, "solver", Solver)
 
 
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"family": "qwen"}, r"model\.family=qwen: .*Did you mean qwen3 or qwen2"),
+        ({"dtype": "bfloat"}, r"model\.dtype=bfloat: .*Did you mean bfloat16"),
+        ({"amp": "bf16"}, r"model\.amp=bf16: .*Legal: null, bfloat16\.$"),
+        ({"seed": -1}, r"model\.seed=-1: needs a whole number of at least 0\.$"),
+    ],
+)
+def test_a_models_settings_are_refused_as_all_others(setting, says):
+    with pytest.raises(ConfigError, match=f"^{says}"):
+        build({"_target_": "harness.models.tiny.Tiny"} | setting, "model", ModelSource)
+
+
 def test_only_what_comes_from_the_hub_has_code_to_trust():
     trusting = {"_target_": "harness.models.hub.Hub", "path": "a/b", "trust_remote_code": True}
     assert isinstance(build(trusting, "model", ModelSource), Hub)

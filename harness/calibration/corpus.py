@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.config.checks import integer, typed
 from harness.config.errors import ConfigError, DataError, reason
 from harness.libraries import hub
 from harness.libraries.datasets import cached_builder, offline
@@ -55,8 +56,7 @@ class TextFolder(Corpus):
     """
 
     def __init__(self, path: str | None, name: str | None = None):
-        if not isinstance(path, str | None):
-            raise ConfigError(f"data.path={path}: needs a folder's name")
+        typed("data.", {"path": path}, {"path": str | None})
         self.path = None if path is None else Path(path).expanduser()
         self.name = name or ("text" if self.path is None else self.path.absolute().name)
 
@@ -116,16 +116,10 @@ class HubText(Corpus):
         names = {"dataset": dataset, "config": config, "calibration_split": calibration_split}
         if evaluation_split is not None:
             names["evaluation_split"] = evaluation_split
-        for field, value in names.items():
-            if not isinstance(value, str):
-                raise ConfigError(f"data.{field}={value}: needs a name")
+        typed("data.", names, dict.fromkeys(names, str))
         if not columns:
             raise ConfigError("data.columns=[]: needs the name of a column, e.g. [text]")
-        if documents is not None and (type(documents) is not int or documents < 1):
-            raise ConfigError(
-                f"data.documents={documents} must be a positive whole number, "
-                "or null for all of them"
-            )
+        integer("data.documents", documents, optional=True)
         if documents is None and evaluation_split is None:
             raise ConfigError(
                 "data.documents=null with data.evaluation_split=null: the first documents "

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.config.checks import boolean
+from harness.config.checks import boolean, one_of
 from harness.config.errors import ConfigError, DataError, reason
 from harness.libraries import hub
 from harness.models.source import BlockStorage, ModelSource
@@ -42,8 +42,7 @@ class Hub(ModelSource):
         super().__post_init__()
         self.name = self.name or Path(self.path or "hf").name
         boolean("model.trust_remote_code", self.trust_remote_code)
-        if self.weights not in ("memory", "disk"):
-            raise ConfigError(f"model.weights={self.weights}: choose memory or disk")
+        one_of("model.weights", self.weights, ("memory", "disk"))
 
     def check(self) -> None:
         if self._folder is None:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from harness.config.errors import ConfigError, DataError
+from harness.config.checks import one_of
+from harness.config.errors import DataError
 
 if TYPE_CHECKING:
     import torch
@@ -58,10 +59,8 @@ class ModelSource:
     quantized: ClassVar[bool] = False
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"model.dtype={self.dtype}: choose one of {', '.join(DTYPES)}")
-        if self.amp not in AMPS:
-            raise ConfigError(f"model.amp={self.amp}: choose null or bfloat16")
+        one_of("model.dtype", self.dtype, DTYPES)
+        one_of("model.amp", self.amp, AMPS)
 
     def check(self) -> None:
         """Raise ConfigError or DataError if the model cannot be had. Reads no weights."""

@@ -23,7 +23,6 @@ from harness.solvers.problem import Problem, Solution
 from harness.solvers.refit import refit
 from harness.solvers.search import under_hessian
 
-
 PROPAGATION = ("propagate_alpha", "propagate_damp", "propagate_skip")
 OF_SITES = ("sequencing", "refit")  # what solving a whole block never asks
 
