@@ -303,7 +303,6 @@ def test_a_checkpoint_as_the_model_of_a_run(snapshots, tmp_path):
         "path": str(folder),
         "dtype": "auto",
         "amp": None,
-        "trust_remote_code": False,
     }
     outcome = execute(cfg, choices)
     assert (

@@ -15,6 +15,8 @@ from harness.config.build import build, fingerprint
 from harness.config.checks import typed
 from harness.config.errors import ConfigError
 from harness.formats import Format
+from harness.models.hub import Hub
+from harness.models.source import ModelSource
 from harness.pipeline.transforms import transforms_of
 from harness.solvers import Solver
 from harness.tune import Tuner
@@ -205,6 +207,31 @@ def test_a_type_means_the_same_everywhere(value, hint, fits):
 def test_unknown_fields_get_the_nearest_name():
     with pytest.raises(ConfigError, match=r"solver\.dampp.*damp"):
         build({"_target_": "harness.solvers.GPTQ", "dampp": 1}, "solver", Solver)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"family": "qwen"}, r"model\.family=qwen: .*Did you mean qwen3 or qwen2"),
+        ({"dtype": "bfloat"}, r"model\.dtype=bfloat: .*Did you mean bfloat16"),
+        ({"amp": "bf16"}, r"model\.amp=bf16: .*Legal: null, bfloat16\.$"),
+        ({"seed": -1}, r"model\.seed=-1: needs a whole number of at least 0\.$"),
+    ],
+)
+def test_a_models_settings_are_refused_as_all_others(setting, says):
+    with pytest.raises(ConfigError, match=f"^{says}"):
+        build({"_target_": "harness.models.tiny.Tiny"} | setting, "model", ModelSource)
+
+
+def test_only_what_comes_from_the_hub_has_code_to_trust():
+    trusting = {"_target_": "harness.models.hub.Hub", "path": "a/b", "trust_remote_code": True}
+    assert isinstance(build(trusting, "model", ModelSource), Hub)
+    with pytest.raises(ConfigError, match=r"^model\.trust_remote_code: no such setting"):
+        build(
+            {"_target_": "harness.models.tiny.Tiny", "trust_remote_code": True},
+            "model",
+            ModelSource,
+        )
 
 
 def test_fingerprint_ignores_order_but_no_value():

@@ -208,6 +208,10 @@ def test_fingerprints_of_a_set_that_has_both_splits_stay():
         ({"evaluation_split": None}, r"documents=null with data\.evaluation_split=null"),
         ({"evaluation_split": "test", "columns": []}, r"data\.columns=\[\]"),
         ({"evaluation_split": "test", "calibration_split": None}, r"calibration_split=None"),
+        (
+            {"evaluation_split": "test", "documents": 0},
+            r"data\.documents=0: .*at least 1 or null\.",
+        ),
     ],
 )
 def test_a_set_that_cannot_be_read_so_is_refused(settings, error):

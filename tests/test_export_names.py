@@ -1,5 +1,4 @@
-"""Names of checkpoints read back, and what metadata and card say of one whose figures are known by
-hand."""
+"""Names of checkpoints, and what metadata and card say of one whose figures are known by hand."""
 
 import itertools
 import json
@@ -51,10 +50,9 @@ def test_the_example():
         "Qwen3-0.6B", "openmath", "SFT", "LoRa256", "QuaRot", weight=4, group=64, act=4, kv=4
     )
     assert str(name) == EXAMPLE
-    assert Name.parse(EXAMPLE) == name
 
 
-def test_every_name_is_read_back():
+def test_every_name_is_another():
     bases = ("Qwen3-0.6B", "SmolLM2-135M-Instruct", "Llama-3.2-1B", "smollm2_135m", "X-w4_g64")
     methods = (None, "GPTQ", "QuaRot.GPTQ", "kv4")
     words = list(
@@ -74,51 +72,8 @@ def test_every_name_is_read_back():
         if own[0] and not any(own[1:]):
             continue
         name = Name(base, *own, weight=weight, group=group, act=act, kv=kv, head=head)
-        assert Name.parse(str(name)) == name
         texts.add(str(name))
     assert len(texts) == 5 * (3 * 2 * 2 * 4 - 2) * 7
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        (
-            "Qwen3-0.6B-QuaRot_w4_g64_a4",
-            Name("Qwen3-0.6B", method="QuaRot", weight=4, group=64, act=4, kv=8),
-        ),
-        (
-            "Qwen3-0.6B-QuaRot_w4_kv4_headw4",
-            Name("Qwen3-0.6B", method="QuaRot", weight=4, act=8, kv=4, head=4),
-        ),
-        (
-            "Llama-3.2-1B-openmath_SFT_w8",
-            Name("Llama-3.2-1B", "openmath", "SFT", weight=8, act=8, kv=8),
-        ),
-    ],
-)
-def test_names_written_elsewhere_mean_8_where_they_say_nothing(text, name):
-    assert Name.parse(text) == name
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("QuaRot_w4", ["no hyphen"]),
-        ("X-QuaRot_w4_q64", ["'q64'"]),
-        ("X-QuaRot_wx_g64_a4", ["'wx'"]),
-        ("X-QuaRot_w4_a4_g64", ["'a4'"]),
-        ("X-w4_g64_headache", ["'headache'"]),
-        ("X-g64", ["nothing"]),
-        ("X-SFT_openmath_QuaRot_w4", ["'openmath'", "dataset", "training"]),
-        ("X-a_b_QuaRot_w4", ["'b'", "dataset"]),
-        ("X-_w4", ["method="]),
-        ("-QuaRot_w4", ["base="]),
-    ],
-)
-def test_what_cannot_be_read_is_named(text, words):
-    with pytest.raises(ValueError) as error:
-        Name.parse(text)
-    assert all(word in str(error.value) for word in [text, *words])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +88,7 @@ def test_what_cannot_be_read_is_named(text, words):
         ({"weight": "4"}, "weight=4"),
     ],
 )
-def test_what_would_not_be_read_back_is_refused(parts, words):
+def test_what_would_be_read_as_another_part_is_refused(parts, words):
     with pytest.raises(ValueError, match=words):
         Name(**{"base": "X", "weight": 4} | parts)
 
@@ -168,13 +123,11 @@ def test_runs_of_a_sweep_have_names_of_their_own():
         for y in ("rtn", "gptq", "awq")
     ]
     assert len({str(name) for name in names}) == len(names)
-    assert all(Name.parse(str(name)) == name for name in names)
     assert str(names[0]) == "SmolLM2-135M-Instruct-GPTQ_wnvfp4_g16_anvfp4_kv16_headfp16"
     block = run_name("format=fp8_block", "format.kv={kind: nvfp4, bits: 4}")
     assert str(block) == "SmolLM2-135M-Instruct-GPTQ_wfp8_g128x128_afp8_kvnvfp4_headfp16"
     e5m2 = run_name("format=fp8_static", "format.weight.element=e5m2")
     assert str(e5m2) == "SmolLM2-135M-Instruct-GPTQ_wfp8.e5m2_gtensor_afp8_kv16_headfp16"
-    assert all(Name.parse(str(name)) == name for name in (block, e5m2))
     jq_seed = run_name("format=int4", "transform=jq_seed")
     assert str(jq_seed) == "SmolLM2-135M-Instruct-JQSeed.GPTQ_w4_g64_a4_kv16_headfp16"
 

@@ -28,9 +28,7 @@ from harness.formats import (
     Scheme,
     error,
     pack_nibbles,
-    pack_words,
     unpack_nibbles,
-    unpack_words,
 )
 
 FORMATS = {
@@ -674,8 +672,6 @@ def test_packing_is_invertible():
         assert torch.equal(unpack_nibbles(pack_nibbles(codes), n), codes)
         signed = codes.to(torch.int8) - 8
         assert torch.equal(unpack_nibbles(pack_nibbles(signed), n, signed=True), signed)
-        assert pack_words(signed).shape == (3, -(-n // 8))
-        assert torch.equal(unpack_words(pack_words(signed), n), signed)
     assert pack_nibbles(torch.tensor([[1, 2]], dtype=torch.uint8)).item() == 0x21
 
 

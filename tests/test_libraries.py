@@ -7,12 +7,13 @@ from importlib.metadata import version
 import pytest
 import torch
 import zoo
+from huggingface_hub import errors
 from preserved import CACHE
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from harness.calibration.corpus import HubText
-from harness.libraries import compressed_tensors, conversion, datasets, hydra, saved
+from harness.libraries import compressed_tensors, conversion, datasets, hub, hydra, saved
 from harness.libraries import transformers as inside
 from harness.models.tiny import Tiny
 
@@ -294,3 +295,23 @@ def test_what_is_computed_from_a_config_is_what_a_built_model_has():
     wanted = dict(built.named_buffers())
     same = all(torch.equal(buffer, wanted[name]) for name, buffer in model.named_buffers())
     assert wanted and same, says("transformers", "computes buffers in another place")
+
+
+def test_what_is_wrong_with_a_repository_is_told_by_the_hubs_errors():
+    """Also where transformers raises an error of its own from them."""
+    unknown, gated, revision = (
+        kind.__new__(kind)
+        for kind in (
+            errors.RepositoryNotFoundError,
+            errors.GatedRepoError,
+            errors.RevisionNotFoundError,
+        )
+    )
+    behind = OSError("no config.json")
+    behind.__cause__ = gated
+    library = "huggingface-hub"
+    assert hub.refusal(unknown).startswith("is not on the hub"), says(library, "tells no names")
+    assert hub.refusal(gated) == hub.refusal(behind), says(library, "tells no gated repositories")
+    assert hub.refusal(behind).startswith("is gated")
+    assert hub.refusal(revision, "v2") == "has no v2", says(library, "tells no revisions")
+    assert hub.refusal(ConnectionError("no route")) is None

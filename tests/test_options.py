@@ -19,6 +19,7 @@ from harness.config.errors import ConfigError, DataError
 from harness.config.search_path import composing
 from harness.formats import NVFP4, Format
 from harness.pipeline import ids
+from harness.quantize.allocation import auto_of
 from harness.transforms import Transform
 
 OWN = """
@@ -85,6 +86,32 @@ def test_an_option_of_ones_own_is_one_like_ours(own, command):
     assert all(re.search(rf"^ *(.*, )?{name} \(", told, re.M) for name in COMMANDS)
     status, _, told = command("format=mien")
     assert status == 2 and "Did you mean mine?" in told
+
+
+def test_a_candidate_is_the_option_of_its_name(own):
+    """intN is int4 with N bits where no option says otherwise; int8 always is."""
+    weight = option("format", "int4")["weight"]
+    section = {"bits_per_weight": 4.5, "candidates": ["int3", "abc12", "int8", "int16"]}
+
+    def known():
+        return ids.of_format(option("format", "int4") | {"auto": section}, {})["named"]
+
+    (own / "format" / "abc12.yaml").write_text(OWN)
+    assert build(weight | {"bits": 3}, "", Format) == auto_of(section, weight).candidates["int3"]
+    before = known()
+    assert before["int4:int3"] == before["int4:int8"]
+    assert before["int4:int8"]["weight"] == weight
+    (own / "format" / "int3.yaml").write_text(OWN.replace("64", "32"))
+    candidates = auto_of(section, weight).candidates
+    assert {name: (f.bits, f.group_size) for name, f in candidates.items()} == {
+        "int3": (3, 32),
+        "abc12": (3, 64),
+        "int8": (8, 64),
+        "int16": (16, None),
+    }
+    assert set(known()) == {"int3", "abc12", "int4:int8", "int16"}
+    (own / "format" / "abc12.yaml").write_text(OWN.replace("64", "128"))
+    assert known()["abc12"] != before["abc12"]
 
 
 def test_a_folder_that_cannot_serve_is_refused_by_its_name(own, command):

@@ -287,7 +287,13 @@ def test_what_tells_runs_apart_names_what_one_would_type():
     ]  # two keys of one ending are written out
     silent = (
         {"tracking": "local"},
-        {"run_root": "a", "tracking.name": "b", "force": "true", "on_error": "raise"},
+        {
+            "run_root": "a",
+            "tracking.name": "b",
+            "force": "true",
+            "on_error": "raise",
+            "model.trust_remote_code": "false",
+        },
     )
     assert told(({}, {"seed": "0"}), (silent[0], silent[1] | {"seed": "0"})) == ["", ""]
     texts = [

@@ -120,7 +120,8 @@ def test_layers_are_ranges():
     [
         (None, "lacks config.json"),
         ("{", "is damaged, not JSON"),
-        ("[]", "names no architecture"),
+        ("[]", "holds list, and needs an object"),
+        ('{"model_type": 1}', "names no architecture"),
         ('{"model_type": "nosuch"}', "model_type=nosuch is unknown to transformers"),
         ('{"model_type": "clip"}', "no causal language model of this clip"),
         ('{"model_type": "llama", "num_attention_heads": 5}', "cannot be read as the config"),

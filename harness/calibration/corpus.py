@@ -16,16 +16,17 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.config.errors import ConfigError, DataError
+from harness.config.checks import integer, typed
+from harness.config.errors import ConfigError, DataError, reason
 from harness.config.extras import need
 from harness.config.paths import expanded
+from harness.libraries import hub
 from harness.libraries.datasets import cached_builder, offline
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
 
 PARTS = ("calibration", "evaluation")
-HUB_TIMEOUT = 2.0  # seconds `check` waits for a hub that does not answer
 
 
 class Corpus(ABC):
@@ -56,8 +57,7 @@ class TextFolder(Corpus):
     """
 
     def __init__(self, path: str | None, name: str | None = None):
-        if not isinstance(path, str | None):
-            raise ConfigError(f"data.path={path}: needs a folder's name")
+        typed("data.", {"path": path}, {"path": str | None})
         self.path = None if path is None else expanded(path)
         self.name = name or ("text" if self.path is None else self.path.absolute().name)
 
@@ -117,16 +117,10 @@ class HubText(Corpus):
         names = {"dataset": dataset, "config": config, "calibration_split": calibration_split}
         if evaluation_split is not None:
             names["evaluation_split"] = evaluation_split
-        for field, value in names.items():
-            if not isinstance(value, str):
-                raise ConfigError(f"data.{field}={value}: needs a name")
+        typed("data.", names, dict.fromkeys(names, str))
         if not columns:
             raise ConfigError("data.columns=[]: needs the name of a column, e.g. [text]")
-        if documents is not None and (type(documents) is not int or documents < 1):
-            raise ConfigError(
-                f"data.documents={documents} must be a positive whole number, "
-                "or null for all of them"
-            )
+        integer("data.documents", documents, optional=True)
         if documents is None and evaluation_split is None:
             raise ConfigError(
                 "data.documents=null with data.evaluation_split=null: the first documents "
@@ -149,7 +143,7 @@ class HubText(Corpus):
         if self._cached() is None:
             try:
                 self._refuse_offline()
-                HfApi().dataset_info(self.dataset, revision=self.revision, timeout=HUB_TIMEOUT)
+                HfApi().dataset_info(self.dataset, revision=self.revision, timeout=hub.TIMEOUT)
             except Exception as error:  # of the hub's HTTP library, which has changed over time
                 raise self._unreachable(error) from error
 
@@ -217,9 +211,9 @@ class HubText(Corpus):
             raise ConnectionError("HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set")
 
     def _unreachable(self, error: Exception) -> DataError:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         return DataError(
-            f"data={self.name}: cannot read {self.dataset} ({self.config}) from the hub: {reason}. "
+            f"data={self.name}: cannot read {self.dataset} ({self.config}) from the hub: "
+            f"{reason(error)}. "
             "Without the hub use data=pydoc, or data=text data.path=DIR with local files"
         )
 

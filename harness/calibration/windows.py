@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from harness.config.errors import ConfigError, DataError
+from harness.config.checks import integer, one_of
+from harness.config.errors import DataError
 from harness.parallel import ALONE, Ranks
 
 if TYPE_CHECKING:  # planning imports this, and should not wait for it
@@ -76,13 +77,9 @@ def windows(
     Raises ConfigError for a length, count or order that makes no sense, DataError where the text is
     too short.
     """
-    if order not in ORDERS:
-        raise ConfigError(f"{field}.order={order}: choose one of {', '.join(ORDERS)}")
-    for name, value in (("length", length), ("windows", count)):
-        if name == "windows" and value is None:
-            continue
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{field}.{name}={value} must be a positive whole number")
+    one_of(f"{field}.order", order, ORDERS)
+    integer(f"{field}.length", length)
+    integer(f"{field}.windows", count, optional=True)
     step = length
     if bos is not None:
         tokens = without(tokens, bos)

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from harness.checkpoints.native_files import METHOD, RECORD
 from harness.config.checks import device, integer
-from harness.config.errors import ConfigError, DataError
+from harness.config.errors import ConfigError, DataError, reason
 from harness.config.extras import need
 from harness.config.paths import expanded
-from harness.models.facts import config_of, reason
+from harness.structure.facts import config_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ def main(words: Sequence[str]) -> int:
     try:
         model, tokenizer = _loaded(expanded(asked.folder), asked.device)
     except (DataError, ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f"{asked.folder}: {reason(error)}", file=sys.stderr)
+        print(f"{asked.folder}: {reason(error)}.", file=sys.stderr)
         return 2
     talk(model, tokenizer, _typed(), asked.tokens)
     return 0

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from harness.config.errors import DataError
-from harness.models.facts import read_object
+from harness.structure.facts import read_object
 
 ABOUT = "quantization_metadata.json"
 # what an option or a format may be called in a file of others

@@ -43,9 +43,9 @@ from harness.config.extras import need
 from harness.formats import Format, FourOverSix, Scheme, weight_format
 from harness.libraries.saved import Saved
 from harness.models.attention import named
-from harness.models.facts import config_of
 from harness.models.quant_linear import QuantLinear
 from harness.structure.composite import model_class
+from harness.structure.facts import config_of
 from harness.transforms import ModelShape, Transform
 
 if TYPE_CHECKING:

@@ -25,9 +25,9 @@ from harness.config.errors import ConfigError
 from harness.formats import Scheme
 from harness.libraries.saved import Saved
 from harness.models.adapter import Adapter
-from harness.models.facts import config_of
 from harness.models.quant_linear import QuantLinear
 from harness.structure.composite import model_class
+from harness.structure.facts import config_of
 from harness.structure.skeleton import skeleton
 from harness.structure.structure import Structure
 from harness.transforms import ModelShape, Transform

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harness.checkpoints.base import Exporter, Snapshot
-from harness.config.errors import ConfigError
+from harness.config.errors import ConfigError, reason
 from harness.libraries.transformers import config_json
 from harness.models.weights import PROCESSORS
 from harness.store import writable, write_json
@@ -37,10 +37,9 @@ def check_destination(section: Mapping) -> None:
     try:
         HfApi().whoami()
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"export.push_to={section['push_to']}: the hub cannot be used ({reason}); set "
-            "HF_TOKEN, or export.push_to=null."
+            f"export.push_to={section['push_to']}: the hub cannot be used ({reason(error)}); "
+            "set HF_TOKEN, or export.push_to=null."
         ) from None
 
 

@@ -34,8 +34,8 @@ from harness.config.errors import ConfigError, DataError
 from harness.formats import Scheme
 from harness.libraries.conversion import read_gguf
 from harness.models.adapter import Adapter
-from harness.models.facts import config_of
 from harness.store import replacing
+from harness.structure.facts import config_of
 from harness.structure.skeleton import skeleton
 from harness.transforms import ModelShape, Transform
 

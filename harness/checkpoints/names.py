@@ -4,15 +4,14 @@
     Qwen3-0.6B-QuaRot.GPTQ_wnvfp4_g16_anvfp4_kv16_headfp16
 
 The last hyphen ends the base, for no part behind it has one: a base may hold hyphens, dots and
-underscores, a dataset called open-math must be written otherwise (in a foreign name it would be
-read as part of the base). Everything behind is read from the right: the tag, then the method, then
-what came before quantization, which is told apart by its words (TRAININGS, PEFT).
+underscores, a dataset called open-math must be written otherwise. Everything behind is read from
+the right: the tag, then the method, then what came before quantization, which is told apart by its
+words (TRAININGS, PEFT). So no two models have one name.
 
 The tag is w<weights>_g<group>_a<activations>_kv<cache>_head<output head>, each format as
 spelling.py has it; a head that is not quantized is fp16, and auto4.5 is allocated under 4.5 bits a
 weight. No g means one scale a channel, as in names written elsewhere, so that one model has one
-spelling; gtensor is one scale a tensor, g128x128 one a square. Foreign names may leave out a and
-kv, which means 8 there, and the head, which means fp16; headw4 is read as head4.
+spelling; gtensor is one scale a tensor, g128x128 one a square.
 """
 
 from __future__ import annotations
@@ -39,15 +38,9 @@ WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9.]*")
 TRAININGS = ("SFT", "DPO", "ORPO", "KTO", "PPO", "GRPO", "RLHF", "CPT")
 LONGEST = 255 - len("..0123456789.old")  # of a folder's name, with what an export puts around it
 PEFT = re.compile(r"(?:Q|rs|Ada)?(?:LoR[aA]|DoR[aA]|lora|dora)\d*|IA3")
-FORMAT = r"[1-9]\d*|[a-z]{2,}\d[a-z0-9.]*|(?:mixed)?fouroversix"
+FORMAT = re.compile(r"[1-9]\d*|[a-z]{2,}\d[a-z0-9.]*|(?:mixed)?fouroversix")
+GROUP = re.compile(r"[1-9]\d*(?:x[1-9]\d*)?|tensor")
 LETTERS = {"weight": "w", "group": "g", "act": "a", "kv": "kv", "head": "head"}
-TAG = {  # from the right
-    "head": re.compile(rf"headw?({FORMAT})"),
-    "kv": re.compile(rf"kv({FORMAT})"),
-    "act": re.compile(rf"a({FORMAT})"),
-    "group": re.compile(r"g([1-9]\d*(?:x[1-9]\d*)?|tensor)"),
-    "weight": re.compile(rf"w({FORMAT})"),
-}
 
 
 @dataclass(frozen=True)
@@ -55,8 +48,8 @@ class Name:
     """The parts of a name.
 
     weight, act, kv, head: bits of an integer format or the word of another; group: elements a
-    scale, "128x128", "tensor", or None (channel). Raises ValueError for a part that would not be
-    read back as it is.
+    scale, "128x128", "tensor", or None (channel). Raises ValueError for a part that would be read
+    as another.
     """
 
     base: str
@@ -96,10 +89,13 @@ class Name:
                 f"dataset={self.dataset}: alone it would be read as the method; name the training, "
                 "too"
             )
-        for part, pattern in TAG.items():
+        for part in LETTERS:
             value = getattr(self, part)
-            match = pattern.fullmatch(f"{LETTERS[part]}{value}")
-            if (part, value) != ("group", None) and (match is None or _value(match[1]) != value):
+            if (part, value) == ("group", None):
+                continue
+            pattern = GROUP if part == "group" else FORMAT
+            spelling = str(value)
+            if not pattern.fullmatch(spelling) or spelling.isdigit() != isinstance(value, int):
                 raise ValueError(f"{part}={value}: is no such part of a name")
 
     def __str__(self):
@@ -110,53 +106,6 @@ class Name:
         ]
         parts = filter(None, (self.dataset, self.training, self.peft, self.method))
         return f"{self.base}-{'_'.join([*parts, *tag])}"
-
-    @classmethod
-    def parse(cls, text: str) -> Name:
-        """Inverse of str. Raises ValueError naming the part that cannot be read."""
-        base, hyphen, rest = text.rpartition("-")
-        if not hyphen:
-            raise ValueError(f"{text}: no hyphen ends the base")
-        pieces = rest.split("_")
-        tag: dict[str, int | str] = {}
-        for part, pattern in TAG.items():
-            match = pattern.fullmatch(pieces[-1]) if pieces else None
-            if match:
-                tag[part] = _value(match[1])
-                pieces.pop()
-        if "weight" not in tag:
-            last = f"'{pieces[-1]}'" if pieces else "nothing"
-            raise ValueError(
-                f"{text}: {last} stands where the tag is, w4_g64_a4_kv4_headfp16 or "
-                "wnvfp4_g16_anvfp4 .."
-            )
-        words: dict[str, str] = {}
-        if pieces and _kind(pieces[-1]) == "dataset":
-            words["method"] = pieces.pop()
-        for piece in pieces:
-            part = _kind(piece)
-            behind = next((other for other in WORDS[WORDS.index(part) :] if other in words), None)
-            if behind:
-                raise ValueError(
-                    f"{text}: '{piece}' is read as the {part} and stands behind the {behind}"
-                )
-            words[part] = piece
-        try:
-            return cls(
-                base,
-                dataset=words.get("dataset"),
-                training=words.get("training"),
-                peft=words.get("peft"),
-                method=words.get("method"),
-                weight=tag["weight"],
-                group=tag.get("group"),
-                # names written elsewhere leave these out, and then mean 8
-                act=tag.get("act", 8),
-                kv=tag.get("kv", 8),
-                head=tag.get("head", "fp16"),
-            )
-        except ValueError as error:
-            raise ValueError(f"{text}: {error}") from None
 
     @classmethod
     def of(
@@ -243,7 +192,3 @@ def _kind(piece: str) -> str:
     if piece in TRAININGS:
         return "training"
     return "peft" if PEFT.fullmatch(piece) else "dataset"
-
-
-def _value(text: str) -> int | str:
-    return int(text) if text.isdigit() else text

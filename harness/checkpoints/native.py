@@ -37,17 +37,18 @@ from harness.checkpoints.record import Record
 from harness.codecs.packing import unpack
 from harness.codecs.placement import HEAD_SITE, Placement
 from harness.config.errors import DataError
+from harness.config.paths import expanded
 from harness.formats import KVCache, QTensor
 from harness.libraries.conversion import Conversion
 from harness.libraries.transformers import empty_plain_cache
 from harness.models.adapter import Adapter
 from harness.models.attention import cache, named
-from harness.models.facts import config_of, read_object
 from harness.models.merge import attach_online, swap, swap_head
 from harness.models.offload import assign
 from harness.models.quant_linear import QuantLinear, SiteInput
 from harness.models.weights import weight_files
 from harness.structure.composite import model_class
+from harness.structure.facts import config_of, read_object
 from harness.structure.structure import Structure
 
 
@@ -68,7 +69,7 @@ def load(
     """
     from transformers import AutoTokenizer, GenerationConfig
 
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     record = verified(folder)
     config = config_of(folder)
     unguard(config)

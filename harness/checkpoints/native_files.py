@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from harness.config.errors import DataError
-from harness.models.facts import read_object
+from harness.structure.facts import read_object
 
 VERSION = 1
 RECORD, DIGESTS = "harness.json", "digests.json"

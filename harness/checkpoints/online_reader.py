@@ -16,8 +16,8 @@ from safetensors import safe_open
 from harness.config.errors import DataError
 from harness.libraries.compressed_tensors import attach_transforms
 from harness.libraries.saved import Saved
-from harness.models.facts import read_object
 from harness.models.weights import stored, weight_files
+from harness.structure.facts import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -24,9 +24,9 @@ from harness.checkpoints.native_tensors import changed
 from harness.checkpoints.shards import LAYOUT, laid
 from harness.config.errors import DataError
 from harness.config.paths import expanded
-from harness.models.facts import read_object
 from harness.models.weights import INDEX, SINGLE
 from harness.store import replacing, write_json
+from harness.structure.facts import read_object
 
 CARD, GENERATION = "README.md", "generation_config.json"  # which may change after a run
 COMMIT = ("commit_message", "commit_description", "revision", "create_pr")

@@ -13,9 +13,9 @@ from harness.config.errors import ConfigError, DataError
 from harness.config.extras import need
 from harness.config.paths import expanded
 from harness.libraries.compressed_tensors import cache_refusal
-from harness.models.facts import config_of, facts_of
 from harness.models.source import ModelSource
 from harness.models.weights import stored, weight_files
+from harness.structure.facts import config_of, facts_of
 
 if TYPE_CHECKING:
     import torch

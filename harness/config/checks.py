@@ -27,7 +27,7 @@ def one_of(field: str, value, legal: Iterable):
     if isinstance(value, bool) or value not in legal:
         raise ConfigError(
             f"{field}={value}: not a legal value.{nearest(value, legal)} "
-            f"Legal: {', '.join(map(str, legal))}."
+            f"Legal: {', '.join('null' if x is None else str(x) for x in legal)}."
         )
     return value
 

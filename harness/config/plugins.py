@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from harness.config.errors import ConfigError
+from harness.config.errors import ConfigError, reason
 
 GROUP = "harness.plugins"
 
@@ -46,7 +46,7 @@ class Plugin:
             try:
                 found += _targets(yaml.safe_load(file.read_text(encoding="utf-8")))
             except (OSError, ValueError, yaml.YAMLError) as error:
-                why = " ".join(str(error).split())  # YAML's own takes several lines
+                why = reason(error)  # YAML's own takes several lines
                 raise ConfigError(
                     f"{file}: cannot be read as YAML ({why}); install {self.release} anew, or "
                     "remove it."

@@ -37,7 +37,7 @@ from harness.checkpoints.record import Record
 from harness.config.errors import DataError
 from harness.engines.served import Fused, Heads, Served, apart
 from harness.models.engine import refusal
-from harness.models.facts import read_object
+from harness.structure.facts import read_object
 
 
 class Matrix(LinearMethodBase):

@@ -20,7 +20,7 @@ from harness.config.checks import integer, one_of
 from harness.config.errors import ConfigError, DataError
 from harness.config.paths import expanded
 from harness.evaluation.base import Display, Evaluation, Figures, Subject
-from harness.models.facts import read_object
+from harness.structure.facts import read_object
 
 if TYPE_CHECKING:
     from harness.formats import KVCache

@@ -20,7 +20,7 @@ from harness.formats.integer import Integer
 from harness.formats.mxfp import MX
 from harness.formats.nvfp4 import NVFP4
 from harness.formats.observers import MSE, absmax, error
-from harness.formats.packing import pack_nibbles, pack_words, unpack_nibbles, unpack_words
+from harness.formats.packing import pack_nibbles, unpack_nibbles
 from harness.formats.qtensor import QTensor, Scales
 from harness.formats.scheme import Scheme
 
@@ -48,9 +48,7 @@ __all__ = [
     "absmax",
     "error",
     "pack_nibbles",
-    "pack_words",
     "straight_through",
     "unpack_nibbles",
-    "unpack_words",
     "weight_format",
 ]

@@ -1,10 +1,6 @@
-"""Codes of four bits or fewer, packed: two a byte, or eight a 32-bit word.
+"""Codes of four bits or fewer, packed two a byte: code[2j] | code[2j + 1] << 4 is byte j of a row.
 
-Byte j of a row holds code[2j] | code[2j + 1] << 4. A word holds eight codes, code 8w + i in bits
-4i .. 4i + 3; seen as bytes (little endian) that is the same order. Signed integer codes are stored
-in words as q + 8.
-
-Source: the pack-quantized and nvfp4-pack-quantized layouts of compressed-tensors.
+Source: the nvfp4-pack-quantized layout of compressed-tensors.
 """
 
 import torch
@@ -30,17 +26,3 @@ def unpack_nibbles(packed: Tensor, n: int, signed: bool = False) -> Tensor:
         return codes
     # a shift to the right fills with the sign, so it carries bit 3 into the upper four
     return (codes << 4).view(torch.int8) >> 4
-
-
-def pack_words(codes: Tensor) -> Tensor:
-    """Signed codes [rows, n] in [-8, 7] -> int32 [rows, ceil(n / 8)], stored as q + 8.
-
-    Missing columns are zero bits.
-    """
-    nibbles = pack_nibbles(codes.to(torch.int8) + 8)
-    return torch.nn.functional.pad(nibbles, (0, -nibbles.shape[-1] % 4)).view(torch.int32)
-
-
-def unpack_words(words: Tensor, n: int) -> Tensor:
-    """Inverse of pack_words: int32 [rows, ceil(n / 8)] -> int8 [rows, n]."""
-    return unpack_nibbles(words.contiguous().view(torch.uint8), n).to(torch.int8) - 8

@@ -13,16 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.config.errors import ConfigError, DataError
+from harness.config.checks import boolean, one_of
+from harness.config.errors import ConfigError, DataError, reason
 from harness.config.paths import expanded
-from harness.models.facts import config_of, facts_of, reason
+from harness.libraries import hub
 from harness.models.source import BlockStorage, ModelSource
 from harness.models.weights import INDEX, PROCESSORS, SINGLE, Weights, shard_names, weights_of
+from harness.structure.facts import config_of, facts_of
 
 if TYPE_CHECKING:
     import torch
-
-HUB_TIMEOUT = 2.0  # seconds `check` waits for a hub that does not answer
 
 
 @dataclass(kw_only=True)
@@ -30,18 +30,20 @@ class Hub(ModelSource):
     """A hub repository or a local folder: config.json, tokenizer files, *.safetensors.
 
     A repository that is already in the local cache is used from there, without asking the hub.
-    weights: memory, or disk = each block is read when it is used and dropped again.
+    trust_remote_code: let it run its own Python. weights: memory, or disk = each block is read when
+    it is used and dropped again.
     """
 
     path: str | None = None
     revision: str | None = None
+    trust_remote_code: bool = False
     weights: str = "memory"
 
     def __post_init__(self):
         super().__post_init__()
         self.name = self.name or Path(self.path or "hf").name
-        if self.weights not in ("memory", "disk"):
-            raise ConfigError(f"model.weights={self.weights}: choose memory or disk")
+        boolean("model.trust_remote_code", self.trust_remote_code)
+        one_of("model.weights", self.weights, ("memory", "disk"))
 
     def check(self) -> None:
         if self._folder is None:
@@ -201,7 +203,7 @@ class Hub(ModelSource):
         from huggingface_hub import HfApi
 
         with self._explained():
-            info = HfApi().model_info(self._address, revision=self.revision, timeout=HUB_TIMEOUT)
+            info = HfApi().model_info(self._address, revision=self.revision, timeout=hub.TIMEOUT)
             if info.gated:
                 HfApi().auth_check(self._address)
         files = [sibling.rfilename for sibling in info.siblings or []]
@@ -224,13 +226,6 @@ class Hub(ModelSource):
 
         needs: what was asked for.
         """
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HFValidationError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
-
         try:
             yield
         except ConfigError:
@@ -240,21 +235,11 @@ class Hub(ModelSource):
             if not str(error).startswith(field):
                 error = DataError(f"{field}: {error}")
             raise error from None
-        except Exception as error:  # the client's error classes have changed over time
-            # transformers raises errors of its own, with the client's behind them
-            causes = [error, error.__cause__, error.__context__]
-            # GatedRepoError is a RepositoryNotFoundError, so it is asked for first
-            if any(isinstance(cause, GatedRepoError) for cause in causes):
-                problem = "is gated: accept its licence on its hub page and set HF_TOKEN"
-            elif any(isinstance(cause, RevisionNotFoundError) for cause in causes):
-                problem = f"has no model.revision={self.revision}"
-            elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-                problem = "is not on the hub, or is private: check the name, or set HF_TOKEN"
-            elif isinstance(error, HFValidationError):
-                problem = "is neither a folder here nor a hub id (owner/name)"
-            elif self._folder is not None:
+        except Exception as error:  # of the client and of transformers, whichever it is
+            problem = hub.refusal(error, f"model.revision={self.revision}")
+            if problem is None and self._folder is not None:
                 problem = f"{needs} cannot be read: {reason(error)}".strip()
-            else:
+            elif problem is None:
                 problem = (
                     f"is no folder here, and cannot reach the hub for it ({reason(error)}); "
                     "give a local folder: model=hf model.path=DIR"

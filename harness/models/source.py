@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from harness.config.errors import ConfigError, DataError
+from harness.config.checks import one_of
+from harness.config.errors import DataError
 
 if TYPE_CHECKING:
     import torch
@@ -47,27 +48,19 @@ class ModelSource:
     """What every source offers.
 
     dtype: the weights' dtype, `auto` = as they are stored. amp: autocast dtype of the forward
-    passes, for those who run them. trust_remote_code: let a hub repository run its own Python.
-    license: by the hub's word for it, for the cards of exports.
+    passes, for those who run them. license: by the hub's word for it, for the cards of exports.
     """
 
     name: str | None = None
     dtype: str = "float32"
     amp: str | None = None
-    trust_remote_code: bool = False
     license: str | None = None
     # whether it is to be measured as it is, for quantizing it again would mean nothing
     quantized: ClassVar[bool] = False
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"model.dtype={self.dtype}: choose one of {', '.join(DTYPES)}")
-        if self.amp not in AMPS:
-            raise ConfigError(f"model.amp={self.amp}: choose null or bfloat16")
-        if not isinstance(self.trust_remote_code, bool):
-            raise ConfigError(
-                f"model.trust_remote_code={self.trust_remote_code}: choose true or false"
-            )
+        one_of("model.dtype", self.dtype, DTYPES)
+        one_of("model.amp", self.amp, AMPS)
 
     def check(self) -> None:
         """Raise ConfigError or DataError if the model cannot be had. Reads no weights."""

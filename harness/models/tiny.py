@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.config.errors import ConfigError
+from harness.config.checks import boolean, integer, one_of
 from harness.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -34,12 +34,9 @@ class Tiny(ModelSource):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.family not in FAMILIES:
-            raise ConfigError(f"model.family={self.family}: choose one of {', '.join(FAMILIES)}")
-        if not isinstance(self.tie, bool):
-            raise ConfigError(f"model.tie={self.tie}: choose true or false")
-        if type(self.seed) is not int or self.seed < 0:
-            raise ConfigError(f"model.seed={self.seed} must be a whole number from 0 on")
+        one_of("model.family", self.family, FAMILIES)
+        boolean("model.tie", self.tie)
+        integer("model.seed", self.seed, low=0)
         self.name = self.name or f"tiny-{self.family}"
 
     def check(self) -> None:

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 
 from harness.config.errors import DataError
 from harness.config.extras import need
-from harness.models.facts import facts_of
 from harness.models.source import ModelSource
+from harness.structure.facts import facts_of
 
 if TYPE_CHECKING:
     import torch

@@ -10,33 +10,33 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import cycle
+from typing import TypeVar
 
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from harness.checkpoints.base import Exporter
-from harness.checkpoints.folder import check_destination
-from harness.checkpoints.names import Name
 from harness.config.build import build
 from harness.config.checks import nearest
-from harness.config.errors import ConfigError
+from harness.config.errors import ConfigError, reason
 from harness.formats import Format, KVCache, Scheme
 from harness.models.adapter import shape_of, structure_of
 from harness.models.device import refuse_missing
-from harness.models.facts import reason, text_of
 from harness.pipeline import combinations, solvable
+from harness.pipeline.exporters import exporter_of, possible, stored_dtype
 from harness.pipeline.plan import Plan
-from harness.pipeline.sections import exporter_fields, unnamed
+from harness.pipeline.sections import unnamed
 from harness.pipeline.transforms import transforms_of
 from harness.pipeline.unread import unread
 from harness.quantize.allocation import Auto, auto_of
-from harness.quantize.named import linears
 from harness.quantize.overrides import resolve
 from harness.solvers import Solver
+from harness.structure.facts import text_of
 from harness.structure.structure import Structure
 from harness.tracking import Tracker
 from harness.transforms import ModelShape, Transform
 from harness.tune import Tuner
+
+T = TypeVar("T", Solver, Tuner)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def components(plan: Plan) -> Components:
     structure = structure_from(facts)
     combinations.check_blocks(plan, structure)
     scheme, auto = _formats(settings, structure)
-    solver = _solver(settings["solver"])
+    solver = _chosen(settings["solver"], "solver", Solver)
     if solver is not None:
         solver = solver.told(structure.scored)
     transforms = transforms_of(settings["transform"])
@@ -80,46 +80,27 @@ def components(plan: Plan) -> Components:
 
     name = plan.choices.get("solver", "solver")
     context = shape_of(structure, scheme, settings["seed"], None if solver is None else name)
-    if scheme.kv is not None:
-        combinations.check_attention(f"format.kv.bits={scheme.kv.bits}", context)
-        scheme.kv.check(context.head_dim, "format.kv.group_size", "the key/value heads")
-    combinations.check_residual(transforms, context)
-    warnings = combinations.cache_warnings(plan, scheme)
-    warnings += [warning for transform in transforms for warning in transform.check(context)]
-    combinations.check_placement_files(plan, transforms, context)
+    warnings = _placed(plan, scheme, transforms, context)
     if solver is not None:
         if auto is not None:
             solvable.check_budget(auto, scheme, structure)
         combinations.check_untouched(plan, solver, transforms)
         warnings += solvable.check_solver(solver, name, scheme, auto, transforms, context)
-        if solver.hessian_input == "auto":
-            hessian_input = solvable.hessian_input(solver, scheme, auto, transforms)
-            solver = replace(solver, hessian_input=hessian_input)
-        setting = "solver.hessian_input"
-        if setting in plan.given and not solvable.reads_hessian(solver, scheme, auto):
-            warnings.append(f"{setting} has no effect with {type(solver).__name__} as it is set")
+        solver, unread_input = _hessian_input(plan, solver, scheme, auto, transforms)
+        warnings += unread_input
     warnings += combinations.learning_warnings(plan, transforms)
-    tuner = _tuner(settings["tune"])
+    tuner = _chosen(settings["tune"], "tune", Tuner)
     if tuner is not None:
         warnings += combinations.check_tuner(plan, tuner, solver, scheme, auto, structure)
-    left = structure.float_experts
-    if left and plan.quantizes:
-        warnings.append(
-            f"{', '.join(left)} stay float: experts that transformers' interface does not run"
-        )
-    if not structure.mixes:
-        warnings += [
-            f"{key} has no effect with a model that has no routed experts"
-            for key in ("data.calibration.experts", "solver.min_tokens")
-            if key in plan.given
-        ]
-    exporter = _exporter(plan, scheme, structure)
+    warnings += _expert_warnings(plan, structure)
+
+    exporter = exporter_of(plan, scheme, structure)
     if exporter is not None:
         exporter.check_config(facts)
-        dtype = _stored_dtype(settings["model"]["dtype"], facts)
+        dtype = stored_dtype(settings["model"]["dtype"], facts)
         doubts = [
             warning
-            for each in _possible(scheme, auto, structure)
+            for each in possible(scheme, auto, structure)
             for warning in exporter.check(each, transforms, context, dtype)
         ]
         warnings += dict.fromkeys(doubts)  # each once
@@ -146,6 +127,50 @@ def components(plan: Plan) -> Components:
         exporter,
         warnings,
     )
+
+
+def _placed(
+    plan: Plan, scheme: Scheme, transforms: list[Transform], context: ModelShape
+) -> list[str]:
+    """Check that the cache and the transforms can stand where they are to; what is doubtful."""
+    if scheme.kv is not None:
+        combinations.check_attention(f"format.kv.bits={scheme.kv.bits}", context)
+        scheme.kv.check(context.head_dim, "format.kv.group_size", "the key/value heads")
+    combinations.check_residual(transforms, context)
+    warnings = combinations.cache_warnings(plan, scheme)
+    warnings += [warning for transform in transforms for warning in transform.check(context)]
+    combinations.check_placement_files(plan, transforms, context)
+    return warnings
+
+
+def _hessian_input(
+    plan: Plan, solver: Solver, scheme: Scheme, auto: Auto | None, transforms: list[Transform]
+) -> tuple[Solver, list[str]]:
+    """The solver with its `auto` settled, and a warning where it is set but not read."""
+    if solver.hessian_input == "auto":
+        settled = solvable.hessian_input(solver, scheme, auto, transforms)
+        solver = replace(solver, hessian_input=settled)
+    setting = "solver.hessian_input"
+    if setting not in plan.given or solvable.reads_hessian(solver, scheme, auto):
+        return solver, []
+    return solver, [f"{setting} has no effect with {type(solver).__name__} as it is set"]
+
+
+def _expert_warnings(plan: Plan, structure: Structure) -> list[str]:
+    """Routed experts that stay as they are, and settings for some that the model has not."""
+    warnings = []
+    left = structure.float_experts
+    if left and plan.quantizes:
+        warnings.append(
+            f"{', '.join(left)} stay float: experts that transformers' interface does not run"
+        )
+    if not structure.mixes:
+        warnings += [
+            f"{key} has no effect with a model that has no routed experts"
+            for key in ("data.calibration.experts", "solver.min_tokens")
+            if key in plan.given
+        ]
+    return warnings
 
 
 def structure_from(facts: Mapping) -> Structure:
@@ -194,53 +219,8 @@ def _formats(settings: Mapping, structure: Structure) -> tuple[Scheme, Auto | No
     return scheme, auto
 
 
-def _solver(section: Mapping) -> Solver | None:
-    """What solves the weights; None for solver=none."""
+def _chosen(section: Mapping, group: str, base: type[T]) -> T | None:
+    """What an option of a group builds; None where it is `none`, which has no class."""
     if not section.get("_target_"):
         return None
-    return build(unnamed(section), "solver", Solver)
-
-
-def _tuner(section: Mapping) -> Tuner | None:
-    """What tunes the solved weights; None for tune=none."""
-    if not section.get("_target_"):
-        return None
-    return build(unnamed(section), "tune", Tuner)
-
-
-def _exporter(plan: Plan, scheme: Scheme, structure: Structure) -> Exporter | None:
-    """What writes the checkpoint, if one is asked for."""
-    section = plan.settings["export"]
-    if section.get("_target_") is None:
-        return None
-    if not plan.quantizes:
-        raise ConfigError(
-            f"export={section['name']} with format=none: nothing is quantized; "
-            "choose a format, or export=none."
-        )
-    exporter = build(exporter_fields(section), "export", Exporter)
-    # What would fail only after the run.
-    check_destination(section)
-    # Refuses what no folder can be called.
-    Name.of(plan.settings, plan.choices, scheme, structure.head)
-    return exporter
-
-
-def _possible(scheme: Scheme, auto: Auto | None, structure: Structure) -> list[Scheme]:
-    """The schemes that a run may end with, as far as an exporter tells them apart."""
-    if auto is None:
-        return [scheme]
-    alike = [replace(scheme, weight=format) for format in auto.candidates.values()]
-    # and one in which linears differ
-    mixed = {
-        place: {"weight": format, **scheme.overrides.get(place, {})}
-        for place, format in zip(linears(structure), cycle(auto.candidates.values()))
-    }
-    return [scheme, *alike, replace(scheme, overrides={**scheme.overrides, **mixed})]
-
-
-def _stored_dtype(name: str, facts: Mapping) -> str:
-    """The dtype of the model's weights, "auto" where only they tell."""
-    if name != "auto":
-        return name
-    return str(facts.get("dtype") or name).removeprefix("torch.")
+    return build(unnamed(section), group, base)

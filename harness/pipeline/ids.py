@@ -19,6 +19,7 @@ from harness.config.plugins import releases
 from harness.evaluation.base import Evaluation
 from harness.evaluation.shipped import fingerprints
 from harness.pipeline.texts import Windows
+from harness.quantize.candidates import named_by
 
 # Settings of solvers that came later, where they change nothing: as conf/solver has them.
 MIN_TOKENS = 128
@@ -75,13 +76,14 @@ def of_format(section: Mapping, export: Mapping) -> dict:
     """The format's settings, with what stands behind the options that overrides and candidates
     name, and what changes those."""
     section = _released(_as_before(section))
-    names = {_candidate(name) for name in _strings(section["auto"])}
-    names |= set(_strings(section["overrides"]))
-    options = {name: name.partition(":")[0] for name in sorted(names)}
+    behind = {name: name for name in _strings(section["overrides"])}
+    for candidate in _strings(section["auto"]):
+        name, bits = named_by(candidate)
+        behind[candidate if bits is None else f"{name}:{candidate}"] = name
     named = {
-        name: _released(_as_before(option("format", stem)))
-        for name, stem in options.items()
-        if _is_option(stem)
+        key: _released(_as_before(option("format", name)))
+        for key, name in behind.items()
+        if options.has("format", name)  # what is no option is refused when the format is built
     }
     if not named:
         return section
@@ -142,14 +144,3 @@ def _strings(value: object) -> list[str]:
     if not isinstance(value, list):
         return []
     return [text for item in value for text in _strings(item)]
-
-
-def _candidate(name: str) -> str:
-    """What a candidate of format=auto stands for, `OPTION:itself` where that is another's: intN is
-    int4 with other bits."""
-    return f"int4:{name}" if name[3:].isdigit() else name
-
-
-def _is_option(name: str) -> bool:
-    """Whether conf/format has it; what it has not is refused when the format is built."""
-    return options.has("format", name)

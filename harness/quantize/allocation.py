@@ -22,7 +22,7 @@ from torch import Tensor
 
 from harness.calibration.statistics import Statistics
 from harness.calibration.stream import Stream
-from harness.config.build import build, option
+from harness.config.build import build
 from harness.config.checks import number, typed
 from harness.config.errors import ConfigError
 from harness.config.extras import need
@@ -30,6 +30,7 @@ from harness.formats import Format
 from harness.models.adapter import Adapter
 from harness.models.quant_linear import QuantLinear
 from harness.parallel import ALONE, Ranks
+from harness.quantize.candidates import weight_of
 from harness.quantize.overrides import as_served
 from harness.solvers.search import under_hessian
 
@@ -52,8 +53,8 @@ SHARED = ("observer", "mse", "compute_dtype", "pad")  # what candidates take fro
 def auto_of(section: Mapping | None, weight: Mapping, serves: Mapping | None = None) -> Auto | None:
     """From `format.auto` and `format.weight`; None where it is off.
 
-    A candidate is an option of conf/format, or intN: that of int4 with N bits; the observer and the
-    arithmetic are those of format.weight. serves: `export.serves.weight`.
+    candidates.py says what the name of a candidate stands for; the observer and the arithmetic are
+    those of format.weight. serves: `export.serves.weight`.
     """
     if section is None:
         return None
@@ -67,11 +68,7 @@ def auto_of(section: Mapping | None, weight: Mapping, serves: Mapping | None = N
         )
     candidates = {}
     for name in names:
-        stem, bits = str(name)[:3], str(name)[3:]
-        if stem == "int" and bits.isdigit():
-            settings = option("format", "int4")["weight"] | {"bits": int(bits)}
-        else:
-            settings = option("format", name)["weight"]
+        settings = weight_of(name)
         # a part that is off has nothing to share
         if "_target_" in settings:
             shared = {key: weight[key] for key in SHARED if key in weight}

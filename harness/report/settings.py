@@ -13,7 +13,8 @@ from harness.tracking.base import without_secrets
 
 # Ten times faster, where PyYAML was built with it.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-SILENT = ("run_root", "tracking", "on_error", "force")  # of these no number depends on
+# Of these no number depends on; the last one stood in the settings of every model.
+SILENT = {"run_root", "tracking", "on_error", "force", "model.trust_remote_code"}
 # {choice that has no column of its own: the option of runs from before there was one}
 GROUPS = {"data": None, "eval": None, "export": None, "recipe": None, "tune": "none"}
 
@@ -82,7 +83,7 @@ def _compared(choices: Mapping[str, str | None], settings: Mapping[str, str]) ->
     compared = {
         key: value
         for key, value in settings.items()
-        if value != "{}" and key.partition(".")[0] not in SILENT
+        if value != "{}" and SILENT.isdisjoint((key, key.partition(".")[0]))
     }
     for group, before in GROUPS.items():
         option = choices.get(group, before)

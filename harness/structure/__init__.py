@@ -10,6 +10,7 @@ naming     what sites are called
 describe   the sites of each block, put together from these
 derive     the tape of a model -> its Structure, with the reason of each refusal
 structure  the words for the whole decoder: Residual, Attention, Structure
+facts      the config of a model, its sizes checked
 skeleton   a model without weights, from its config alone
 table      a Structure for a person: python -m harness.structure MODEL
 """

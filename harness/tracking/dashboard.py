@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Protocol
 
+from harness.config.errors import reason
+
 CORPORA = ("pydoc", "stdlib")  # what a run measures unless told otherwise
 CHOICES = ("model.name", "format.name", "transform.name", "solver.name")
 CURVES = ("block/rel_error", "block/worst_rel_error", "block/sqnr_db")
@@ -109,9 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}; `pip install wandb-workspaces`", file=sys.stderr)
         return 2
     except Exception as error:
-        print(
-            f"error: the workspace was not saved: {' '.join(str(error).split())}", file=sys.stderr
-        )
+        print(f"error: the workspace was not saved: {reason(error)}.", file=sys.stderr)
         return 2
     return 0
 

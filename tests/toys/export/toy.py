@@ -16,7 +16,7 @@ from harness.checkpoints.snippets import fenced
 from harness.config.checks import boolean
 from harness.config.errors import ConfigError
 from harness.formats import Scheme
-from harness.models.facts import config_of
+from harness.structure.facts import config_of
 from harness.transforms import ModelShape, Transform
 
 FILE = "weights.toy"

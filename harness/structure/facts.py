@@ -11,8 +11,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from harness.config.errors import DataError
+from harness.config.errors import DataError, reason
 
+CONFIG = "config.json"
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -35,7 +36,7 @@ def config_of(folder: Path, **origin):
     """
     from transformers import AutoConfig
 
-    path = folder / "config.json"
+    path = folder / CONFIG
     raw = read_object(path)
     if not isinstance(raw.get("model_type"), str):
         raise DataError(
@@ -47,7 +48,7 @@ def config_of(folder: Path, **origin):
         return AutoConfig.from_pretrained(folder, **origin)
     except Exception as error:  # each release validates by other classes
         raise DataError(
-            f"{path} cannot be read as the config of a {raw['model_type']}: {reason(error)}"
+            f"{path} cannot be read as the config of a {raw['model_type']}: {reason(error)}."
         ) from None
 
 
@@ -113,8 +114,3 @@ def read_object(path: Path) -> dict:
             f"{path} holds {type(content).__name__}, and needs an object; copy it again."
         )
     return content
-
-
-def reason(error: Exception) -> str:
-    """What an error of another library says, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
