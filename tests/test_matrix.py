@@ -31,6 +31,8 @@ AFFINE = {"flatquant", "block_affine"}
 QUICK = {name: ["transform.steps=2", "transform.batch=1"] for name in END_TO_END | AFFINE} | {
     name: ["transform.r1.epochs=1"] for name in ("dartquant", "jointquant", "jq_seed")
 }
+# matrices that amplify what is rounded, untrained; decoders that learn the text, another model
+AWAY = {"fast_food", "adacodec_paper"}
 ROTATED = ["quarot", "spinquant", "dartquant", "jointquant"]
 FORMATS = {"nvfp4": [], "mxfp4": [], "int4": ["format.weight.group_size=32"]}
 
@@ -52,7 +54,7 @@ def test_every_transform_with_every_format_and_solver(tmp_path, transform, forma
     for solver in ("rtn", "gptq"):
         outcome = run(tmp_path, transform, f"format={format}", f"solver={solver}", *FORMATS[format])
         assert outcome.status == "done", outcome.error
-        assert 0 < divergence(outcome.metrics) < NEAR
+        assert 0 < divergence(outcome.metrics) < (math.inf if transform in AWAY else NEAR)
         learned += [event["source"] for event in events(outcome, "placement")]
     learns = get_class(option("transform", transform)["_target_"]).learned
     assert learned == (["learned", "store"] if learns else []), (
