@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from composed import small
+from composed import done
 from preserved import exact_model, logits, tiny_shape, token_ids
 
 from harness.calibration.subject import StreamedModel
@@ -21,7 +21,6 @@ from harness.linalg.stiefel import random_orthogonal
 from harness.models.adapter import Adapter, shape_of
 from harness.models.merge import place, swap
 from harness.models.ranged import Ranged
-from harness.pipeline.job import execute
 from harness.transforms.affine import block_error
 from harness.transforms.affine_sites import Moving, Site, placed
 from harness.transforms.block_affine import BlockAffine
@@ -417,10 +416,7 @@ def test_blocks_of_any_order_may_begin_as_identity():
 def run(tmp_path, *overrides):
     quick = ["transform=flatquant", "transform.steps=8", "transform.lr=0.02"]
     int4 = ["format=int4", "format.weight.group_size=32"]
-    cfg, choices = small(tmp_path, *quick, *int4, *overrides)
-    outcome = execute(cfg, choices)
-    assert outcome.status == "done", outcome.error
-    return outcome
+    return done(tmp_path, *quick, *int4, *overrides)
 
 
 def test_a_run_clips_what_was_learned_and_is_loaded_back(tmp_path):

@@ -117,6 +117,7 @@ def test_what_is_named_by_hand_stays(tmp_path):
     )
     outcome = execute(cfg, choices)
     down = [layer for layer in outcome.metrics["layers"] if "down_proj" in layer["name"]]
+    assert len(down) == 2
     assert all(layer["bits"] / layer["weights"] >= 8 for layer in down)
 
 

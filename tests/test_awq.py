@@ -9,6 +9,7 @@ from harness.calibration.block import BlockView
 from harness.calibration.stream import Stream
 from harness.calibration.subject import quiet
 from harness.config.build import settings
+from harness.config.errors import ConfigError
 from harness.formats import MX, NVFP4, Integer, Scheme
 from harness.linalg.hadamard import Hadamard
 from harness.models.adapter import Adapter
@@ -228,10 +229,28 @@ def test_it_is_said_what_awq_cannot_do(tmp_path, overrides, words):
     assert len(told) == len(words)
 
 
-def test_knobs_are_checked(tmp_path):
-    cfg, choices = small(tmp_path, "solver=awq")
-    plan = make_plan(settings(cfg), choices)
-    assert type(components(plan).solver) is AWQ
+@pytest.mark.parametrize(
+    ("knob", "wrong", "right"),
+    [
+        ("grid", 0, 7),
+        ("grid", 2.5, 1),
+        ("duo", "maybe", True),
+        ("gqa", "all", "mean"),
+        ("clip", 3, False),
+        ("with_act", "no", False),
+        ("then", "faar", "gptq"),
+    ],
+)
+def test_knobs_are_checked(tmp_path, knob, wrong, right):
+    """By the field that the command line has, before any weight; what passes is what solves."""
+
+    def built(value):
+        cfg, choices = small(tmp_path, "solver=awq", f"solver.{knob}={value}")
+        return components(make_plan(settings(cfg), choices)).solver
+
+    with pytest.raises(ConfigError, match=rf"^solver\.{knob}={wrong}"):
+        built(wrong)
+    assert getattr(built(right), knob) == right
 
 
 def test_what_queries_and_keys_are_made_by_keeps_its_range():

@@ -4,14 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from composed import composed, small
+from composed import composed, done
 from torch import nn
 
-from harness.calibration.windows import NEEDED, bos_gain, windows, without
+from harness.calibration.windows import NEEDED, bos_gain, tokenize, windows, without
 from harness.config.build import settings
 from harness.config.errors import ConfigError, DataError
+from harness.evaluation.perplexity import perplexity, window_losses
+from harness.models.adapter import Adapter
 from harness.models.tiny import Tiny
-from harness.pipeline.job import execute
+from harness.pipeline import computation
 from harness.pipeline.plan import make_plan
 
 BOS = 256
@@ -83,11 +85,43 @@ def test_what_the_model_asks_for_is_no_part_of_the_id_and_what_a_user_asks_for_i
     assert plan().quant_id == ids["auto"]
 
 
+FLOAT = ["format=none", "solver=none"]
+
+
+def read(outcome):
+    """Perplexity of the untouched model, on the two windows of 128 tokens that `small` has."""
+    return outcome.metrics["stages"]["baseline"]["ppl"]["pydoc"]
+
+
 @pytest.mark.parametrize("bos", ["window", "first", "none"])
-def test_a_run_says_so_and_ends(tmp_path, bos):
-    outcome = execute(*small(tmp_path, f"data.bos={bos}", "solver=rtn"))
-    assert outcome.status == "done", outcome.error
+def test_a_run_reads_it_where_it_was_asked_for(tmp_path, bos):
+    """And has nothing to say of it."""
+    outcome = done(tmp_path, *FLOAT, f"data.bos={bos}")
+    model, tokenizer = Tiny().load()
+    assert tokenizer.bos_token_id == BOS
+    text = without(tokenize(tokenizer, (tmp_path / "text" / "test.txt").read_text()), BOS)
+    begun = torch.cat([torch.tensor([BOS]), text])
+    cut = {
+        "window": torch.stack([begun[:128], torch.cat([begun[:1], text[127:254]])]),
+        "first": begun[:256].view(2, 128),
+        "none": text[:256].view(2, 128),
+    }
+    found = {
+        where: perplexity(window_losses(Adapter(model), ids), 128) for where, ids in cut.items()
+    }
+    assert len(set(found.values())) == 3
+    assert read(outcome) == pytest.approx(found[bos], rel=1e-6)
     assert "bos" not in outcome.metrics["notes"]
+
+
+@pytest.mark.parametrize(("gain", "said"), [(NEEDED, False), (0.42, True)])
+def test_a_run_says_that_the_model_asked_for_it(tmp_path, monkeypatch, gain, said):
+    monkeypatch.setattr(computation, "bos_gain", lambda *_: gain)
+    outcome = done(tmp_path, *FLOAT)
+    note = outcome.metrics["notes"].get("bos")
+    assert note == ("in every window, for 0.42 nats a token less" if said else None)
+    window = read(done(tmp_path, *FLOAT, "data.bos=window"))
+    assert (read(outcome) == window) is said
 
 
 def test_another_word_is_refused(tmp_path):

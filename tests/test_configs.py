@@ -97,11 +97,13 @@ def test_option_builds(group, name):
     if (group, name) in (("solver", "none"), ("tune", "none")):
         assert settings == {"_target_": None}
     elif group == "format":
-        parts = {part: build(settings[part], group, base) for part, base in PARTS.items()}
-        on = {part for part, format in parts.items() if format}
-        wanted = {"none": set(), "kivi2": {"kv"}, "kivi4": {"kv"}}
-        named = {"weight", *([] if "a16" in name else ["act"]), *(["kv"] if "kv" in name else [])}
-        assert on == wanted.get(name, named)
+        for part, base in PARTS.items():
+            section, built = settings[part], build(settings[part], group, base)
+            bits = section.get("bits")
+            assert (built is None) == (bits == 16), "16 bits switch a part off, and nothing else"
+            if built is not None:
+                assert type(built).__name__ == section["_target_"].rpartition(".")[2]
+                assert bits in (None, built.bits), "a class may have one width alone"
     elif group == "transform":
         built = {
             type(transform).__module__ for transform in transforms_of({"name": name, **settings})

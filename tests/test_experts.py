@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 import zoo
-from composed import small
+from composed import done, small
 from test_gptq import FORMATS, N, draw, hessian, inputs, loss
 
 from harness.calibration.stream import ENOUGH
+from harness.calibration.windows import tokenize
 from harness.config.build import option
 from harness.formats import Integer, Scheme
 from harness.models.adapter import Adapter
@@ -172,8 +173,19 @@ def test_a_run_says_which_experts_were_given_too_little(saved_mixtral, tmp_path)
 
 def test_experts_that_a_step_gives_no_token_stay_as_they_are(saved_mixtral, tmp_path):
     learned = ["solver=signround", "solver.steps=3", "solver.batch=1"]
-    outcome = execute(*small(tmp_path, *saved_mixtral, *learned, "data.calibration.length=8"))
-    assert outcome.status == "done", outcome.error
+    outcome = done(tmp_path, *saved_mixtral, *learned, "data.calibration.length=8")
+    text = (tmp_path / "text" / "train.txt").read_text()
+    ids = tokenize(byte_tokenizer(), text)[: 3 * 8].view(3, 8)
+    model = zoo.make("mixtral")
+    idle = 0
+    for window in ids:
+        for chances in model(window[None], output_router_logits=True).router_logits:
+            idle += 4 - len(chances.topk(2).indices.unique())
+    assert idle > 0, "an expert of some layer is given no token of a window"
+    errors = {layer["name"]: layer["rel_error"] for layer in outcome.metrics["layers"]}
+    experts = [error for name, error in errors.items() if ".experts." in name]
+    assert len(experts) == 4 * 2 * 3
+    assert min(experts) > 0 and max(experts) < 0.1
 
 
 @pytest.mark.parametrize("transform", ["identity", "quarot"])

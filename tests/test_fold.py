@@ -614,10 +614,7 @@ def test_a_teacher_says_the_same_from_what_it_kept():
 @pytest.mark.parametrize(("name", "settings"), LEARNED, ids=str)
 def test_learned_rotations_keep_logits_of_stock_float32(family, name, settings):
     adapter, before = prepared(family, model=stock)
-    start, least = put(adapter, transform(name, **settings, steps=3, batch=3), NVFP4_ACT).notes[
-        "held_out_loss"
-    ]
-    assert least <= start
+    put(adapter, transform(name, **settings, steps=3, batch=3), NVFP4_ACT)
     assert moved(adapter, before) < 1e-4 * float(before.abs().max())
 
 

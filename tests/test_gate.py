@@ -6,7 +6,7 @@ import torch
 from composed import small
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness.evaluation.gate import exact_logits, stream_gate
+from harness.evaluation.gate import FLOAT_MEAN, exact_logits, stream_gate
 from harness.evaluation.perplexity import window_losses
 from harness.models import merge
 from harness.models.adapter import Adapter
@@ -108,6 +108,8 @@ def test_an_exact_transform_of_a_model_that_16_bits_are_few_for_passes(tmp_path)
         )
     )
     assert outcome.status == "done", outcome.error
+    gate = outcome.metrics["notes"]["gate"]
+    assert gate["mean"] > 100 * FLOAT_MEAN, "further than any model in float32 may go"
 
 
 def test_float32_logits_of_a_bfloat16_model_are_those_of_its_weights():

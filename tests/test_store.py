@@ -205,12 +205,13 @@ def patience(monkeypatch):
 
 def waited(path, seconds: float) -> list[str]:
     """What is said by who waits for a lock that is let go of after so long."""
-    said, taken = [], threading.Event()
+    said, taken, left = [], threading.Event(), []
 
     def hold():
         with locked(path):
             taken.set()
             time.sleep(seconds)
+            left.append(path)
 
     thread = threading.Thread(target=hold)
     thread.start()
@@ -218,7 +219,8 @@ def waited(path, seconds: float) -> list[str]:
     with pytest.raises(RunLocked, match=rf"pid {os.getpid()} on .* since 20"), locked(path):
         pass
     with locked(path, wait=True, say=said.append):
-        assert not thread.is_alive() or thread.join(5) is None
+        assert left == [path], "never two at once"
+    thread.join()
     return said
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import zoo
-from composed import small
+from composed import done
 from preserved import exact_model, logits, tiny_shape, token_ids
 from safetensors.torch import load_file
 
@@ -18,7 +18,6 @@ from harness.linalg.stiefel import random_orthogonal
 from harness.models.adapter import Adapter, shape_of
 from harness.models.merge import place, swap
 from harness.models.tiny import FAMILIES
-from harness.pipeline.job import execute
 from harness.transforms.wush import Wush, closed_form
 
 F64 = torch.float64
@@ -299,10 +298,7 @@ def test_refusals_name_the_field(settings, words):
 
 
 def run(tmp_path, *overrides):
-    cfg, choices = small(tmp_path, "transform=wush", "solver=rtn", *overrides)
-    outcome = execute(cfg, choices)
-    assert outcome.status == "done", outcome.error
-    return outcome
+    return done(tmp_path, "transform=wush", "solver=rtn", *overrides)
 
 
 def test_what_is_learned_is_that_of_a_group(tmp_path):
