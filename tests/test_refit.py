@@ -111,6 +111,6 @@ def test_it_runs_and_lowers_the_error_of_layers(tmp_path, solver):
     ),
 )
 def test_what_it_refuses(tmp_path, overrides, said):
-    cfg, choices = small(tmp_path, "format=int4", "+solver.refit=true", *overrides)
+    cfg, choices = small(tmp_path, "format=int4", "++solver.refit=true", *overrides)
     with pytest.raises(ConfigError, match=said):
         execute(cfg, choices)

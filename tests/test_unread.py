@@ -6,7 +6,7 @@ from composed import small
 
 from harness.config.build import settings
 from harness.config.errors import ConfigError
-from harness.formats import MX, NVFP4, FourOverSix, Integer
+from harness.formats import MX, NVFP4, FourOverSix, Integer, KVCache
 from harness.pipeline.build import components
 from harness.pipeline.job import execute
 from harness.pipeline.plan import make_plan
@@ -44,6 +44,7 @@ def warnings(tmp_path, *overrides):
             "Integer",
         ),
         (["solver=rtn", "solver.hessian_input=fp"], "solver.hessian_input", "RTN as it is set"),
+        (["format.act.bits=16", "solver.stream=both"], "solver.stream", "format.act.bits=16"),
         (["solver.propagate_alpha=1"], "solver.propagate_alpha", "GPTQ as it is set"),
         (
             ["solver=adascale", "solver.sequencing=block"],
@@ -158,6 +159,25 @@ def test_what_a_format_does_not_read_changes_no_bit(cls, own, others):
     assert set(others) <= set(cls(**own).unread)
     for name, value in others.items():
         assert torch.equal(cls(**own, **{name: value}).fake(x), cls(**own).fake(x)), name
+
+
+@pytest.mark.parametrize(
+    ("own", "others"),
+    [
+        ({"symmetric": True}, {"incl0": "never", "zp_order": "add_then_round"}),
+        ({"symmetric": True}, {"zp_range": "signed"}),
+        ({"zp": "float_offset"}, {"zp_order": "add_then_round", "zp_range": "signed"}),
+        ({"kind": "fp8", "bits": 8, "scale": "unit"}, {"group_size": 32, "clip_k": 0.5}),
+    ],
+    ids=str,
+)
+def test_what_a_cache_does_not_read_changes_no_bit(own, others):
+    x = torch.randn(1, 2, 8, 64, generator=torch.Generator().manual_seed(0)) + 0.3
+    assert set(others) <= set(KVCache(**own).unread)
+    for name, value in others.items():
+        other = KVCache(**own, **{name: value})
+        for part in ("key", "value"):
+            assert torch.equal(other.fake(x, part), KVCache(**own).fake(x, part)), name
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ def _muted(plan: Plan, built: Mapping[str, Part]) -> Iterator[tuple[str, str, st
     for part in ["kv"] if shared else ["weight", "act", "kv"]:
         if section[part].get("bits") == 16:
             yield f"format.{part}", f"format.{part}.bits", f"format.{part}.bits=16"
+    if section["act"].get("bits") == 16 and not shared:
+        yield "solver.stream", "", "format.act.bits=16"
     if not plan.calibrates:
         yield "data.calibration", "", "nothing to calibrate"
     if plan.experts == "all":
