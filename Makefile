@@ -118,8 +118,8 @@ vllm: .venv/installed .venv-vllm/installed
 		"omegaconf>=2.3,<2.4" "scipy>=1.10,<2" "accelerate>=1.0,<2" "lm-eval>=0.4.12,<0.5"
 	# lm-eval asks for vLLM by the name of its other wheels
 	into=$$(echo .venv-vllm/lib/python3.*/site-packages)/vllm-0.32.0.dist-info && \
-		mkdir -p $$into && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' \
-		> $$into/METADATA
+		mkdir -p $$into && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$into/METADATA
 	$(VLLM) -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 

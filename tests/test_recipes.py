@@ -28,6 +28,7 @@ SPELLED = {
 }
 SPELLED["wush"] = [*SPELLED["propagated"], "transform=wush"]
 SPELLED["best"] = SPELLED["wush"]
+SPELLED["distilled"] = [*SPELLED["wush"], "tune=scales"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -56,5 +57,6 @@ def test_the_hessian_is_of_what_will_be_read(tmp_path):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_run(tmp_path, recipe, format):
-    outcome = done(tmp_path, f"recipe={recipe}", f"format={format}", *FORMATS[format])
+    less = ["tune.steps=2", "tune.windows=8"] if recipe == "distilled" else []
+    outcome = done(tmp_path, f"recipe={recipe}", f"format={format}", *FORMATS[format], *less)
     assert 0 < divergence(outcome.metrics) < NEAR
