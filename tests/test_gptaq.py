@@ -116,6 +116,14 @@ def test_many_problems_are_solved_as_each_alone():
             assert (codes[0] != codes[1]).float().mean() < 1e-3
 
 
+def test_fewer_tokens_than_features_are_damped_until_there_is_a_factor():
+    problem, _, _ = drawn(tokens=10)
+    undamped, off = gptaq(damp=1.0), gptaq(damp=1.0, propagate_alpha=0.0)
+    (name,) = problem.weights.keys() & {"0.w0"}
+    moved, still = (each.solve(problem).qtensors[name].codes for each in (undamped, off))
+    assert not torch.equal(moved, still)
+
+
 def test_features_that_are_off_take_no_part():
     problem, x, a = drawn()
     a[:, 5] = 0

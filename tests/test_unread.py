@@ -168,6 +168,7 @@ def test_what_a_format_does_not_read_changes_no_bit(cls, own, others):
         ({"symmetric": True}, {"zp_range": "signed"}),
         ({"zp": "float_offset"}, {"zp_order": "add_then_round", "zp_range": "signed"}),
         ({"kind": "fp8", "bits": 8, "scale": "unit"}, {"group_size": 32, "clip_k": 0.5}),
+        ({"kind": "mxfp4", "scale": "unit"}, {"scale": "dynamic", "clip_v": 0.5}),
     ],
     ids=str,
 )
@@ -175,7 +176,7 @@ def test_what_a_cache_does_not_read_changes_no_bit(own, others):
     x = torch.randn(1, 2, 8, 64, generator=torch.Generator().manual_seed(0)) + 0.3
     assert set(others) <= set(KVCache(**own).unread)
     for name, value in others.items():
-        other = KVCache(**own, **{name: value})
+        other = KVCache(**own | {name: value})
         for part in ("key", "value"):
             assert torch.equal(other.fake(x, part), KVCache(**own).fake(x, part)), name
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 
 from harness.calibration.corpus import Corpus, read, refuse_blank
+from harness.config.checks import typed
 from harness.config.errors import ConfigError, DataError
 from harness.config.paths import expanded
 
@@ -21,8 +22,7 @@ class Samples(Corpus):
     """
 
     def __init__(self, path: str, name: str | None = None):
-        if not isinstance(path, str):
-            raise ConfigError(f"data.calibration.path={path}: needs a file's name, or null")
+        typed("data.calibration.", {"path": path}, {"path": str})
         self.path = expanded(path)
         self.name = name or self.path.name
 

@@ -139,9 +139,11 @@ class KVCache:
                 return ("scale", "incl0", *zero)
             return ("scale",) if self.zp == "rounded" else ("scale", *zero)
         integers = ("symmetric", "incl0", "clip_k", "clip_v", "zp", *zero)
-        if self.scale == "unit":
+        if self.kind == "mxfp4":
+            return (*integers, "scale")
+        if self.scale == "unit" and self.kind != "nvfp4":  # one scale, which has no groups
             return (*integers, "group_size")
-        return (*integers, "scale") if self.kind == "mxfp4" else integers
+        return integers
 
     @property
     def needs_static(self) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -70,9 +71,10 @@ def _asked(words: Sequence[str]) -> tuple[object, object]:
     parser.add_argument("--config", "-C", type=Path)
     asked, _ = parser.parse_known_args(words)
     held = None
-    if asked.config is not None and asked.config.is_file():
-        held = yaml.safe_load(asked.config.read_text(encoding="utf-8"))
-    if not isinstance(held, dict):  # lm-eval says what is wrong with it
+    with suppress(OSError, ValueError, yaml.YAMLError):  # lm-eval says what is wrong with it
+        if asked.config is not None:
+            held = yaml.safe_load(asked.config.read_text(encoding="utf-8"))
+    if not isinstance(held, dict):
         held = {}
     return asked.tasks or held.get("tasks"), asked.include_path or held.get("include_path")
 

@@ -15,12 +15,12 @@ parameter takes, two files that hold one tensor.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.config.errors import DataError
+from harness.structure.facts import read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -60,16 +60,12 @@ def shard_names(index: Path) -> list[str]:
 
     Raises DataError where it is no index, or names a file in another folder.
     """
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not index.exists():
         raise DataError(
             f"{index.parent} holds neither {SINGLE} nor {INDEX}; give a folder saved by "
             "save_pretrained."
-        ) from None
-    except ValueError:
-        raise DataError(f"{index} is not JSON; copy it again.") from None
-    names = content.get("weight_map") if isinstance(content, dict) else None
+        )
+    names = read_object(index).get("weight_map")
     if (
         not isinstance(names, dict)
         or not names

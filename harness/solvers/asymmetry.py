@@ -21,18 +21,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from harness.solvers.inverses import Begun, uppers
+from harness.solvers.inverses import Begun, dampings, uppers
 
 
 def pulls(begun: Sequence[Begun], alpha: float, damp: float, dtype: torch.dtype) -> Tensor | None:
     """P [problems, in, in], in the order of each one's columns.
 
-    None where drifts are not known; all zero where H, so damped, is not positive definite.
+    None where drifts are not known. Where H, so damped, is not positive definite, it is damped as
+    gptq's is then; all zero where nothing helps.
     """
     drifts = [each.problem.drift for each in begun]
     if any(drift is None for drift in drifts):
         return None
     upper, good = uppers(begun, damp, dtype)
+    for index in (~good).nonzero()[:, 0].tolist():
+        for tried in dampings(damp):
+            unit, fine = uppers([begun[index]], tried, dtype)
+            if fine.all():
+                upper[index], good[index] = unit[0], True
+                break
     found = torch.empty_like(upper)
     for each, u, pull in zip(begun, upper, found):
         drift = each.problem.drift

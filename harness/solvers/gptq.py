@@ -125,7 +125,7 @@ class GPTQ(Solver):
         return [solutions[index] for index in range(len(problems))]
 
     def _begun(self, problem: Problem) -> Begun:
-        """A problem with its Hessian, scales and order; raises DataError."""
+        """A problem with its Hessian, scales and order."""
         assert problem.hessian is not None  # as `needs` asks
         hessian = problem.hessian.to(self._dtype)
         dead = hessian.diagonal() == 0
