@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from harness.calibration.shipped import Pydoc
 from harness.command.run import GROUPS
@@ -35,23 +35,46 @@ def composed(*overrides: str):
     given = OverridesParser.create().parse_overrides(list(overrides))
     # Hydra itself refuses several values for a setting
     chosen = [each for each in given if each.key_or_group in GROUPS or each.is_sweep_override()]
-    cfg = copy.deepcopy(whole(*(each.input_line for each in chosen)))
+    words = {str(each.key_or_group): str(each.input_line) for each in chosen}
+    if len(words) == len(chosen) and all(map(alone, words, words.values())):
+        cfg, choices = copy.deepcopy(whole())
+        for group, word in words.items():
+            its, of = whole(word)
+            cfg[group], choices[group] = copy.deepcopy(its[group]), of[group]
+    else:
+        cfg, choices = copy.deepcopy(whole(*(each.input_line for each in chosen)))
     settings = [each for each in given if each not in chosen]
     ConfigLoaderImpl._apply_overrides_to_config(settings, cfg)
-    choices = {group: cfg.hydra.runtime.choices.get(group) for group in GROUPS}
-    return OmegaConf.create({k: v for k, v in cfg.items() if k != "hydra"}), choices
+    return OmegaConf.create(dict(cfg.items())), choices
 
 
 @cache
-def whole(*overrides: str) -> DictConfig:
-    """What Hydra composes, its own configuration included. Once for each choice of options: it
-    takes as long as all forwards of a small run."""
+def whole(*overrides: str) -> tuple[DictConfig, dict[str, str | None]]:
+    """What Hydra composes of options. Once for each choice of them: it takes as long as all
+    forwards of a small run."""
     os.environ["HARNESS_ROOT"] = str(ROOT)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
     HydraConfig.instance().cfg = None
     del os.environ["HARNESS_ROOT"]
-    return cfg
+    choices = {group: cfg.hydra.runtime.choices.get(group) for group in GROUPS}
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, choices
+
+
+@cache
+def alone(group: str, word: str) -> bool:
+    """Whether the option `word` changes its own group and nothing else, so that what it sets does
+    not depend on the options of other groups."""
+    without = []
+    for cfg, choices in (whole(), whole(word)):
+        settings = OmegaConf.to_container(cfg)
+        assert isinstance(settings, dict)
+        if settings.pop(group, None) is None:
+            return False
+        without.append((settings, choices | {group: None}))
+    return without[0] == without[1]
 
 
 def small(tmp_path, *overrides: str):
