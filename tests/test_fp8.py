@@ -9,6 +9,7 @@ from composed import composed
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize, quantize
 from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp
+from number_formats import data, extremes, identical
 from test_attention import (
     IDS,
     close,
@@ -20,7 +21,6 @@ from test_attention import (
     rotation,
 )
 from test_attention import quantize as cached
-from test_formats import data, extremes, identical
 
 from harness.checkpoints import layouts
 from harness.config.build import build, settings

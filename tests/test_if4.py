@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_formats import data
+from number_formats import data
 
 from harness.config.errors import ConfigError
 from harness.formats import IF4, NVFP4
