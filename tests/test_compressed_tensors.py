@@ -18,9 +18,9 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from preserved import tiny_shape
+from references.integers import compressed_tensors_format
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_golden import compressed_tensors_format
 
 from harness.calibration.cache import calibrate
 from harness.calibration.subject import StreamedModel
