@@ -79,6 +79,13 @@ BLOCK_MX = (
     "mxfp8_e4m3",
     "mxfp8_e5m2",
 )
+FP8_WEIGHTS = {
+    "tensor": FP8(granularity="tensor"),
+    "channel": FP8(),
+    "group": FP8(granularity="group", group_size=32),
+    "block": FP8(granularity="block", group_size=64),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def named(*names):
