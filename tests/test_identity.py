@@ -6,8 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from composed import small
-from test_pipeline import run
+from composed import run, small
 
 from harness.calibration.shipped import Pydoc
 from harness.config.build import settings
