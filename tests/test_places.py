@@ -3,7 +3,7 @@ override leaves float."""
 
 import pytest
 from composed import NEAR, divergence
-from test_matrix import run
+from transformed import run
 
 from harness.config.build import build, option
 from harness.config.errors import ConfigError
