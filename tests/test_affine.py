@@ -1,4 +1,5 @@
-"""Learned invertible matrices: they stay invertible, and learn from what will be stored."""
+"""Learned affine transforms on a model and in a run: logits stay, and what is learned from is what
+will be stored."""
 
 import copy
 import json
@@ -7,215 +8,28 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from affine_parts import F64, INT4, NV, TOKEN, close, wander
 from composed import done
 from preserved import exact_model, logits, tiny_shape, token_ids
 
 from harness.calibration.subject import StreamedModel
 from harness.checkpoints.record import Record
-from harness.codecs.packing import pack, unpack
 from harness.codecs.placement import Placement
-from harness.config.errors import ConfigError, DataError
-from harness.formats import MX, NVFP4, Integer, Scheme
-from harness.linalg.invertible import Invertible
-from harness.linalg.stiefel import random_orthogonal
+from harness.config.errors import ConfigError
+from harness.formats import Integer, Scheme
 from harness.models.adapter import Adapter, shape_of
 from harness.models.merge import place, swap
-from harness.models.ranged import Ranged
 from harness.transforms.affine import block_error
 from harness.transforms.affine_sites import Moving, Site, placed
 from harness.transforms.block_affine import BlockAffine
 from harness.transforms.flatquant import FlatQuant, Pair
 from harness.transforms.wush import Wush
 
-F64 = torch.float64
 IDS, WINDOWS = token_ids(), token_ids(6, 32, seed=2)
-TOKEN = Integer(role="activation", granularity="token", symmetric=False)
-INT4 = Scheme(weight=Integer(granularity="group", group_size=32), act=TOKEN)
-NV = Scheme(weight=NVFP4(), act=NVFP4(role="activation"))
 WAYS = {
     "flatquant": (FlatQuant, INT4, {"lr": 0.01}),
     "block_affine": (BlockAffine, NV, {"lr": 0.02, "init": "identity"}),
 }
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def close(found, wanted, tolerance=1e-10):
-    found, wanted = found.detach(), wanted.detach()
-    assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
-
-
-@torch.no_grad()
-def wander(module, size=0.3):
-    """Parameters far from where they begin."""
-    for seed, parameter in enumerate(module.parameters()):
-        parameter.copy_(size * normal(*parameter.shape, seed=seed))
-    return module
-
-
-# matrices
-
-
-@pytest.mark.parametrize("start", [normal(3, 8, 8), random_orthogonal(12, torch.Generator())])
-def test_a_matrix_begins_as_it_is_told_and_stays_invertible(start):
-    learned = Invertible(start).double()
-    close(learned.matrices()[0], start)
-    before = learned.condition()
-    assert before == pytest.approx(float(torch.linalg.cond(start).max()), rel=1e-8)
-    matrix, inverse = (m.detach() for m in wander(learned).matrices())
-    assert float((matrix - start).abs().max()) > 0.1
-    assert float((matrix @ inverse - torch.eye(len(start.mT[0]), dtype=F64)).abs().max()) < 1e-11
-    found = float(torch.linalg.cond(matrix).max())
-    assert found == pytest.approx(learned.condition(), rel=1e-6)
-    assert found < before * float((2 * learned.r.detach().abs().max()).exp()) * (1 + 1e-6)
-    # and in the precision that is learned in
-    matrix, inverse = (m.detach() for m in learned.float().matrices())
-    assert float((matrix @ inverse - torch.eye(matrix.shape[-1])).abs().max()) < 1e-5
-
-
-def test_the_gradients_of_a_matrix_and_its_inverse():
-    learned = wander(Invertible(normal(2, 4, 4)).double())
-
-    def matrices(a, r, b):
-        for parameter, value in (("a", a), ("r", r), ("b", b)):
-            learned.__dict__[parameter] = value
-        return learned.matrices()
-
-    values = [learned.a, learned.r, learned.b]
-    learned._parameters.clear()
-    assert torch.autograd.gradcheck(matrices, values)
-
-
-def test_a_pair_is_the_kronecker_product_behind_the_scale():
-    pair = wander(Pair(random_orthogonal(4, torch.Generator()), normal(6, 6), 24).double())
-    left, right = pair.left.matrices()[0], pair.right.matrices()[0]
-    dense = torch.diag((-pair.log_scale).exp()) @ torch.kron(left, right)
-    x, w = normal(5, 24), normal(7, 24, seed=1)
-    placement = placed([Site((0, "attn_in"), pair, {})])
-    merged, online = placement.merged[0, "attn_in"], placement.online[0, "attn_in"]
-    close(online.encode(merged.encode(x)), x @ dense)
-    close(online.absorb(merged.absorb(w)), w @ torch.linalg.inv(dense).mT)
-
-
-# scales that pass gradients
-
-
-class _Round(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.round()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
-
-
-def symmetric(x, c):
-    """INT4 a row, written out: s = c max|x| / 7."""
-    s = c * x.abs().amax(-1, keepdim=True) / 7
-    return s * _Round.apply((x / s).clamp(-8, 7))
-
-
-def asymmetric(x, c):
-    """INT4 a row with a zero point, which no gradient moves."""
-    low, high = c * x.amin(-1, keepdim=True), c * x.amax(-1, keepdim=True)
-    s = (high - low) / 15
-    z = (-low / s).round().detach()
-    return s * (_Round.apply((x / s).clamp(-z.double(), 15 - z)))
-
-
-@pytest.mark.parametrize("rule, format", [
-    (symmetric, Integer(role="activation", granularity="token")),
-    (asymmetric, TOKEN),
-])  # fmt: skip
-def test_gradients_of_what_is_quantized_and_of_its_range(rule, format):
-    x = normal(6, 32).float().double().requires_grad_()
-    c = torch.tensor(0.7, dtype=F64, requires_grad=True)
-    upstream = normal(6, 32, seed=1)
-    wanted = torch.autograd.grad((rule(x, c) * upstream).sum(), (x, c))
-    near = x.detach().float().requires_grad_()
-    ratio = torch.tensor(0.7, requires_grad=True)
-    value = Ranged(format, ratio).fake(near)
-    close(value.detach().double(), rule(x, c).detach(), 1e-5)
-    found = torch.autograd.grad((value * upstream.float()).sum(), (near, ratio))
-    for a, b in zip(found, wanted):
-        close(a.double(), b, 1e-4)
-
-
-@pytest.mark.parametrize("format", [NVFP4(role="activation", global_scale="none"),
-                                    MX(role="activation")])  # fmt: skip
-def test_a_smaller_peak_makes_a_smaller_error_of_floats_too(format):
-    """d s = s d log peak, whatever the scale is rounded to."""
-    x = normal(4, 64).float().requires_grad_()
-    upstream = normal(4, 64, seed=1).float()
-    value = Ranged(format).fake(x)
-    assert torch.equal(value.detach(), format.fake(x.detach()))
-    (found,) = torch.autograd.grad((value * upstream).sum(), x)
-    blocks, values, up = (format.split(t.detach().double()) for t in (x, value, upstream))
-    (scale,) = format.lattice(format.scales(x.detach()))
-    inside = blocks.abs() <= 6 * scale[..., None]
-    wanted = up * inside
-    peak = blocks.abs().argmax(-1, keepdim=True)
-    slope = (up * (values - inside * blocks)).sum(-1, keepdim=True)
-    wanted.scatter_add_(-1, peak, slope / blocks.gather(-1, peak))
-    close(format.split(found).double(), wanted, 1e-5)
-
-
-@pytest.mark.parametrize("format", [TOKEN, Integer(role="activation", granularity="token"),
-                                    NVFP4(role="activation"), MX(role="activation")])  # fmt: skip
-def test_values_are_the_formats_in_every_bit(format):
-    x = normal(8, 64).float()
-    wanted = format.fake(x)
-    assert torch.equal(Ranged(format).fake(x.clone().requires_grad_()), wanted)
-    assert torch.equal(Ranged(format).fake(x, ste=False), wanted)
-
-
-def test_a_ratio_finds_the_range_of_least_error():
-    """Against a search; a straight-through gradient knows nothing of ranges."""
-    format = Integer(role="activation", granularity="token")
-    x = (normal(64, 256) ** 3).float()
-
-    def error(c):
-        return (Ranged(format, c).fake(x) - x).square().mean()
-
-    grid = {i / 100: float(error(torch.tensor(i / 100))) for i in range(20, 101)}
-    c = torch.tensor(1.0, requires_grad=True)
-    adam = torch.optim.Adam([c], lr=0.02)
-    for _ in range(100):
-        adam.zero_grad()
-        error(c).backward()
-        adam.step()
-    assert float(error(c.detach())) < 1.02 * min(grid.values()) < 0.9 * grid[1.0]
-
-
-# clips
-
-
-def test_clips_go_into_integer_formats_and_no_others():
-    clips = {(0, "q"): {"act": 0.9, "weight": 0.5}, (1, "q"): {"weight": 0.8}}
-    found = INT4.clipped(clips)
-    assert found.part("act", 0, "q").clip == 0.9 and found.part("weight", 0, "q").clip == 0.5
-    assert found.part("act", 1, "q") == TOKEN and found.part("weight", 1, "q").clip == 0.8
-    assert found.part("weight", 0, "k") == INT4.weight
-    assert NV.clipped(clips) == NV
-    assert INT4.clipped(clips, ("act",)).part("weight", 0, "q") == INT4.weight
-    assert found.clipped(clips).part("weight", 0, "q").clip == 0.25
-
-
-def test_clips_are_kept_with_the_matrices():
-    clips = {(0, "mlp.up_proj"): {"act": 0.75}}
-    spec = pack(Placement(clips=clips), {})
-    assert unpack(json.loads(json.dumps(spec)), {}).clips == clips
-    assert "clips" not in pack(Placement(), {})
-    for ratio in (1.5, 0, "1", True):
-        spec["clips"] = [[0, "mlp.up_proj", {"act": ratio}]]
-        with pytest.raises(DataError, match="clips needs"):
-            unpack(spec, {})
-
-
-# on a model
 
 
 def fitted(adapter, way, scheme=None, windows=WINDOWS, objective="block", steps=2, **more):
@@ -382,9 +196,6 @@ def test_optimizer_and_best_iterate_hold_the_parameters_of_all_sites():
         # a ratio may only shrink: 1 - c stays at 0 where the step would have made it negative
         assert float(moved.abs().max()) == (0 if name == "shrunk" else pytest.approx(0.1))
         assert torch.equal(kept[name if name in kept else f"0.{name}"], before.state_dict()[name])
-
-
-# refusals, and runs
 
 
 @pytest.mark.parametrize("transform, settings, scheme, words", [
