@@ -1,4 +1,4 @@
-"""What the harness does with every architecture of zoo.py, one row each.
+"""What the harness does with every architecture of the zoo, one row each.
 
     python tests/architectures.py             writes sweeps/ARCHITECTURES.md, in about six minutes
     python tests/architectures.py NAME ...    prints the page of these
@@ -43,7 +43,7 @@ HEADER = f"""# Architectures
 
 `python tests/architectures.py` wrote this file: Python {sys.version.split()[0]}, torch
 {version("torch")}, transformers {version("transformers")}, float32 on a CPU. Each row is a tiny
-model of tests/zoo.py with random weights. [n]: the reason is the n-th one below; **fault**: an
+model of tests/zoo with random weights. [n]: the reason is the n-th one below; **fault**: an
 error that no check had foreseen; -: nothing is placed.
 
 R1 to R4: `transform=quarot` with that alone, largest change of a logit against the largest logit.

@@ -1,6 +1,6 @@
 """Tiny models that see or hear beside a text decoder, with random weights. Nothing is downloaded.
 
-Each is a text decoder of zoo.py's size, a tower of two layers, and what stands between them.
+Each is a text decoder of the zoo's size, a tower of two layers, and what stands between them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedModel
-from zoo import BASE, EXPERTS, LINEAR
+from zoo.fields import BASE, EXPERTS, LINEAR
 
 # A tower with its sizes under the names of SigLIP and CLIP.
 TOWER = {
