@@ -55,6 +55,12 @@ def make(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     return model.eval()
 
 
+def token_ids(count: int = 1, length: int = 24, seed: int = 0) -> torch.Tensor:
+    """int64 [count, length]: bytes drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count, length), generator=generator)
+
+
 @torch.no_grad()
 def _randomize(model: PreTrainedModel, generator: torch.Generator) -> None:
     """Norms that differ from 1, biases that differ from 0 and matrices all of one scale. Vectors of
