@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from chromium import browser, opened, silent
 from composed import small
+from page_runs import embedded
 from rich.console import Console
-from test_page import browser, embedded, opened, silent
 
 import harness
 from harness.chat.__main__ import main
