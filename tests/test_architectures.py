@@ -12,26 +12,17 @@ from torch import nn
 from torch.nn import functional as F
 
 import harness
-from harness.calibration import passage
-from harness.calibration.stream import ENOUGH, Stream
 from harness.calibration.windows import tokenize, windows
 from harness.config.errors import ConfigError, DataError
 from harness.evaluation.gate import FLOAT_MAX, STREAM
 from harness.evaluation.perplexity import perplexity, window_losses
-from harness.linalg.hadamard import hadamard
-from harness.linalg.stiefel import random_orthogonal
 from harness.models.adapter import Adapter, structure_of
-from harness.models.experts import entering, leaving
-from harness.models.merge import swap
 from harness.models.tiny import byte_tokenizer
 from harness.pipeline.job import execute
-from harness.transforms.quarot import fixing_ones
 
-F64 = torch.float64
 INT4 = ["format=int4", "format.weight.group_size=32", "solver=rtn"]
 NVFP4 = ["format=nvfp4", "solver=gptq"]
 FLOAT = ["format=none", "solver=none"]
-FAULT = pytest.mark.xfail(strict=True, reason="a fault of the harness: sweeps/ARCHITECTURES.md")
 OFF = {"r1": "off", "r2": "false", "r3": "off", "r4": "off"}
 SAMPLE = [
     "gemma3_text", "phi3", "olmo2", "granite", "cohere", "gpt2", "gpt_neox", "falcon", "opt",
@@ -63,12 +54,7 @@ def quarot(**places: str) -> list[str]:
 
 @torch.no_grad()
 def largest_logit(model: nn.Module) -> float:
-    return float(model(token_ids(2, 128), use_cache=False).logits.abs().max())
-
-
-def token_ids(count: int, length: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(256, (count, length), generator=generator)
+    return float(model(zoo.token_ids(2, 128), use_cache=False).logits.abs().max())
 
 
 # what is measured
@@ -88,7 +74,7 @@ def token_ids(count: int, length: int, seed: int = 0) -> torch.Tensor:
 )
 def test_the_perplexity_is_that_of_the_models_own_forward(name, streaming):
     model = zoo.make(name)
-    ids = token_ids(2, 96)
+    ids = zoo.token_ids(2, 96)
     logits = model(ids, use_cache=False).logits[:, :-1].double()
     loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     losses = window_losses(Adapter(model), ids, streaming=streaming)
@@ -226,128 +212,6 @@ def test_a_refusal_names_its_reason_before_anything_is_computed(saved, tmp_path,
     with pytest.raises(ConfigError, match=reason):
         execute(*small(tmp_path, *settings, *defaults, *chosen))
     assert not list(tmp_path.glob("runs/*/metrics.json"))
-
-
-# rotations under LayerNorm
-
-
-def rotations(order: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(order)
-    signs = torch.diag(torch.randint(2, (order,), generator=generator).to(F64) * 2 - 1)
-    return {
-        "random": random_orthogonal(order, generator),
-        "hadamard": hadamard(order),
-        "signed": signs @ hadamard(order),
-        "identity": torch.eye(order, dtype=F64),
-    }
-
-
-@pytest.mark.parametrize("order", [12, 64, 128])
-@pytest.mark.parametrize("kind", ["random", "hadamard", "signed", "identity"])
-def test_a_rotation_made_to_fix_the_ones_does_and_is_one_still(order, kind):
-    fixed = fixing_ones(rotations(order)[kind])
-    ones = torch.ones(order, dtype=F64)
-    eye = torch.eye(order, dtype=F64)
-    torch.testing.assert_close(fixed @ fixed.T, eye, rtol=0, atol=1e-12)
-    torch.testing.assert_close(ones @ fixed, ones, rtol=0, atol=1e-12)
-    torch.testing.assert_close(fixed @ ones, ones, rtol=0, atol=1e-12)
-    torch.testing.assert_close(fixing_ones(fixed), fixed, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("order", [64, 128])
-@pytest.mark.parametrize("kind", ["random", "signed", pytest.param("hadamard", marks=FAULT)])
-def test_a_rotation_made_to_fix_the_ones_mixes_every_feature(order, kind):
-    """As R did: an outlier of any one feature is spread. A Hadamard matrix without signs has ones
-    in its first row, which the reflection turns into the first feature alone."""
-    fixed = fixing_ones(rotations(order)[kind])
-    assert fixed.abs().amax(dim=1).max() < 0.6
-
-
-def test_layer_norm_commutes_with_a_rotation_only_if_that_fixes_the_ones():
-    order = 64
-    drawn = rotations(order)["random"]
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(8, order, generator=generator, dtype=F64) + 1
-    fixed = fixing_ones(drawn)
-    normed = F.layer_norm(x, (order,))
-    torch.testing.assert_close(F.layer_norm(x @ fixed, (order,)), normed @ fixed)
-    assert (F.layer_norm(x @ drawn, (order,)) - normed @ drawn).abs().max() > 0.1
-
-
-# experts
-
-ROUTED = ["mixtral", "gpt_oss", "qwen2_moe", "deepseek_v3"]
-
-
-def experts_of(adapter: Adapter, layer: int) -> nn.Module:
-    """The module that runs a block's experts, once they are swapped."""
-    site = next(site for site in adapter.sites(layer) if site.expert == 0)
-    return adapter.blocks[layer].get_submodule(passage.leaf(site))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ROUTED)
-def test_experts_as_linears_of_their_own_change_no_logit(name):
-    model = zoo.make(name)
-    ids = token_ids(2, 96)
-    before = model(ids, use_cache=False).logits
-    adapter = Adapter(model)
-    swap(adapter)
-    after = model(ids, use_cache=False).logits
-    assert (after - before).abs().max() < 1e-5 * before.abs().max()
-    last = adapter.structure.layers - 1
-    module = experts_of(adapter, last)
-    for linears in (entering(module), leaving(module)):
-        assert len(linears) == 4
-        # what the forward computes with: the module is not asked for weights of another place
-        kept = linears[0].weight.clone()
-        linears[0].weight.zero_()
-        assert (model(ids, use_cache=False).logits - after).abs().max() > 1e-3
-        linears[0].weight.copy_(kept)
-    assert torch.equal(model(ids, use_cache=False).logits, after)
-
-
-@torch.no_grad()
-def test_biases_of_experts_are_computed_with():
-    model = zoo.make("gpt_oss")
-    ids = token_ids(2, 96)
-    adapter = Adapter(model)
-    swap(adapter)
-    before = model(ids, use_cache=False).logits
-    module = experts_of(adapter, 0)
-    for linears in (entering(module), leaving(module)):
-        kept = linears[1].bias.clone()
-        linears[1].bias.add_(1)
-        assert (model(ids, use_cache=False).logits - before).abs().max() > 1e-3
-        linears[1].bias.copy_(kept)
-
-
-@torch.no_grad()
-def test_an_expert_that_got_few_tokens_is_calibrated_on_all():
-    """One that got enough sees its own, in their order, whatever the micro-batches are."""
-    adapter = Adapter(zoo.make("mixtral"))
-    swap(adapter)
-    block = adapter.blocks[0]
-    module = experts_of(adapter, 0)
-    ids = token_ids(4, 64)
-    calls = []
-    handle = module.register_forward_pre_hook(lambda _, args: calls.append(args))
-    adapter.model(ids, use_cache=False)
-    handle.remove()
-    hidden, index, _ = calls[0]
-    given = [int((index == expert).sum()) for expert in range(4)]
-    assert min(given) < ENOUGH <= max(given), "tokens for both cases"
-
-    seen = {}
-    for site, rows in Stream(adapter, ids, tokens_at_once=64).walk(block):
-        if site.expert is not None:
-            seen[site.name] = torch.cat([each.flatten(0, -2) for each in rows])
-    for expert, tokens in enumerate(given):
-        own = hidden[(index == expert).any(-1)]
-        x = hidden if tokens < ENOUGH else own
-        torch.testing.assert_close(seen[f"experts_in.{expert}"], x)
-        gate, up = (x @ entering(module)[expert].weight.T).chunk(2, dim=-1)
-        torch.testing.assert_close(seen[f"experts_down_in.{expert}"], F.silu(gate) * up)
 
 
 # what few architectures have: done, or refused with a reason before it begins
