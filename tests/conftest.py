@@ -13,6 +13,10 @@ ROOM = 4 * 2**30  # bytes; all tests together leave about 1 GiB
 
 OPTIONAL = ("compressed_tensors", "lm_eval", "datasets", "plotly", "wandb", "gguf", "scipy")
 COMPARED = (
+    "test_compressed_activations.py",
+    "test_compressed_entries.py",
+    "test_compressed_experts.py",
+    "test_compressed_refusals.py",
     "test_compressed_tensors.py",
     "test_fp8_compressed_tensors.py",
     "test_online_config.py",

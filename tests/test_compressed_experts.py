@@ -9,13 +9,11 @@ import pytest
 import torch
 import zoo
 from composed import small
-from safetensors import safe_open
-from test_compressed_tensors import (
+from compressed import (
     G64,
     LOADER,
     NV,
     NV_ACT,
-    CompressedTensors,
     logits,
     mx,
     perplexity,
@@ -24,8 +22,10 @@ from test_compressed_tensors import (
     weight,
     written,
 )
+from safetensors import safe_open
 
 from harness.checkpoints.base import weight_at
+from harness.checkpoints.compressed_tensors import CompressedTensors
 from harness.checkpoints.experts import parts_of
 from harness.config.errors import ConfigError
 from harness.formats import FP4, NVFP4, FourOverSix, Scheme

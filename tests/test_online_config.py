@@ -10,13 +10,14 @@ import pytest
 import torch
 import zoo
 from composed import small
+from compressed import NV, NV_ACT, logits, token, weight, written
 from compressed_tensors.transform import TransformConfig, apply_transform_config
 from preserved import tiny_shape
 from safetensors.torch import load_file, save_file
-from test_compressed_tensors import NV, NV_ACT, CompressedTensors, logits, token, weight, written
 from transformers import AutoModelForCausalLM
 
 from harness.checkpoints import online_config, online_reader
+from harness.checkpoints.compressed_tensors import CompressedTensors
 from harness.checkpoints.source import CheckpointModel
 from harness.codecs.codec import Blocks
 from harness.config.errors import ConfigError, DataError
