@@ -11,7 +11,7 @@ import subprocess
 import pytest
 import torch
 from composed import small
-from test_vllm import PYTHON, needs_vllm
+from engines import PYTHON, needs_vllm
 
 import harness
 from harness.engines.vllm_losses import ENVIRONMENT
