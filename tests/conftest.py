@@ -18,6 +18,7 @@ COMPARED = (
     "test_compressed_experts.py",
     "test_compressed_refusals.py",
     "test_compressed_tensors.py",
+    "test_export_dtypes.py",
     "test_fp8_compressed_tensors.py",
     "test_online_config.py",
     "test_zeroshot.py",
