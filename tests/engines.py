@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import ROOT
 from test_checkpoint import evaluated, written
 
 from harness.engines.served import Served
 
-ROOT = Path(__file__).parent.parent
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 needs_vllm = pytest.mark.skipif(not PYTHON.is_file(), reason="needs .venv-vllm: make vllm")

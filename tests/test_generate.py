@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from chromium import browser, opened, silent
-from composed import small
+from composed import ROOT, small
 from page_runs import embedded
 from rich.console import Console
 
@@ -29,7 +29,6 @@ from harness.report.table import run_table
 from harness.report.texts import said
 
 __all__ = ["browser"]  # a fixture
-ROOT = Path(__file__).parent.parent
 PROMPTS = ["The cat | sat", "Once <b>upon"]
 
 

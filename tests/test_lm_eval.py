@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from composed import small
+from composed import ROOT, small
 from test_zeroshot import CHOICES, WORDS
 
 from harness.config.errors import DataError
@@ -18,8 +18,6 @@ from harness.lm_eval.__main__ import main
 from harness.lm_eval.tasks import write_tasks
 from harness.models.tiny import Tiny
 from harness.pipeline.job import execute
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture

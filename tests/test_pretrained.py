@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 import zoo
-from composed import small
+from composed import ROOT, small
 from preserved import CACHE
 from safetensors.torch import load_file
 from test_checkpoint import CASES, IDS, evaluated, logits, written
@@ -28,8 +28,6 @@ from harness.models.tiny import Tiny, byte_tokenizer
 from harness.models.weights import weight_files
 from harness.pipeline.job import execute
 from harness.store import write_json
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

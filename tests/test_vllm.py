@@ -8,8 +8,8 @@ import subprocess
 import pytest
 import torch
 import zoo
-from composed import small
-from engines import PYTHON, ROOT, checkpoints, needs_vllm
+from composed import ROOT, small
+from engines import PYTHON, checkpoints, needs_vllm
 from transformers import GenerationConfig
 
 import harness
